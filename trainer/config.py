@@ -1,0 +1,382 @@
+"""The run configuration: its sections, how it is read, and what is refused.
+
+One YAML file describes a run. Unknown keys are errors that name the nearest known key, `extends`
+inherits from a recipe or another file, and `a.b=c` on the command line overrides. A field is
+documented once, here, beside its definition.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Shown in logs and in the model card."""
+    dir: str
+    """The run folder: checkpoints, metrics, logs. Also what `--resume auto` looks into."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the weights, the data order, the masks and the dropout."""
+
+
+class ModelConfig(Section):
+    preset: str | None = None
+    """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
+    config: str | None = None
+    """A Hugging Face config.json (or its folder), initialised at random."""
+    from_pretrained: str | None = None
+    """A Hugging Face checkpoint folder or hub name whose weights training continues from."""
+    tokenizer: str | None = None
+    """Tokenizer folder. Default: the one inside `from_pretrained`."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the Hugging Face config to change, such as hidden_size."""
+    document_attention: Literal[False] = False
+    """Attention within documents only. Not available yet; packed blocks attend across documents, as in RoBERTa."""
+    compile: bool = False
+    """torch.compile the model, with static shapes."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+    @model_validator(mode="after")
+    def one_source(self) -> Self:
+        given = [name for name in ("preset", "config", "from_pretrained") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"needs exactly one of preset, config, from_pretrained; got {' and '.join(given) if given else 'none'}"
+            )
+        if self.tokenizer is None and self.from_pretrained is None:
+            raise ValueError("tokenizer is needed: the folder that `maskwright tokenizer train` wrote")
+        return self
+
+
+class SourceConfig(Section):
+    path: str
+    """A folder that `maskwright prepare` wrote."""
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Share of this source in the mixture, relative to the other weights."""
+
+
+def _as_sources(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
+
+
+class DataConfig(Section):
+    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    """A folder that `maskwright prepare` wrote, or a list of {path, weight}."""
+    validation: str | None = None
+    """Held-out folder. Default: no evaluation."""
+    seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
+    """Tokens a block, with the two special tokens at its ends."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes a rank; 0 loads in the training process."""
+    chunk_blocks: PositiveInt = 1024
+    """Blocks a chunk: what is read from one place (1,024 × 510 tokens × 2 bytes ≈ 1 MiB)."""
+    window_chunks: PositiveInt = 1024
+    """Chunks a window: blocks are shuffled globally within it (≈ 1 GiB)."""
+
+    @model_validator(mode="after")
+    def has_weight(self) -> Self:
+        if sum(source.weight for source in self.train) <= 0:
+            raise ValueError("train needs at least one source with a weight above 0")
+        return self
+
+
+class ObjectiveConfig(Section):
+    name: Literal["mlm"] = "mlm"
+    """Masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of a block's content tokens that is predicted; exactly round(mask_ratio × payload) a block."""
+    scheme: Literal["token"] = "token"
+    """How positions are chosen: single tokens, uniformly."""
+    replace_mask: Fraction = 0.8
+    """Share of predicted positions shown as the mask token."""
+    replace_random: Fraction = 0.1
+    """Share of predicted positions shown as a random token; the rest is shown unchanged."""
+
+    @model_validator(mode="after")
+    def shares_fit(self) -> Self:
+        if self.replace_mask + self.replace_random > 1.0 + 1e-9:
+            raise ValueError(
+                f"replace_mask + replace_random must be at most 1, got {self.replace_mask + self.replace_random:g}"
+            )
+        return self
+
+
+class BatchConfig(Section):
+    global_size: PositiveInt = 256
+    """Sequences an optimizer step, over all ranks."""
+    micro_size: PositiveInt = 8
+    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW (arXiv:1711.05101); biases and norms are not decayed."""
+    lr: Annotated[float, Field(gt=0.0)] = 6.0e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps of linear warm-up from 0."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """wsd only: share of all steps, at the end, over which the rate falls to its minimum."""
+    min_ratio: Fraction = 0.0
+    """Final learning rate over peak (linear, cosine, wsd)."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt | None = None
+    """Length in optimizer steps. Give exactly one of steps, tokens, epochs."""
+    tokens: PositiveInt | None = None
+    """Length in tokens (sequences × seq_len), rounded up to whole steps."""
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Length in passes over the training data, rounded up to whole steps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_accumulation_dtype: Literal["fp32"] | None = None
+    """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
+    max_skipped_steps: PositiveInt = 20
+    """Stop with exit code 4 after this many non-finite steps in a row."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"needs exactly one of steps, tokens, epochs; got {' and '.join(given) if given else 'none'}"
+            )
+        if self.gradient_accumulation_dtype is not None and self.precision != "bf16":
+            raise ValueError(f"gradient_accumulation_dtype needs precision bf16, got precision {self.precision}")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = 500
+    """Save every so many steps; null saves only at the end and when stopped."""
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Also save when so many minutes have passed since the last save."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints to keep."""
+    keep_every_steps: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt | None = 500
+    """Evaluate every so many steps and at the end; null never evaluates."""
+    samples: PositiveInt = 1024
+    """Blocks of validation data an evaluation; always the same ones, with the same masks."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = 10
+    """Steps between two lines in metrics.jsonl, in TensorBoard and, off a terminal, on the console."""
+    tensorboard: bool = True
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    deepspeed: str = "zero1"
+    """A preset in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config by recipe name or path, apply `a.b=c` overrides, and validate it.
+
+    Raises:
+        UserError: for a missing file, bad YAML, an unknown key (with the nearest known one), a value out of range.
+    """
+    raw = _read_with_parents(find_config(source), seen=())
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(source))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> Config:
+    """Validate a plain dict; `source` is named in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _as_user_error(error, source) from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, every default spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
+    """The file behind a recipe name or a path (looked up beside `relative_to` first)."""
+    for base in ([relative_to] if relative_to else []) + [Path()]:
+        path = base / source
+        if path.is_file():
+            return path
+    if (RECIPES / f"{source}.yaml").is_file():
+        return RECIPES / f"{source}.yaml"
+    names = recipe_names()
+    raise UserError(
+        f"No config file or recipe '{source}'.{nearest(str(source), names)}",
+        where=str(source),
+        remedy=f"Give the path of a YAML file or one of the recipes: {', '.join(names)}.",
+    )
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        chain = " → ".join(p.name for p in (*seen, path))
+        raise UserError(f"`extends` goes round in a circle: {chain}.", where=str(path), remedy="Break the circle.")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"Not valid YAML: {error}", where=str(path), remedy="Correct the file.") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise UserError("A config is a mapping of sections.", where=str(path), remedy="See trainer/recipes/demo.yaml.")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    base = _read_with_parents(find_config(str(parent), relative_to=path.parent), (*seen, path))
+    return _merge(base, raw)
+
+
+# Where exactly one of several keys may be set, setting one in a child replaces the parent's choice.
+_ALTERNATIVES = (
+    ("model", ("preset", "config", "from_pretrained")),
+    ("train", ("steps", "tokens", "epochs")),
+)
+
+
+def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(base)
+    for section, names in _ALTERNATIVES:
+        section_of_child = child.get(section)
+        if isinstance(section_of_child, dict) and any(section_of_child.get(name) is not None for name in names):
+            for name in names:
+                merged.get(section, {}).pop(name, None)
+    _merge_into(merged, child)
+    return merged
+
+
+def _merge_into(target: dict[str, Any], child: dict[str, Any]) -> None:
+    for key, value in child.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge_into(target[key], value)
+        else:
+            target[key] = copy.deepcopy(value)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(
+            f"Not an override: '{override}'.",
+            where=override,
+            remedy="Write section.key=value, as in batch.micro_size=4.",
+        )
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"Not a YAML value: {error}", where=override, remedy="Quote the value.") from None
+    parts = key.split(".")
+    for section, names in _ALTERNATIVES:
+        if parts[0] == section and parts[-1] in names and len(parts) == 2 and value is not None:
+            for name in names:
+                if isinstance(raw.get(section), dict) and name != parts[1]:
+                    raw[section].pop(name, None)
+    place = raw
+    for part in parts[:-1]:
+        if not isinstance(place.get(part), dict):
+            place[part] = {}
+        place = place[part]
+    place[parts[-1]] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 6e-4 as a number (YAML 1.1 alone takes it for a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _as_user_error(error: ValidationError, source: str) -> UserError:
+    problems, keys = [], []
+    for item in error.errors():
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path)
+        keys.append(key)
+        if item["type"] == "extra_forbidden":
+            hint = nearest(path[-1], _known_keys(path[:-1])) or f" Known here: {', '.join(_known_keys(path[:-1]))}."
+            problems.append(f"Unknown key '{key}'.{hint}")
+        elif item["type"] == "missing":
+            problems.append(f"Key '{key}' is missing.")
+        elif item["type"] == "value_error":
+            problems.append(f"Section '{key}' {item['msg'].removeprefix('Value error, ')}.")
+        else:
+            message = item["msg"].replace("Input should be", "must be", 1)
+            problems.append(f"Key '{key}' {message}, got {item['input']!r}.")
+    return UserError(
+        " ".join(dict.fromkeys(problems)),
+        where=", ".join(dict.fromkeys(keys)),
+        remedy=f"Correct it in {source} or on the command line; every key is described in docs/config.md.",
+    )
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    place: Any = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        field = place.model_fields.get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
+        annotation = field.annotation if field else None
+        place = SourceConfig if part == "train" and "list" in str(annotation) else annotation
+    is_section = isinstance(place, type) and issubclass(place, BaseModel)
+    return sorted(place.model_fields) if is_section else []

@@ -1,0 +1,115 @@
+"""What training needs to know of a tokenizer: its size, its special ids and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of one tokenizer.
+
+    Attributes:
+        size: number of ids, added tokens included (len(tokenizer)).
+        begin_id, end_id: put at both ends of every block (<s> and </s>, or [CLS] and [SEP]).
+        separator_id: stored after each document; the same as end_id.
+        special_ids: all special ids, sorted; never predicted, never drawn as a random replacement.
+        sha256: identity of the tokenizer; shards and checkpoints record it.
+    """
+
+    size: int
+    begin_id: int
+    end_id: int
+    separator_id: int
+    mask_id: int
+    pad_id: int
+    special_ids: tuple[int, ...]
+    sha256: str
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a folder or a hub name.
+
+    Raises:
+        UserError: when there is none, or only a slow one.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(folder).expanduser()
+    looks_like_path = path.is_absolute() or str(folder).startswith(".") or str(folder).count("/") > 1 or path.exists()
+    if looks_like_path and not path.is_dir():
+        raise UserError(
+            f"No tokenizer folder at '{folder}'.",
+            where=str(folder),
+            remedy="Train one with `maskwright tokenizer train --input TEXT --output DIR`, or correct the path.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if looks_like_path else str(folder), use_fast=True)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own for a bad folder
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"Cannot load a tokenizer from '{folder}': {first_line}",
+            where=str(folder),
+            remedy="Give a folder with tokenizer.json, as `maskwright tokenizer train` writes it.",
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"The tokenizer in '{folder}' is a {type(tokenizer).__name__}, not a fast one.",
+            where=str(folder),
+            remedy="Convert it to a PreTrainedTokenizerFast (a folder with tokenizer.json).",
+        )
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
+    """Read the ids that training needs.
+
+    Raises:
+        UserError: when the tokenizer lacks a mask, a begin or an end token.
+    """
+    begin = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
+    end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    needed = {"mask": tokenizer.mask_token_id, "begin (cls or bos)": begin, "end (sep or eos)": end}
+    lacking = [name for name, value in needed.items() if value is None]
+    if lacking:
+        raise UserError(
+            f"The tokenizer has no {' and no '.join(lacking)} token.",
+            where=where,
+            remedy="Add it with tokenizer.add_special_tokens and save the folder again.",
+        )
+    assert begin is not None and end is not None and tokenizer.mask_token_id is not None
+    return Vocabulary(
+        size=len(tokenizer),
+        begin_id=begin,
+        end_id=end,
+        separator_id=end,
+        mask_id=int(tokenizer.mask_token_id),
+        pad_id=_first(tokenizer.pad_token_id, 0) or 0,
+        special_ids=tuple(sorted({*tokenizer.all_special_ids, begin, end})),
+        sha256=tokenizer_sha256(tokenizer),
+    )
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash of what decides how text becomes ids: model, vocabulary, added tokens, normalizer, pre-tokenizer.
+
+    Padding, truncation and the post-processor are left out: shards hold no special tokens, and saving a
+    tokenizer rewrites them.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decisive = {key: state.get(key) for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    canonical = json.dumps(decisive, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(canonical).hexdigest()
+
+
+def _first(*values: int | None) -> int | None:
+    return next((int(value) for value in values if value is not None), None)

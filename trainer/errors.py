@@ -1,0 +1,77 @@
+"""The errors that end a command on purpose, each with its exit code.
+
+Every one of them is shown to the user as a short card: what is wrong, the key, file or value it
+concerns, and what to do about it. Anything else that escapes is a bug and exits with 1.
+"""
+
+from __future__ import annotations
+
+EXIT_FINISHED = 0
+EXIT_UNEXPECTED = 1
+EXIT_USER_MISTAKE = 2
+EXIT_DAMAGED = 3
+EXIT_DIVERGED = 4
+EXIT_STOPPED_AFTER_SAVING = 75  # EX_TEMPFAIL: the only code that asks a scheduler to requeue
+
+
+class MaskwrightError(Exception):
+    """Base of the expected errors.
+
+    Args:
+        problem: what is wrong, in one sentence.
+        where: the offending config key, file or value.
+        remedy: what the user should do now.
+    """
+
+    exit_code = EXIT_UNEXPECTED
+    title = "Error"
+
+    def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.where = where
+        self.remedy = remedy
+
+    def __reduce__(self):
+        return (_rebuild, (type(self), self.problem, self.where, self.remedy))
+
+    def __str__(self) -> str:
+        parts = [self.problem]
+        if self.where:
+            parts.append(f"[{self.where}]")
+        if self.remedy:
+            parts.append(self.remedy)
+        return " ".join(parts)
+
+
+def _rebuild(kind: type[MaskwrightError], problem: str, where: str, remedy: str) -> MaskwrightError:
+    return kind(problem, where=where, remedy=remedy)
+
+
+class UserError(MaskwrightError):
+    """A mistake in the configuration, the arguments or the input."""
+
+    exit_code = EXIT_USER_MISTAKE
+    title = "Please check"
+
+
+class DamagedError(MaskwrightError):
+    """Data or a checkpoint on disk is not what its manifest says it should be."""
+
+    exit_code = EXIT_DAMAGED
+    title = "Damaged"
+
+
+class DivergedError(MaskwrightError):
+    """Training cannot go on: losses or gradients stay non-finite."""
+
+    exit_code = EXIT_DIVERGED
+    title = "Diverged"
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """Return ' Did you mean X?' for the closest known name, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
