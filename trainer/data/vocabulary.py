@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 
@@ -92,7 +92,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
         begin_id=begin,
         end_id=end,
         separator_id=end,
-        mask_id=int(tokenizer.mask_token_id),
+        mask_id=_first(tokenizer.mask_token_id),
         pad_id=_first(tokenizer.pad_token_id, 0) or 0,
         special_ids=tuple(sorted({*tokenizer.all_special_ids, begin, end})),
         sha256=tokenizer_sha256(tokenizer),
@@ -111,5 +111,5 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-def _first(*values: int | None) -> int | None:
+def _first(*values: Any) -> Any:
     return next((int(value) for value in values if value is not None), None)
