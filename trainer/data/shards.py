@@ -58,6 +58,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     sources: tuple[dict[str, Any], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, int] = field(default_factory=dict)
     written_by: str = ""
 
     @property

@@ -1,0 +1,1 @@
+"""Training objectives, one file each. An objective builds batches from blocks and computes their loss."""

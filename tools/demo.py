@@ -1,0 +1,135 @@
+"""`maskwright demo`: the whole path on one laptop CPU, from text that is already on the disk to filled masks.
+
+Nothing is downloaded and nothing is shipped: the corpus is the documentation inside the installed Python packages.
+Each step is the command a user would type; it is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
+from trainer.tracking.jsonl import read_lines
+
+MARKER = ".maskwright-demo"
+RANKS = 2
+CORPUS_BYTES = 6_000_000
+VOCABULARY_SIZE = 8192
+INTERRUPT_AT_STEP = 250
+SENTENCES = (
+    "If the file does not exist, an {mask} is raised.",
+    "This function returns a new {mask} with the same shape and dtype.",
+    "Return True if the two values are {mask}.",
+    "The default {mask} is None.",
+)
+
+
+def run_demo(directory: str | None, console: Console) -> None:
+    """Corpus → tokenizer → shards → training, interrupted and resumed → Hugging Face model → filled masks."""
+    started = time.monotonic()
+    folder = _fresh_folder(Path(directory or "demo"))
+    console.rule("1. Text: the documentation of the installed Python packages")
+    from tools.sample_corpus import write_corpus
+
+    write_corpus(folder / "corpus", CORPUS_BYTES)
+    console.rule("2. A tokenizer")
+    _maskwright(console, folder, f"tokenizer train --input corpus --output tokenizer --vocab-size {VOCABULARY_SIZE}")
+    console.rule("3. Shards")
+    _maskwright(
+        console, folder, "prepare --input corpus --tokenizer tokenizer --output data --validation-fraction 0.03"
+    )
+    console.rule(f"4. Training on {RANKS} ranks with DeepSpeed ZeRO-1, interrupted at step {INTERRUPT_AT_STEP}")
+    train = f"train demo --nproc-per-node {RANKS}"
+    _maskwright(console, folder, train, interrupt_at_step=INTERRUPT_AT_STEP)
+    console.rule("5. The same command goes on where it stopped")
+    _maskwright(console, folder, train)
+    console.rule("6. A Hugging Face model")
+    _maskwright(console, folder, "convert run --output model")
+    console.rule("7. Filled masks, in plain transformers")
+    _fill_masks(console, folder / "model")
+    _summary(console, folder, time.monotonic() - started)
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """The demo's folder, empty. One of an earlier demo is cleared, any other is left alone."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / MARKER).is_file():
+            raise UserError(
+                f"'{folder}' exists and is not an earlier demo.",
+                where=f"--dir {folder}",
+                remedy="Choose another --dir.",
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("made by `maskwright demo`; cleared by the next one\n")
+    return folder.resolve()
+
+
+def _maskwright(console: Console, folder: Path, arguments: str, interrupt_at_step: int | None = None) -> None:
+    """Run one maskwright command in the demo's folder; at `interrupt_at_step`, signal it as SLURM would."""
+    console.print(f"$ maskwright {arguments}", markup=False)
+    command = [sys.executable, "-m", "launcher", *shlex.split(arguments)]
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path})
+    try:
+        if interrupt_at_step is not None:
+            _wait_for_step(process, folder / "run" / "metrics.jsonl", interrupt_at_step)
+            process.send_signal(signal.SIGUSR1)
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    expected = EXIT_FINISHED if interrupt_at_step is None else EXIT_STOPPED_AFTER_SAVING
+    if code != expected:
+        raise MaskwrightError(
+            f"`maskwright {arguments}` ended with exit code {code} instead of {expected}.",
+            where=str(folder),
+            remedy=f"The logs are in {folder / 'run' / 'logs'}.",
+        )
+    if interrupt_at_step is not None:
+        console.print(f"(exit code {code}: stopped on request after saving)")
+
+
+def _wait_for_step(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:
+    while process.poll() is None:
+        lines = read_lines(metrics)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.2)
+
+
+def _fill_masks(console: Console, model: Path) -> None:
+    from transformers import pipeline
+
+    fill = pipeline("fill-mask", model=str(model), device="cpu")
+    assert fill.tokenizer is not None
+    for sentence in SENTENCES:
+        answers = fill(sentence.format(mask=fill.tokenizer.mask_token), top_k=3)
+        words = ", ".join(f"{answer['token_str'].strip()} ({answer['score']:.0%})" for answer in answers)
+        console.print(f"{sentence.format(mask='___')}  →  {words}", markup=False)
+
+
+def _summary(console: Console, folder: Path, seconds: float) -> None:
+    evaluations = [line for line in read_lines(folder / "run" / "metrics.jsonl") if "eval/perplexity" in line]
+    first, last = evaluations[0]["eval/perplexity"], evaluations[-1]["eval/perplexity"]
+    console.rule("Done")
+    for line in (
+        f"validation perplexity {first:,.0f} untrained → {last:,.0f} after {evaluations[-1]['step']} steps",
+        f"took {seconds / 60:.1f} minutes; everything is in {folder}",
+        f"  text        {folder / 'corpus'}",
+        f"  tokenizer   {folder / 'tokenizer'}",
+        f"  shards      {folder / 'data'}   (maskwright data show {folder / 'data'})",
+        f"  run         {folder / 'run'}   (tensorboard --logdir {folder / 'run' / 'tensorboard'})",
+        f"  model       {folder / 'model'}   (AutoModelForMaskedLM.from_pretrained)",
+    ):
+        console.print(line, markup=False, soft_wrap=True)

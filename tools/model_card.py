@@ -1,0 +1,129 @@
+"""The model card (README.md) of a converted model, from the run's own records."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.data.shards import read_manifest as read_data_manifest
+from trainer.data.shards import split_folder
+from trainer.errors import MaskwrightError
+from trainer.tracking.jsonl import read_lines
+
+CURVE_POINTS = 12
+
+
+def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str) -> None:
+    """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
+    run_dir = checkpoint.resolve().parent.parent
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
+    config_path = run_dir / "config.yaml"
+    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
+    evaluations = [line for line in lines if "eval/loss" in line]
+    name = config["run"]["name"] if config else manifest.model["class"]
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [masked-lm, maskwright]\n---",
+        f"# {name}",
+        _summary(manifest, dtype, evaluations),
+        _use(),
+        _data(config) if config else "",
+        _training(config, manifest) if config else "",
+        _curve(lines, evaluations),
+        _versions(manifest),
+    ]
+    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _summary(manifest: CheckpointManifest, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+    rows = [
+        ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
+        ("steps", f"{manifest.step:,}"),
+        ("tokens seen", f"{manifest.state['tokens']:,}"),
+    ]
+    if evaluations:
+        last = evaluations[-1]
+        rows.append(
+            ("validation perplexity of masked tokens", f"{last['eval/perplexity']:.2f} (step {last['step']:,})")
+        )
+        rows.append(("masked tokens predicted right", f"{last['eval/masked_accuracy']:.1%}"))
+    return _table(("", ""), rows)
+
+
+def _use() -> str:
+    return (
+        "```python\nfrom transformers import pipeline\n\n"
+        'fill = pipeline("fill-mask", model="PATH_OF_THIS_FOLDER")\n'
+        'print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))\n```'
+    )
+
+
+def _data(config: dict[str, Any]) -> str:
+    rows = []
+    for source in config["data"]["train"]:
+        folder = split_folder(source["path"], "train")
+        try:
+            data = read_data_manifest(folder)
+            size = (f"{data.tokens:,}", f"{data.documents:,}")
+        except (MaskwrightError, OSError):
+            size = ("no longer there", "")
+        rows.append((Path(source["path"]).name, f"{source['weight']:g}", *size))
+    return "## Data\n\n" + _table(("source", "weight", "tokens", "documents"), rows)
+
+
+def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
+    objective, optimizer, schedule = config["objective"], config["optimizer"], config["schedule"]
+    replaced = (
+        f"{objective['replace_mask']:.0%} mask, {objective['replace_random']:.0%} random, "
+        f"{1 - objective['replace_mask'] - objective['replace_random']:.0%} kept"
+    )
+    layout = manifest.layout
+    rows = [
+        (
+            "objective",
+            f"{objective['name']}, {objective['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit",
+        ),
+        ("sequence length", f"{config['data']['seq_len']}"),
+        ("batch", f"{config['batch']['global_size']} sequences"),
+        (
+            "optimizer",
+            f"{optimizer['name']}, betas {optimizer['betas']}, eps {optimizer['eps']:g}, "
+            f"weight decay {optimizer['weight_decay']:g}",
+        ),
+        ("learning rate", f"{optimizer['lr']:g}, {schedule['name']}, {schedule['warmup_steps']:,} warm-up steps"),
+        ("gradient clipping", f"{optimizer['clip']:g}"),
+        ("precision", layout["precision"]),
+        ("DeepSpeed", f"ZeRO stage {layout['stage']} on {layout['world_size']} ranks"),
+        ("seed", f"{config['run']['seed']}"),
+        ("skipped steps", f"{manifest.state['skipped_steps']}"),
+    ]
+    return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _curve(lines: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+    training = [line for line in lines if line.get("train/loss") is not None]
+    if not training:
+        return ""
+    every = max(1, len(training) // CURVE_POINTS)
+    chosen = training[::every] if training[-1] in training[::every] else [*training[::every], training[-1]]
+    by_step = {line["step"]: line for line in evaluations}
+    rows = []
+    for line in chosen:
+        evaluation = by_step.get(line["step"])
+        perplexity = f"{evaluation['eval/perplexity']:.2f}" if evaluation else ""
+        rows.append((f"{line['step']:,}", f"{line['tokens']:,}", f"{line['train/loss']:.4f}", perplexity))
+    return "## Curve\n\n" + _table(("step", "tokens", "training loss", "validation perplexity"), rows)
+
+
+def _versions(manifest: CheckpointManifest) -> str:
+    saved = datetime.fromtimestamp(manifest.saved_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return f"Checkpoint of {saved}. Trained with {versions}."
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,0 +1,66 @@
+"""What must be equal before a checkpoint is loaded, and what a fresh start does with an old run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check_resumable(
+    folder: Path, manifest: CheckpointManifest, layout: dict[str, Any], identity: dict[str, Any]
+) -> None:
+    """Refuse a checkpoint of another model, tokenizer, data order, objective or layout.
+
+    Raises:
+        UserError: with each difference.
+    """
+    differences = _differences(manifest.identity, identity)
+    if differences:
+        raise UserError(
+            f"Checkpoint {folder.name} belongs to another run: {'; '.join(differences)}.",
+            where=str(folder),
+            remedy="Restore these settings to resume it, or start a new run in another run.dir. To continue from its "
+            "weights on other data, convert it and set model.from_pretrained.",
+        )
+    differences = _differences(manifest.layout, layout)
+    if differences:
+        raise UserError(
+            f"Checkpoint {folder.name} was saved under another layout: {'; '.join(differences)}.",
+            where=str(folder),
+            remedy="Resume with the saved layout, or convert it and start from its weights with model.from_pretrained.",
+        )
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    names = sorted({*saved, *current})
+    return [
+        f"{name} was {saved.get(name)}, now {current.get(name)}"
+        for name in names
+        if saved.get(name) != current.get(name)
+    ]
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move an earlier run's files into RUN/previous-N, so that a fresh start loses nothing.
+
+    Returns:
+        The folder they went to, or None when there was nothing.
+    """
+    names = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "deepspeed.json", "data_order.json")
+    present = [run_dir / name for name in names if (run_dir / name).exists()]
+    if not present:
+        return None
+    number = 1
+    while (run_dir / f"previous-{number}").exists():
+        number += 1
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in present:
+        path.rename(target / path.name)
+    return target

@@ -1,0 +1,91 @@
+"""The process group: who we are, and how ranks agree.
+
+Decisions travel over gloo as small CPU tensors, beside whatever moves the gradients, so that agreeing
+never waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+START_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any
+    """gloo process group for decisions."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=START_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if cuda else dist.group.WORLD
+    return World(rank, size, local_rank, device, control)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(world: World, values: Sequence[float]) -> list[float]:
+    """Sum each value over all ranks, in float64."""
+    if world.size == 1:
+        return [float(value) for value in values]
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(tensor, group=world.control)
+    return tensor.tolist()
+
+
+def all_agree(world: World, ok: bool) -> bool:
+    """True on every rank when it is true on every rank."""
+    return total(world, [float(not ok)])[0] == 0.0
+
+
+def from_main(world: World, value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=world.control)
+    return box[0]
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in rank order."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def raise_together(world: World, error: Exception | None) -> None:
+    """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left."""
+    errors = [found for found in gather(world, error) if found is not None]
+    if errors:
+        raise errors[0]

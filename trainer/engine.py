@@ -1,0 +1,205 @@
+"""The DeepSpeed engine: the one place that knows DeepSpeed's ways. Nothing else imports it.
+
+What it hides: the gradient norm and the non-finite guard at stage 0, float buffers that DeepSpeed casts away,
+checkpoint files written with errors caught and bytes recorded, and the four shapes of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import OptimizerConfig
+from trainer.distributed import World
+from trainer.errors import DamagedError
+from trainer.files import file_hash
+from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
+from trainer.model.prediction_head import install
+
+# DeepSpeed otherwise warns at import, before our logging can hold it.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+logger = logging.getLogger(__name__)
+
+
+class RecordingCheckpointEngine(TorchCheckpointEngine):
+    """Writes checkpoint files durably and remembers what it wrote, or why it could not.
+
+    A failing rank must not raise inside DeepSpeed's save: the others would wait for it in a barrier. The error
+    is kept, and the ranks vote when all of them have returned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, tuple[int, str]] = {}
+        self.error: Exception | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = error
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            torch.save(state_dict, path)
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            self.written[Path(path).name] = (Path(path).stat().st_size, file_hash(Path(path)))
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            self.error = error
+
+
+class TrainingEngine:
+    """A model under DeepSpeed: forward, backward, step, save, load."""
+
+    def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
+        self.world = world
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        self.accumulation: int = ds_config["gradient_accumulation_steps"]
+        self.micro_size: int = ds_config["train_micro_batch_size_per_gpu"]
+        self._half_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
+        model = built.model
+        self._positions = install(model)
+        buffers = fp32_buffers(model)
+        adamw = build_optimizer(model, optimizer)
+        # Any: DeepSpeed's own annotations leave its optimizer and device open
+        self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
+        restore_fp32_buffers(model, buffers)
+        self.module = model
+        self.device = world.device
+        self._constants: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._recorder = RecordingCheckpointEngine()
+        self._engine.checkpoint_engine = self._recorder
+        # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
+        self._engine._copy_recovery_script = lambda *_: None
+        self._grad_norm: float | None = None
+        self._discard_step = False
+        if self.stage == 0 and not self._half_precision:
+            adamw.register_step_pre_hook(self._discard_gradients_if_asked)
+
+    def compile(self) -> None:
+        """torch.compile the module; shapes are static."""
+        self._engine.compile(compile_kwargs={"dynamic": False})
+
+    def network(self, input_ids: torch.Tensor, prediction_index: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S]."""
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        if shape not in self._constants:
+            self._constants[shape] = constant_inputs(self.module, *shape, self.device)
+        with self._positions.select(prediction_index):
+            output = self._engine(input_ids=input_ids, **self._constants[shape])
+        return self._positions.logits(output.logits, prediction_index)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a micro-batch; they are averaged over ranks and micro-batches."""
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float | None = None) -> bool:
+        """End a micro-batch; after the last one of the step, update the weights.
+
+        Args:
+            learning_rate: of this step; needed at its last micro-batch.
+
+        Returns:
+            False when the update was skipped because a gradient was not finite.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        assert learning_rate is not None
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0 and not self._half_precision:
+            grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
+            self._discard_step = not math.isfinite(self._grad_norm)
+        self._engine.step()
+        return self._engine.was_step_applied() and not self._discard_step
+
+    def _discard_gradients_if_asked(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Without gradients AdamW leaves weights and state alone: the stage-0 form of a skipped step."""
+        if self._discard_step:
+            optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global 2-norm of the last step's gradients, before clipping."""
+        norm = self._grad_norm if self._grad_norm is not None else self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """Loss scale of fp16; 1 in other precisions."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self._engine.fp16_enabled() else 1.0
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off, no gradients."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def save(self, folder: Path) -> dict[str, tuple[int, str]]:
+        """Write this rank's checkpoint files into `folder`; every rank calls it, and every rank returns.
+
+        Returns:
+            Name → (bytes, xxh3_128) of the files this rank wrote.
+
+        Raises:
+            OSError: when this rank could not write. The caller makes the ranks vote.
+        """
+        self._recorder.written, self._recorder.error = {}, None
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if self._recorder.error is not None:
+            raise OSError(str(self._recorder.error)) from self._recorder.error
+        return self._recorder.written
+
+    def load(self, folder: Path) -> None:
+        """Load weights and optimizer state written at the same world size and stage."""
+        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise DamagedError(
+                "DeepSpeed could not load the checkpoint.", where=str(folder), remedy="See the rank logs."
+            )
+
+
+def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with the usual groups: biases and norm weights (one-dimensional parameters) are not decayed.
+
+    Fused, as torch offers it on CUDA and CPU; under ZeRO it runs over flat partitions either way.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def read_weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    """Full fp32 weights of a checkpoint of any ZeRO stage, on the CPU."""
+    if stage == 0:
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return {name: tensor.float() for name, tensor in state["module"].items()}
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    assert weights is not None
+    return dict(weights)

@@ -1,0 +1,61 @@
+"""Evaluation: the same validation blocks with the same masks every time, each rank taking its share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from trainer import distributed
+from trainer.data.permutation import KeyPurpose, fold_key, permute
+from trainer.data.shards import ShardSet
+from trainer.distributed import World
+from trainer.engine import TrainingEngine
+from trainer.objectives.masking import IGNORED_LABEL
+from trainer.objectives.mlm import MaskedLanguageModelling
+
+EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
+
+
+class Evaluator:
+    """Loss, perplexity and accuracy over `samples` validation blocks (all of them, when there are fewer)."""
+
+    def __init__(self, data: ShardSet, objective: MaskedLanguageModelling, samples: int) -> None:
+        self.data, self.objective = data, objective
+        available = data.block_count(objective.payload)
+        self.samples = min(samples, available)
+        numbers = np.arange(self.samples, dtype=np.uint64)
+        self.blocks = permute(numbers, available, fold_key(KeyPurpose.EVALUATION)).astype(np.int64)
+
+    def run(
+        self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Evaluate; every rank calls it. None when a rank was asked to stop meanwhile."""
+        micro_size = engine.micro_size
+        passes = math.ceil(self.samples / (micro_size * world.size))  # the same on all ranks: ZeRO-3 gathers in step
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        with engine.evaluating():
+            for number in range(passes):
+                if distributed.total(world, [stop_early()])[0]:
+                    return None
+                first = (number * world.size + world.rank) * micro_size
+                sums += self._score(engine, np.arange(first, first + micro_size))
+        loss_sum, right, count = distributed.total(world, sums.tolist())
+        loss = loss_sum / max(1.0, count)
+        perplexity = math.exp(min(loss, 700.0))
+        return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/masked_accuracy": right / max(1.0, count)}
+
+    def _score(self, engine: TrainingEngine, places: np.ndarray) -> torch.Tensor:
+        inside = places < self.samples
+        places = np.where(inside, places, 0)
+        tokens = self.data.read_blocks(self.blocks[places], self.objective.payload)
+        batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED)
+        batch["labels"].view(len(places), -1)[torch.from_numpy(~inside)] = IGNORED_LABEL  # padding to equal shares
+        count = self.objective.predictions(batch)
+        moved = self.objective.to_device(batch, engine.device)
+        loss_sum, right = self.objective.score(engine.network, moved)
+        return torch.stack(
+            [loss_sum.double(), right.double(), torch.tensor(float(count), device=engine.device).double()]
+        )

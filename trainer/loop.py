@@ -1,0 +1,187 @@
+"""The loop: step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer import distributed
+from trainer.batch_plan import BatchPlan
+from trainer.checkpoint.commit import Saver
+from trainer.config import Config
+from trainer.data.permutation import KeyPurpose, fold_key
+from trainer.distributed import World
+from trainer.engine import TrainingEngine
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergedError
+from trainer.evaluate import Evaluator
+from trainer.metrics import ThroughputMeter, counters, peak_memory_gib
+from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.schedule import learning_rate
+from trainer.signals import StopRequest
+from trainer.state import TrainState
+from trainer.tracking.console import TrainingConsole, describe
+from trainer.tracking.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """One run on one rank, from `state` to its end; `reporter` exists on rank 0 only."""
+
+    config: Config
+    plan: BatchPlan
+    world: World
+    engine: TrainingEngine
+    objective: MaskedLanguageModelling
+    epoch_blocks: int
+    batches: Iterable[Batch]
+    evaluator: Evaluator | None
+    saver: Saver
+    meter: ThroughputMeter
+    state: TrainState
+    stop: StopRequest
+    reporter: Reporter | None
+
+    def run(self) -> int:
+        """Train to the last step or to a request to stop; returns the exit code."""
+        self._last_save_time = time.monotonic()
+        if self.state.step == 0:
+            self._evaluate_if_due()  # the untrained model's perplexity: what all later ones are compared with
+        steps = self._steps_of_batches()
+        self.meter.restart(self.state.tokens)
+        while self.state.step < self.plan.total_steps:
+            micro_batches = next(steps)
+            predictions, stop, save_due = self._agree(micro_batches)
+            if stop:
+                return self._stop()
+            if save_due:
+                self._save()
+            loss_sum = self._train_step(micro_batches, predictions)
+            self._give_up_if_diverged()
+            if self.reporter is not None:
+                self.reporter.step(self.state.step)
+            if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
+                self._log(loss_sum, predictions)
+            self._evaluate_if_due()
+            if self._is_due(self.config.checkpoint.every_steps) or self.state.step == self.plan.total_steps:
+                self._save()
+        return EXIT_FINISHED
+
+    def dry_run(self, console: TrainingConsole | None) -> int:
+        """One real optimizer step and one evaluation, nothing written; shows that everything fits together."""
+        self.meter.restart(self.state.tokens)
+        micro_batches = next(self._steps_of_batches())
+        predictions, _, _ = self._agree(micro_batches)
+        values = self._training_values(self._train_step(micro_batches, predictions), predictions)
+        evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
+        if console is not None:
+            console.say(f"step 1 of {self.plan.total_steps}  {describe(values, self.plan.total_steps)}")
+            if evaluation is not None:
+                console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
+            console.say("dry run passed; nothing was saved")
+        return EXIT_FINISHED
+
+    def _steps_of_batches(self) -> Iterator[list[Batch]]:
+        """The loader's micro-batches, those of one optimizer step at a time."""
+        loader = iter(self.batches)
+        while True:
+            start = time.perf_counter()
+            micro_batches = [next(loader) for _ in range(self.plan.accumulation)]
+            self.meter.waited(time.perf_counter() - start)
+            yield micro_batches
+
+    def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool, bool]:
+        """One small reduction a step: predictions in the global batch, stop or not, save by the clock or not."""
+        minutes = self.config.checkpoint.every_minutes
+        elapsed_minutes = (time.monotonic() - self._last_save_time) / 60
+        clock_says_save = self.world.is_main and minutes is not None and elapsed_minutes >= minutes
+        predictions = sum(self.objective.predictions(batch) for batch in micro_batches)
+        totals = distributed.total(self.world, [predictions, self.stop.received, clock_says_save])
+        return totals[0], totals[1] > 0, totals[2] > 0
+
+    def _train_step(self, micro_batches: list[Batch], predictions: float) -> torch.Tensor:
+        """One optimizer step; returns this rank's sum of cross-entropies, on the device."""
+        step = self.state.step + 1
+        rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
+        # DeepSpeed averages over ranks and micro-batches; this makes it the mean over all predictions.
+        scale = self.world.size * self.plan.accumulation / max(1.0, predictions)
+        loss_sum = torch.zeros((), device=self.engine.device)
+        applied = True
+        for number, batch in enumerate(micro_batches):
+            key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
+            torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
+            loss = self.objective.loss_sum(self.engine.network, self.objective.to_device(batch, self.engine.device))
+            self.engine.backward(loss * scale)
+            loss_sum += loss.detach()
+            applied = self.engine.step(rate)
+        self.state.advance(self.plan.global_size, self.plan.seq_len, applied)
+        if not applied:
+            logger.warning("step %d skipped: a gradient is not finite", step)
+        return loss_sum
+
+    def _give_up_if_diverged(self) -> None:
+        limit = self.config.train.max_skipped_steps
+        if self.state.skipped_in_a_row >= limit:
+            raise DivergedError(
+                f"Gradients were not finite in {limit} steps in a row, up to step {self.state.step}.",
+                where=f"train.max_skipped_steps={limit}",
+                remedy="Lower optimizer.lr or lengthen schedule.warmup_steps, and resume: the last checkpoint is good.",
+            )
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.state.step % every_steps == 0
+
+    def _log(self, loss_sum: torch.Tensor, predictions: float) -> None:
+        values = self._training_values(loss_sum, predictions)
+        if self.reporter is not None:
+            self.reporter.training(values)
+        self.meter.restart(self.state.tokens)
+
+    def _training_values(self, loss_sum: torch.Tensor, predictions: float) -> dict[str, Any]:
+        """Reduce and read; the only place where the host waits for the device."""
+        loss = distributed.total(self.world, [float(loss_sum)])[0] / max(1.0, predictions)
+        rate = learning_rate(self.state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
+        return {
+            **counters(self.state),
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "train/grad_norm": self.engine.grad_norm,
+            "train/skipped_steps": self.state.skipped_steps,
+            "train/loss_scale": self.engine.loss_scale,
+            "train/epoch": self.state.samples / self.epoch_blocks,
+            **self.meter.read(self.state.tokens),
+            "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
+        }
+
+    def _evaluate_if_due(self) -> None:
+        last = self.state.step in (0, self.plan.total_steps)
+        if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
+            return
+        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received)
+        if values is not None and self.reporter is not None:
+            self.reporter.evaluation({**counters(self.state), **values})
+        self.meter.restart(self.state.tokens)
+
+    def _save(self) -> bool:
+        saved = self.saver.save(self.state)
+        self._last_save_time = time.monotonic()
+        self.meter.restart(self.state.tokens)
+        if saved is not None and self.reporter is not None:
+            self.reporter.console.say(f"saved {saved}")
+        return saved is not None
+
+    def _stop(self) -> int:
+        if not self._save():
+            raise RuntimeError(f"asked to stop at step {self.state.step}, but the checkpoint could not be saved")
+        name = self.stop.signal_name or "a signal to another rank"
+        if self.reporter is not None:
+            self.reporter.console.say(
+                f"stopped at step {self.state.step} on {name}; the same command goes on from here"
+            )
+        return EXIT_STOPPED_AFTER_SAVING

@@ -1,0 +1,85 @@
+"""What is measured: one table of names, and the meter that fills it.
+
+The names are those of metrics.jsonl and of the TensorBoard scalars.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+
+from trainer.state import TrainState
+
+COUNTERS = {
+    "step": "optimizer steps done",
+    "samples": "blocks consumed",
+    "tokens": "positions consumed: samples × seq_len",
+    "time": "seconds since 1970",
+}
+TRAINING_METRICS = {
+    "train/loss": "mean cross-entropy over all predicted tokens of the step's global batch, nats",
+    "train/learning_rate": "rate of the step",
+    "train/grad_norm": "global 2-norm of the gradients before clipping; null when not finite",
+    "train/skipped_steps": "steps skipped so far because a gradient was not finite",
+    "train/loss_scale": "loss scale of fp16; 1 in other precisions",
+    "train/epoch": "passes over the training data: samples / blocks of all sources",
+    "throughput/tokens_per_second": "positions a second over all ranks, since the last line",
+    "throughput/mfu": "model FLOP/s over the peak FLOP/s of all devices, since the last line",
+    "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
+    "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
+}
+EVALUATION_METRICS = {
+    "eval/loss": "mean cross-entropy over the fixed masks of the validation blocks, nats",
+    "eval/perplexity": "exp(eval/loss)",
+    "eval/masked_accuracy": "share of masked tokens predicted right",
+}
+
+
+class ThroughputMeter:
+    """Speed and waiting since the last line.
+
+    Args:
+        flops_per_token: training FLOPs a position.
+        peak_flops: FLOP/s of all devices together.
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        """Begin an interval; evaluation and saving are left out of it by restarting after them."""
+        self._start, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def read(self, tokens: int) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self._start)
+        tokens_per_second = (tokens - self._tokens) / seconds
+        return {
+            "throughput/tokens_per_second": tokens_per_second,
+            "throughput/mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+            "time/data_wait_fraction": min(1.0, self._waited / seconds),
+        }
+
+
+def counters(state: TrainState) -> dict[str, float]:
+    return {"step": state.step, "samples": state.samples, "tokens": state.tokens, "time": time.time()}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not finite becomes null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }

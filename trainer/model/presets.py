@@ -1,0 +1,63 @@
+"""Named architectures: what `model.preset` stands for.
+
+The vocabulary size and the special ids are not here: they come from the tokenizer.
+
+Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
+BERT, arXiv:1810.04805, section 3; ModernBERT, arXiv:2412.13663, table 4. Fields the papers leave open (epsilons,
+biases, initialisation) are those of the published configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+_BERT = {
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+}
+_ROBERTA = {**_BERT, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "roberta-base": {"model_type": "roberta", **_ROBERTA, **_BASE},
+        "roberta-large": {"model_type": "roberta", **_ROBERTA, **_LARGE},
+        "bert-base": {
+            "model_type": "bert",
+            **_BERT,
+            **_BASE,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+        },
+        "modernbert-base": {
+            "model_type": "modernbert",
+            "hidden_size": 768,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "intermediate_size": 1152,
+            "hidden_activation": "gelu",
+            "max_position_embeddings": 8192,
+            "global_attn_every_n_layers": 3,
+            "local_attention": 128,
+            "global_rope_theta": 160_000.0,
+            "local_rope_theta": 10_000.0,
+            "norm_eps": 1e-5,
+            "norm_bias": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "decoder_bias": True,
+            "attention_dropout": 0.0,
+            "mlp_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "initializer_range": 0.02,
+            "initializer_cutoff_factor": 2.0,
+        },
+    }
+)
+"""Name → fields of the Hugging Face config, `model_type` among them."""

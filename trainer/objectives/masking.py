@@ -1,0 +1,136 @@
+"""Which tokens of a block are predicted, and what the model is shown in their place.
+
+The masks of sample t are a pure function of (seed, t, position): new each time a block is visited, as the dynamic
+masks of RoBERTa (Liu et al., arXiv:1907.11692), and the same whoever computes them. Exactly k positions a block are
+predicted, as in BERT (Devlin et al., arXiv:1810.04805), so that every shape is static and every rank weighs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.permutation import GOLDEN, KeyPurpose, UInt64s, fold_key, mix64_in_place
+
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
+
+# A block's draws are numbers of one SplitMix64 sequence, keyed by (seed, t): position p takes the p-th for its priority
+# and, when it is chosen, the (2^16 + p)-th for what is shown.
+_SECOND_DRAW = np.uint64(1 << 16)
+_HASH_BITS = np.uint64(0xFFFF_FFFF_FFFF_0000)
+_NEVER = np.uint64(0xFFFF_FFFF_FFFF_FFFF)  # the last priority
+_NO_POSITION = 0xFFFF  # its position, past the end of every block
+_HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFF_FFFF)
+_PIECE = 1 << 15  # positions hashed at once, in whole rows: 256 KiB an array, so that it stays in the cache
+
+
+def predictions_per_block(mask_ratio: float, payload: int) -> int:
+    """k, the predicted positions of a block of `payload` content tokens: round(mask_ratio · payload), at least 1."""
+    return max(1, round(mask_ratio * payload))
+
+
+@dataclass(frozen=True)
+class TokenMasking:
+    """Masks single tokens, each eligible position with the same chance.
+
+    Of the predicted positions a share of `replace_mask` is shown as the mask token, a share of `replace_random` as a
+    token drawn uniformly from the ordinary vocabulary, and the rest unchanged; each position draws for itself.
+
+    Args:
+        mask_ratio: share of a block's content tokens that is predicted, in (0, 1).
+        replace_mask, replace_random: shares in [0, 1] that sum to at most 1.
+        mask_id: id of the mask token.
+        vocabulary_size: number of ids; every token is below it.
+        special_ids: ids never predicted and never drawn, separators and block ends included.
+    """
+
+    mask_ratio: float
+    replace_mask: float
+    replace_random: float
+    mask_id: int
+    vocabulary_size: int
+    special_ids: tuple[int, ...]
+    _is_special: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
+    _ordinary_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        is_special = np.zeros(self.vocabulary_size, np.bool_)
+        is_special[list(self.special_ids)] = True
+        object.__setattr__(self, "_is_special", is_special)
+        object.__setattr__(self, "_ordinary_ids", np.flatnonzero(~is_special).astype(np.int64))
+        assert len(self._ordinary_ids), "a vocabulary has ordinary tokens"
+
+    def apply(
+        self, tokens: NDArray[np.int64], samples: NDArray[np.uint64], seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Mask blocks.
+
+        Args:
+            tokens: int64 [B, S], the begin and end token of each block in place; S ≤ 65,535. Left as it is.
+            samples: uint64 [B], the sample number t of each block.
+            seed: in [0, 2^64).
+
+        Returns:
+            input_ids: int64 [B, S], what the model is shown.
+            prediction_index: int64 [B·k], predicted positions in the flattened [B·S], ascending within a block.
+            labels: int64 [B·k], their original ids. A block with fewer than k eligible positions is filled up with
+                label IGNORED_LABEL at its first position.
+        """
+        rows, seq_len = tokens.shape
+        assert seq_len <= _NO_POSITION
+        count = predictions_per_block(self.mask_ratio, seq_len - 2)
+        keys = fold_key(KeyPurpose.MASKING, seed, samples)
+        positions = np.empty((rows, count), np.int64)
+        piece_rows = max(1, _PIECE // seq_len)
+        for start in range(0, rows, piece_rows):
+            piece = slice(start, start + piece_rows)
+            positions[piece] = self._choose(tokens[piece], keys[piece], count)
+
+        row_starts = np.arange(0, rows * seq_len, seq_len)[:, None]
+        missing = positions == _NO_POSITION
+        prediction_index = np.where(missing, row_starts, row_starts + positions)
+        labels = tokens.reshape(-1)[prediction_index]
+        shown = self._replace(keys, positions, labels)
+        input_ids = tokens.copy()
+        if missing.any():  # never in ordinary text
+            labels[missing] = IGNORED_LABEL
+            present = ~missing
+            input_ids.reshape(-1)[prediction_index[present]] = shown[present]
+        else:
+            input_ids.reshape(-1)[prediction_index] = shown
+        return input_ids, prediction_index.reshape(-1), labels.reshape(-1)
+
+    def _choose(self, tokens: NDArray[np.int64], keys: UInt64s, count: int) -> NDArray[np.uint16]:
+        """uint16 [B, count]: ascending positions of the `count` eligible tokens with the smallest hashes.
+
+        The low 16 bits of each hash give way to the position, so that partitioning the values yields the positions;
+        the other 48 bits of two hashes tie in 1 of 2 billion blocks of 512. Missing positions are _NO_POSITION.
+        """
+        steps = np.arange(tokens.shape[1], dtype=np.uint64)
+        priority = keys[:, None] + steps * GOLDEN
+        mix64_in_place(priority, np.empty_like(priority))
+        np.bitwise_and(priority, _HASH_BITS, out=priority)
+        np.bitwise_or(priority, steps, out=priority)
+        np.putmask(priority, np.take(self._is_special, tokens), _NEVER)
+        priority.partition(count - 1, axis=1)
+        positions = priority[:, :count].astype(np.uint16)  # the low 16 bits
+        positions.sort(axis=1)
+        return positions
+
+    def _replace(self, keys: UInt64s, positions: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B, k]: what is shown at the predicted positions.
+
+        The high half of a second hash chooses between mask, random and unchanged, the low half draws the random id
+        (by multiply-shift, whose bias, vocabulary / 2^32, is below 1 in 10,000).
+        """
+        draw = keys[:, None] + (positions.astype(np.uint64) + _SECOND_DRAW) * GOLDEN
+        mix64_in_place(draw, np.empty_like(draw))
+        choice = draw >> _HALF
+        mask_below = np.uint64(round(self.replace_mask * 2**32))
+        random_below = np.uint64(round(min(1.0, self.replace_mask + self.replace_random) * 2**32))
+        rank = ((draw & _LOW_HALF) * np.uint64(len(self._ordinary_ids))) >> _HALF
+        shown = np.where(choice < random_below, self._ordinary_ids[rank], labels)
+        shown[choice < mask_below] = self.mask_id
+        return shown

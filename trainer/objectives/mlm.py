@@ -1,0 +1,106 @@
+"""Masked language modelling: masked batches from blocks, and the loss over the predicted positions.
+
+BERT (arXiv:1810.04805) with the dynamic masks of RoBERTa (arXiv:1907.11692): a block is masked anew each
+time it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from trainer.config import ObjectiveConfig
+from trainer.data.vocabulary import Vocabulary
+from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
+
+
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(input_ids [B, S], prediction_index [B·k]) → logits [B·k, vocabulary]."""
+
+
+class Batch(TypedDict):
+    """One micro-batch of B blocks of S tokens with k predictions each; all int64.
+
+    Attributes:
+        input_ids: [B, S], masked.
+        prediction_index: [B·k], flat positions into B·S.
+        labels: [B·k], original ids at these positions, or IGNORED_LABEL.
+    """
+
+    input_ids: torch.Tensor
+    prediction_index: torch.Tensor
+    labels: torch.Tensor
+
+
+class MaskedLanguageModelling:
+    """Builds batches (in loader workers) and computes the loss (in the training process)."""
+
+    def __init__(self, settings: ObjectiveConfig, vocabulary: Vocabulary, seq_len: int) -> None:
+        self.vocabulary = vocabulary
+        self.seq_len = seq_len
+        self.payload = seq_len - 2
+        self.predictions_per_block = predictions_per_block(settings.mask_ratio, self.payload)
+        self.masking = TokenMasking(
+            mask_ratio=settings.mask_ratio,
+            replace_mask=settings.replace_mask,
+            replace_random=settings.replace_random,
+            mask_id=vocabulary.mask_id,
+            vocabulary_size=vocabulary.size,
+            special_ids=vocabulary.special_ids,
+        )
+
+    def frame(self, blocks: np.ndarray) -> np.ndarray:
+        """Put the begin and end tokens around blocks [B, payload]; returns int64 [B, seq_len]."""
+        tokens = np.empty((len(blocks), self.seq_len), np.int64)
+        tokens[:, 0], tokens[:, -1] = self.vocabulary.begin_id, self.vocabulary.end_id
+        tokens[:, 1:-1] = blocks
+        return tokens
+
+    def make_batch(self, blocks: np.ndarray, samples: np.ndarray, seed: int) -> Batch:
+        """Mask blocks.
+
+        Args:
+            blocks: [B, payload], any integer dtype.
+            samples: uint64 [B], the sample numbers t that key the masks.
+            seed: of the run.
+        """
+        input_ids, index, labels = self.masking.apply(self.frame(blocks), samples, seed)
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            prediction_index=torch.from_numpy(index),
+            labels=torch.from_numpy(labels),
+        )
+
+    @staticmethod
+    def predictions(batch: Batch) -> int:
+        """How many predictions of the batch count in the loss."""
+        return int((batch["labels"] != IGNORED_LABEL).sum())
+
+    @staticmethod
+    def to_device(batch: Batch, device: torch.device) -> Batch:
+        """Copy to the device, without waiting where the batch is pinned."""
+        return Batch(
+            input_ids=batch["input_ids"].to(device, non_blocking=True),
+            prediction_index=batch["prediction_index"].to(device, non_blocking=True),
+            labels=batch["labels"].to(device, non_blocking=True),
+        )
+
+    def loss_sum(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Sum of the cross-entropies over the batch's predictions, in nats; a scalar in fp32."""
+        return self._cross_entropy(network(batch["input_ids"], batch["prediction_index"]), batch["labels"])
+
+    @torch.no_grad()
+    def score(self, network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """For evaluation: the loss sum, and how many predictions were right; scalars."""
+        logits = network(batch["input_ids"], batch["prediction_index"])
+        right = (logits.argmax(dim=-1) == batch["labels"]).sum()
+        return self._cross_entropy(logits, batch["labels"]), right
+
+    @staticmethod
+    def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # In fp32 whatever the training precision: bf16 would quantise a loss of 7.5 to steps of 1/32.
+        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")

@@ -1,0 +1,73 @@
+"""What the user sees while training: a progress bar on a terminal, one plain line an interval off it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+
+class TrainingConsole:
+    """Rank 0's view of a run, written to `stream`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._rich = Console(file=stream, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._total_steps = 0
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self._rich.print(line, markup=False)
+
+    def start(self, step: int, total_steps: int) -> None:
+        """Begin to show progress: a bar, on a terminal."""
+        self._total_steps = total_steps
+        if self._rich.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+            )
+            self._progress = Progress(*columns, console=self._rich)
+            self._task = self._progress.add_task("", total=total_steps, completed=step)
+            self._progress.start()
+
+    def step(self, step: int) -> None:
+        """Move the bar; nothing to show off a terminal."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def training_line(self, values: dict[str, Any]) -> None:
+        """Show one metrics line: always the same order, so that it can be searched."""
+        text = describe(values, self._total_steps)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=values["step"], description=text)
+        else:
+            self.say(f"step {values['step']}/{self._total_steps}  {text}")
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def describe(values: dict[str, Any], total_steps: int) -> str:
+    """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
+    tokens_per_step = values["tokens"] / values["step"]
+    seconds_left = (total_steps - values["step"]) * tokens_per_step / values["throughput/tokens_per_second"]
+    skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
+    return (
+        f"loss {_number(values['train/loss'], '.4f')}  lr {values['train/learning_rate']:.2e}  "
+        f"grad_norm {_number(values['train/grad_norm'], '.3f')}  "
+        f"{values['throughput/tokens_per_second']:,.0f} tokens/s  mfu {values['throughput/mfu']:.1%}  "
+        f"wait {values['time/data_wait_fraction']:.1%}  peak {values['memory/peak_gib']:.2f} GiB{skipped}  "
+        f"eta {timedelta(seconds=round(seconds_left))}"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

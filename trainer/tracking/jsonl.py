@@ -1,0 +1,40 @@
+"""metrics.jsonl: one JSON object a line, each step once, over any number of restarts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.files import replace_synced
+
+
+class JsonlWriter:
+    """Appends lines to metrics.jsonl; rank 0 only.
+
+    Args:
+        resumed_step: lines of later steps come from a run that was lost before its next checkpoint; they are
+            dropped, since those steps happen again. None for a fresh start, which keeps none.
+    """
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        kept = [line for line in read_lines(path) if resumed_step is not None and line["step"] <= resumed_step]
+        replace_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a last line cut off by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

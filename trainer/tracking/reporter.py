@@ -1,0 +1,55 @@
+"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard and the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, dump_config
+from trainer.metrics import as_json
+from trainer.tracking.console import TrainingConsole
+from trainer.tracking.jsonl import JsonlWriter
+from trainer.tracking.tensorboard import TensorBoardWriter
+
+
+class Reporter:
+    """Rank 0's reports of one run."""
+
+    def __init__(
+        self, run_dir: Path, console: TrainingConsole, total_steps: int, resumed_step: int | None, config: Config
+    ) -> None:
+        self.console = console
+        self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resumed_step)
+        self._tensorboard = None
+        if config.logging.tensorboard:
+            self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", resumed_step, dump_config(config))
+        console.start(resumed_step or 0, total_steps)
+
+    def step(self, step: int) -> None:
+        """Count a step on the progress bar."""
+        self.console.step(step)
+
+    def training(self, values: dict[str, Any]) -> None:
+        """Report a training line (names in trainer.metrics)."""
+        self.console.training_line(self._write(values))
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        """Report an evaluation line."""
+        self._write(values)
+        self.console.say(
+            f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  "
+            f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
+        )
+
+    def close(self) -> None:
+        self.console.stop()
+        self._jsonl.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write(self, values: dict[str, Any]) -> dict[str, Any]:
+        values = as_json(values)
+        self._jsonl.write(values)
+        if self._tensorboard is not None:
+            self._tensorboard.write(values, values["step"])
+        return values

@@ -1,0 +1,238 @@
+"""One rank of a run, wired in reading order: config → inputs → resume → model → engine → checkpoint → loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+
+from trainer import distributed
+from trainer.checkpoint.commit import Saver
+from trainer.checkpoint.contents import write_contents
+from trainer.checkpoint.find import choose
+from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.resume import check_resumable, set_aside
+from trainer.config import Config, dump_config
+from trainer.data.loader import MaskedBlocks, training_batches
+from trainer.deepspeed_config import stage_of
+from trainer.distributed import World
+from trainer.engine import TrainingEngine
+from trainer.errors import EXIT_FINISHED
+from trainer.evaluate import Evaluator
+from trainer.files import replace_synced
+from trainer.inputs import Inputs, open_inputs, run_folder, sha256_of
+from trainer.logs import rank_log
+from trainer.loop import Loop
+from trainer.metrics import ThroughputMeter
+from trainer.model.build import BuiltModel, build_model
+from trainer.model.device_peak import device_peak
+from trainer.model.flops import flops_per_token
+from trainer.signals import StopRequest, stop_requests
+from trainer.state import TrainState
+from trainer.tracking.console import TrainingConsole
+from trainer.tracking.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def validate(config: Config, world_size: int) -> list[str]:
+    """Check all that can be checked without training; returns lines that describe the run."""
+    return open_inputs(config, world_size).describe()
+
+
+def run(config: Config, resume: str = "auto", dry_run: bool = False) -> int:
+    """Train as the rank that RANK and WORLD_SIZE name; returns the exit code.
+
+    Args:
+        resume: auto, must, never, or the path of a checkpoint.
+        dry_run: do one real step and one evaluation, and save nothing.
+    """
+    with stop_requests() as stop:
+        world = distributed.start()
+        try:
+            with _output(config, world, dry_run) as stream:
+                console = TrainingConsole(stream) if world.is_main else None
+                return _train(config, world, resume, dry_run, stop, console)
+        finally:
+            distributed.stop()
+
+
+@contextmanager
+def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
+    """Rank logs in the run folder; a dry run leaves none, so its logs lie in a temporary one."""
+    with (
+        tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch,
+        rank_log(Path(scratch) if dry_run else run_folder(config), world.rank) as stream,
+    ):
+        yield stream
+
+
+def _train(
+    config: Config, world: World, resume: str, dry_run: bool, stop: StopRequest, console: TrainingConsole | None
+) -> int:
+    inputs = _together(world, lambda: open_inputs(config, world.size))
+    run_dir = run_folder(config)
+
+    checkpoint = None if dry_run else choose(world, run_dir, resume)
+    manifest = read_manifest(checkpoint) if checkpoint else None
+    state = TrainState(**manifest.state) if manifest else TrainState()
+    if console is not None:
+        console.say(_decision(run_dir, resume, checkpoint, state, dry_run))
+    if state.step >= inputs.plan.total_steps:
+        if console is not None:
+            console.say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
+        return EXIT_FINISHED
+
+    built = _together(world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed))
+    layout, identity = _layout(inputs, world), _identity(inputs, built)
+    if checkpoint and manifest:
+        check_resumable(checkpoint, manifest, layout, identity)
+    if console is not None:
+        for line in (*inputs.describe(), *built.notes):
+            console.say(line)
+        if not dry_run:
+            _freeze(run_dir, inputs, console, fresh=checkpoint is None)
+    meter = _meter(inputs, built, world)
+
+    engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
+    if checkpoint:
+        engine.load(checkpoint)
+    if config.model.compile:
+        engine.compile()
+
+    batches = training_batches(
+        inputs.order,
+        inputs.plan,
+        MaskedBlocks(inputs.sources, inputs.objective, config.run.seed),
+        rank=world.rank,
+        first_sample=state.samples,
+        steps=inputs.plan.total_steps - state.step,
+        workers=config.data.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    saver = Saver(
+        run_dir=run_dir,
+        world=world,
+        engine=engine,
+        settings=config.checkpoint,
+        layout=layout,
+        identity=identity,
+        model=_model_summary(built),
+        write_contents=lambda folder: write_contents(folder, engine, inputs, world),
+    )
+    loop = Loop(
+        config=config,
+        plan=inputs.plan,
+        world=world,
+        engine=engine,
+        objective=inputs.objective,
+        epoch_blocks=inputs.epoch_blocks,
+        batches=batches,
+        evaluator=Evaluator(inputs.validation, inputs.objective, config.eval.samples) if inputs.validation else None,
+        saver=saver,
+        meter=meter,
+        state=state,
+        stop=stop,
+        reporter=None,
+    )
+    if dry_run:
+        return loop.dry_run(console)
+    if console is not None:
+        resumed_step = state.step if checkpoint else None
+        loop.reporter = Reporter(run_dir, console, inputs.plan.total_steps, resumed_step, config)
+    try:
+        return loop.run()
+    finally:
+        if loop.reporter is not None:
+            loop.reporter.close()
+
+
+def _together(world: World, build: Callable[[], Any]) -> Any:
+    """Build something on every rank; when a rank cannot, all raise its error."""
+    value, error = None, None
+    try:
+        value = build()
+    except Exception as caught:
+        logger.exception("this rank cannot start")
+        error = caught
+    distributed.raise_together(world, error)
+    return value
+
+
+def _decision(run_dir: Path, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:
+    """The first line: run folder, what was decided, and why."""
+    if dry_run:
+        return f"dry run of {run_dir}: one step, nothing is saved"
+    if checkpoint is not None:
+        return f"run {run_dir}: resuming from {checkpoint.name} at step {state.step} (--resume {resume})"
+    if resume == "never" and (moved := set_aside(run_dir)):
+        return f"run {run_dir}: starting afresh (--resume never); the earlier run was moved to {moved.name}"
+    return f"run {run_dir}: starting afresh (--resume {resume}, no checkpoint found)"
+
+
+def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
+    """What the shape of DeepSpeed's files depends on."""
+    return {
+        "world_size": world.size,
+        "stage": stage_of(inputs.ds_config),
+        "precision": inputs.config.train.precision,
+        "gradient_accumulation_dtype": inputs.config.train.gradient_accumulation_dtype,
+    }
+
+
+def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
+    """What would change the result in silence if it changed over a resume."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
+    return {
+        "data order": sha256_of(inputs.data_order())[:16],
+        "tokenizer": inputs.vocabulary.sha256[:16],
+        "model": f"{type(built.model).__name__} {sha256_of(shapes)[:16]}",
+        "objective": inputs.config.objective.model_dump(),
+        "seed": inputs.config.run.seed,
+        "seq_len": inputs.config.data.seq_len,
+    }
+
+
+def _model_summary(built: BuiltModel) -> dict[str, Any]:
+    return {
+        "class": type(built.model).__name__,
+        "type": built.model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
+    }
+
+
+def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
+    flops = flops_per_token(built.model, inputs.plan.seq_len, inputs.prediction_ratio)
+    peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
+    logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
+    return ThroughputMeter(flops, peak * world.size)
+
+
+def _freeze(run_dir: Path, inputs: Inputs, console: TrainingConsole, fresh: bool) -> None:
+    """Write the resolved inputs at the first start; on a resume say what has changed since."""
+    config_path = run_dir / "config.yaml"
+    if fresh or not config_path.is_file():
+        replace_synced(config_path, dump_config(inputs.config).encode())
+        replace_synced(run_dir / "deepspeed.json", (json.dumps(inputs.ds_config, indent=2) + "\n").encode())
+        order = {**inputs.data_order(), "sha256": sha256_of(inputs.data_order())}
+        replace_synced(run_dir / "data_order.json", (json.dumps(order, indent=2) + "\n").encode())
+        return
+    frozen = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+    changes = _changes(frozen, inputs.config.model_dump(mode="json"))
+    if changes:
+        console.say(f"changed since the first start: {', '.join(changes)}")
+
+
+def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted({*before, *after})
+        return [line for name in names for line in _changes(before.get(name), after.get(name), f"{prefix}{name}.")]
+    return [] if before == after else [f"{prefix[:-1]} {before} → {after}"]
