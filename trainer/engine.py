@@ -42,7 +42,7 @@ class RecordingCheckpointEngine(TorchCheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.written: dict[str, tuple[int, str]] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
@@ -54,13 +54,14 @@ class RecordingCheckpointEngine(TorchCheckpointEngine):
         if self.error is not None:
             return
         try:
-            torch.save(state_dict, path)
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
             self.written[Path(path).name] = (Path(path).stat().st_size, file_hash(Path(path)))
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            self.error = error
+        except (OSError, RuntimeError) as error:
+            # torch's writer raises a RuntimeError about positions in the file; the cause is behind it.
+            self.error = error if isinstance(error, OSError) else error.__context__ or error
 
 
 class TrainingEngine:
@@ -81,7 +82,7 @@ class TrainingEngine:
         restore_fp32_buffers(model, buffers)
         self.module = model
         self.device = world.device
-        self._constants: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
         self._recorder = RecordingCheckpointEngine()
         self._engine.checkpoint_engine = self._recorder
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
@@ -97,11 +98,11 @@ class TrainingEngine:
 
     def network(self, input_ids: torch.Tensor, prediction_index: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S]."""
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        if shape not in self._constants:
-            self._constants[shape] = constant_inputs(self.module, *shape, self.device)
+        seq_len = input_ids.shape[1]
+        if seq_len not in self._constants:
+            self._constants[seq_len] = constant_inputs(self.module, seq_len, self.device)
         with self._positions.select(prediction_index):
-            output = self._engine(input_ids=input_ids, **self._constants[shape])
+            output = self._engine(input_ids=input_ids, **self._constants[seq_len])
         return self._positions.logits(output.logits, prediction_index)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -44,3 +44,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_local(name: str | Path) -> bool:
+    """Whether the name of a Hugging Face folder means a path on this machine, and not a name on the hub."""
+    path = Path(name).expanduser()
+    return path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists()

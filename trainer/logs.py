@@ -63,7 +63,8 @@ def _install_handlers(file: TextIO, console: TextIO | None) -> list[logging.Hand
         to_console = logging.StreamHandler(console)
         to_console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         to_console.setLevel(logging.WARNING)
-        to_console.addFilter(logging.Filter("trainer"))  # other libraries' warnings stay in the file
+        # Other libraries' warnings stay in the file, and so does the traceback of what ends this rank.
+        to_console.addFilter(lambda record: record.name.startswith("trainer.") and record.exc_info is None)
         handlers.append(to_console)
     root = logging.getLogger()
     root.setLevel(logging.INFO)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,7 @@ from trainer import distributed
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import write_contents
 from trainer.checkpoint.find import choose
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.manifest import Records, read_manifest
 from trainer.checkpoint.resume import check_resumable, set_aside
 from trainer.config import Config, dump_config
 from trainer.data.loader import MaskedBlocks, training_batches
@@ -34,6 +34,7 @@ from trainer.metrics import ThroughputMeter
 from trainer.model.build import BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
+from trainer.objectives.mlm import Batch
 from trainer.signals import StopRequest, stop_requests
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
@@ -92,42 +93,23 @@ def _train(
         return EXIT_FINISHED
 
     built = _together(world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed))
-    layout, identity = _layout(inputs, world), _identity(inputs, built)
+    # Before the engine, which at ZeRO stage 3 leaves no weight in the module to describe.
+    records = Records(_layout(inputs, world), _identity(inputs, built), _model_summary(built))
     if checkpoint and manifest:
-        check_resumable(checkpoint, manifest, layout, identity)
+        check_resumable(checkpoint, manifest, records)
     if console is not None:
         for line in (*inputs.describe(), *built.notes):
             console.say(line)
         if not dry_run:
             _freeze(run_dir, inputs, console, fresh=checkpoint is None)
-    meter = _meter(inputs, built, world)
 
+    meter = _meter(inputs, built, world)
     engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
     if checkpoint:
         engine.load(checkpoint)
     if config.model.compile:
         engine.compile()
 
-    batches = training_batches(
-        inputs.order,
-        inputs.plan,
-        MaskedBlocks(inputs.sources, inputs.objective, config.run.seed),
-        rank=world.rank,
-        first_sample=state.samples,
-        steps=inputs.plan.total_steps - state.step,
-        workers=config.data.workers,
-        pin_memory=world.device.type == "cuda",
-    )
-    saver = Saver(
-        run_dir=run_dir,
-        world=world,
-        engine=engine,
-        settings=config.checkpoint,
-        layout=layout,
-        identity=identity,
-        model=_model_summary(built),
-        write_contents=lambda folder: write_contents(folder, engine, inputs, world),
-    )
     loop = Loop(
         config=config,
         plan=inputs.plan,
@@ -135,9 +117,9 @@ def _train(
         engine=engine,
         objective=inputs.objective,
         epoch_blocks=inputs.epoch_blocks,
-        batches=batches,
+        batches=_batches(inputs, world, state),
         evaluator=Evaluator(inputs.validation, inputs.objective, config.eval.samples) if inputs.validation else None,
-        saver=saver,
+        saver=_saver(run_dir, inputs, records, engine, world),
         meter=meter,
         state=state,
         stop=stop,
@@ -153,6 +135,30 @@ def _train(
     finally:
         if loop.reporter is not None:
             loop.reporter.close()
+
+
+def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:
+    return training_batches(
+        inputs.order,
+        inputs.plan,
+        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed),
+        rank=world.rank,
+        first_sample=state.samples,
+        steps=inputs.plan.total_steps - state.step,
+        workers=inputs.config.data.workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _saver(run_dir: Path, inputs: Inputs, records: Records, engine: TrainingEngine, world: World) -> Saver:
+    return Saver(
+        run_dir=run_dir,
+        world=world,
+        engine=engine,
+        settings=inputs.config.checkpoint,
+        records=records,
+        write_contents=lambda folder: write_contents(folder, engine, inputs, world),
+    )
 
 
 def _together(world: World, build: Callable[[], Any]) -> Any:

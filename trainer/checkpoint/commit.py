@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainer import distributed
 from trainer.checkpoint.find import candidates, checkpoints_folder
-from trainer.checkpoint.manifest import MANIFEST, CheckpointManifest, step_folder, write_manifest
+from trainer.checkpoint.manifest import MANIFEST, CheckpointManifest, Records, step_folder, write_manifest
 from trainer.config import CheckpointConfig
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
@@ -38,9 +37,7 @@ class Saver:
     world: World
     engine: TrainingEngine
     settings: CheckpointConfig
-    layout: dict[str, Any]
-    identity: dict[str, Any]
-    model: dict[str, Any]
+    records: Records
     write_contents: Callable[[Path], None]
 
     def save(self, state: TrainState) -> Path | None:
@@ -97,9 +94,9 @@ class Saver:
         try:
             manifest = CheckpointManifest(
                 state=state.to_dict(),
-                layout=self.layout,
-                identity=self.identity,
-                model=self.model,
+                layout=self.records.layout,
+                identity=self.records.identity,
+                model=self.records.model,
                 files=dict(sorted(files.items())),
                 versions={name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
                 saved_at=time.time(),

@@ -24,23 +24,32 @@ PROBE = "probe.safetensors"
 
 
 @dataclass(frozen=True)
-class CheckpointManifest:
+class Records:
+    """What a checkpoint belongs to; the same for all checkpoints of one start.
+
+    Attributes:
+        layout: world_size, stage, precision: what DeepSpeed's files are shaped by.
+        identity: what must not change silently over a resume: data order, tokenizer, model, objective, seed, length.
+        model: a description for people (class, type, parameters).
+    """
+
+    layout: dict[str, Any]
+    identity: dict[str, Any]
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointManifest(Records):
     """Record of one checkpoint.
 
     Attributes:
         state: TrainState as a dict.
-        layout: world_size, stage, precision: what DeepSpeed's files are shaped by.
-        identity: what must not change silently over a resume: data order, tokenizer, model, objective, seed, length.
-        model: a description for people (type, parameters).
         files: path within the folder → (bytes, xxh3_128).
         versions: of the packages that wrote it.
         saved_at: seconds since 1970.
     """
 
     state: dict[str, int]
-    layout: dict[str, Any]
-    identity: dict[str, Any]
-    model: dict[str, Any]
     files: dict[str, tuple[int, str]]
     versions: dict[str, str] = field(default_factory=dict)
     saved_at: float = 0.0

@@ -6,21 +6,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def check_resumable(
-    folder: Path, manifest: CheckpointManifest, layout: dict[str, Any], identity: dict[str, Any]
-) -> None:
+def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records) -> None:
     """Refuse a checkpoint of another model, tokenizer, data order, objective or layout.
 
     Raises:
         UserError: with each difference.
     """
-    differences = _differences(manifest.identity, identity)
+    differences = _differences(manifest.identity, current.identity)
     if differences:
         raise UserError(
             f"Checkpoint {folder.name} belongs to another run: {'; '.join(differences)}.",
@@ -28,7 +26,7 @@ def check_resumable(
             remedy="Restore these settings to resume it, or start a new run in another run.dir. To continue from its "
             "weights on other data, convert it and set model.from_pretrained.",
         )
-    differences = _differences(manifest.layout, layout)
+    differences = _differences(manifest.layout, current.layout)
     if differences:
         raise UserError(
             f"Checkpoint {folder.name} was saved under another layout: {'; '.join(differences)}.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
+from trainer.files import is_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,16 +45,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(folder).expanduser()
-    looks_like_path = path.is_absolute() or str(folder).startswith(".") or str(folder).count("/") > 1 or path.exists()
-    if looks_like_path and not path.is_dir():
+    path, local = Path(folder).expanduser(), is_local(folder)
+    if local and not path.is_dir():
         raise UserError(
             f"No tokenizer folder at '{folder}'.",
             where=str(folder),
             remedy="Train one with `maskwright tokenizer train --input TEXT --output DIR`, or correct the path.",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if looks_like_path else str(folder), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if local else str(folder), use_fast=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own for a bad folder
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

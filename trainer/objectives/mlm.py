@@ -17,7 +17,6 @@ from trainer.config import ObjectiveConfig
 from trainer.data.vocabulary import Vocabulary
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 
-
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(input_ids [B, S], prediction_index [B·k]) → logits [B·k, vocabulary]."""
 

@@ -1,0 +1,48 @@
+# Every target sets up what it needs; `make setup` alone makes the .venv.
+PYTHON ?= python3
+DIR ?=
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
+AT_LEAST_3_11 := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make setup   make $(VENV) with the pinned dependencies (PYTHON=python3.12 picks the interpreter)"
+	@echo "make demo    the whole path on a small corpus, on CPU, about 5 minutes (DIR=folder: where)"
+	@echo "make test    the whole test suite (ARGS='-k order': some of it)"
+	@echo "make check   lint, format, types, import rules, shell scripts"
+	@echo "make clean   remove $(VENV) and all caches"
+
+setup: $(STAMP)
+
+# torch comes first and pinned: DeepSpeed, asked for alone, would bring the newest one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(VENV)/bin/python $(AT_LEAST_3_11) 2>/dev/null || { \
+		$(PYTHON) $(AT_LEAST_3_11) || { echo "maskwright needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 2; }; \
+		$(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing the pinned dependencies into $(VENV): a few minutes, and a large download the first time"
+	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/maskwright demo $(if $(DIR),--dir '$(DIR)')
+
+test: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+	@if command -v shellcheck >/dev/null; then shellcheck $(SHELL_SCRIPTS) && echo "shellcheck: no findings"; \
+	else echo "shellcheck is not installed: shell scripts were not checked" >&2; fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""`python -m launcher` is `maskwright`."""
+
+from launcher.cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""How were we started? torchrun, a SLURM step, or by hand: read from the environment, without side effects."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.errors import UserError
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Below the range that the kernel hands out for outgoing connections (32768 and up).
+_FIRST_PORT, _PORTS = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One rank's place among its peers, and where they meet."""
+
+    started_by: Literal["torchrun", "srun", "local"]
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_address: str
+    master_port: int
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables that torch.distributed reads."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list such as `gpu[03-06,11]`, as SLURM itself expands it."""
+    try:
+        result = subprocess.run(
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
+        )
+        return result.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise UserError(
+            f"`scontrol show hostnames` did not give the first host of '{node_list}': {error}",
+            where="MASTER_ADDR",
+            remedy="Export MASTER_ADDR before srun: the name of the job's first node, as the others reach it.",
+        ) from None
+
+
+def find_membership(
+    environ: Mapping[str, str], find_first_host: Callable[[str], str] = first_host
+) -> Membership | None:
+    """This process's place when torchrun or srun started it; None when nobody did.
+
+    A SLURM step of one task counts as started by hand: it may start local ranks of its own.
+
+    Raises:
+        UserError: when the variables contradict themselves, or a SLURM step of several tasks does not tell where
+            rank 0 is. There is no fallback to localhost: each node would wait for itself.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        if "LOCAL_RANK" in environ:
+            return _from_torchrun(environ)
+        if environ["WORLD_SIZE"] != "1":
+            raise UserError(
+                f"RANK={environ['RANK']} and WORLD_SIZE={environ['WORLD_SIZE']} are set, LOCAL_RANK is not.",
+                where="LOCAL_RANK",
+                remedy="Start with torchrun or srun, which set all of them, or unset RANK and WORLD_SIZE.",
+            )
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        task_count = _integer(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+        if task_count > 1:
+            return _from_srun(environ, task_count, find_first_host)
+    return None
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Membership:
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in environ]
+    if missing:
+        raise UserError(
+            f"RANK, WORLD_SIZE and LOCAL_RANK are set, but not {' and '.join(missing)}.",
+            where=", ".join(missing),
+            remedy="Start with torchrun or srun, which set all of them, or unset RANK, WORLD_SIZE and LOCAL_RANK.",
+        )
+    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in _TORCHRUN_VARIABLES[:4])
+    return Membership(
+        started_by="torchrun",
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_address=environ["MASTER_ADDR"],
+        master_port=_integer(environ, "MASTER_PORT"),
+    )
+
+
+def _from_srun(environ: Mapping[str, str], task_count: int, find_first_host: Callable[[str], str]) -> Membership:
+    node_index = _integer(environ, "SLURM_NODEID")
+    tasks_name = next((n for n in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") if n in environ), "")
+    tasks_per_node = _expand_tasks_per_node(environ.get(tasks_name, ""))
+    if node_index >= len(tasks_per_node):
+        raise UserError(
+            f"Not a task count for each node: '{environ.get(tasks_name, '')}', and this is node {node_index}.",
+            where=tasks_name or "SLURM_STEP_TASKS_PER_NODE",
+            remedy="Start with srun, and let its SLURM_* variables through to the container.",
+        )
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        if not node_list:
+            raise UserError(
+                "A SLURM step of several tasks, but neither MASTER_ADDR nor SLURM_JOB_NODELIST is set.",
+                where="MASTER_ADDR",
+                remedy="Export MASTER_ADDR before srun: the name of the job's first node, as the others reach it.",
+            )
+        address = find_first_host(node_list)
+    return Membership(
+        started_by="srun",
+        rank=_integer(environ, "SLURM_PROCID"),
+        world_size=task_count,
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_world_size=tasks_per_node[node_index],
+        master_address=address,
+        master_port=_integer(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else _port_of_step(environ),
+    )
+
+
+def _port_of_step(environ: Mapping[str, str]) -> int:
+    """Every task of a step derives the same port; jobs that share a node, and the steps of one job, differ."""
+    return _FIRST_PORT + (_integer(environ, "SLURM_JOB_ID") + 1009 * _integer(environ, "SLURM_STEP_ID")) % _PORTS
+
+
+def _expand_tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` → [2, 2, 2, 1]; an empty list when it is not of this form."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            return []
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name)
+    if value is None or not value.isdecimal():
+        found = "is not set" if value is None else f"is '{value}', not a number"
+        raise UserError(
+            f"Environment variable {name} {found}.",
+            where=name,
+            remedy="Start with torchrun or srun, which set it, or unset the variables of such a start.",
+        )
+    return int(value)

@@ -1,0 +1,266 @@
+"""Several ranks on this machine: started together, watched, and ended together.
+
+A rank lives in its own session, so that a Ctrl-C on the terminal reaches the launcher alone, which forwards it to
+each rank exactly once. The kernel kills the ranks if the launcher dies (PR_SET_PDEATHSIG), and a rank's loader
+workers are killed with it: nothing outlives the command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launcher.console import EXIT_INTERRUPTED, Card, print_card
+from launcher.environment import Membership
+from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, log_of, print_report
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
+
+GRACE_S = 15.0
+"""After a rank has failed, the others have this long to end by themselves, and again this long after a TERM."""
+POLL_S = 0.1
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LOCALHOST = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
+_TAIL_BYTES = 4096
+
+
+@dataclass
+class RankProcess:
+    rank: int
+    process: subprocess.Popen[bytes]
+    error_file: Path
+    output_file: Path | None
+    """Where stdout and stderr go; None for the first rank, which has the console."""
+    last_seen_alive: float
+    ended_by_launcher: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.process.returncode not in (None, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING)
+
+    def poll(self) -> bool:
+        """Whether it has ended. Its process group is killed before the pid is given back, so it is surely its own."""
+        if self.process.returncode is not None:
+            return True
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            self.last_seen_alive = time.time()
+            return False
+        self._kill_group()
+        self.process.wait()
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process.returncode is None:
+            os.kill(self.process.pid, number)  # not Popen.send_signal: that could take its exit status
+
+    def terminate(self) -> None:
+        self.ended_by_launcher = True
+        self.send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it with its workers, and wait until it is gone."""
+        if self.process.returncode is None:
+            self.ended_by_launcher = True
+            self._kill_group()
+            self.process.wait()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def launch(command: Sequence[str], process_count: int, run_dir: Path | None, grace_s: float = GRACE_S) -> int:
+    """Run `command` once a rank, with RANK, WORLD_SIZE and the like set, and return the exit code of the whole.
+
+    That is 0 or 75 when every rank ended with one of them (75 if any did), 130 after a second Ctrl-C, else that of
+    the rank that failed first, whose error is shown. A death by signal counts as 1.
+    """
+    with tempfile.TemporaryDirectory(prefix="maskwright-") as scratch, _received_signals() as received:
+        ranks = _start(command, process_count, Path(scratch))
+        try:
+            interrupted = _watch(ranks, received, grace_s)
+        finally:
+            for rank in ranks:
+                rank.kill()
+        if interrupted:
+            print("Interrupted.", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        codes = {rank.process.returncode for rank in ranks}
+        if codes <= {EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING}:
+            return max(codes)
+        return _show_first_cause(ranks, run_dir)
+
+
+def core_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOCALHOST, 0))
+        return probe.getsockname()[1]
+
+
+def local_membership(rank: int, world_size: int, port: int) -> Membership:
+    return Membership("local", rank, world_size, rank, world_size, _LOCALHOST, port)
+
+
+@contextmanager
+def _received_signals() -> Iterator[deque[signal.Signals]]:
+    """Collect signals instead of dying from them."""
+    received: deque[signal.Signals] = deque()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+
+    previous = {number: signal.signal(number, handle) for number in FORWARDED_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[RankProcess]:
+    port = free_port()
+    threads = max(1, core_count() // process_count)
+    die_with_launcher = _make_die_with_launcher()
+    ranks: list[RankProcess] = []
+    try:
+        for rank in range(process_count):
+            error_file = scratch / f"rank-{rank:05d}.error.json"
+            output_file = scratch / f"rank-{rank:05d}.out" if rank else None
+            environ = {"OMP_NUM_THREADS": str(threads), **os.environ, ERROR_FILE_VARIABLE: str(error_file)}
+            environ |= local_membership(rank, process_count, port).variables()
+            output = open(output_file, "wb") if output_file else None
+            process = subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,
+                preexec_fn=die_with_launcher,
+            )
+            if output:
+                output.close()
+            ranks.append(RankProcess(rank, process, error_file, output_file, last_seen_alive=time.time()))
+    except BaseException:
+        for rank in ranks:
+            rank.kill()
+        raise
+    return ranks
+
+
+def _make_die_with_launcher() -> Callable[[], None]:
+    """A function for the child, between fork and exec: have the kernel kill it when its parent dies."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    launcher = os.getpid()
+
+    def die_with_launcher() -> None:
+        if prctl is None:
+            return
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the line above
+            os._exit(EXIT_UNEXPECTED)
+
+    return die_with_launcher
+
+
+def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: float) -> bool:
+    """Wait until every rank has ended, forwarding signals; True when a second Ctrl-C asked to end at once."""
+    interrupts = 0
+    failed_at: float | None = None
+    terminated = False
+    while sum(rank.poll() for rank in ranks) < len(ranks):  # polls every one of them
+        while received:
+            number = received.popleft()
+            interrupts += number == signal.SIGINT
+            if interrupts > 1:
+                return True
+            for rank in ranks:
+                rank.send(number)
+        now = time.monotonic()
+        if failed_at is None and any(rank.failed for rank in ranks):
+            failed_at = now
+        if failed_at is not None and now >= failed_at + 2 * grace_s:
+            for rank in ranks:
+                rank.kill()
+        elif failed_at is not None and now >= failed_at + grace_s and not terminated:
+            terminated = True
+            for rank in ranks:
+                if rank.process.returncode is None:
+                    rank.terminate()
+        time.sleep(POLL_S)
+    return False
+
+
+def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:
+    """Show why the first rank failed, and return its exit code."""
+    failed = [rank for rank in ranks if rank.failed]
+    reports = {rank.rank: ErrorReport.read(rank.error_file) for rank in failed}
+    first = min(failed, key=lambda rank: _order_of_failure(rank, reports[rank.rank]))
+    report = reports[first.rank]
+    if report is not None:
+        print_report(report)
+        return report.exit_code
+    _show_silent_end(first, log_of(run_dir, first.rank))
+    return max(first.process.returncode, EXIT_UNEXPECTED)
+
+
+def _order_of_failure(rank: RankProcess, report: ErrorReport | None) -> tuple[int, float]:
+    """Sort key; ranks wait for each other, so one failure makes others fail, and the earliest is the cause.
+
+    A rank killed by a signal left no report, and its peers then report lost connections: it counts as of when it was
+    last seen alive. One that left with neither counts only when there is nothing better, one that we ended last.
+    """
+    if report is not None:
+        return 0, report.timestamp
+    if rank.ended_by_launcher:
+        return 2, rank.last_seen_alive
+    return (0 if rank.process.returncode < 0 else 1), rank.last_seen_alive
+
+
+def _show_silent_end(rank: RankProcess, log: str) -> None:
+    """A rank that left no report: what it printed last, and how it ended."""
+    if rank.output_file:
+        sys.stderr.write(_tail(rank.output_file))
+    code = rank.process.returncode
+    if code >= 0:
+        problem = f"rank {rank.rank} ended with exit code {code} and left no report."
+        remedy = "Read what it printed above, and its log."
+    else:
+        problem = f"rank {rank.rank} was killed by {_signal_name(-code)}."
+        remedy = (
+            "If nobody killed it, the machine ran out of memory (see dmesg): lower batch.micro_size or data.workers."
+            if -code == signal.SIGKILL
+            else "Read what it printed above, and its log."
+        )
+    print_card(Card("Unexpected end", problem, describe_rank(rank.rank, log), remedy))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - _TAIL_BYTES))
+        return file.read().decode(errors="replace")

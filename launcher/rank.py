@@ -1,0 +1,182 @@
+"""One rank in this process: run its work, and tell what went wrong so that the first cause can be shown.
+
+Under our own launcher (MASKWRIGHT_ERROR_FILE is set) a rank prints nothing: it writes a report, and the launcher
+shows the one that came first. Under torchrun or srun nobody collects reports: rank 0 prints the card and the
+others one line each, and torchrun gets its own error file as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher.console import Card, exit_code, print_card
+from trainer.errors import MaskwrightError
+
+ERROR_FILE_VARIABLE = "MASKWRIGHT_ERROR_FILE"
+INTERRUPTED = "KeyboardInterrupt"
+_LOG_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Why a rank ended early."""
+
+    timestamp: float
+    """When the error reached the top of the rank: seconds since the epoch."""
+    rank: int
+    kind: str
+    """Class of the exception."""
+    exit_code: int
+    title: str
+    problem: str
+    where: str
+    remedy: str
+    traceback: str
+    """Empty for an expected error."""
+    log: str
+    """The rank's log file, if it has one."""
+
+    @property
+    def card(self) -> Card:
+        return Card(self.title, self.problem, self.where, self.remedy)
+
+    @property
+    def is_interrupt(self) -> bool:
+        return self.kind == INTERRUPTED
+
+    def write(self, path: Path) -> None:
+        from trainer.files import replace_synced
+
+        replace_synced(path, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> ErrorReport | None:
+        """The report, or None where the rank wrote none."""
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+
+def log_of(run_dir: Path | None, rank: int) -> str:
+    """The log file of a rank, or an empty string where there is none (a dry run, or an error before it was made)."""
+    from trainer.logs import log_path
+
+    path = log_path(run_dir, rank) if run_dir else None
+    return str(path) if path and path.exists() else ""
+
+
+def describe_rank(rank: int, log: str) -> str:
+    return f"rank {rank}; its log: {log}" if log else f"rank {rank}"
+
+
+def hold_stop_signals() -> None:
+    """Keep USR1 and TERM pending until training has its handlers (trainer.signals lets them through).
+
+    A job that is preempted while torch is still being imported then saves at its first step and requeues, where
+    the default action would end it at once. After training, when the handlers are gone, a late one is ignored: it
+    must not turn exit code 75 into a death by signal. Ctrl-C stays live.
+    """
+    held = (signal.SIGUSR1, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    for number in held:
+        signal.signal(number, signal.SIG_IGN)  # Linux keeps a blocked signal pending even so
+
+
+def run_rank(work: Callable[[], int], run_dir: Path | None) -> int:
+    """Do this rank's work and return its exit code; whatever escapes is reported, never raised.
+
+    RANK must be set. `run_dir` is where the rank's log lies; None when it leaves none.
+    """
+    try:
+        return work()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        report = _describe(error, run_dir)
+        report_file = os.environ.get(ERROR_FILE_VARIABLE)
+        if report_file:
+            report.write(Path(report_file))
+        else:
+            _tell_torchrun(error)
+            _print_own(report)
+        return report.exit_code
+
+
+def print_report(report: ErrorReport) -> None:
+    """The traceback of an unexpected error, and the card."""
+    if report.is_interrupt:
+        print("Interrupted.", file=sys.stderr)
+        return
+    if report.traceback:
+        print(report.traceback, file=sys.stderr)
+    print_card(report.card)
+
+
+def _describe(error: BaseException, run_dir: Path | None) -> ErrorReport:
+    rank = int(os.environ["RANK"])
+    log = log_of(run_dir, rank)
+    expected = isinstance(error, MaskwrightError)
+    card = Card.of(error) if expected else _unexpected_card(error, rank, log)
+    return ErrorReport(
+        timestamp=time.time(),
+        rank=rank,
+        kind=type(error).__name__,
+        exit_code=exit_code(error),
+        title=card.title,
+        problem=card.problem,
+        where=card.where,
+        remedy=card.remedy,
+        traceback="" if expected else "".join(traceback.format_exception(error)),
+        log=log,
+    )
+
+
+def _unexpected_card(error: BaseException, rank: int, log: str) -> Card:
+    last_lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return Card(
+        title="Unexpected error",
+        problem=last_lines[0],
+        where=describe_rank(rank, log),
+        remedy="The traceback shows where it was raised; if that is in maskwright, it is a bug worth reporting.",
+    )
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Write torchrun's error file, so that its summary shows this traceback and not only an exit code."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _print_own(report: ErrorReport) -> None:
+    """Rank 0 speaks in full, the others in one line, and with a traceback only if it would be lost otherwise."""
+    if report.rank == 0:
+        print_report(report)
+    elif not report.is_interrupt:
+        line = f"[rank {report.rank}] {report.problem}"
+        if not report.traceback:
+            line += f" {report.remedy}"
+        elif _is_in_log(report):
+            line += f" The traceback is in {report.log}"
+        else:
+            line += f"\n{report.traceback}"
+        print(line, file=sys.stderr)
+
+
+def _is_in_log(report: ErrorReport) -> bool:
+    """Training logs what stops it, once it has a log; an error before that is nowhere but here."""
+    if not report.log:
+        return False
+    with open(report.log, "rb") as file:
+        file.seek(max(0, os.path.getsize(report.log) - _LOG_TAIL_BYTES))
+        return report.problem in file.read().decode(errors="replace")

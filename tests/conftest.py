@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+
+
+def write_text(path: Path, documents: int, seed: int) -> Path:
+    """English-like text: sentences of words with a Zipf-like frequency, one paragraph a document."""
+    generator = random.Random(seed)
+    syllables = ["ka", "lo", "mi", "ne", "ru", "sa", "ti", "vo", "an", "el", "or", "us"]
+    words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(400)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    paragraphs = []
+    for _ in range(documents):
+        sentences = [" ".join(generator.choices(words, weights, k=generator.randint(4, 14))) + "." for _ in range(4)]
+        paragraphs.append(" ".join(sentences))
+    path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.txt, a tokenizer and prepared data (train and validation), made by the real tools."""
+    from launcher.console import make_console
+    from tools.prepare import prepare
+    from tools.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("workspace")
+    text = write_text(folder / "text.txt", documents=700, seed=1)
+    console = make_console()
+    train_tokenizer([str(text)], str(folder / "tokenizer"), "bytelevel-bpe", 500, console)
+    prepare(
+        [str(text)],
+        str(folder / "tokenizer"),
+        str(folder / "data"),
+        workers=1,
+        validation_fraction=0.1,
+        console=console,
+    )
+    return folder

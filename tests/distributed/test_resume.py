@@ -1,0 +1,242 @@
+"""Checkpoints: a killed run goes on bit for bit; nothing half-written is ever resumed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
+from trainer.config import Config
+from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+def with_dropout(workspace: Path, run_dir: Path, **sections: object) -> Config:
+    base = tiny_config(workspace, run_dir)
+    overrides = {**base.model.overrides, **DROPOUT}
+    return tiny_config(workspace, run_dir, **{"model": {"overrides": overrides}, **sections})  # type: ignore[arg-type]
+
+
+def launch(config: Config, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`maskwright train` on two ranks, as a user starts it."""
+    path = write_config(config, folder / "config.yaml")
+    command = [sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rank_processes(launcher: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    while process.poll() is None:
+        lines = metrics(run_dir)
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    output = process.communicate()[0]
+    raise AssertionError(f"the run ended before step {step}:\n{output}")
+
+
+@pytest.mark.timeout(280)
+def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterrupted_one_bit_for_bit(
+    workspace: Path, tmp_path: Path
+) -> None:
+    sections = {"train": {"steps": 60}, "checkpoint": {"every_steps": 5}, "data": {"workers": 1}}
+    assert train(with_dropout(workspace, tmp_path / "clean", **sections), 2) == EXIT_FINISHED
+    generator = random.Random()
+    config = with_dropout(workspace, tmp_path / "killed", **sections)
+    steps = sorted(generator.sample(range(6, 55), 3))
+    for step in steps:
+        process = launch(config, tmp_path)
+        wait_for_step(process, tmp_path / "killed", step)
+        os.kill(generator.choice(rank_processes(process)), signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 1, output
+        assert "SIGKILL" in output
+    process = launch(config, tmp_path)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == EXIT_FINISHED, output
+    assert "resuming from step-" in output
+    assert losses(tmp_path / "killed") == losses(tmp_path / "clean"), f"killed at steps {steps}"
+
+
+@pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2", "zero3"])
+def test_resume_is_bit_exact_with_dropout_at_every_stage(preset: str, workspace: Path, tmp_path: Path) -> None:
+    clean = with_dropout(workspace, tmp_path / "clean", deepspeed=preset)
+    assert train(clean, 2) == EXIT_FINISHED
+    first = with_dropout(workspace, tmp_path / "run", deepspeed=preset, checkpoint={"every_steps": 7})
+    assert train(first, 2) == EXIT_FINISHED
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000020")  # as if the run had been lost after step 14
+    assert train(first, 2) == EXIT_FINISHED
+    assert losses(tmp_path / "run") == losses(tmp_path / "clean")
+
+
+def stop_at_step_7(config: Config, resume: str) -> int:
+    """Runs on each rank: TERM reaches this process while step 7 is computed (on rank 0 only)."""
+    from trainer.loop import Loop
+    from trainer.train import run
+
+    original = Loop._train_step
+
+    def step_and_signal(self: Loop, *arguments: object) -> object:
+        if self.state.step == 6 and self.world.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    Loop._train_step = step_and_signal  # type: ignore[method-assign,assignment]
+    return run(config, resume)
+
+
+def test_a_signal_to_one_rank_saves_once_at_the_same_step_on_all_and_exits_75(workspace: Path, tmp_path: Path) -> None:
+    config = with_dropout(workspace, tmp_path / "run")
+    assert run_ranks(stop_at_step_7, 2, config, "auto") == [EXIT_STOPPED_AFTER_SAVING] * 2
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))] == ["step-00000007"]
+    assert train(config, 2) == EXIT_FINISHED
+    assert train(with_dropout(workspace, tmp_path / "clean"), 2) == EXIT_FINISHED
+    assert losses(tmp_path / "run") == losses(tmp_path / "clean")
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 20 steps with checkpoints at 10 and 20."""
+    config = tiny_config(workspace, tmp_path_factory.mktemp("finished"), checkpoint={"every_steps": 10})
+    assert train(config) == EXIT_FINISHED
+    return config
+
+
+@pytest.fixture
+def copy(finished: Config, tmp_path: Path) -> Config:
+    shutil.copytree(finished.run.dir, tmp_path / "run")
+    return finished.model_copy(update={"run": finished.run.model_copy(update={"dir": str(tmp_path / "run")})})
+
+
+def checkpoint(config: Config, step: int) -> Path:
+    return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def test_relaunch_after_the_last_step_says_finished_and_changes_nothing(
+    copy: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(copy.run.dir)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "logs" not in path.parts}
+    assert train(copy) == EXIT_FINISHED
+    assert "finished" in capsys.readouterr().out
+    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "logs" not in path.parts}
+    assert after == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "no manifest"])
+def test_a_damaged_checkpoint_is_stepped_over_and_the_older_one_used(
+    damage: str, copy: Config, finished: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = checkpoint(copy, 20) / "mp_rank_00_model_states.pt"
+    if damage == "truncated":
+        os.truncate(victim, victim.stat().st_size // 2)
+    elif damage == "flipped":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "deleted":
+        victim.unlink()
+    else:
+        victim = checkpoint(copy, 20) / "manifest.json"
+        victim.unlink()
+    assert train(copy) == EXIT_FINISHED
+    output = capsys.readouterr().out
+    assert "resuming from step-00000010" in output
+    assert "step-00000020" in output
+    assert "manifest" in output if damage == "no manifest" else victim.name in output
+    assert losses(Path(copy.run.dir)) == losses(Path(finished.run.dir))
+
+
+def test_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(copy: Config) -> None:
+    for step in (10, 20):
+        (checkpoint(copy, step) / "manifest.json").write_text("{}")
+    assert train(copy) == EXIT_DAMAGED
+    assert len(losses(Path(copy.run.dir))) == 20
+
+
+@pytest.mark.parametrize("content", [None, "", "step-00000010", "nonsense"])
+def test_latest_is_never_trusted(content: str | None, copy: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    latest = checkpoint(copy, 20).parent / "latest"
+    latest.unlink() if content is None else latest.write_text(content)
+    assert train(copy) == EXIT_FINISHED
+    assert "step 20 of 20" in capsys.readouterr().out
+
+
+def test_row_6_resume_modes_do_what_they_say_and_say_why(
+    copy: Config, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tiny_config(workspace, tmp_path / "empty")
+    assert train(empty, resume="must") == EXIT_USER_MISTAKE
+    assert "has no checkpoint" in capsys.readouterr().out
+    assert train(copy, resume=str(checkpoint(copy, 10))) == EXIT_FINISHED
+    assert "resuming from step-00000010 at step 10" in capsys.readouterr().out
+    assert train(copy, resume="never") == EXIT_FINISHED
+    assert "starting afresh (--resume never); the earlier run was moved to previous-1" in capsys.readouterr().out
+    assert (Path(copy.run.dir) / "previous-1" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
+    assert len(losses(Path(copy.run.dir))) == 20
+
+
+def test_another_seed_model_or_layout_is_refused(
+    copy: Config, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(copy.run.dir)
+    longer = {"train": {"steps": 30}}
+    assert train(tiny_config(workspace, run_dir, run={"seed": 4}, **longer)) == EXIT_USER_MISTAKE
+    assert "seed was 3, now 4" in capsys.readouterr().out
+    overrides = {**copy.model.overrides, "intermediate_size": 96}
+    assert train(tiny_config(workspace, run_dir, model={"overrides": overrides}, **longer)) == EXIT_USER_MISTAKE
+    assert "model was RobertaForMaskedLM" in capsys.readouterr().out
+    assert train(tiny_config(workspace, run_dir, deepspeed="zero2", **longer)) == EXIT_USER_MISTAKE
+    assert "stage was 1, now 2" in capsys.readouterr().out
+
+
+def test_rotation_keeps_the_last_and_those_kept_for_good(workspace: Path, tmp_path: Path) -> None:
+    settings = {"every_steps": 3, "keep_last": 2, "keep_every_steps": 6}
+    assert train(tiny_config(workspace, tmp_path, checkpoint=settings)) == EXIT_FINISHED
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", *(f"step-{step:08d}" for step in (6, 12, 18, 20))]
+
+
+def fail_to_write(config: Config) -> int:
+    """Runs on each rank: rank 1 cannot write files above 1 kB (as on a full disk) until step 12."""
+    import resource
+
+    from trainer.loop import Loop
+    from trainer.train import run
+
+    original = Loop._train_step
+
+    def step_with_limit(self: Loop, *arguments: object) -> object:
+        result = original(self, *arguments)  # type: ignore[arg-type]
+        if self.world.rank == 1:
+            limit = 1024 if self.state.step < 12 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return result
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    Loop._train_step = step_with_limit  # type: ignore[method-assign,assignment]
+    return run(config)
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(workspace, tmp_path, checkpoint={"every_steps": 10})
+    assert run_ranks(fail_to_write, 2, config) == [EXIT_FINISHED] * 2
+    assert "checkpoint at step 10 was not saved (rank 1:" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000020"]
+    assert len(losses(tmp_path)) == 20

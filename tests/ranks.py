@@ -1,0 +1,144 @@
+"""Start real ranks in tests: processes over gloo, forked from a server that has the imports behind it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import Config, parse_config
+from trainer.tracking.jsonl import read_lines
+
+_CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["trainer.train", "tests.ranks"])
+EXIT_ERROR = 99
+
+
+def train(config: Config, world_size: int = 1, resume: str = "auto", dry_run: bool = False) -> int:
+    """Run `trainer.train.run` on every rank; returns the exit code they all ended with."""
+    codes = run_ranks(_train, world_size, config, resume, dry_run)
+    assert len(set(codes)) == 1, f"ranks ended with different codes: {codes}"
+    return codes[0]
+
+
+def _train(config: Config, resume: str, dry_run: bool) -> int:
+    from trainer.train import run
+
+    return run(config, resume, dry_run)
+
+
+def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[int]:
+    """Call `work(*arguments)` on `world_size` ranks, show what they print, return their exit codes in rank order."""
+    port = free_port()
+    scratch = Path(tempfile.mkdtemp(prefix="maskwright-test-"))
+    outputs = [scratch / f"rank-{rank}" for rank in range(world_size)]
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(work, rank, world_size, port, outputs[rank], arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout_s)
+        assert all(process.exitcode is not None for process in processes), "a rank did not end in time"
+    finally:
+        for process, output in zip(processes, outputs, strict=True):
+            process.kill()
+            print(output.read_text(errors="replace") if output.exists() else "", end="")
+        shutil.rmtree(scratch)
+    return [int(process.exitcode or 0) for process in processes]
+
+
+def _rank(
+    work: Callable[..., int], rank: int, world_size: int, port: int, output: Path, arguments: tuple[Any, ...]
+) -> None:
+    import traceback
+
+    import torch
+
+    from trainer.errors import MaskwrightError
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # the fork server has pytest's old streams
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        code = work(*arguments)
+    except MaskwrightError as error:
+        print(f"rank {rank}: {error}", flush=True)
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        code = EXIT_ERROR
+    os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+TINY_ROBERTA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 34,
+}
+
+
+def tiny_config(workspace: Path, run_dir: Path, **sections: dict[str, Any] | str) -> Config:
+    """A config that trains a tiny RoBERTa on the workspace's data; `sections` are merged over the defaults."""
+    raw: dict[str, Any] = {
+        "run": {"dir": str(run_dir), "seed": 3},
+        "model": {
+            "preset": "roberta-base",
+            "tokenizer": str(workspace / "tokenizer"),
+            "overrides": {**TINY_ROBERTA, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        },
+        "data": {"train": str(workspace / "data"), "seq_len": 32, "workers": 0, "chunk_blocks": 8, "window_chunks": 4},
+        "batch": {"global_size": 8, "micro_size": 2},
+        "optimizer": {"lr": 5.0e-3},
+        "schedule": {"warmup_steps": 4},
+        "train": {"steps": 20, "precision": "fp32"},
+        "checkpoint": {"every_steps": None},
+        "eval": {"every_steps": None},
+        "logging": {"every_steps": 1, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    return parse_config(raw, "test")
+
+
+def write_config(config: Config, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    return path
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training losses of steps 1, 2, 3, …; fails when a step is missing or doubled."""
+    lines = [line for line in metrics(run_dir) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["train/loss"] for line in lines]

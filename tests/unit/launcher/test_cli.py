@@ -1,0 +1,139 @@
+"""The commands as a user types them: help, usage errors, cards and exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = [
+    ("demo",),
+    ("tokenizer", "train"),
+    ("prepare",),
+    ("data", "show"),
+    ("data", "verify"),
+    ("validate",),
+    ("train",),
+    ("checkpoint", "list"),
+    ("checkpoint", "verify"),
+    ("convert",),
+]
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy")
+
+
+def maskwright(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "COLUMNS": "200", **variables}
+    command = [sys.executable, "-m", "launcher", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+
+
+def assert_is_a_card(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_row_14_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom launcher.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_row_14_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        start = time.monotonic()
+        assert maskwright("--help").returncode == 0
+        return time.monotonic() - start
+
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_every_command_has_an_example(command: tuple[str, ...]) -> None:
+    result = maskwright(*command, "--help")
+    assert result.returncode == 0
+    assert f"  maskwright {' '.join(command)} " in result.stdout
+
+
+def test_version() -> None:
+    assert maskwright("--version").stdout == "maskwright 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("trian",), ("train",), ("train", "demo", "--nproc", "2"), ("prepare", "--input", "x", "--format", "pdf")],
+    ids=" ".join,
+)
+def test_usage_errors_exit_2(arguments: tuple[str, ...]) -> None:
+    assert_is_a_card(maskwright(*arguments), 2)
+
+
+def test_unknown_recipe_is_a_card() -> None:
+    assert_is_a_card(maskwright("train", "nosuch"), 2, "nosuch", "remedy:")
+
+
+def test_an_error_in_the_config_is_shown_once_before_any_rank_starts(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("modle: {preset: roberta-base}\n")
+    result = maskwright("train", str(config), "--nproc-per-node", "2")
+    assert_is_a_card(result, 2, "Did you mean 'model'?")
+    assert result.stderr.count("modle") <= 2  # in the problem and in `where`
+
+
+def test_process_count_must_not_contradict_torchrun() -> None:
+    variables = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29400",
+    }
+    assert_is_a_card(maskwright("train", "demo", "--nproc-per-node", "4", **variables), 2, "--nproc-per-node", "remedy")
+
+
+def test_command_ends_with_card_or_code_of_its_function() -> None:
+    """A real command class around functions of our own: each kind of ending."""
+    code = """
+import typer
+from launcher.cli import Command
+from trainer.errors import DamagedError
+app = typer.Typer(pretty_exceptions_enable=False)
+@app.command(cls=Command)
+def end(how: str, inputs: list[str] = typer.Option(["-"], "--input"), n: int = 0) -> int | None:
+    if how == "damaged": raise DamagedError("cut short", where="a.tok", remedy="Again.")
+    if how == "interrupt": raise KeyboardInterrupt
+    if how == "bug": raise ValueError("boom")
+    print(inputs, n)
+    return 75 if how == "stopped" else None
+app()
+"""
+
+    def end(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+    assert_is_a_card(end("damaged"), 3, "Damaged: cut short", "a.tok", "Again.")
+    interrupted = end("interrupt")
+    assert (interrupted.returncode, interrupted.stderr) == (130, "Interrupted.\n")
+    bug = end("bug")
+    assert bug.returncode == 1
+    assert "ValueError: boom" in bug.stderr
+    assert end("stopped").returncode == 75
+    several = end("finished", "--input", "a", "b", "--n", "3")
+    assert (several.returncode, several.stdout) == (0, "['a', 'b'] 3\n")
+
+
+def test_input_takes_several_values_as_a_shell_expands_them(tmp_path: Path) -> None:
+    result = maskwright("tokenizer", "train", "--input", "a.txt", "b.txt", "--nosuch")
+    assert_is_a_card(result, 2, "No such option")
+    assert "unexpected extra argument" not in result.stderr

@@ -1,0 +1,88 @@
+"""Tiny versions of the architectures whose head is restricted, and inputs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainer.config import ModelConfig
+from trainer.data.vocabulary import Vocabulary
+from trainer.model.build import build_model
+from trainer.model.prediction_head import HEAD_MODULES
+
+VOCABULARY_SIZE, BLOCKS, SEQ_LEN, PREDICTIONS = 200, 3, 24, 4
+
+_DROPOUT_FREE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_BERT_LIKE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "albert": {**_BERT_LIKE, **_DROPOUT_FREE, "num_hidden_layers": 5, "num_hidden_groups": 2, "embedding_size": 16},
+    "distilbert": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 64,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "eurobert": {**_BERT_LIKE, "num_key_value_heads": 2},
+    "modernbert": {**_BERT_LIKE, "num_hidden_layers": 4, "local_attention": 8},
+}
+ARCHITECTURES = sorted(HEAD_MODULES)
+
+
+def sizes(model_type: str) -> dict[str, Any]:
+    return {"model_type": model_type, **_SIZES.get(model_type, {**_BERT_LIKE, **_DROPOUT_FREE})}
+
+
+def vocabulary(size: int = VOCABULARY_SIZE) -> Vocabulary:
+    """Ids as in RoBERTa: <s> 0, <pad> 1, </s> 2, <mask> last."""
+    return Vocabulary(
+        size=size,
+        begin_id=0,
+        end_id=2,
+        separator_id=2,
+        mask_id=VOCABULARY_SIZE - 1,
+        pad_id=1,
+        special_ids=(0, 1, 2, 3, VOCABULARY_SIZE - 1),
+        sha256="0" * 64,
+    )
+
+
+def write_config(folder: Any, model_type: str, **changes: Any) -> ModelConfig:
+    """Settings that initialise a tiny model from a config.json in `folder`."""
+    import json
+
+    (folder / "config.json").write_text(json.dumps({**sizes(model_type), **changes}))
+    return ModelConfig(config=str(folder), tokenizer="unused")
+
+
+def tiny_model(folder: Any, model_type: str, seed: int = 0, **changes: Any):
+    model = build_model(write_config(folder, model_type, **changes), vocabulary(), SEQ_LEN, seed).model
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # a fresh model's biases and norms are constants, which would hide a mistake with them
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def masked_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """input_ids [B, S], prediction_index [B·k], labels [B·k] and the same labels at their places [B, S]."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, VOCABULARY_SIZE - 1, (BLOCKS, SEQ_LEN), generator=generator)
+    tokens[:, 0], tokens[:, -1] = 0, 2
+    places = torch.stack([1 + torch.randperm(SEQ_LEN - 2, generator=generator)[:PREDICTIONS] for _ in range(BLOCKS)])
+    index = (places.sort(dim=1).values + SEQ_LEN * torch.arange(BLOCKS)[:, None]).flatten()
+    labels = tokens.flatten()[index].clone()
+    placed = torch.full((BLOCKS * SEQ_LEN,), -100)
+    placed[index] = labels
+    input_ids = tokens.flatten().clone()
+    input_ids[index[::2]] = VOCABULARY_SIZE - 1
+    return input_ids.view(BLOCKS, SEQ_LEN), index, labels, placed.view(BLOCKS, SEQ_LEN)

@@ -1,0 +1,64 @@
+"""How large the result will be, from a sample, before any of it is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tools.prepare.encode import Encoder
+from tools.prepare.plan import Unit
+from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.summary import human_bytes
+from trainer.errors import UserError
+
+SAMPLED_UNITS = 4
+SAMPLE_CHARACTERS = 1 << 17
+_DOCUMENT_BYTES = 8  # one offset in NAME.doc
+_HEADROOM = 1.05
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected tokens and bytes of the shards."""
+
+    tokens: float
+    output_bytes: float
+
+
+def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encoder, dtype: np.dtype) -> Estimate:
+    """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
+
+    Raises:
+        UserError: what is wrong with the input at those places.
+    """
+    tokens = documents = read_bytes = 0
+    for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
+        piece = units[index].pieces[0]
+        texts, characters, position = [], 0, piece.size
+        for text, consumed in read_documents(piece, reading):
+            texts.append(text[:SAMPLE_CHARACTERS])
+            characters += len(text)
+            if characters >= SAMPLE_CHARACTERS:
+                position = consumed * len(texts[-1]) // len(text) if len(texts) == 1 else consumed
+                break
+        tokens += sum(map(len, encoder.encode(texts))) + len(texts)
+        documents += len(texts)
+        read_bytes += position
+    total = sum(unit.size for unit in units)
+    scale = total / read_bytes if read_bytes else 0.0
+    return Estimate(tokens * scale, (tokens * dtype.itemsize + documents * _DOCUMENT_BYTES) * scale)
+
+
+def check_free_space(folder: Path, needed_bytes: float) -> None:
+    """Raise UserError when the shards cannot fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes * _HEADROOM > free:
+        raise UserError(
+            f"The shards need about {human_bytes(needed_bytes)}, but only {human_bytes(free)} are free.",
+            where=str(folder),
+            remedy="Free some space, or choose an --output on another disk.",
+        )

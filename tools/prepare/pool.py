@@ -1,0 +1,87 @@
+"""Worker processes that take units until all are done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tools.prepare.plan import Unit
+from tools.prepare.worker import WorkSettings, work
+from trainer.errors import MaskwrightError
+
+TICK_SECONDS = 0.5
+
+
+def run_units(
+    tasks: Sequence[tuple[Unit, str]],
+    settings: WorkSettings,
+    workers: int,
+    on_progress: Callable[[dict[int, tuple[int, int]]], None],
+) -> None:
+    """Write all units in `workers` processes.
+
+    Args:
+        tasks: units with their identities.
+        on_progress: called about twice a second with {unit number: (bytes read, tokens written)}.
+
+    Raises:
+        MaskwrightError: what a worker raised, unchanged, or when a worker was killed.
+        Exception: anything else that a worker raised, with its traceback as a note.
+    """
+    # spawn: a forked child of a process with torch or tokenizers threads may hang on a lock it inherited.
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(tasks))
+    processes: dict[Connection, Any] = {}
+    progress: dict[int, tuple[int, int]] = {}
+    try:
+        for number in range(min(workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(theirs, settings), name=f"prepare-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+            ours.send(waiting.pop())
+        busy = set(processes)
+        while busy:
+            for connection in wait(list(busy), TICK_SECONDS):
+                assert isinstance(connection, Connection)
+                kind, value = _receive(connection, processes[connection])
+                if kind == "progress":
+                    progress[value[0]] = value[1:]
+                elif kind == "failed":
+                    raise value
+                elif waiting:
+                    connection.send(waiting.pop())
+                else:
+                    connection.send(None)
+                    busy.remove(connection)
+            on_progress(progress)
+    finally:
+        _end(list(processes.values()))
+
+
+def _receive(connection: Connection, process: Any) -> tuple[str, Any]:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError, pickle.UnpicklingError):
+        process.join(5)
+        code = process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        raise MaskwrightError(
+            f"A worker process {how}.",
+            where=process.name,
+            remedy="If the machine ran out of memory, use fewer --workers. Run the same command again to continue.",
+        ) from None
+
+
+def _end(processes: list[Any]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,191 @@
+"""One worker process: units in, shards and unit records out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
+from tools.prepare.plan import Unit
+from tools.prepare.readers import ReadSettings, read_documents
+from trainer.data.shards import ShardEntry, ShardWriter
+from trainer.errors import MaskwrightError, UserError
+from trainer.files import replace_synced
+
+WORK_FOLDER = ".prepare"
+REPORT_SECONDS = 0.5
+_SPLIT_SEED = 0x6D61736B  # fixed: a document is on the same side in every data set
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """What is the same for all units. `splits` maps a split to its folder: {"train": …} or with "validation"."""
+
+    work_folder: str
+    splits: dict[str, str]
+    tokenizer_file: str
+    dtype: str
+    separator_id: int
+    validation_fraction: float
+    reading: ReadSettings
+
+
+@dataclass
+class SplitRecord:
+    """What a unit added to a split; `entry` is None when that is nothing."""
+
+    entry: ShardEntry | None = None
+    text_bytes: int = 0
+    longest_document_tokens: int = 0
+
+
+@dataclass
+class UnitRecord:
+    """A finished unit, as `.prepare/unit-NNNNN.json` holds it. Written last: with it, the shards are whole."""
+
+    identity: str
+    empty_documents: int = 0
+    splits: dict[str, SplitRecord] = field(default_factory=dict)
+
+
+def record_path(work_folder: str | Path, number: int) -> Path:
+    return Path(work_folder) / f"unit-{number:05d}.json"
+
+
+def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
+    """The record of a unit, None when there is none or it cannot be read."""
+    try:
+        raw = json.loads(record_path(work_folder, number).read_text())
+        record = UnitRecord(raw["identity"], raw["empty_documents"])
+        for name, split in raw["splits"].items():
+            entry = split.pop("entry")
+            if entry:
+                files = {suffix: (size, digest) for suffix, (size, digest) in entry.pop("files").items()}
+                entry = ShardEntry(files=files, **entry)
+            record.splits[name] = SplitRecord(entry or None, **split)
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def split_of(raw: bytes, validation_fraction: float) -> str:
+    """ "train" or "validation", by the hash of the UTF-8 text: a repeated document is never on both sides."""
+    held_out = xxhash.xxh3_64_intdigest(raw, seed=_SPLIT_SEED) < validation_fraction * 2**64
+    return "validation" if held_out else "train"
+
+
+def write_unit(
+    unit: Unit, identity: str, settings: WorkSettings, encoder: Encoder, report: Callable[[int, int], None]
+) -> None:
+    """Tokenize a unit into one shard for each split, then write its record.
+
+    Args:
+        report: called now and then with (bytes read, tokens written) of this unit so far.
+    """
+    record = UnitRecord(identity, splits={name: SplitRecord() for name in settings.splits})
+    writers: dict[str, ShardWriter] = {}
+    tokens, reported = 0, time.monotonic()
+    for texts, position in _batches(unit, settings.reading, record):
+        for text, ids in zip(texts, encoder.encode(texts), strict=True):
+            raw = text.encode()
+            name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
+            if name not in writers:
+                shard = f"shard-{unit.number:05d}"
+                writers[name] = ShardWriter(
+                    settings.splits[name], shard, np.dtype(settings.dtype), settings.separator_id
+                )
+            writers[name].add_document(ids)
+            split = record.splits[name]
+            split.text_bytes += len(raw)
+            split.longest_document_tokens = max(split.longest_document_tokens, len(ids))
+            tokens += len(ids) + 1
+        if time.monotonic() - reported > REPORT_SECONDS:
+            report(position, tokens)
+            reported = time.monotonic()
+    for name, writer in writers.items():
+        record.splits[name].entry = writer.close()
+    path = record_path(settings.work_folder, unit.number)
+    replace_synced(path, json.dumps(asdict(record)).encode())
+    report(unit.size, tokens)
+
+
+def _batches(unit: Unit, reading: ReadSettings, record: UnitRecord) -> Iterator[tuple[list[str], int]]:
+    """Batches of documents that are not empty, with the bytes of the unit consumed; counts the empty ones."""
+    texts: list[str] = []
+    characters, before, position = 0, 0, 0
+    for piece in unit.pieces:
+        for text, consumed in read_documents(piece, reading):
+            if not text or text.isspace():
+                record.empty_documents += 1
+                continue
+            texts.append(text)
+            characters += len(text)
+            position = before + consumed
+            if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
+                yield texts, position
+                texts, characters = [], 0
+        before += piece.size
+    if texts:
+        yield texts, position
+
+
+def work(connection: Connection, settings: WorkSettings) -> None:
+    """The process's main function: takes (unit, identity) until None, sends progress, done and failed messages."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype))
+            while (task := connection.recv()) is not None:
+                unit, identity = task
+
+                def report(size: int, tokens: int, number: int = unit.number) -> None:
+                    connection.send(("progress", (number, size, tokens)))
+
+                write_unit(unit, identity, settings, encoder, report)
+                connection.send(("done", unit.number))
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:
+            connection.send(("failed", _portable(error, settings.work_folder)))
+
+
+def _portable(error: Exception, folder: str) -> Exception:
+    """The error as the parent can receive and show it."""
+    if isinstance(error, MaskwrightError):
+        return error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        remedy = "Free some space and run the same command again to continue."
+        return UserError("The disk is full.", where=str(Path(folder).parent), remedy=remedy)
+    note = "In a worker process:\n" + traceback.format_exc()
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception class that does not survive pickling
+        error = RuntimeError(repr(error))
+    error.add_note(note)
+    return error
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot end its workers; they end themselves."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

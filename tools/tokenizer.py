@@ -1,0 +1,270 @@
+"""Training a tokenizer: byte-level BPE as RoBERTa has it, WordPiece as BERT, unigram as XLM-RoBERTa."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.normalizers import Normalizer
+
+from tools.prepare.inputs import find_inputs, resolve_documents
+from tools.prepare.plan import Piece, plan_units
+from tools.prepare.progress import ReadProgress
+from tools.prepare.readers import ReadSettings, read_documents
+from trainer.errors import UserError, nearest
+from trainer.files import sync_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+KINDS = ("bytelevel-bpe", "wordpiece", "unigram")
+MODEL_MAX_LENGTH = 512
+_SPECIAL_TOKENS = {
+    "bytelevel-bpe": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    "wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "unigram": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+}
+# wordpiece and unigram know single characters: the most frequent thirtieth of the vocabulary (a thousand, as in BERT),
+# and more where a script needs it, down to this share of the text (as in SentencePiece). The rest is unknown.
+CHARACTER_COVERAGE = 0.9995
+_ALPHABET_SHARE = 30
+_BLANK_RUN = Regex(r"\s+")
+_TEXT_A_STEP = 1 << 16  # characters
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output: str | Path,
+    kind: str = "bytelevel-bpe",
+    vocabulary_size: int = 50_265,
+    console: Console | None = None,
+) -> Path:
+    """Train a tokenizer on the same inputs that `prepare` reads, and save it for AutoTokenizer.from_pretrained.
+
+    - bytelevel-bpe (arXiv:1907.11692): any text without an unknown token; <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4;
+    - wordpiece (arXiv:1810.04805, the uncased BERT): lower case, no accents, Chinese characters apart; [PAD] 0,
+      [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4;
+    - unigram (arXiv:1804.10959): NFKC, words marked with ▁; special tokens as in bytelevel-bpe.
+
+    The same inputs give the same files, but for unigram: its trainer starts from a hash map in random order, and
+    the scores differ in the fourth digit from run to run.
+
+    Args:
+        vocabulary_size: number of tokens, the five special ones included.
+
+    Returns:
+        the folder written.
+
+    Raises:
+        UserError: for an empty input, one that is too small for the vocabulary, and an output that holds something.
+    """
+    console = console or Console(markup=False)
+    folder = Path(output).expanduser()
+    _check(folder, kind, vocabulary_size)
+    found = find_inputs(inputs)
+    documents = resolve_documents(None, found.format)
+    with tempfile.TemporaryDirectory() as scratch:
+        reading = ReadSettings(found.format, documents, "text", scratch)
+        pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
+        with ReadProgress(console, "Reading", found.size) as progress:
+            tokenizer = _train(kind, vocabulary_size, pieces, reading, progress)
+    reached = tokenizer.get_vocab_size()
+    if reached < vocabulary_size:
+        raise UserError(
+            f"The input is too small for {vocabulary_size:,} tokens: it gives {reached:,}.",
+            where=f"--vocab-size {vocabulary_size}",
+            remedy=f"Give more text, or --vocab-size {reached} or less.",
+        )
+    _save(_wrap(tokenizer, kind), folder)
+    console.print(f"Wrote the tokenizer ({kind}, {reached:,} tokens) to {folder}", highlight=False, soft_wrap=True)
+    return folder
+
+
+def _check(folder: Path, kind: str, vocabulary_size: int) -> None:
+    if kind not in KINDS:
+        raise UserError(
+            f"Unknown type of tokenizer '{kind}'.{nearest(kind, KINDS)}",
+            where=f"--type {kind}",
+            remedy=f"Choose one of {', '.join(KINDS)}.",
+        )
+    smallest = len(_SPECIAL_TOKENS[kind]) + (256 if kind == "bytelevel-bpe" else 1)
+    if vocabulary_size < smallest:
+        raise UserError(
+            f"A {kind} vocabulary needs at least {smallest} tokens, got {vocabulary_size}.",
+            where=f"--vocab-size {vocabulary_size}",
+            remedy="RoBERTa has 50265, BERT 30522.",
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"The output '{folder}' already holds something.",
+            where=str(folder),
+            remedy="Choose an --output that is new or empty, or delete it.",
+        )
+
+
+def _train(
+    kind: str, vocabulary_size: int, pieces: Sequence[Piece], reading: ReadSettings, progress: ReadProgress
+) -> Tokenizer:
+    special = _special_tokens(kind)
+    tokenizer = _untrained(kind)
+    common: dict[str, Any] = {"vocab_size": vocabulary_size, "show_progress": False}
+    if kind == "bytelevel-bpe":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(min_frequency=2, initial_alphabet=alphabet, special_tokens=special, **common)
+        tokenizer.train_from_iterator(_texts(pieces, reading, progress), trainer)
+        return tokenizer
+    normalizer = _untrained(kind).normalizer  # one of its own: training locks that of the tokenizer
+    assert normalizer is not None
+    alphabet = _alphabet(normalizer, pieces, reading, vocabulary_size // _ALPHABET_SHARE)
+    _check_room(len(special) + len(alphabet), vocabulary_size)
+    if kind == "unigram":
+        trainer = trainers.UnigramTrainer(
+            initial_alphabet=alphabet, unk_token="<unk>", special_tokens=special, **common
+        )
+        # The trainer keeps every character it sees, so it does not get to see the rare ones.
+        tokenizer.train_from_iterator(_texts(pieces, reading, progress, normalizer, set(alphabet)), trainer)
+        return tokenizer
+    return _train_wordpiece(alphabet, vocabulary_size, pieces, reading, progress)
+
+
+def _train_wordpiece(
+    alphabet: list[str], vocabulary_size: int, pieces: Sequence[Piece], reading: ReadSettings, progress: ReadProgress
+) -> Tokenizer:
+    """The trainer numbers the continuations ("##a") in the random order of a hash map, and with them everything
+    after. So a first pass finds them, and a second one gets them sorted, as tokens that it must keep."""
+
+    def train(keep: list[str], size: int) -> Tokenizer:
+        tokenizer = _untrained("wordpiece")
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            special_tokens=[*_special_tokens("wordpiece"), *keep],  # type: ignore[arg-type]
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(_texts(pieces, reading, progress), trainer)
+        return tokenizer
+
+    special = [token.content for token in _special_tokens("wordpiece")]
+    continuations = sorted(set(train([], 0).get_vocab()) - set(special) - set(alphabet))
+    kept = [*alphabet, *continuations]
+    _check_room(len(special) + len(kept), vocabulary_size)
+    state = json.loads(train(kept, vocabulary_size).to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+    return Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+
+
+def _special_tokens(kind: str) -> list[AddedToken]:
+    """The mask of the kinds that mark word starts takes the blank before it along: it stands for " word"."""
+    return [
+        AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True) for token in _SPECIAL_TOKENS[kind]
+    ]
+
+
+def _check_room(needed: int, vocabulary_size: int) -> None:
+    if needed > vocabulary_size:
+        raise UserError(
+            f"A vocabulary of {vocabulary_size:,} is too small: the characters of this text alone need {needed:,}.",
+            where=f"--vocab-size {vocabulary_size}",
+            remedy=f"Choose a --vocab-size well above {needed}, or --type bytelevel-bpe.",
+        )
+
+
+def _untrained(kind: str) -> Tokenizer:
+    if kind == "bytelevel-bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece(prefix="##")
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(_BLANK_RUN, " ")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "wordpiece":
+        pad, unknown, begin, end, mask = _SPECIAL_TOKENS[kind]
+    else:
+        begin, pad, end, unknown, mask = _SPECIAL_TOKENS[kind]
+    ids = {token: tokenizer.token_to_id(token) for token in (begin, end)}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        # BERT marks the second text with type 1; RoBERTa has one type and two separators.
+        pair=f"{begin} $A {end} $B:1 {end}:1" if kind == "wordpiece" else f"{begin} $A {end} {end} $B {end}",
+        special_tokens=list(ids.items()),
+    )
+    names = {"cls_token": begin, "sep_token": end, "pad_token": pad, "unk_token": unknown}
+    if kind != "wordpiece":
+        names |= {"bos_token": begin, "eos_token": end}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "wordpiece" else None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MODEL_MAX_LENGTH,
+        model_input_names=inputs or ["input_ids", "attention_mask"],
+        mask_token=AddedToken(mask, lstrip=mask == "<mask>", normalized=False, special=True),
+        **names,
+    )
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write to a temporary folder, then rename: the output is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(str(temporary))
+    os.replace(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def _texts(
+    pieces: Sequence[Piece],
+    reading: ReadSettings,
+    progress: ReadProgress,
+    normalizer: Normalizer | None = None,
+    alphabet: set[str] | None = None,
+) -> Iterator[str]:
+    """All documents; with a normalizer normalised, and with blanks for the characters that are not in `alphabet`."""
+    before = since = 0
+    for piece in pieces:
+        for text, position in read_documents(piece, reading):
+            if normalizer is not None and alphabet is not None:
+                text = normalizer.normalize_str(text)
+                text = text.translate({ord(character): " " for character in set(text) - alphabet})
+            yield text
+            since += len(text)
+            if since >= _TEXT_A_STEP:
+                progress.update(before + position)
+                since = 0
+        before += piece.size
+
+
+def _alphabet(normalizer: Normalizer, pieces: Sequence[Piece], reading: ReadSettings, usual: int) -> list[str]:
+    """The `usual` most frequent characters of the normalised text, and more down to CHARACTER_COVERAGE; sorted."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        for text, _ in read_documents(piece, reading):
+            counts.update(normalizer.normalize_str(text))
+    frequent = sorted((c for c in counts if not c.isspace()), key=lambda character: (-counts[character], character))
+    covered = list(accumulate(counts[character] for character in frequent))
+    needed = bisect_left(covered, CHARACTER_COVERAGE * covered[-1]) + 1 if covered else 0
+    return sorted(frequent[: max(usual, needed)])

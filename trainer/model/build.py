@@ -1,0 +1,194 @@
+"""From the model section of a config to a masked-LM model with weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.files import is_local
+from trainer.model.configuration import attention_of, build_config, position_offset, position_table
+from trainer.model.prediction_head import HEAD_MODULES
+
+if TYPE_CHECKING:
+    from trainer.data.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to be trained.
+
+    Attributes:
+        model: an instance of a stock transformers class, fp32, on the CPU, in training mode.
+        notes: lines for the user: what differs from what they may expect.
+    """
+
+    model: PreTrainedModel
+    notes: tuple[str, ...]
+
+
+def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, seed: int) -> BuiltModel:
+    """Initialise a model, or load a checkpoint and grow its vocabulary to the tokenizer's.
+
+    The weights depend on `settings`, `vocabulary` and `seed` alone, so every rank makes the same ones; the global
+    random state is left as it was.
+
+    Raises:
+        UserError: as `build_config`, and when a checkpoint cannot be read or lacks weights of the encoder.
+    """
+    config = build_config(settings, vocabulary, seq_len)
+    notes: list[str] = []
+    attention = attention_of(config)
+    with _seeded(seed):
+        if settings.from_pretrained is None:
+            model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        else:
+            model = _load(settings.from_pretrained, config, attention, notes)
+            _fit_vocabulary(model, vocabulary, notes)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    name = type(model).__name__
+    if attention != "sdpa":
+        notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
+    if config.model_type not in HEAD_MODULES:
+        notes.append(f"head: {name} computes the logits of all positions; only known classes skip the unmasked ones")
+    return BuiltModel(model.train(), tuple(notes))
+
+
+def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The forward arguments that are the same for every packed block; make them once and pass them always.
+
+    They save what a stock class does otherwise in each forward pass, a cumulative sum over the padding mask and a
+    gather. Given one row, the class broadcasts it: each table is looked up, and its gradient scattered, once a
+    batch and not once a block. A packed block has no padding, so no attention_mask is ever passed (it would cost a
+    host synchronisation and the flash kernel). Rotary classes make their own positions, a single row as well; a
+    class that is not known here gets nothing and does as always.
+
+    Returns:
+        position_ids (from the class's offset) and token_type_ids (zeros), int64 [1, seq_len], each if the class
+        takes it.
+    """
+    if model.config.model_type not in HEAD_MODULES or position_table(model) is None:
+        return {}
+    offset = position_offset(model)
+    inputs = {"position_ids": torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)}
+    inputs["token_type_ids"] = torch.zeros_like(inputs["position_ids"])
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def fp32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all floating-point buffers by name, to be taken before a cast of the model.
+
+    `model.bfloat16()` rounds buffers too. For rotary frequencies (ModernBERT, EuroBERT, ESM) that moves the angle at
+    position 500 by up to a radian; the classes compute with them in fp32, so keeping them costs nothing.
+    """
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer.is_floating_point()
+    }
+
+
+def restore_fp32_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Put the copies from `fp32_buffers` back, on the device where each buffer is now."""
+    for name, value in saved.items():
+        owner, _, leaf = name.rpartition(".")
+        buffers = model.get_submodule(owner)._buffers
+        current = buffers[leaf]
+        buffers[leaf] = value.clone() if current is None else value.to(current.device, copy=True)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Weights are drawn on the CPU; only its generator is seeded, and it is put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str]) -> PreTrainedModel:
+    name = str(Path(source).expanduser()) if is_local(source) else source
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            name, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        )
+    except Exception as error:  # OSError, RuntimeError, SafetensorError, ...: whatever the file makes them say
+        raise UserError(
+            f"Cannot load weights from '{source}': {' '.join(str(error).split())}",
+            where="model.from_pretrained",
+            remedy="Give a folder as save_pretrained writes it, with config.json and whole weight files.",
+        ) from error
+    _account_for_keys(model, source, report, notes)
+    return model
+
+
+def _account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, Any], notes: list[str]) -> None:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing = sorted(parameters.intersection(report["missing_keys"]))
+    encoder = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if encoder:
+        raise UserError(
+            f"'{source}' lacks {len(encoder)} weights of the encoder of {type(model).__name__}: {_listed(encoder)}.",
+            where="model.from_pretrained",
+            remedy="Give a checkpoint of this architecture; its config.json and its weights may not belong together.",
+        )
+    if missing:
+        notes.append(f"checkpoint: no weights for {_listed(missing)}; initialised at random")
+    if report["unexpected_keys"]:
+        notes.append(f"checkpoint: not used: {_listed(sorted(report['unexpected_keys']))}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _fit_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary, notes: list[str]) -> None:
+    """Give every token of the tokenizer a row; surplus rows of a padded checkpoint stay."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    rows = table.num_embeddings
+    if vocabulary.size > rows:
+        _grow_vocabulary(model, vocabulary.size)
+        notes.append(f"vocabulary: resized from {rows:,} to {vocabulary.size:,}; new rows start at the mean")
+    elif vocabulary.size < rows:
+        notes.append(f"vocabulary: the tokenizer has {vocabulary.size:,} tokens; the model keeps its {rows:,} rows")
+    pad = model.config.pad_token_id
+    if pad is not None and pad != vocabulary.pad_id:
+        notes.append(f"padding: the tokenizer's id is {vocabulary.pad_id}; the model keeps its own, {pad}")
+
+
+def _grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+    """Append rows drawn closely around the mean of the old ones (nlp.stanford.edu/~johnhew/vocab-expansion.html).
+
+    transformers grows the embedding and the decoder; a bias of tied weights it fills with zeros or, where it is not
+    the decoder's own (ESM), forgets. Here every output bias gets the mean as well, so that a new token starts as an
+    average one.
+    """
+    decoder = model.get_output_embeddings()
+    old_biases = {name: bias.detach().clone() for name, bias in _output_biases(model, decoder)}
+    model.resize_token_embeddings(size, mean_resizing=True)
+    for name, bias in _output_biases(model, model.get_output_embeddings()):
+        old = old_biases[name]
+        bias.data = torch.cat([old, old.mean().expand(size - len(old))])
+    model.tie_weights()
+
+
+def _output_biases(model: PreTrainedModel, decoder: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """The biases [V] of the vocabulary projection: the decoder's own and its parent's, which may be one tensor."""
+    if decoder is None:
+        return []
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    parent = path.rpartition(".")[0]
+    candidates = {f"{path}.bias": decoder, f"{parent}.bias": model.get_submodule(parent)}
+    owned = {name: getattr(module, "bias", None) for name, module in candidates.items()}
+    return [(name, bias) for name, bias in owned.items() if isinstance(bias, nn.Parameter)]
