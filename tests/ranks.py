@@ -18,7 +18,8 @@ from trainer.config import Config, parse_config
 from trainer.tracking.jsonl import read_lines
 
 _CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["trainer.train", "tests.ranks"])
+# The last is imported by DeepSpeed at initialize, for some seconds.
+_CONTEXT.set_forkserver_preload(["trainer.train", "tests.ranks", "deepspeed.runtime.zero.muon.original_muon"])
 EXIT_ERROR = 99
 
 

@@ -155,8 +155,7 @@ def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
     from trainer.model.prediction_head import install
 
     positions = install(model)
-    batch_size, seq_len = probe.input_ids.shape
-    constants = constant_inputs(model, batch_size, seq_len, torch.device("cpu"))
+    constants = constant_inputs(model, probe.input_ids.shape[1], torch.device("cpu"))
     with positions.select(probe.prediction_index), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logits = model(input_ids=probe.input_ids, **constants).logits

@@ -18,7 +18,7 @@ import torch
 
 from trainer.config import OptimizerConfig
 from trainer.distributed import World
-from trainer.errors import DamagedError
+from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.prediction_head import install
@@ -27,6 +27,7 @@ from trainer.model.prediction_head import install
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,14 @@ class TrainingEngine:
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.micro_size: int = ds_config["train_micro_batch_size_per_gpu"]
-        self._half_precision = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
+        accelerator = get_accelerator()
+        assert accelerator is not None
+        if ds_config["fp16"]["enabled"] and not accelerator.is_fp16_supported():
+            raise UserError(
+                "This device cannot train in fp16.",
+                where="train.precision=fp16",
+                remedy="Set train.precision to bf16 or fp32.",
+            )
         model = built.model
         self._positions = install(model)
         buffers = fp32_buffers(model)
@@ -89,7 +97,7 @@ class TrainingEngine:
         self._engine._copy_recovery_script = lambda *_: None
         self._grad_norm: float | None = None
         self._discard_step = False
-        if self.stage == 0 and not self._half_precision:
+        if self.stage == 0:
             adamw.register_step_pre_hook(self._discard_gradients_if_asked)
 
     def compile(self) -> None:
@@ -124,7 +132,7 @@ class TrainingEngine:
         assert learning_rate is not None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.stage == 0 and not self._half_precision:
+        if self.stage == 0:
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
             self._discard_step = not math.isfinite(self._grad_norm)
@@ -197,10 +205,37 @@ def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.
 def read_weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     """Full fp32 weights of a checkpoint of any ZeRO stage, on the CPU."""
     if stage == 0:
-        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in state["module"].items()}
+        return _module_state(folder)
+    first_rank = next(folder.glob("*zero_pp_rank_0_*_optim_states.pt"))
+    if "zero_stage" not in torch.load(first_rank, mmap=True, weights_only=False)["optimizer_state_dict"]:
+        return _read_bf16_optimizer_weights(folder)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
     assert weights is not None
     return dict(weights)
+
+
+def _read_bf16_optimizer_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights from BF16_Optimizer's files (stage 1, fp32 accumulation), which DeepSpeed's reader refuses.
+
+    Each rank's file maps parameter names to fragments of its flat fp32 partitions; in rank order the fragments of a
+    name make up the parameter.
+    """
+    module = _module_state(folder)
+    fragments: dict[str, list[torch.Tensor]] = {}
+    ranks = sorted(folder.glob("bf16_zero_pp_rank_*"), key=lambda path: int(path.name.split("_")[4]))
+    for path in ranks:
+        state = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        for flat, mapping in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
+            for name, place in mapping.items():
+                fragments.setdefault(name, []).append(flat[place.start : place.start + place.numel])
+    weights = {name: torch.cat(parts).view(module[name].shape).float() for name, parts in fragments.items()}
+    by_storage = {module[name].data_ptr(): weight for name, weight in weights.items()}  # tied names share storage
+    return {
+        name: weights.get(name, by_storage.get(tensor.data_ptr(), tensor.float())) for name, tensor in module.items()
+    }
+
+
+def _module_state(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,10 +47,10 @@ class Loop:
     state: TrainState
     stop: StopRequest
     reporter: Reporter | None
+    last_save_time: float = field(default_factory=time.monotonic)
 
     def run(self) -> int:
         """Train to the last step or to a request to stop; returns the exit code."""
-        self._last_save_time = time.monotonic()
         if self.state.step == 0:
             self._evaluate_if_due()  # the untrained model's perplexity: what all later ones are compared with
         steps = self._steps_of_batches()
@@ -99,7 +99,7 @@ class Loop:
     def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool, bool]:
         """One small reduction a step: predictions in the global batch, stop or not, save by the clock or not."""
         minutes = self.config.checkpoint.every_minutes
-        elapsed_minutes = (time.monotonic() - self._last_save_time) / 60
+        elapsed_minutes = (time.monotonic() - self.last_save_time) / 60
         clock_says_save = self.world.is_main and minutes is not None and elapsed_minutes >= minutes
         predictions = sum(self.objective.predictions(batch) for batch in micro_batches)
         totals = distributed.total(self.world, [predictions, self.stop.received, clock_says_save])
@@ -170,7 +170,7 @@ class Loop:
 
     def _save(self) -> bool:
         saved = self.saver.save(self.state)
-        self._last_save_time = time.monotonic()
+        self.last_save_time = time.monotonic()
         self.meter.restart(self.state.tokens)
         if saved is not None and self.reporter is not None:
             self.reporter.console.say(f"saved {saved}")

@@ -74,11 +74,16 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
     """Read the ids that training needs.
 
     Raises:
-        UserError: when the tokenizer lacks a mask, a begin or an end token.
+        UserError: when the tokenizer lacks a mask, pad, begin or end token.
     """
     begin = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
-    needed = {"mask": tokenizer.mask_token_id, "begin (cls or bos)": begin, "end (sep or eos)": end}
+    needed = {
+        "mask": tokenizer.mask_token_id,
+        "pad": tokenizer.pad_token_id,  # never in a block, but stock classes take id 0 for it when it is not set
+        "begin (cls or bos)": begin,
+        "end (sep or eos)": end,
+    }
     lacking = [name for name, value in needed.items() if value is None]
     if lacking:
         raise UserError(
@@ -93,7 +98,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
         end_id=end,
         separator_id=end,
         mask_id=_first(tokenizer.mask_token_id),
-        pad_id=_first(tokenizer.pad_token_id, 0) or 0,
+        pad_id=_first(tokenizer.pad_token_id),
         special_ids=tuple(sorted({*tokenizer.all_special_ids, begin, end})),
         sha256=tokenizer_sha256(tokenizer),
     )

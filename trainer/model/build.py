@@ -89,8 +89,8 @@ def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) 
 def fp32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all floating-point buffers by name, to be taken before a cast of the model.
 
-    `model.bfloat16()` rounds buffers too. For rotary frequencies (ModernBERT, EuroBERT, ESM) that moves the angle at
-    position 500 by up to a radian; the classes compute with them in fp32, so keeping them costs nothing.
+    `model.bfloat16()` rounds buffers too. For rotary frequencies (ModernBERT, EuroBERT, ESM) that moves an angle at
+    position 500 by up to half a radian; the classes compute with them in fp32, so keeping them costs nothing.
     """
     return {
         name: buffer.detach().clone()

@@ -59,7 +59,5 @@ def _shared_layer_applications(model: PreTrainedModel) -> dict[str, int]:
     uses = Counter(int(layer / layers_a_group) for layer in range(config.num_hidden_layers))
     marker = ".albert_layer_groups."
     return {
-        name: uses[int(name.partition(marker)[2].split(".")[0])]
-        for name, _ in model.named_modules()
-        if marker in name and name.partition(marker)[2]
+        name: uses[int(name.partition(marker)[2].split(".")[0])] for name, _ in model.named_modules() if marker in name
     }

@@ -86,3 +86,20 @@ def masked_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
     input_ids = tokens.flatten().clone()
     input_ids[index[::2]] = VOCABULARY_SIZE - 1
     return input_ids.view(BLOCKS, SEQ_LEN), index, labels, placed.view(BLOCKS, SEQ_LEN)
+
+
+def preset(name: str = "roberta-base", **overrides) -> ModelConfig:
+    return ModelConfig(preset=name, tokenizer="unused", overrides=overrides)
+
+
+def tiny_roberta(**overrides) -> ModelConfig:
+    return preset(**{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **overrides})
+
+
+def saved(tmp_path, model_type: str, **changes):
+    tiny_model(tmp_path, model_type, **changes).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def continued(folder, **overrides) -> ModelConfig:
+    return ModelConfig(from_pretrained=str(folder), overrides=overrides)

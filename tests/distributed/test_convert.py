@@ -1,0 +1,128 @@
+"""Conversion: from a checkpoint of any stage to a folder that plain transformers loads, with training's logits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+from launcher.console import make_console
+from tests.ranks import tiny_config, train
+from tools.convert import convert
+from trainer.checkpoint.contents import read_probe
+from trainer.errors import EXIT_FINISHED, DamagedError, UserError
+
+
+@pytest.fixture(scope="module", params=["zero0", "zero1", "zero2", "zero3"])
+def trained(request: pytest.FixtureRequest, workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on 2 ranks."""
+    run_dir = tmp_path_factory.mktemp(request.param)
+    config = tiny_config(
+        workspace,
+        run_dir,
+        deepspeed=request.param,
+        data={"validation": str(workspace / "data")},
+        eval={"every_steps": 10, "samples": 32},
+    )
+    assert train(config, 2) == EXIT_FINISHED
+    return run_dir
+
+
+def test_rows_8_and_9_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
+    trained: Path, workspace: Path, tmp_path: Path
+) -> None:
+    conversion = convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert conversion.step == 20
+    assert conversion.difference_from_training == 0.0
+    assert conversion.difference_after_reload == 0.0
+    model, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(model).__name__ == "RobertaForMaskedLM"
+    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+
+    # And by hand, without any of our model code: the stock forward pass gives the logits that training recorded.
+    probe = read_probe(trained / "checkpoints" / "step-00000020")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=probe.input_ids).logits.flatten(0, 1)[probe.prediction_index]
+    torch.testing.assert_close(logits[: len(probe.logits)], probe.logits, rtol=0, atol=1e-5)
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(workspace / "tokenizer").get_vocab()
+    answers = pipeline("fill-mask", model=str(tmp_path / "model"), device="cpu")("ka <mask> lo.")
+    assert len(answers) == 5
+
+
+def test_the_model_card_tells_data_steps_settings_curve_and_perplexity(trained: Path, tmp_path: Path) -> None:
+    convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    for expected in (
+        "`RobertaForMaskedLM`",
+        "| tokens seen | 5,120 |",
+        "validation perplexity of masked tokens",
+        "| batch | 8 sequences |",
+        "linear, 4 warm-up steps",
+        "on 2 ranks",
+        "## Curve",
+        "deepspeed 0.19",
+    ):
+        assert expected in card
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_output_is_within_its_rounding(dtype: str, trained: Path, tmp_path: Path) -> None:
+    conversion = convert(str(trained), str(tmp_path / "model"), dtype, "5GB", make_console())
+    assert 0 < conversion.difference_after_reload < 0.1
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert model.dtype is getattr(torch, dtype)
+
+
+def test_sharded_output_loads(trained: Path, tmp_path: Path) -> None:
+    convert(str(trained), str(tmp_path / "model"), "float32", "100KB", make_console())
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_damaged_or_missing_checkpoint_leaves_no_output(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    victim = next((copy / "checkpoints" / "step-00000020").glob("*states.pt"))
+    os.truncate(victim, 100)
+    with pytest.raises(DamagedError, match=r"None of the 1 checkpoints is whole"):
+        convert(str(copy), str(tmp_path / "model"), "float32", "5GB", make_console())
+    with pytest.raises(DamagedError, match=victim.name):
+        convert(str(victim.parent), str(tmp_path / "model"), "float32", "5GB", make_console())
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
+        convert(str(tmp_path), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_output_that_exists_is_never_overwritten(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("keep")
+    with pytest.raises(UserError, match="exists already"):
+        convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert (tmp_path / "model" / "mine").read_text() == "keep"
+
+
+def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from trainer.checkpoint.manifest import read_manifest, write_manifest
+    from trainer.files import file_hash
+
+    copy = tmp_path / "run" / "checkpoints" / "step-00000020"
+    shutil.copytree(trained / "checkpoints" / "step-00000020", copy)
+    probe = load_file(copy / "probe.safetensors")
+    probe["logits"][0, 0] += 1.0
+    save_file(probe, copy / "probe.safetensors")
+    manifest = read_manifest(copy)
+    path = copy / "probe.safetensors"
+    manifest.files["probe.safetensors"] = (path.stat().st_size, file_hash(path))
+    write_manifest(copy, manifest)
+    with pytest.raises(DamagedError, match="do not give the logits that training recorded"):
+        convert(str(copy), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,114 @@
+"""bf16, fp16 and their options; steps that are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.console import make_console
+from tests.ranks import losses, metrics, run_ranks, tiny_config, train
+from tools.convert import convert
+from trainer.config import Config
+from trainer.errors import EXIT_DIVERGED, EXIT_FINISHED, UserError
+from trainer.train import validate
+
+TOLERANCE = 0.01  # nats; measured over 60 steps of this model: 0.0018 to 0.0025
+
+
+@pytest.fixture(scope="module")
+def fp32(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run_dir = tmp_path_factory.mktemp("fp32")
+    assert train(tiny_config(workspace, run_dir), 2) == EXIT_FINISHED
+    return losses(run_dir)
+
+
+def with_fp16_allowed(config: Config) -> int:
+    """Runs on each rank: torch computes in fp16 on any CPU, but DeepSpeed wants one that is fast at it."""
+    import deepspeed
+
+    from trainer.train import run
+
+    type(deepspeed.get_accelerator()).is_fp16_supported = lambda _self: True
+    return run(config)
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_fp32_and_converts(
+    precision: str, preset: str, fp32: list[float], workspace: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(workspace, tmp_path / "run", train={"precision": precision}, deepspeed=preset)
+    assert run_ranks(with_fp16_allowed, 2, config) == [EXIT_FINISHED] * 2
+    scales = {line["train/loss_scale"] for line in metrics(tmp_path / "run")}
+    assert scales == ({2.0**16} if precision == "fp16" else {1.0})
+    found = losses(tmp_path / "run")
+    assert found == pytest.approx(fp32, abs=TOLERANCE)
+    conversion = convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert conversion.difference_from_training < 0.05
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3"])
+def test_bf16_with_fp32_gradient_accumulation(preset: str, fp32: list[float], workspace: Path, tmp_path: Path) -> None:
+    settings = {"precision": "bf16", "gradient_accumulation_dtype": "fp32"}
+    config = tiny_config(workspace, tmp_path / "run", train=settings, deepspeed=preset, checkpoint={"every_steps": 10})
+    assert train(config, 2) == EXIT_FINISHED
+    assert losses(tmp_path / "run") == pytest.approx(fp32, abs=TOLERANCE)
+    convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", make_console())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_at_stage_0_is_refused_with_the_remedy(precision: str, workspace: Path, tmp_path: Path) -> None:
+    config = tiny_config(workspace, tmp_path, train={"precision": precision}, deepspeed="zero0")
+    with pytest.raises(UserError, match="zero1"):
+        validate(config, 1)
+
+
+def poison(config: Config, first: int, last: int) -> int:
+    """Runs on each rank: one gradient on rank 0 is infinite in steps `first` to `last`."""
+    import torch
+
+    from trainer.loop import Loop
+    from trainer.train import run
+
+    original = Loop._train_step
+
+    def poisoned(self: Loop, *arguments: object) -> object:
+        handle = None
+        if first <= self.state.step + 1 <= last and self.world.is_main:
+            layer = self.engine.module.lm_head.dense
+            handle = layer.register_full_backward_hook(
+                lambda _module, inputs, _outputs: tuple(torch.full_like(value, torch.inf) for value in inputs)
+            )
+        result = original(self, *arguments)  # type: ignore[arg-type]
+        if handle is not None:
+            handle.remove()
+        return result
+
+    Loop._train_step = poisoned  # type: ignore[method-assign,assignment]
+    return run(config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "preset"), [*(("fp32", f"zero{stage}") for stage in range(4)), ("bf16", "zero1"), ("bf16", "zero3")]
+)
+def test_a_step_with_an_infinite_gradient_is_skipped_and_counted(
+    precision: str, preset: str, workspace: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(workspace, tmp_path, train={"precision": precision}, deepspeed=preset)
+    assert run_ranks(poison, 2, config, 5, 6) == [EXIT_FINISHED] * 2
+    lines = metrics(tmp_path)
+    assert [line["train/skipped_steps"] for line in lines] == [0] * 4 + [1] + [2] * 15
+    assert all(line["train/grad_norm"] is None for line in lines[4:6])
+    assert all(line["train/loss"] is not None and line["train/loss"] < 7 for line in lines)
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.3
+
+
+def test_gradients_that_stay_infinite_stop_the_run_with_4(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_skipped_steps": 3}
+    config = tiny_config(workspace, tmp_path, train=settings, checkpoint={"every_steps": 4})
+    assert run_ranks(poison, 2, config, 9, 20) == [EXIT_DIVERGED] * 2
+    assert "not finite in 3 steps in a row, up to step 11" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000008"]
