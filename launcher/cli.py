@@ -157,7 +157,7 @@ def prepare(
     field: Annotated[str, typer.Option(help="The column that holds the text (all formats but text).")] = "text",
     documents: Annotated[
         Literal["file", "paragraph", "line", "row"] | None,
-        typer.Option(help="What a document is.", show_default="file for text, row for the other formats"),
+        typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Tokenizing processes.", show_default="one a core")

@@ -143,11 +143,11 @@ def check_preset(preset: Any, where: str) -> None:
                 remedy=f"Remove it there and set {OWNED_KEYS[key]} in the run config.",
             )
         _check_known(key, ALLOWED_KEYS, "", where)
-    zero = preset.get("zero_optimization", {})
+    zero = _object(preset, "zero_optimization", "", where)
     for key in zero:
         _check_known(key, ALLOWED_ZERO_KEYS, "zero_optimization.", where)
     for section, known in _OFFLOAD_KEYS.items():
-        for key in zero.get(section) or {}:
+        for key in _object(zero, section, "zero_optimization.", where):
             _check_known(key, known, f"zero_optimization.{section}.", where)
     if zero.get("stage") not in (0, 1, 2, 3):
         raise UserError(
@@ -155,6 +155,18 @@ def check_preset(preset: Any, where: str) -> None:
             where=f"{where}: zero_optimization.stage",
             remedy="Set the stage.",
         )
+
+
+def _object(parent: dict[str, Any], key: str, prefix: str, where: str) -> dict[str, Any]:
+    """The JSON object at `key`; empty when there is none."""
+    value = parent.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(
+            f"{prefix}{key} must be an object, got {value!r}.",
+            where=f"{where}: {prefix}{key}",
+            remedy="See ds_configs/zero3_offload.json.",
+        )
+    return value or {}
 
 
 def _check_known(key: str, known: tuple[str, ...], prefix: str, where: str) -> None:

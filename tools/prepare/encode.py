@@ -30,14 +30,17 @@ class Encoder:
         """The ids of each text, in the dtype given to the constructor."""
         if sum(map(len, texts)) <= 2 * BATCH_CHARACTERS:
             return self._encode_batch(texts)
-        return [np.concatenate([self._encode_batch([part])[0] for part in split_text(text)]) for text in texts]
+        return [
+            np.concatenate([self._encode_batch([part])[0] for part in split_text(text, BATCH_CHARACTERS)])
+            for text in texts
+        ]
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, self._dtype) for encoding in encodings]
 
 
-def split_text(text: str, limit: int = BATCH_CHARACTERS) -> Iterator[str]:
+def split_text(text: str, limit: int) -> Iterator[str]:
     """Cut a long text into pieces of at most `limit` characters, before single spaces or line ends if there are any."""
     start = 0
     while len(text) - start > limit:

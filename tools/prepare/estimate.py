@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.prepare.encode import Encoder
-from tools.prepare.plan import Unit
+from tools.prepare.plan import Piece, Unit
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.summary import human_bytes
 from trainer.errors import UserError
@@ -35,22 +35,29 @@ def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encod
     Raises:
         UserError: what is wrong with the input at those places.
     """
-    tokens = documents = read_bytes = 0
+    tokens, documents, read_bytes = 0, 0, 0.0
     for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
-        piece = units[index].pieces[0]
-        texts, characters, position = [], 0, piece.size
-        for text, consumed in read_documents(piece, reading):
-            texts.append(text[:SAMPLE_CHARACTERS])
-            characters += len(text)
-            if characters >= SAMPLE_CHARACTERS:
-                position = consumed * len(texts[-1]) // len(text) if len(texts) == 1 else consumed
-                break
-        tokens += sum(map(len, encoder.encode(texts))) + len(texts)
-        documents += len(texts)
-        read_bytes += position
+        texts, position = _sample(units[index].pieces[0], reading)
+        if texts:  # a piece within one huge document has none of its own
+            tokens += sum(map(len, encoder.encode(texts))) + len(texts)
+            documents += len(texts)
+            read_bytes += position
     total = sum(unit.size for unit in units)
     scale = total / read_bytes if read_bytes else 0.0
     return Estimate(tokens * scale, (tokens * dtype.itemsize + documents * _DOCUMENT_BYTES) * scale)
+
+
+def _sample(piece: Piece, reading: ReadSettings) -> tuple[list[str], float]:
+    """About SAMPLE_CHARACTERS of the piece's documents, and the bytes on disk that they took."""
+    texts, characters = [], 0
+    for text, consumed in read_documents(piece, reading):
+        texts.append(text[:SAMPLE_CHARACTERS])
+        characters += len(text)
+        if characters >= SAMPLE_CHARACTERS:
+            if len(texts) > 1 or piece.file.compressed:
+                return texts, consumed * sum(map(len, texts)) / characters
+            return texts, max(consumed, min(len(text), piece.file.size)) * len(texts[0]) / characters
+    return texts, piece.size
 
 
 def check_free_space(folder: Path, needed_bytes: float) -> None:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_rec
 from trainer.data.shards import MANIFEST, Manifest, read_manifest, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
-
-WRITTEN_BY = "maskwright prepare"
 
 
 def prepare(
@@ -224,7 +223,7 @@ class _Job:
             "separator_id": self.vocabulary.separator_id,
             "sources": self.inputs.sources,
             "settings": self.settings,
-            "written_by": WRITTEN_BY,
+            "written_by": f"maskwright {version('maskwright')}",
         }
         result = finalize.write_manifests(whole, self.folders, common)
         finalize.clean_up(self.output, self.folders)

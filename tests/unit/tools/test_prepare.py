@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 from tests.conftest import write_text
 from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_documents
-from tests.unit.tools.test_readers import compress, write_rows
+from tests.unit.tools.test_readers import write_rows, write_texts
 from tools.prepare import prepare
+from tools.prepare.encode import Encoder, split_text
 from tools.prepare.worker import WORK_FOLDER, split_of
 from trainer.data.shards import ShardSet, read_manifest
 from trainer.errors import MaskwrightError, UserError
@@ -28,19 +29,9 @@ from trainer.errors import MaskwrightError, UserError
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["rows.jsonl", "rows.json.gz", "rows.jsonl.zst", "rows.ndjson.xz", "rows.jsonl.bz2"]
-    + ["rows.csv", "rows.csv.gz", "rows.csv.zst", "rows.csv.xz", "rows.csv.bz2", "rows.parquet", "rows.arrow"]
-    + ["text.txt", "text.md.gz", "text.text.zst", "text", "text.txt.xz", "text.txt.bz2"],
-)
-def test_every_format_and_compression_gives_the_same_tokens(tmp_path: Path, run_prepare, tokenizer, name) -> None:
-    path = tmp_path / name
-    if name.startswith("text"):
-        suffix = path.suffix if path.suffix in (".gz", ".zst", ".xz", ".bz2") else ""
-        path.write_bytes(compress("\r\n\r\n".join(TEXTS).encode(), suffix))
-    else:
-        write_rows(path, TEXTS)
+@pytest.mark.parametrize("name", ["rows.jsonl.zst", "rows.csv.gz", "rows.parquet", "rows.arrow", "text.txt.xz"])
+def test_every_format_gives_the_same_tokens(tmp_path: Path, run_prepare, tokenizer, name) -> None:
+    path = write_texts(tmp_path / name, TEXTS)
 
     summary = run_prepare([path], tmp_path / "data")
 
@@ -57,7 +48,7 @@ def test_hub_data_sets_read_through_the_same_path(tmp_path: Path, run_prepare) -
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train-0.parquet", TEXTS[:2])
     write_rows(tmp_path / "set" / "train-1.parquet", TEXTS[2:])
-    run_prepare([tmp_path / "set"], tmp_path / "hub", format="hub", workers=2)
+    run_prepare([tmp_path / "set"], tmp_path / "hub", format="hub")
     run_prepare([tmp_path / "set"], tmp_path / "files")
 
     assert read_token_documents(tmp_path / "hub") == read_token_documents(tmp_path / "files")
@@ -87,63 +78,44 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path: Path, run_pr
     assert b"/" + tmp_path.name.encode() not in (tmp_path / "1" / "train" / "manifest.json").read_bytes()
 
 
-@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_continues_and_gives_the_same_bytes(tmp_path: Path, tokenizer: Path, run_prepare, killed) -> None:
+@pytest.mark.parametrize("killed", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_continues_and_gives_the_same_bytes(
+    tmp_path: Path, tokenizer: Path, run_prepare, monkeypatch, killed
+) -> None:
     """faults.md 20: the rerun redoes only unfinished units and its result equals an uninterrupted run's."""
     path = write_text(tmp_path / "text.txt", documents=6000, seed=5)
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(f"""
-            import tools.prepare.plan, sys
-            from tools.prepare import prepare
-            tools.prepare.plan.MINIMUM_UNIT_BYTES = 65536
-            if __name__ == "__main__":
-                prepare([{str(path)!r}], {str(tokenizer)!r}, sys.argv[1], workers=int(sys.argv[2]))
-        """)
-    )
     output = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(script), str(output), "2"], stdout=subprocess.PIPE, text=True)
+    code = textwrap.dedent(f"""
+        import tools.prepare.plan
+        from tools.prepare import prepare
+        tools.prepare.plan.MINIMUM_UNIT_BYTES = 65536
+        prepare([{str(path)!r}], {str(tokenizer)!r}, {str(output)!r}, workers=2)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list((output / WORK_FOLDER).glob("unit-*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(killed)
     printed, _ = process.communicate(timeout=30)
-    done = {record.name: record.stat().st_mtime_ns for record in (output / WORK_FOLDER).glob("unit-*.json")}
-    kept = {shard.name: shard.stat().st_mtime_ns for shard in output.glob("shard-*.tok")}
     assert process.returncode != 0
-    assert len(done) >= 2 and not (output / "manifest.json").exists()
-    if killed != signal.SIGKILL:
-        assert "run the same command again" in printed
+    assert killed == signal.SIGKILL or "run the same command again" in printed
+    deadline = time.monotonic() + 10
+    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) >= 2 and not any(is_running(worker) for worker in workers)
     with pytest.raises(UserError, match="not a prepared data set"):
         read_manifest(output)
 
-    subprocess.run([sys.executable, str(script), str(output), "1"], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([sys.executable, str(script), str(tmp_path / "clean"), "2"], check=True, stdout=subprocess.DEVNULL)
+    done = [record.stem.replace("unit", "shard") for record in (output / WORK_FOLDER).glob("unit-*.json")]
+    times = {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 65536)
+    run_prepare([path], output)
+    run_prepare([path], tmp_path / "clean", workers=2)
 
     assert folder_hashes(output) == folder_hashes(tmp_path / "clean")
-    for record in done:
-        name = record.replace("unit", "shard").replace("json", "tok")
-        assert (output / name).stat().st_mtime_ns == kept[name]
-
-
-def test_no_worker_outlives_a_killed_parent(tmp_path: Path, tokenizer: Path) -> None:
-    path = write_text(tmp_path / "text.txt", documents=20000, seed=5)
-    code = f"from tools.prepare import prepare; prepare([{str(path)!r}], {str(tokenizer)!r}, 'out', workers=2)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    children: list[int] = []
-    deadline = time.monotonic() + 60
-    while len(children) < 2 and time.monotonic() < deadline:
-        listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        children = [int(line) for line in listed.stdout.split()]
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 10
-    while any(is_running(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-    assert len(children) == 2
-    assert not any(is_running(child) for child in children)
+    assert 2 <= len(done) < len(read_manifest(output).shards)
+    assert times == {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
 
 
 def test_an_interrupted_run_with_other_inputs_is_not_mixed_in(tmp_path: Path, run_prepare, small_units) -> None:
@@ -210,12 +182,17 @@ def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: number for number, word in enumerate(["<s>", "</s>", "<mask>", "<unk>"])}
-    words |= {f"w{number}": number for number in range(4, 70_000)}
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "<mask>", "<unk>", "<pad>"])}
+    words |= {f"w{number}": number for number in range(5, 70_000)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", mask_token="<mask>", unk_token="<unk>"
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        pad_token="<pad>",
     )
     fast.save_pretrained(str(tmp_path / "tokenizer"))
     (tmp_path / "text.txt").write_text("w69999 w5\n\nw65536")
@@ -230,9 +207,7 @@ def test_a_very_long_document_is_encoded_in_pieces(tmp_path: Path, run_prepare, 
     (tmp_path / "text.txt").write_text(text)
     run_prepare([tmp_path / "text.txt"], tmp_path / "whole")
     monkeypatch.setattr("tools.prepare.encode.BATCH_CHARACTERS", 5000)
-    from tools.prepare.encode import Encoder, split_text
-
-    assert len(list(split_text(text, 5000))) > 10
+    assert len(list(split_text(text, 5000))) >= 10
     (ids,) = Encoder(str(tokenizer / "tokenizer.json"), np.dtype("<u2")).encode([text])
     assert [ids.tolist()] == read_token_documents(tmp_path / "whole")
 
@@ -320,7 +295,7 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path: Path, run_prepare, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
 
-    with pytest.raises(UserError, match="only 1.0 kB are free"):
+    with pytest.raises(UserError, match=r"only 1\.0 kB are free"):
         run_prepare([path], tmp_path / "data")
 
 

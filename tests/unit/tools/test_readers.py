@@ -156,6 +156,15 @@ def test_compressed_files_may_have_several_parts_but_no_missing_end(tmp_path: Pa
         read_all(path, "line")
 
 
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.ndjson", "rows.csv", "text.txt", "text.md", "text"])
+def test_every_format_and_compression_gives_the_same_texts(tmp_path: Path, name: str, compression: str) -> None:
+    texts = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "last"]
+    path = write_texts(tmp_path / f"{name}{compression}", texts)
+
+    assert read_all(path, "paragraph" if name.startswith("text") else "row") == texts
+
+
 def test_csv_values_stay_text(tmp_path: Path) -> None:
     texts = ["NA", "null", "1.50", "007", "", 'two\nlines, "quoted"']
     assert read_all(write_rows(tmp_path / "rows.csv", texts), "row") == texts
@@ -190,6 +199,15 @@ def test_a_long_text_is_cut_without_loss(text: str) -> None:
 def compress(raw: bytes, suffix: str) -> bytes:
     codecs = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
     return zstandard.ZstdCompressor().compress(raw) if suffix == ".zst" else codecs[suffix](raw)
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    """Paragraphs of a file called text…, else rows."""
+    if not path.name.startswith("text"):
+        return write_rows(path, texts)
+    suffix = path.suffix if path.suffix in (".gz", ".zst", ".xz", ".bz2") else ""
+    path.write_bytes(compress("\n\n".join(texts).encode(), suffix))
+    return path
 
 
 def write_rows(path: Path, texts: list[str], field: str = "text", row_group_size: int = 1000) -> Path:

@@ -1,0 +1,161 @@
+"""Presets and the composed dict, checked against DeepSpeed's own reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from trainer.batch_plan import plan_batch
+from trainer.config import parse_config
+from trainer.deepspeed_config import (
+    _OFFLOAD_KEYS,
+    ALLOWED_KEYS,
+    ALLOWED_ZERO_KEYS,
+    OWNED_KEYS,
+    check_preset,
+    compose,
+    load_preset,
+    preset_names,
+    stage_of,
+)
+from trainer.errors import UserError
+
+PRESETS = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+def composed(preset: str, **train: Any) -> dict[str, Any]:
+    raw = {
+        "run": {"dir": "run"},
+        "model": {"preset": "roberta-base", "tokenizer": "t"},
+        "data": {"train": "data"},
+        "batch": {"global_size": 24, "micro_size": 3},
+        "optimizer": {"clip": 0.7},
+        "train": {"steps": 5, "precision": "fp32", **train},
+        "deepspeed": preset,
+    }
+    config = parse_config(raw, "test")
+    plan = plan_batch(config.batch, config.train, config.data.seq_len, 2, 100)
+    return compose(config, load_preset(preset), plan)
+
+
+def read_by_deepspeed(cases: list[dict[str, Any]]) -> int:
+    """Runs on each of 2 ranks, because DeepSpeedConfig checks the batch against the world size."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    for case in cases:
+        found = DeepSpeedConfig(dict(case))
+        assert (found.train_batch_size, found.train_micro_batch_size_per_gpu) == (24, 3)
+        assert found.gradient_accumulation_steps == 4
+        assert found.gradient_clipping == 0.7
+        assert found.bfloat16_config.enabled == case["bf16"]["enabled"]
+        assert found.float16_config.enabled == case["fp16"]["enabled"]
+        assert found.optimizer_name is None and found.scheduler_name is None
+        for key, value in case["zero_optimization"].items():
+            assert _as_plain(getattr(found.zero_config, key), value) == value, key
+    return 0
+
+
+def _as_plain(read: Any, given: Any) -> Any:
+    """A sub-section as a dict of the keys that were given."""
+    return {key: getattr(read, key) for key in given} if isinstance(given, dict) else read
+
+
+def test_row_04_every_preset_is_found_by_name_and_loads_through_deepspeeds_own_reader():
+    assert preset_names() == sorted(PRESETS)
+    cases = [composed(name) for name in PRESETS]
+    cases += [composed(name, precision="bf16", gradient_accumulation_dtype="fp32") for name in PRESETS[1:]]
+    cases += [composed(name, precision="fp16") for name in PRESETS[1:]]
+    assert run_ranks(read_by_deepspeed, 2, cases) == [0, 0]
+
+
+def known_to_deepspeed() -> int:
+    """Runs on a rank of its own, so that pytest's process needs no deepspeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    def names(model: Any) -> set[str]:
+        aliases = {field.alias for field in model.model_fields.values() if field.alias}
+        return aliases | set(model.model_fields)
+
+    assert set(ALLOWED_ZERO_KEYS) <= names(DeepSpeedZeroConfig)
+    assert set(_OFFLOAD_KEYS["offload_param"]) <= names(DeepSpeedZeroOffloadParamConfig)
+    assert set(_OFFLOAD_KEYS["offload_optimizer"]) <= names(DeepSpeedZeroOffloadOptimizerConfig)
+    return 0
+
+
+def test_every_key_that_we_allow_is_one_that_deepspeed_reads():
+    assert run_ranks(known_to_deepspeed, 1) == [0]
+    assert not set(ALLOWED_KEYS) & set(OWNED_KEYS)
+
+
+@pytest.mark.parametrize("key", sorted(OWNED_KEYS))
+def test_row_02_a_number_that_the_run_config_owns_is_refused_with_its_owner(key: str):
+    with pytest.raises(UserError) as caught:
+        check_preset({key: 1, "zero_optimization": {"stage": 1}}, "my.json")
+    assert f"'{key}' is owned by the run config" in caught.value.problem
+    assert caught.value.where == f"my.json: {key}"
+    assert OWNED_KEYS[key] in caught.value.remedy
+
+
+def test_row_03_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
+    preset = {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(preset))
+    with pytest.raises(UserError, match="'scheduler' is owned") as caught:
+        load_preset(str(path))
+    assert "set schedule in the run config" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("preset", "words"),
+    [
+        ({"zero_optimisation": {}}, "Unknown DeepSpeed key 'zero_optimisation'. Did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stage": 1, "overlap_com": True}}, "'zero_optimization.overlap_com'. Did you mean 'ov"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+            "'zero_optimization.offload_param.devise'. Did you mean 'device'?",
+        ),
+        ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3, got 4"),
+        ({"zero_optimization": {}}, "got None"),
+        ({}, "got None"),
+        ([], "is a JSON object"),
+        ({"zero_optimization": 1}, "zero_optimization must be an object, got 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param must be an object, got 'cpu'"),
+    ],
+)
+def test_row_01_a_typo_in_a_preset_is_an_error_that_names_the_nearest_key(preset: Any, words: str):
+    with pytest.raises(UserError) as caught:
+        check_preset(preset, "my.json")
+    assert words in caught.value.problem
+    assert "my.json" in caught.value.where
+
+
+def test_row_04_an_unknown_preset_lists_the_names():
+    with pytest.raises(UserError, match="Did you mean 'zero3'") as caught:
+        load_preset("zero33")
+    assert all(name in caught.value.remedy for name in PRESETS)
+
+
+def test_row_04_a_preset_is_found_by_name_or_path_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert stage_of(load_preset("zero3")) == 3
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
+    assert stage_of(load_preset("mine.json")) == 2
+    monkeypatch.chdir("/")
+    assert stage_of(load_preset(str(tmp_path / "mine.json"))) == 2
+
+
+def test_a_preset_that_is_no_json_is_named(tmp_path: Path):
+    (tmp_path / "mine.json").write_text("{zero_optimization}")
+    with pytest.raises(UserError, match="Not valid JSON") as caught:
+        load_preset(str(tmp_path / "mine.json"))
+    assert caught.value.where == str(tmp_path / "mine.json")

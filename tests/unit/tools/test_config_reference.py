@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from tools.config_reference import config_reference, metrics_reference
+from trainer.config import Config
+from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "command"),
+    [
+        ("config.md", config_reference, "python -m tools.config_reference > docs/config.md"),
+        ("metrics.md", metrics_reference, "python -m tools.config_reference metrics > docs/metrics.md"),
+    ],
+)
+def test_committed_reference_is_up_to_date(name: str, make: Callable[[], str], command: str) -> None:
+    assert (DOCS / name).read_text(encoding="utf-8") == make(), f"run: {command}"
+
+
+def test_every_config_key_has_a_row() -> None:
+    reference = config_reference()
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, BaseModel)
+        for key in [f"{name}.{inner}" for inner in section.model_fields] if is_section else [name]:
+            assert f"| `{key}` |" in reference
+
+
+def test_bounds_and_defaults_are_shown() -> None:
+    reference = config_reference()
+    assert "| `objective.mask_ratio` | number, above 0, below 1 | `0.15` |" in reference
+    assert "| `schedule.name` | `linear`, `cosine`, `wsd`, `constant` | `linear` |" in reference
+    assert "| `run.dir` | text | *required* |" in reference
+
+
+def test_every_metric_has_a_row() -> None:
+    reference = metrics_reference()
+    for name in (*COUNTERS, *TRAINING_METRICS, *EVALUATION_METRICS):
+        assert f"| `{name}` |" in reference

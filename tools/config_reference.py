@@ -1,0 +1,228 @@
+"""The reference of config keys and of metric names, from the code that defines them.
+
+python -m tools.config_reference > docs/config.md
+python -m tools.config_reference metrics > docs/metrics.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import typing
+from typing import Any, Literal
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.config import Config, SourceConfig
+from trainer.data.shards import Manifest, ShardEntry
+from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
+from trainer.state import TrainState
+
+_TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+_BOUNDS = (
+    (annotated_types.Gt, "gt", "above"),
+    (annotated_types.Ge, "ge", "at least"),
+    (annotated_types.Lt, "lt", "below"),
+    (annotated_types.Le, "le", "at most"),
+)
+
+CONFIG_INTRODUCTION = """\
+# Config keys
+
+Made by `python -m tools.config_reference > docs/config.md` from the docstrings in `trainer/config.py`.
+
+A run is described by one YAML file: `maskwright train my.yaml`. In place of a path, the name of a recipe will do
+({recipes}; they lie in `trainer/recipes/`).
+
+- **Unknown keys are errors**, and the message names the nearest known one: `Unknown key 'optimizer.weigth_decay'. Did
+  you mean 'weight_decay'?` A key that appears twice is an error as well.
+- **`extends: NAME_OR_PATH`** at the top of a file inherits from a recipe or from another file (looked up beside this one
+  first). Sections are merged key by key; lists and single values are replaced. Where exactly one of several keys may be
+  set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`), setting one replaces the parent's.
+- **`section.key=value`** on the command line overrides, with YAML on the right: `train.steps=1000`,
+  `optimizer.betas=[0.9,0.999]`, `'data.train=[{{path: a, weight: 2}}, {{path: b}}]'`.
+- Numbers may be written as `6e-4`. Paths are relative to where the command runs.
+- What was used, every default spelled out, lies in `RUN/config.yaml`.
+
+Only `run.dir`, one model source, a tokenizer, `data.train` and one length have no default.
+"""
+
+METRICS_INTRODUCTION = """\
+# Metrics, and what a run leaves on disk
+
+Made by `python -m tools.config_reference metrics > docs/metrics.md` from `trainer/metrics.py`, `trainer/state.py` and the
+manifests' definitions.
+
+Rank 0 writes one JSON object a line to `RUN/metrics.jsonl`, and each name with a `/` as a TensorBoard scalar of the
+same name at the same step. A value that is not finite is `null` there and missing in TensorBoard. A resumed run first cuts
+the file back to the step it resumes from, so each step stands there once.
+"""
+
+RUN_FOLDER = """\
+## Run folder
+
+| path under `run.dir` | what it is |
+|---|---|
+| `config.yaml` | the resolved config, every default spelled out; frozen at the first start |
+| `deepspeed.json` | the whole dict that DeepSpeed gets; frozen at the first start |
+| `data_order.json` | all that decides which tokens sample t holds, with its sha256; frozen at the first start |
+| `metrics.jsonl` | the lines described above |
+| `tensorboard/` | the same as scalars, and the config as text (`logging.tensorboard: false` leaves it out) |
+| `logs/rank-00000.log` | all that a rank and its libraries print, tracebacks included; one file a rank |
+| `checkpoints/step-00000500/` | a checkpoint: a folder whose `manifest.json` names every file with size and hash |
+| `checkpoints/latest` | name of the newest one, a convenience; never read on resume |
+| `previous-1/`, … | what an earlier run left here, moved aside by `--resume never` |
+
+A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
+`probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A folder
+without a valid manifest is not a checkpoint. The `.pt` files are pickles: load checkpoints only from people you trust.
+"""
+
+
+def config_reference() -> str:
+    """docs/config.md."""
+    from trainer.config import recipe_names
+
+    parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
+    single = []
+    for name, field in Config.model_fields.items():
+        section = _section_of(field)
+        if section is None:
+            single.append((name, field))
+            continue
+        parts.append(
+            f"## {name}\n\n" + _table_of_keys([(f"{name}.{key}", f) for key, f in section.model_fields.items()])
+        )
+        if name == "data":
+            entries = [(key, f) for key, f in SourceConfig.model_fields.items()]
+            parts.append("Keys of an entry of the list form of `data.train`:\n\n" + _table_of_keys(entries))
+    parts.append("## Outside any section\n\n" + _table_of_keys(single))
+    return "\n".join(parts)
+
+
+def metrics_reference() -> str:
+    """docs/metrics.md."""
+    parts = [
+        METRICS_INTRODUCTION,
+        "## Every line\n\n" + _table(("name", "meaning"), COUNTERS.items()),
+        "## Training lines\n\nEvery `logging.every_steps` steps, and at the first and the last step.\n\n"
+        + _table(("name", "meaning"), TRAINING_METRICS.items()),
+        "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
+        + _table(("name", "meaning"), EVALUATION_METRICS.items()),
+        RUN_FOLDER,
+        "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format` and `version`.\n\n"
+        + _table(("field", "meaning"), _attributes(CheckpointManifest)),
+        "`state` holds:\n\n" + _table(("field", "meaning"), _attributes(TrainState)),
+        "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format` and `version`.\n\n"
+        + _table(("field", "meaning"), _DATA_MANIFEST.items()),
+    ]
+    return "\n".join(parts)
+
+
+_DATA_MANIFEST = {
+    "dtype": "of the stored tokens: `<u2` for vocabularies up to 65,536, else `<u4`",
+    "tokenizer_sha256": "identity of the tokenizer: model, vocabulary, added tokens, normalizer, pre-tokenizer",
+    "vocabulary_size": "ids of the tokenizer, added tokens included",
+    "separator_id": "the token stored after each document",
+    "tokens": "tokens of all shards, separators included",
+    "documents": "documents of all shards",
+    "shards": "a list: `name`, `tokens`, `documents`, `files` (suffix → bytes, xxh3_128)",
+    "sources": "what was read: names relative to what was given, and sizes",
+    "settings": "what decided the cut into documents and splits",
+    "statistics": "bytes of text, longest document, empty documents",
+    "written_by": "the command and the version of the format's writer",
+}
+assert _DATA_MANIFEST.keys() == {field.name for field in dataclasses.fields(Manifest)}
+assert {field.name for field in dataclasses.fields(ShardEntry)} == {"name", "tokens", "documents", "files"}
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _table_of_keys(fields: list[tuple[str, FieldInfo]]) -> str:
+    rows = [
+        (f"`{name}`", _describe_type(field), _describe_default(field), " ".join((field.description or "").split()))
+        for name, field in fields
+    ]
+    return _table(("key", "type", "default", "meaning"), rows)
+
+
+def _describe_type(field: FieldInfo) -> str:
+    bounds = [text for item in field.metadata for text in _bounds(item)]
+    return ", ".join([_describe_annotation(field.annotation), *bounds])
+
+
+def _describe_annotation(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        bounds = [text for item in arguments[1:] for text in _bounds(item)]
+        return ", ".join([_describe_annotation(arguments[0]), *bounds])
+    if origin is Literal:
+        return ", ".join(_as_yaml(value) for value in arguments)
+    if origin is list:
+        return "a path, or a list of entries"
+    if origin is tuple:
+        return f"[{'; '.join(_describe_annotation(argument) for argument in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    if arguments:  # X | None
+        return " or ".join(_describe_annotation(argument) for argument in arguments)
+    return _TYPE_NAMES[annotation]
+
+
+def _bounds(item: Any) -> list[str]:
+    if isinstance(item, FieldInfo):
+        return [text for part in item.metadata for text in _bounds(part)]
+    return [f"{word} {_number(getattr(item, name))}" for kind, name, word in _BOUNDS if isinstance(item, kind)]
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
+
+
+def _describe_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "*required*"
+    return _as_yaml(field.get_default(call_default_factory=True))
+
+
+def _as_yaml(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _attributes(kind: type) -> list[tuple[str, str]]:
+    """Fields of a dataclass with their meaning, from the `Attributes:` of its docstring and of its bases'."""
+    meanings: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        text = inspect.getdoc(owner) if owner.__doc__ else None
+        if text and "Attributes:" in text:
+            meanings |= dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text.split("Attributes:")[1], re.MULTILINE))
+    return [(field.name, " ".join(meanings[field.name].split())) for field in dataclasses.fields(kind)]
+
+
+def _table(header: tuple[str, ...], rows: typing.Iterable[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [cell.replace("|", "\\|") for cell in row]
+        if len(header) == 2:
+            cells[0] = f"`{cells[0]}`"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("config", "metrics"), default="config")
+    print({"config": config_reference, "metrics": metrics_reference}[parser.parse_args().what](), end="")
+
+
+if __name__ == "__main__":
+    main()
