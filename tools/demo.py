@@ -24,7 +24,7 @@ MARKER = ".maskwright-demo"
 RANKS = 2
 CORPUS_BYTES = 6_000_000
 VOCABULARY_SIZE = 8192
-INTERRUPT_AT_STEP = 250
+INTERRUPT_AT_STEP = 500
 SENTENCES = (
     "If the file does not exist, an {mask} is raised.",
     "This function returns a new {mask} with the same shape and dtype.",

@@ -60,13 +60,13 @@ def train_tokenizer(
     the scores differ in the fourth digit from run to run.
 
     Args:
-        vocabulary_size: number of tokens, the five special ones included.
+        vocabulary_size: number of tokens, the five special ones included; fewer when the text supports no more.
 
     Returns:
         the folder written.
 
     Raises:
-        UserError: for an empty input, one that is too small for the vocabulary, and an output that holds something.
+        UserError: for an empty input, a vocabulary too small for its characters, and an output that holds something.
     """
     console = console or Console(markup=False)
     folder = Path(output).expanduser()
@@ -80,11 +80,7 @@ def train_tokenizer(
             tokenizer = _train(kind, vocabulary_size, pieces, reading, progress)
     reached = tokenizer.get_vocab_size()
     if reached < vocabulary_size:
-        raise UserError(
-            f"The input is too small for {vocabulary_size:,} tokens: it gives {reached:,}.",
-            where=f"--vocab-size {vocabulary_size}",
-            remedy=f"Give more text, or --vocab-size {reached} or less.",
-        )
+        console.print(f"Note: this text supports {reached:,} tokens, not {vocabulary_size:,}; more text gives more.")
     _save(_wrap(tokenizer, kind), folder)
     console.print(f"Wrote the tokenizer ({kind}, {reached:,} tokens) to {folder}", highlight=False, soft_wrap=True)
     return folder

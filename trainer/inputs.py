@@ -133,9 +133,15 @@ def _open_shards(path: str, split: str, vocabulary: Vocabulary, tokenizer_folder
             f"{manifest.tokenizer_sha256[:12]}…) than the model uses ({vocabulary.size:,} tokens, sha256 "
             f"{vocabulary.sha256[:12]}…).",
             where=f"data {folder}, tokenizer {tokenizer_folder}",
-            remedy=f"Set model.tokenizer to the data's own ({folder / 'tokenizer'}), or prepare the data again.",
+            remedy=f"Set model.tokenizer to the data's own ({_tokenizer_of(folder)}), or prepare the data again.",
         )
     return shards
+
+
+def _tokenizer_of(folder: Path) -> Path:
+    """The copy that `prepare` left in a data set, or above it where it wrote two splits."""
+    inside = folder / "tokenizer"
+    return inside if inside.is_dir() else folder.parent / "tokenizer"
 
 
 def sha256_of(value: Any) -> str:

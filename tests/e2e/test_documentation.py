@@ -1,0 +1,135 @@
+"""Row 17: what is shipped as an example works: recipes, and every command and config in the documents."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from launcher.cli import app
+from trainer.config import load_config, recipe_names
+from trainer.inputs import open_inputs
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("*/README.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
+SHELLS = ("bash", "sh", "shell", "console")
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+_ENDS = ("|", "||", "&&", ";", ">", ">>", "2>", "&", "2>&1")
+
+
+def blocks(*languages: str) -> Iterator[tuple[Path, str]]:
+    """The fenced blocks of all documents in one of the languages."""
+    for document in DOCUMENTS:
+        if document.is_file():
+            for match in _FENCE.finditer(document.read_text(encoding="utf-8")):
+                if match["language"] in languages:
+                    yield document, match["body"]
+
+
+def shell_commands() -> Iterator[tuple[Path, list[str]]]:
+    """Every command of the shell blocks as words, comments left out and continued lines joined."""
+    for document, body in blocks(*SHELLS):
+        for line in body.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            while words:
+                end = next((place for place, word in enumerate(words) if word in _ENDS), len(words))
+                if words[:end]:
+                    yield document, words[:end]
+                words = words[end + 1 :]
+
+
+def maskwright_commands() -> list[tuple[Path, list[str]]]:
+    """The arguments of each maskwright command, whatever starts it (srun, a path, python -m launcher)."""
+    found = []
+    for document, words in shell_commands():
+        for place, word in enumerate(words):
+            if Path(word).name == "maskwright" or words[place - 1 : place + 1] == ["-m", "launcher"]:
+                found.append((document, words[place + 1 :]))
+                break
+    return found
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parse a command line as the program does, without running it; returns the names of the commands."""
+    command: Any = typer.main.get_command(app)
+    context = command.make_context("maskwright", [], resilient_parsing=True)
+    names: list[str] = []
+    while hasattr(command, "resolve_command"):
+        if not arguments or arguments[0].startswith("-"):
+            assert arguments in (["--help"], ["--version"]), f"no command: {arguments}"
+            return names
+        name, command, arguments = command.resolve_command(context, arguments)
+        names.append(name)
+        context = command.make_context(
+            name,
+            arguments if "--help" not in arguments else [],
+            parent=context,
+            resilient_parsing="--help" in arguments,
+        )
+        if "--help" in arguments:
+            return names
+    return names
+
+
+def test_row_17_every_command_in_the_documents_parses() -> None:
+    commands = maskwright_commands()
+    readme = [arguments[0] for document, arguments in commands if document.name == "README.md" and arguments]
+    assert {"train", "prepare", "tokenizer", "convert"} <= set(readme), "a first run on one's own text is shown"
+    for document, arguments in commands:
+        try:
+            parse(arguments)
+        except BaseException as error:
+            raise AssertionError(f"{document.name}: maskwright {shlex.join(arguments)}: {error!r}") from error
+
+
+def test_row_17_a_wrong_command_would_be_seen() -> None:
+    assert parse(["train", "demo", "batch.micro_size=4", "--nproc-per-node", "2"]) == ["train"]
+    assert parse(["checkpoint", "list", "runs/a", "--json"]) == ["checkpoint", "list"]
+    assert parse(["train", "--help"]) == ["train"]
+    for wrong in (["trian", "demo"], ["train", "demo", "--nproc", "2"], ["data", "shwo", "x"], ["convert", "run"]):
+        with pytest.raises(Exception, match=r"(?i)no such|missing"):
+            parse(wrong)
+
+
+def test_row_17_every_make_target_in_the_documents_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = [word for _, words in shell_commands() if words[0] == "make" for word in words[1:] if word.isidentifier()]
+    assert {"demo", "test"} <= set(named) <= targets
+
+
+def test_row_17_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
+    for document, body in blocks("yaml", "yml"):
+        raw = yaml.safe_load(body)
+        if isinstance(raw, dict) and "run" in raw:
+            (tmp_path / "config.yaml").write_text(body, encoding="utf-8")
+            try:
+                load_config(tmp_path / "config.yaml")
+            except Exception as error:
+                raise AssertionError(f"{document.name}: {error}\n{body}") from error
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("demo", (1, 2)), ("roberta-base", (1, 8, 64)), ("roberta-large", (1, 8, 64))]
+)
+def test_row_17_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path) -> None:
+    assert name in recipe_names()
+    own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={workspace / 'data'}"]
+    config = load_config(name, [*own, f"data.validation={workspace / 'data'}"])
+    for world_size in ranks:
+        plan = open_inputs(config, world_size).plan
+        assert plan.micro_size * plan.accumulation * world_size == config.batch.global_size
+
+
+def test_row_17_no_recipe_is_left_out_above() -> None:
+    assert recipe_names() == ["demo", "roberta-base", "roberta-large"]

@@ -1,0 +1,268 @@
+"""What users of other trainers complain about, each row of that list by a test that carries its number.
+
+Rows 1 to 4 are also in tests/unit (test_config.py, test_deepspeed_config.py), row 5 in tests/unit/data/test_loader.py,
+row 6 in tests/distributed/test_resume.py, rows 8 and 9 in tests/distributed/test_convert.py, row 14 in
+tests/unit/launcher/test_cli.py, row 17 in test_documentation.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
+
+from launcher.console import make_console
+from tests.commands import TIMEOUT_S, maskwright
+from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
+from tools.prepare import prepare
+from trainer.data.shards import read_manifest
+from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
+from trainer.inputs import open_inputs
+from trainer.objectives.masking import IGNORED_LABEL
+
+LINES_BEFORE_STEP_1 = [
+    r"run .+: starting afresh \(--resume auto, no checkpoint found\)",
+    r"data: [\d,]+ tokens in [\d,]+ blocks of 32; \d+\.\d\d epochs",
+    r"batch: 8 sequences a step = 2 micro × 2 ranks × 2 accumulation; 256 tokens a step, 20 steps",
+    r"deepspeed: zero1 \(stage 1\), fp32",
+    r"validation: 16 of \d+ blocks",
+    r"evaluation at step 0  loss \S+  perplexity \S+  masked accuracy \S+",
+]
+STEP_LINE = (
+    r"step (\d+)/20  loss \d+\.\d{4}  lr \d\.\d\de-\d\d  grad_norm \d+\.\d{3}  [\d,]+ tokens/s  mfu [\d.]+%  "
+    r"wait [\d.]+%  peak \d+\.\d\d GiB  eta \d+:\d\d:\d\d"
+)
+LATER_LINES = [STEP_LINE, r"evaluation at step 20  .*", r"saved .+/checkpoints/step-00000020"]
+
+
+def evaluated_config(workspace: Path, run_dir: Path, **sections: Any) -> Any:
+    validation = {"data": {"validation": str(workspace / "data")}, "eval": {"every_steps": 50, "samples": 16}}
+    return tiny_config(workspace, run_dir, **{**validation, "logging": {"every_steps": 5}, **sections})
+
+
+@pytest.fixture(scope="module")
+def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run on two ranks by the real command, its output off a terminal."""
+    folder = tmp_path_factory.mktemp("rows")
+    path = write_config(evaluated_config(workspace, folder / "run"), folder / "my.yaml")
+    result = maskwright("train", path, "--nproc-per-node", "2")
+    assert result.returncode == EXIT_FINISHED, result.stdout + result.stderr
+    return folder / "run", result
+
+
+def test_row_02_the_dict_that_deepspeed_gets_is_derived_whole_and_kept(
+    run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    given = json.loads((run[0] / "deepspeed.json").read_text())
+    expected = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": False},
+    }
+    assert {key: given[key] for key in expected} == expected
+    assert "optimizer" not in given and "scheduler" not in given
+
+
+def test_row_10_the_console_has_only_our_lines_and_the_noise_is_in_the_rank_logs(
+    run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    run_dir, result = run
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    for line, expected in zip(lines, LINES_BEFORE_STEP_1, strict=False):
+        assert re.fullmatch(expected, line), line
+    for line in lines[len(LINES_BEFORE_STEP_1) :]:
+        assert any(re.fullmatch(expected, line) for expected in LATER_LINES), line
+    assert str(run_dir) in lines[0]
+    assert lines[-1] == f"saved {run_dir}/checkpoints/step-00000020"
+    logs = sorted(path.name for path in (run_dir / "logs").iterdir())
+    assert logs == ["rank-00000.log", "rank-00001.log"]
+    assert all("DeepSpeed" in (run_dir / "logs" / name).read_text() for name in logs)
+
+
+def test_row_11_off_a_terminal_one_plain_line_an_interval(
+    run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    output = run[1].stdout
+    assert "\r" not in output and "\x1b" not in output and "\b" not in output
+    assert [int(step) for step in re.findall(r"^step (\d+)/20 ", output, re.MULTILINE)] == [1, 5, 10, 15, 20]
+
+
+def on_a_terminal(command: list[str]) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal of 160 columns; returns its exit code and all it wrote."""
+    leader, follower = pty.openpty()
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environ)
+    os.close(follower)
+    written = b""
+    try:
+        while part := os.read(leader, 1 << 16):
+            written += part
+    except OSError:  # Linux says EIO when the last writer has closed
+        pass
+    os.close(leader)
+    return process.wait(TIMEOUT_S), written.decode(errors="replace")
+
+
+def test_row_11_on_a_terminal_rank_0_alone_shows_a_bar(workspace: Path, tmp_path: Path) -> None:
+    path = write_config(evaluated_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
+    code, output = on_a_terminal([sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2"])
+    assert code == EXIT_FINISHED, output
+    assert "━" in output and "20/20" in output
+    assert "\x1b[?25h" in output, "the cursor is shown again"
+    assert output.count("starting afresh") == 1
+    for rank in range(2):
+        log = (tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert "━" not in log and "\x1b[" not in log
+    assert not re.search(r"step 5/20  loss", output), "the bar stands in for the lines"
+
+
+FAIL_ON_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    from trainer.loop import Loop
+    original = Loop._train_step
+    def fail_at_step_3(self, *arguments):
+        if self.state.step == 2:
+            raise ArithmeticError("the number 42 came up")
+        return original(self, *arguments)
+    Loop._train_step = fail_at_step_3
+"""
+
+
+def test_row_12_an_error_on_one_rank_is_shown_with_its_traceback_and_log(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(FAIL_ON_RANK_1)
+    path = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
+    result = maskwright("train", path, "--nproc-per-node", "2", PYTHONPATH=str(tmp_path / "patch"))
+    assert result.returncode == EXIT_UNEXPECTED
+    assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
+    assert "in fail_at_step_3" in result.stderr
+    log = tmp_path / "run" / "logs" / "rank-00001.log"
+    card = result.stderr[result.stderr.index("Unexpected error: ") :].splitlines()
+    assert card[0] == "Unexpected error: ArithmeticError: the number 42 came up"
+    assert card[1] == f"  where:  rank 1; its log: {log}"
+    assert card[2].startswith("  remedy:") and len(card) == 3
+    assert "ArithmeticError: the number 42 came up" in log.read_text()
+    assert "closed by peer" not in result.stderr, "the echo on rank 0 is not the cause"
+
+
+def test_row_13_the_logged_loss_is_the_mean_over_all_masked_tokens_of_the_global_batch(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """Against plain transformers, one batch for the whole step, on blocks with unequal numbers of masked tokens."""
+    lines = (workspace / "text.txt").read_text().replace("\n\n", " ").split(" ")
+    text = tmp_path / "lines.txt"
+    generator = np.random.default_rng(0)
+    text.write_text("".join(word + ("\n" if generator.random() < 0.3 else " ") for word in lines))
+    tokenizer = workspace / "tokenizer"
+    prepare([str(text)], str(tokenizer), str(tmp_path / "data"), documents="line", workers=1, console=make_console())
+
+    settings = RobertaConfig(vocab_size=500, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **TINY_ROBERTA)
+    torch.manual_seed(0)
+    RobertaForMaskedLM(settings).save_pretrained(tmp_path / "stock")
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(tmp_path / "stock")
+    config = tiny_config(
+        workspace,
+        tmp_path / "run",
+        model={"preset": None, "from_pretrained": str(tmp_path / "stock"), "overrides": {}},
+        data={"train": str(tmp_path / "data")},
+        objective={"mask_ratio": 0.85},  # with a separator after every few words, blocks run out of tokens to mask
+        optimizer={"lr": 1e-30},  # the weights stay as they are
+        train={"steps": 3},
+    )
+    assert train(config, 2) == EXIT_FINISHED
+
+    inputs = open_inputs(config, 2)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "stock").eval()
+    expected, means_of_micro_batches = [], []
+    for step in range(3):
+        samples = np.arange(step * 8, step * 8 + 8)
+        _, blocks = inputs.order.locate(samples)
+        tokens = inputs.sources[0].read_blocks(blocks, inputs.objective.payload)
+        batch = inputs.objective.make_batch(tokens, samples.astype(np.uint64), config.run.seed)
+        labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
+        counted = batch["labels"] != IGNORED_LABEL
+        labels.view(-1)[batch["prediction_index"][counted]] = batch["labels"][counted]
+        with torch.no_grad():
+            expected.append(float(model(input_ids=batch["input_ids"], labels=labels).loss))
+            pairs = zip(batch["input_ids"].split(2), labels.split(2), strict=True)
+            means_of_micro_batches.append(
+                float(torch.stack([model(input_ids=ids, labels=label).loss for ids, label in pairs]).mean())
+            )
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-6)
+    assert expected != pytest.approx(means_of_micro_batches, abs=2e-5), "the test would not see the difference"
+
+
+def test_rows_04_and_15_validate_needs_no_gpu_writes_nothing_and_works_from_any_folder(
+    workspace: Path, tmp_path: Path
+) -> None:
+    path = write_config(evaluated_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
+    before = sorted(tmp_path.rglob("*"))
+    for preset, stage in (("zero3", 3), ("mine.json", 2)):
+        result = maskwright(
+            "validate",
+            path,
+            f"deepspeed={preset}",
+            "--nproc-per-node",
+            "2",
+            cwd=tmp_path / "elsewhere",
+            CUDA_VISIBLE_DEVICES="",
+        )
+        assert result.returncode == EXIT_FINISHED, result.stderr
+        lines = result.stdout.splitlines()
+        assert f"deepspeed: {preset} (stage {stage}), fp32" in lines
+        assert any(re.fullmatch(LINES_BEFORE_STEP_1[2], line) for line in lines)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_row_16_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(
+    kind: str, workspace: Path, tmp_path: Path
+) -> None:
+    paragraphs = (workspace / "text.txt").read_text().split("\n\n") * 3
+    source = tmp_path / f"input.{'txt' if kind == 'text' else kind}"
+    if kind == "text":
+        source.write_text("\n\n".join(paragraphs))
+    elif kind == "jsonl":
+        source.write_text("".join(json.dumps({"text": paragraph}) + "\n" for paragraph in paragraphs))
+    else:
+        from datasets import Dataset
+
+        Dataset.from_dict({"text": paragraphs}).to_parquet(source)
+    caches = {name: tmp_path / name for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "TMPDIR")}
+    for folder in caches.values():
+        folder.mkdir()
+    output = tmp_path / "data"
+    arguments = ("--input", source, "--tokenizer", workspace / "tokenizer", "--output", output, "--workers", "1")
+    result = maskwright("prepare", *arguments, **{name: str(folder) for name, folder in caches.items()})
+    assert result.returncode == EXIT_FINISHED, result.stderr
+
+    manifest = read_manifest(output)
+    assert manifest.dtype == "<u2"
+    written = sum(path.stat().st_size for path in output.glob("shard-*"))
+    assert 2 * manifest.tokens <= written <= 2 * manifest.tokens + 8 * (manifest.documents + 1) + 64
+    beside = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) - written
+    assert beside < 100_000, "the tokenizer and the manifest"
+    for folder in caches.values():
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0, folder
+
+    estimate = re.search(r"Expect about [\d.]+ M tokens, ([\d.]+) (kB|MB) of shards", result.stderr)
+    assert estimate, result.stderr
+    expected_bytes = float(estimate[1]) * {"kB": 1e3, "MB": 1e6}[estimate[2]]
+    assert expected_bytes == pytest.approx(written, rel=0.1)
+    assert estimate.start() < result.stderr.index("longest document")
