@@ -25,14 +25,12 @@ def write_text(path: Path, documents: int, seed: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.txt, a tokenizer and prepared data (train and validation), made by the real tools."""
+def make_workspace(folder: Path) -> None:
+    """Write text.txt, a tokenizer and prepared data (train and validation) into a folder, with the real tools."""
     from launcher.console import make_console
     from tools.prepare import prepare
     from tools.tokenizer import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("workspace")
     text = write_text(folder / "text.txt", documents=700, seed=1)
     console = make_console()
     train_tokenizer([str(text)], str(folder / "tokenizer"), "bytelevel-bpe", 500, console)
@@ -44,4 +42,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         validation_fraction=0.1,
         console=console,
     )
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.txt, a tokenizer and prepared data (train and validation), made by the real tools."""
+    folder = tmp_path_factory.mktemp("workspace")
+    make_workspace(folder)
     return folder

@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergedError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergedError, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.metrics import ThroughputMeter, counters, peak_memory_gib
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
@@ -69,8 +69,15 @@ class Loop:
             if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
                 self._log(loss_sum, predictions)
             self._evaluate_if_due()
-            if self._is_due(self.config.checkpoint.every_steps) or self.state.step == self.plan.total_steps:
+            if self._is_due(self.config.checkpoint.every_steps) and self.state.step < self.plan.total_steps:
                 self._save()
+        self._save_or_fail()
+        if self.reporter is not None:
+            run_dir = self.saver.run_dir
+            self.reporter.console.say(
+                f"finished: {self.state.step} steps, {self.state.tokens:,} tokens. "
+                f"The model: maskwright convert {run_dir} --output {run_dir.name}-model"
+            )
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole | None) -> int:
@@ -176,9 +183,17 @@ class Loop:
             self.reporter.console.say(f"saved {saved}")
         return saved is not None
 
-    def _stop(self) -> int:
+    def _save_or_fail(self) -> None:
+        """The save that nothing follows: to end as if it had worked would lose the run."""
         if not self._save():
-            raise RuntimeError(f"asked to stop at step {self.state.step}, but the checkpoint could not be saved")
+            raise MaskwrightError(
+                f"The checkpoint at step {self.state.step} could not be saved, and training ends here.",
+                where=str(self.saver.run_dir),
+                remedy="Free space or restore access, and start the same command again: it resumes from the last one.",
+            )
+
+    def _stop(self) -> int:
+        self._save_or_fail()
         name = self.stop.signal_name or "a signal to another rank"
         if self.reporter is not None:
             self.reporter.console.say(

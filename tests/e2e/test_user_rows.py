@@ -42,7 +42,12 @@ STEP_LINE = (
     r"step (\d+)/20  loss \d+\.\d{4}  lr \d\.\d\de-\d\d  grad_norm \d+\.\d{3}  [\d,]+ tokens/s  mfu [\d.]+%  "
     r"wait [\d.]+%  peak \d+\.\d\d GiB  eta \d+:\d\d:\d\d"
 )
-LATER_LINES = [STEP_LINE, r"evaluation at step 20  .*", r"saved .+/checkpoints/step-00000020"]
+LATER_LINES = [
+    STEP_LINE,
+    r"evaluation at step 20  .*",
+    r"saved .+/checkpoints/step-00000020",
+    r"finished: 20 steps, 5,120 tokens\. .+",
+]
 
 
 def evaluated_config(workspace: Path, run_dir: Path, **sections: Any) -> Any:
@@ -86,7 +91,8 @@ def test_row_10_the_console_has_only_our_lines_and_the_noise_is_in_the_rank_logs
     for line in lines[len(LINES_BEFORE_STEP_1) :]:
         assert any(re.fullmatch(expected, line) for expected in LATER_LINES), line
     assert str(run_dir) in lines[0]
-    assert lines[-1] == f"saved {run_dir}/checkpoints/step-00000020"
+    assert lines[-2] == f"saved {run_dir}/checkpoints/step-00000020"
+    assert lines[-1].startswith("finished: 20 steps")
     logs = sorted(path.name for path in (run_dir / "logs").iterdir())
     assert logs == ["rank-00000.log", "rank-00001.log"]
     assert all("DeepSpeed" in (run_dir / "logs" / name).read_text() for name in logs)

@@ -1,4 +1,4 @@
-"""What the user sees while training: a progress bar on a terminal, one plain line an interval off it."""
+"""What the user sees while training: one line an interval, and on a terminal a progress bar below."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class TrainingConsole:
@@ -29,8 +37,9 @@ class TrainingConsole:
             columns = (
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=self._rich)
             self._task = self._progress.add_task("", total=total_steps, completed=step)
@@ -43,11 +52,7 @@ class TrainingConsole:
 
     def training_line(self, values: dict[str, Any]) -> None:
         """Show one metrics line: always the same order, so that it can be searched."""
-        text = describe(values, self._total_steps)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=values["step"], description=text)
-        else:
-            self.say(f"step {values['step']}/{self._total_steps}  {text}")
+        self.say(f"step {values['step']}/{self._total_steps}  {describe(values, self._total_steps)}")
 
     def stop(self) -> None:
         if self._progress is not None:
