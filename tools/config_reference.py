@@ -42,9 +42,10 @@ A run is described by one YAML file: `maskwright train my.yaml`. In place of a p
 
 - **Unknown keys are errors**, and the message names the nearest known one: `Unknown key 'optimizer.weigth_decay'. Did
   you mean 'weight_decay'?` A key that appears twice is an error as well.
-- **`extends: NAME_OR_PATH`** at the top of a file inherits from a recipe or from another file (looked up beside this one
-  first). Sections are merged key by key; lists and single values are replaced. Where exactly one of several keys may be
-  set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`), setting one replaces the parent's.
+- **`extends: NAME_OR_PATH`** at the top of a file inherits from a recipe or from another file (looked up beside this
+  one first). Sections are merged key by key; lists and single values are replaced. Where exactly one of several keys
+  may be set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`), setting one replaces the
+  parent's.
 - **`section.key=value`** on the command line overrides, with YAML on the right: `train.steps=1000`,
   `optimizer.betas=[0.9,0.999]`, `'data.train=[{{path: a, weight: 2}}, {{path: b}}]'`.
 - Numbers may be written as `6e-4`. Paths are relative to where the command runs.
@@ -56,12 +57,12 @@ Only `run.dir`, one model source, a tokenizer, `data.train` and one length have 
 METRICS_INTRODUCTION = """\
 # Metrics, and what a run leaves on disk
 
-Made by `python -m tools.config_reference metrics > docs/metrics.md` from `trainer/metrics.py`, `trainer/state.py` and the
-manifests' definitions.
+Made by `python -m tools.config_reference metrics > docs/metrics.md` from `trainer/metrics.py`, `trainer/state.py` and
+the manifests' definitions.
 
 Rank 0 writes one JSON object a line to `RUN/metrics.jsonl`, and each name with a `/` as a TensorBoard scalar of the
-same name at the same step. A value that is not finite is `null` there and missing in TensorBoard. A resumed run first cuts
-the file back to the step it resumes from, so each step stands there once.
+same name at the same step. A value that is not finite is `null` there and missing in TensorBoard. A resumed run first
+cuts the file back to the step it resumes from, so each step stands there once.
 """
 
 RUN_FOLDER = """\
@@ -80,8 +81,9 @@ RUN_FOLDER = """\
 | `previous-1/`, … | what an earlier run left here, moved aside by `--resume never` |
 
 A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
-`probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A folder
-without a valid manifest is not a checkpoint. The `.pt` files are pickles: load checkpoints only from people you trust.
+`probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A
+folder without a valid manifest is not a checkpoint. The `.pt` files are pickles: load checkpoints only from people you
+trust.
 """
 
 
@@ -119,7 +121,7 @@ def metrics_reference() -> str:
         "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format` and `version`.\n\n"
         + _table(("field", "meaning"), _attributes(CheckpointManifest)),
         "`state` holds:\n\n" + _table(("field", "meaning"), _attributes(TrainState)),
-        "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format` and `version`.\n\n"
+        "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format`, `version`.\n\n"
         + _table(("field", "meaning"), _DATA_MANIFEST.items()),
     ]
     return "\n".join(parts)
@@ -136,7 +138,7 @@ _DATA_MANIFEST = {
     "sources": "what was read: names relative to what was given, and sizes",
     "settings": "what decided the cut into documents and splits",
     "statistics": "bytes of text, longest document, empty documents",
-    "written_by": "the command and the version of the format's writer",
+    "written_by": "the command that wrote it",
 }
 assert _DATA_MANIFEST.keys() == {field.name for field in dataclasses.fields(Manifest)}
 assert {field.name for field in dataclasses.fields(ShardEntry)} == {"name", "tokens", "documents", "files"}

@@ -7,9 +7,12 @@ the same logits as the weights that went in. The folder appears only when all ho
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +87,8 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
 
     from trainer.engine import read_weights
 
-    weights = read_weights(folder, manifest.layout["stage"])
+    with _quiet():
+        weights = read_weights(folder, manifest.layout["stage"])
     model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / MODEL_FOLDER))
     model.load_state_dict(weights, strict=True)
     model.tie_weights()
@@ -129,9 +133,10 @@ def _write_and_reload(
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     before = _probe_logits(model, probe)
-    model.to(dtype).save_pretrained(temporary, max_shard_size=max_shard_size)
-    AutoTokenizer.from_pretrained(folder / MODEL_FOLDER).save_pretrained(temporary)
-    loaded, report = AutoModelForMaskedLM.from_pretrained(temporary, output_loading_info=True, dtype=torch.float32)
+    with _quiet():
+        model.to(dtype).save_pretrained(temporary, max_shard_size=max_shard_size)
+        AutoTokenizer.from_pretrained(folder / MODEL_FOLDER).save_pretrained(temporary)
+        loaded, report = AutoModelForMaskedLM.from_pretrained(temporary, output_loading_info=True, dtype=torch.float32)
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:
         raise DamagedError(
@@ -168,7 +173,19 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, flo
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' prints and progress bars off the console; errors are exceptions and get through."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def _publish(temporary: Path, target: Path) -> None:
+    """Give the finished folder its name."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in temporary.iterdir():
+        path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
     if target.is_dir():  # empty: checked at the start
         target.rmdir()
     os.replace(temporary, target)

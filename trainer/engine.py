@@ -6,6 +6,7 @@ checkpoint files written with errors caught and bytes recorded, and the four sha
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -31,6 +32,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 logger = logging.getLogger(__name__)
+
+# On CPU DeepSpeed compiles a shared-memory all-reduce when it starts (45 s the first time, and it needs a compiler),
+# which only its inference uses. (Plain import would find torch itself under that name.)
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 class RecordingCheckpointEngine(TorchCheckpointEngine):

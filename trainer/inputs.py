@@ -35,6 +35,8 @@ class Inputs:
     validation: ShardSet | None
     order: SampleOrder
     objective: MaskedLanguageModelling
+    tokenizer_note: str
+    """How the tokenizer differs from the one of the checkpoint to continue from; empty when it does not."""
 
     @property
     def epoch_blocks(self) -> int:
@@ -67,7 +69,7 @@ class Inputs:
         if self.validation is not None:
             available = self.validation.block_count(self.objective.payload)
             lines.append(f"validation: {min(config.eval.samples, available):,} of {available:,} blocks")
-        return lines
+        return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -105,6 +107,24 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         validation=_open_validation(config, objective, vocabulary, tokenizer_folder),
         order=order,
         objective=objective,
+        tokenizer_note=_tokenizer_note(config, tokenizer),
+    )
+
+
+def _tokenizer_note(config: Config, tokenizer: Any) -> str:
+    """A token whose id has changed starts from the embedding of another one; that must not happen unseen."""
+    source = config.model.from_pretrained
+    if source is None or config.model.tokenizer in (None, source):
+        return ""
+    try:
+        before, now = load_tokenizer(source).get_vocab(), tokenizer.get_vocab()
+    except UserError:
+        return (
+            f"tokenizer: {source} has none of its own, so it is not checked that the ids are those it was trained with"
+        )
+    moved = sum(now.get(token) != number for token, number in before.items())
+    return (
+        f"tokenizer: {moved:,} of the checkpoint's {len(before):,} tokens have another id or are gone" if moved else ""
     )
 
 

@@ -20,13 +20,14 @@ ROWS_A_BATCH = 1000
 
 def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str, int]]:
     """The text field of each row, in order, with the bytes consumed (estimated: a table has no byte positions)."""
-    consumed = 0
+    consumed = 0.0
+    row_bytes = _bytes_a_row(piece) if settings.format == "parquet" else None
     try:
         for column in _columns(piece, settings):
             for text in column:
                 text = text or ""
-                consumed = min(consumed + len(text), piece.size)
-                yield text, consumed
+                consumed = min(consumed + (row_bytes or len(text)), piece.size)
+                yield text, int(consumed)
     except (MaskwrightError, GeneratorExit):
         raise
     except UnicodeDecodeError as error:
@@ -73,6 +74,17 @@ def count_row_groups(path: str) -> int:
         return max(1, pyarrow.parquet.ParquetFile(path).metadata.num_row_groups)
     except (OSError, ValueError):
         return 1  # damaged: the reader says so, with the name
+
+
+def _bytes_a_row(piece: Piece) -> float | None:
+    """Mean bytes on disk behind a row of a parquet file: its text is compressed, and beside it lie other columns."""
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_metadata(piece.file.path).num_rows
+    except (OSError, ValueError):
+        return None  # damaged: the reader says so, with the name
+    return piece.file.size / rows if rows else None
 
 
 def _columns(piece: Piece, settings: ReadSettings) -> Iterator[list[str | None]]:
