@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 # On CPU DeepSpeed compiles a shared-memory all-reduce when it starts (45 s the first time, and it needs a compiler),
 # which only its inference uses. (Plain import would find torch itself under that name.)
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+_backend: Any = importlib.import_module("deepspeed.comm.torch")
+_backend.build_shm_op = lambda: None
 
 
 class RecordingCheckpointEngine(TorchCheckpointEngine):

@@ -78,8 +78,8 @@ def test_a_converted_run_goes_on_where_it_was_with_ten_more_tokens(
         tmp_path / "second",
         data,
         model={**model, "overrides": {}},
-        optimizer={"lr": 2e-3},
-        train={"steps": 20},
+        optimizer={"lr": 5e-3},
+        train={"steps": 40},
     )
     capsys.readouterr()
     assert train(second, 2) == EXIT_FINISHED

@@ -103,7 +103,7 @@ def test_metrics_jsonl_has_the_keys_and_steps_that_are_promised(run: Config) -> 
 
 def test_after_a_kill_and_a_resume_no_step_is_shown_twice(workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    config = watched_config(workspace, run_dir, train={"steps": 40}, logging={"every_steps": 1, "tensorboard": True})
+    config = watched_config(workspace, run_dir, train={"steps": 100}, logging={"every_steps": 1, "tensorboard": True})
     path = write_config(config, tmp_path / "my.yaml")
     kill_at = random.choice([7, 8, 9, 12, 13, 14])
     process = start_maskwright("train", path)
@@ -116,6 +116,6 @@ def test_after_a_kill_and_a_resume_no_step_is_shown_twice(workspace: Path, tmp_p
     assert process.returncode == -signal.SIGKILL, "killed before it was done"
     assert train(config) == EXIT_FINISHED
 
-    assert len(losses(run_dir)) == 40
+    assert len(losses(run_dir)) == 100
     assert len(list((run_dir / "tensorboard").glob("events*"))) == 2
     assert_same_as_metrics(run_dir)

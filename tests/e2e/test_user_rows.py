@@ -55,12 +55,42 @@ def evaluated_config(workspace: Path, run_dir: Path, **sections: Any) -> Any:
     return tiny_config(workspace, run_dir, **{**validation, "logging": {"every_steps": 5}, **sections})
 
 
+# A library that talks in every way there is, in every step of every rank.
+NOISE = """
+import os
+if "RANK" in os.environ:
+    import logging, sys, warnings
+    from trainer.loop import Loop
+    original = Loop._train_step
+    def train_noisily(self, *arguments):
+        print("noise by print")
+        print("noise on stderr", file=sys.stderr)
+        os.write(1, b"noise from C++\\n")
+        warnings.warn("noise by warning")
+        logging.getLogger("DeepSpeed").warning("noise by logging")
+        return original(self, *arguments)
+    Loop._train_step = train_noisily
+"""
+KINDS_OF_NOISE = ("by print", "on stderr", "from C++", "by warning", "by logging")
+
+
+def python_path_with(patch: str, folder: Path) -> str:
+    """A PYTHONPATH with which each new Python process runs `patch` when it starts."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(patch)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run on two ranks by the real command, its output off a terminal."""
+    """A run on two ranks by the real command, its output off a terminal, in the company of a noisy library."""
     folder = tmp_path_factory.mktemp("rows")
     path = write_config(evaluated_config(workspace, folder / "run"), folder / "my.yaml")
-    result = maskwright("train", path, "--nproc-per-node", "2")
+    variables = {
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        "PYTHONPATH": python_path_with(NOISE, folder / "patch"),
+    }
+    result = maskwright("train", path, "--nproc-per-node", "2", **variables)
     assert result.returncode == EXIT_FINISHED, result.stdout + result.stderr
     return folder / "run", result
 
@@ -95,7 +125,14 @@ def test_row_10_the_console_has_only_our_lines_and_the_noise_is_in_the_rank_logs
     assert lines[-1].startswith("finished: 20 steps")
     logs = sorted(path.name for path in (run_dir / "logs").iterdir())
     assert logs == ["rank-00000.log", "rank-00001.log"]
-    assert all("DeepSpeed" in (run_dir / "logs" / name).read_text() for name in logs)
+    for name in logs:
+        log = (run_dir / "logs" / name).read_text()
+        assert [kind for kind in KINDS_OF_NOISE if f"noise {kind}" in log] == list(KINDS_OF_NOISE), name
+
+
+def test_a_run_on_cpu_compiles_nothing(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """DeepSpeed would build C++ at its first start: a minute, a compiler needed, and two ranks in each other's way."""
+    assert not list((run[0].parent / "extensions").rglob("*"))
 
 
 def test_row_11_off_a_terminal_one_plain_line_an_interval(
@@ -148,10 +185,9 @@ if os.environ.get("RANK") == "1":
 
 
 def test_row_12_an_error_on_one_rank_is_shown_with_its_traceback_and_log(workspace: Path, tmp_path: Path) -> None:
-    (tmp_path / "patch").mkdir()
-    (tmp_path / "patch" / "sitecustomize.py").write_text(FAIL_ON_RANK_1)
     path = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
-    result = maskwright("train", path, "--nproc-per-node", "2", PYTHONPATH=str(tmp_path / "patch"))
+    patch = python_path_with(FAIL_ON_RANK_1, tmp_path / "patch")
+    result = maskwright("train", path, "--nproc-per-node", "2", PYTHONPATH=patch)
     assert result.returncode == EXIT_UNEXPECTED
     assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr
     assert "in fail_at_step_3" in result.stderr
