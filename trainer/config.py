@@ -133,8 +133,11 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = 6.0e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    """Decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled decay a step, times the learning rate."""
     clip: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -158,6 +161,7 @@ class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     """Length in passes over the training data, rounded up to whole steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None
     """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
     max_skipped_steps: PositiveInt = 20
@@ -197,6 +201,7 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 10
     """Steps between two lines in metrics.jsonl, in TensorBoard and, off a terminal, on the console."""
     tensorboard: bool = True
+    """Write the metrics to RUN/tensorboard as well."""
 
 
 class Config(Section):

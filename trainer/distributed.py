@@ -39,6 +39,9 @@ def start() -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() == 1:  # the scheduler shows each task its own device only
+        local_rank = 0
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -83,7 +83,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     check_precision(config, preset)
     tokenizer_folder = config.model.tokenizer or config.model.from_pretrained
     assert tokenizer_folder is not None
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, of_checkpoint=config.model.tokenizer is None)
     vocabulary = vocabulary_of(tokenizer, tokenizer_folder)
     build_config(config.model, vocabulary, config.data.seq_len)
     objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
@@ -117,7 +117,7 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
     if source is None or config.model.tokenizer in (None, source):
         return ""
     try:
-        before, now = load_tokenizer(source).get_vocab(), tokenizer.get_vocab()
+        before, now = load_tokenizer(source, of_checkpoint=True).get_vocab(), tokenizer.get_vocab()
     except UserError:
         return (
             f"tokenizer: {source} has none of its own, so it is not checked that the ids are those it was trained with"

@@ -47,12 +47,14 @@ class Loop:
     state: TrainState
     stop: StopRequest
     reporter: Reporter | None
+    evaluated: bool
+    """Whether the evaluation of the step to start from, if one is due there, has been reported."""
     last_save_time: float = field(default_factory=time.monotonic)
 
     def run(self) -> int:
         """Train to the last step or to a request to stop; returns the exit code."""
-        if self.state.step == 0:
-            self._evaluate_if_due()  # the untrained model's perplexity: what all later ones are compared with
+        if not self.evaluated:
+            self._evaluate_if_due()  # of the untrained model, which all later ones are compared with, or one cut short
         steps = self._steps_of_batches()
         self.meter.restart(self.state.tokens)
         while self.state.step < self.plan.total_steps:
@@ -167,10 +169,11 @@ class Loop:
         }
 
     def _evaluate_if_due(self) -> None:
-        last = self.state.step in (0, self.plan.total_steps)
+        last = self.state.step == self.plan.total_steps
         if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
             return
-        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received)
+        # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
+        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received and not last)
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})
         self.meter.restart(self.state.tokens)

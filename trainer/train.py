@@ -38,6 +38,7 @@ from trainer.objectives.mlm import Batch
 from trainer.signals import StopRequest, stop_requests
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
+from trainer.tracking.jsonl import read_lines
 from trainer.tracking.reporter import Reporter
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def _train(
         state=state,
         stop=stop,
         reporter=None,
+        evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
     )
     if dry_run:
         return loop.dry_run(console)
@@ -135,6 +137,10 @@ def _train(
     finally:
         if loop.reporter is not None:
             loop.reporter.close()
+
+
+def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
+    return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
 
 def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:

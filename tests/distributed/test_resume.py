@@ -240,3 +240,30 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(
     assert "checkpoint at step 10 was not saved (rank 1:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000020"]
     assert len(losses(tmp_path)) == 20
+
+
+def stop_in_the_evaluation_at_step_10(config: Config) -> int:
+    """Runs on each rank: TERM reaches rank 1 while step 10 is evaluated."""
+    from trainer.evaluate import Evaluator
+    from trainer.train import run
+
+    original = Evaluator.run
+    evaluations = []
+
+    def run_and_signal(self: Evaluator, *arguments: object) -> object:
+        evaluations.append(1)
+        if len(evaluations) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    Evaluator.run = run_and_signal  # type: ignore[method-assign,assignment]
+    return run(config)
+
+
+def test_an_evaluation_cut_short_by_a_stop_is_done_after_the_resume(workspace: Path, tmp_path: Path) -> None:
+    data = {"validation": str(workspace / "data")}
+    config = tiny_config(workspace, tmp_path, data=data, eval={"every_steps": 10, "samples": 32})
+    assert run_ranks(stop_in_the_evaluation_at_step_10, 2, config) == [EXIT_STOPPED_AFTER_SAVING] * 2
+    assert [line["step"] for line in metrics(tmp_path) if "eval/loss" in line] == [0]
+    assert train(config, 2) == EXIT_FINISHED
+    assert [line["step"] for line in metrics(tmp_path) if "eval/loss" in line] == [0, 10, 20]

@@ -197,7 +197,7 @@ class _Job:
         again = f" {kept} of {len(tasks)} units are finished already." if kept else ""
         if estimate.tokens:
             console.print(
-                f"Expect about {estimate.tokens / 1e6:,.1f} M tokens, {human_bytes(estimate.output_bytes)} of shards; "
+                f"Expect about {estimate.tokens:,.0f} tokens, {human_bytes(estimate.output_bytes)} of shards; "
                 f"workers: {min(workers, len(remaining))}.{again}",
                 highlight=False,
                 soft_wrap=True,

@@ -37,15 +37,20 @@ class Vocabulary:
     sha256: str
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or a hub name.
+
+    Args:
+        of_checkpoint: the name is that of a model to continue from, where one word without a slash may be a hub
+            name (bert-base-chinese); a tokenizer's own name is then a folder.
 
     Raises:
         UserError: when there is none, or only a slow one.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path, local = Path(folder).expanduser(), is_local(folder)
+    path = Path(folder).expanduser()
+    local = is_local(folder) or ("/" not in str(folder) and not of_checkpoint)
     if local and not path.is_dir():
         raise UserError(
             f"No tokenizer folder at '{folder}'.",
