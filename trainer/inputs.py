@@ -69,6 +69,11 @@ class Inputs:
         if self.validation is not None:
             available = self.validation.block_count(self.objective.payload)
             lines.append(f"validation: {min(config.eval.samples, available):,} of {available:,} blocks")
+        if config.schedule.warmup_steps > plan.total_steps:
+            lines.append(
+                f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
+                "reaches its peak"
+            )
         return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
 
 

@@ -10,25 +10,28 @@ from trainer.config import ScheduleConfig
 def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
     """Rate of optimizer step `step` (1 is the first, `total_steps` the last).
 
-    Warm-up is linear from 0: peak · step / warmup_steps. Then, with x the share of the remaining steps that
-    is done and m = min_ratio:
+    peak · min(1, step / warmup_steps) · shape, where with x the share of the steps after the warm-up that is done and
+    m = min_ratio the shape is
 
-    - linear: peak · (1 − (1 − m) · x), as in BERT and RoBERTa (arXiv:1907.11692, section 3.1);
-    - cosine: peak · (m + (1 − m) · (1 + cos πx) / 2) (arXiv:1608.03983);
-    - wsd: peak, then linear to m over the last decay_fraction of all steps (arXiv:2404.06395);
-    - constant: peak.
+    - linear: 1 − (1 − m) · x, as in BERT and RoBERTa (arXiv:1907.11692, section 3.1);
+    - cosine: m + (1 − m) · (1 + cos πx) / 2 (arXiv:1608.03983);
+    - wsd: 1, then linear to m over the last decay_fraction of all steps (arXiv:2404.06395);
+    - constant: 1.
     """
-    if step < schedule.warmup_steps:
-        return peak * step / schedule.warmup_steps
+    warmed_up = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    return peak * warmed_up * _shape(step, total_steps, schedule)
+
+
+def _shape(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
     floor = schedule.min_ratio
     done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
-    done = min(1.0, done)
+    done = min(1.0, max(0.0, done))
     if schedule.name == "linear":
-        return peak * (1.0 - (1.0 - floor) * done)
+        return 1.0 - (1.0 - floor) * done
     if schedule.name == "cosine":
-        return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
     if schedule.name == "wsd":
         decay_steps = max(1, round(schedule.decay_fraction * total_steps))
         left = max(0, total_steps - step)
-        return peak * (floor + (1.0 - floor) * min(1.0, left / decay_steps))
-    return peak
+        return floor + (1.0 - floor) * min(1.0, left / decay_steps)
+    return 1.0
