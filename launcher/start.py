@@ -56,7 +56,7 @@ def _train_here(
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:
     """The run folder; None for a dry run, which leaves nothing behind."""
-    return None if dry_run else Path(config.run.dir)
+    return None if dry_run else Path(config.run.dir).expanduser()
 
 
 def _rank_command(config_source: str, overrides: Sequence[str], resume: str, dry_run: bool) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder
+from trainer.checkpoint.find import Candidate, candidates
 from trainer.checkpoint.manifest import find_faults
 from trainer.errors import DamagedError, UserError
 
@@ -58,13 +58,13 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
 def _candidates(run: str) -> list[Candidate]:
     path = Path(run)
     if path.name.startswith("step-") and path.is_dir():
-        return [
-            candidate for candidate in candidates(path.resolve().parent.parent) if candidate.folder.name == path.name
-        ]
-    found = candidates(path)
+        beside = candidates(path.resolve().parent.parent)
+        found = [candidate for candidate in beside if candidate.folder.name == path.name]
+    else:
+        found = candidates(path)
     if not found:
         raise UserError(
-            f"No checkpoints in '{checkpoints_folder(path)}'.",
+            f"No checkpoints in '{path}'.",
             where=run,
             remedy="Give a run folder (run.dir of the config) that has saved at least once.",
         )

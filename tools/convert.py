@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -50,8 +51,8 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
         UserError: no such checkpoint, unknown dtype, or an output folder that is not empty.
         DamagedError: the checkpoint is damaged, or the logits do not agree.
     """
-    target = Path(output)
-    _check_arguments(target, dtype)
+    target = Path(output).expanduser()
+    _check_arguments(target, dtype, max_shard_size)
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     model = _load_into_stock_class(folder, manifest)
@@ -72,7 +73,17 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     return Conversion(target, folder, manifest.step, from_training, after_reload)
 
 
-def _check_arguments(target: Path, dtype: str) -> None:
+def _check_arguments(target: Path, dtype: str, max_shard_size: str) -> None:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]I?B", max_shard_size.upper()):
+        raise UserError(
+            f"Not a size: '{max_shard_size}'.", where=f"--max-shard-size {max_shard_size}", remedy="Write 5GB or 500MB."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot create '{target.parent}': {error.strerror}.", where=f"--output {target}", remedy="Choose another."
+        ) from None
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'.", where=f"--dtype {dtype}", remedy=f"One of {', '.join(DTYPES)}.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.data.shards import read_manifest as read_data_manifest
 from trainer.data.shards import split_folder
 from trainer.errors import MaskwrightError
@@ -21,9 +21,9 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
     run_dir = checkpoint.resolve().parent.parent
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
-    config_path = run_dir / "config.yaml"
+    config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
-    evaluations = [line for line in lines if "eval/loss" in line]
+    evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [masked-lm, maskwright]\n---",

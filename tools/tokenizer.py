@@ -100,6 +100,14 @@ def _check(folder: Path, kind: str, vocabulary_size: int) -> None:
             where=f"--vocab-size {vocabulary_size}",
             remedy="RoBERTa has 50265, BERT 30522.",
         )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot create '{folder.parent}': {error.strerror}.",
+            where=f"--output {folder}",
+            remedy="Choose another --output.",
+        ) from None
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"The output '{folder}' already holds something.",

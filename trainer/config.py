@@ -25,12 +25,12 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     name: str = "run"
-    """Shown in logs and in the model card."""
+    """Shown in the first line and in the model card."""
     dir: str
     """The run folder: checkpoints, metrics, logs. Also what `--resume auto` looks into."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -296,8 +296,8 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     for section, names in _ALTERNATIVES:
         section_of_child = child.get(section)
         if isinstance(section_of_child, dict) and any(section_of_child.get(name) is not None for name in names):
-            for name in names:
-                merged.get(section, {}).pop(name, None)
+            for name in names if isinstance(merged.get(section), dict) else ():
+                merged[section].pop(name, None)
     _merge_into(merged, child)
     return merged
 
@@ -340,7 +340,8 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads 6e-4 as a number (YAML 1.1 alone takes it for a string)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=node.start_mark)

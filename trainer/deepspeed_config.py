@@ -113,7 +113,7 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: for an unknown preset, bad JSON, an unknown key, or a key that our config owns.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if not path.is_file():
         path = PRESETS / f"{name_or_path}.json"
     if not path.is_file():

@@ -64,11 +64,6 @@ def total(world: World, values: Sequence[float]) -> list[float]:
     return tensor.tolist()
 
 
-def all_agree(world: World, ok: bool) -> bool:
-    """True on every rank when it is true on every rank."""
-    return total(world, [float(not ok)])[0] == 0.0
-
-
 def from_main(world: World, value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if world.size == 1:

@@ -138,6 +138,13 @@ def _open_validation(
 ) -> ShardSet | None:
     if config.data.validation is None or config.eval.every_steps is None:
         return None
+    folder = split_folder(config.data.validation, "validation").resolve()
+    if folder in [split_folder(source.path, "train").resolve() for source in config.data.train]:
+        raise UserError(
+            "The validation data is the training data.",
+            where=f"data.validation={config.data.validation}",
+            remedy="Prepare with --validation-fraction 0.01, or leave data.validation out.",
+        )
     validation = _open_shards(config.data.validation, "validation", vocabulary, tokenizer_folder)
     if validation.block_count(objective.payload) == 0:
         raise UserError(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from trainer.errors import UserError
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -28,7 +30,15 @@ def rank_log(run_dir: Path, rank: int) -> Iterator[TextIO]:
     On ranks other than 0 the console is the log file too.
     """
     path = log_path(run_dir, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to the run folder: {error.strerror}.",
+            where=f"run.dir={run_dir}",
+            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
+        ) from None
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

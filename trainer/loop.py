@@ -14,6 +14,7 @@ from trainer import distributed
 from trainer.batch_plan import BatchPlan
 from trainer.checkpoint.commit import Saver
 from trainer.config import Config
+from trainer.data.order import SampleOrder
 from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
@@ -39,7 +40,7 @@ class Loop:
     world: World
     engine: TrainingEngine
     objective: MaskedLanguageModelling
-    epoch_blocks: int
+    order: SampleOrder
     batches: Iterable[Batch]
     evaluator: Evaluator | None
     saver: Saver
@@ -163,7 +164,7 @@ class Loop:
             "train/grad_norm": self.engine.grad_norm,
             "train/skipped_steps": self.state.skipped_steps,
             "train/loss_scale": self.engine.loss_scale,
-            "train/epoch": self.state.samples / self.epoch_blocks,
+            "train/epoch": max(self.order.epochs(self.state.samples)),
             **self.meter.read(self.state.tokens),
             "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
         }

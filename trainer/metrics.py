@@ -26,7 +26,7 @@ TRAINING_METRICS = {
     "train/grad_norm": "global 2-norm of the gradients before clipping; null when not finite",
     "train/skipped_steps": "steps skipped so far because a gradient was not finite",
     "train/loss_scale": "loss scale of fp16; 1 in other precisions",
-    "train/epoch": "passes over the training data: samples / blocks of all sources",
+    "train/epoch": "passes over the training data; of a mixture, over the source that is seen most often",
     "throughput/tokens_per_second": "positions a second over all ranks, since the last line",
     "throughput/mfu": "model FLOP/s over the peak FLOP/s of all devices, since the last line",
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",

@@ -15,10 +15,10 @@ import yaml
 
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
-from trainer.checkpoint.contents import write_contents
-from trainer.checkpoint.find import choose
+from trainer.checkpoint.contents import take_contents
+from trainer.checkpoint.find import checkpoints_folder, choose
 from trainer.checkpoint.manifest import Records, read_manifest
-from trainer.checkpoint.resume import check_resumable, set_aside
+from trainer.checkpoint.resume import check_place, check_resumable, set_aside, set_aside_newer
 from trainer.config import Config, dump_config
 from trainer.data.loader import MaskedBlocks, training_batches
 from trainer.deepspeed_config import stage_of
@@ -87,7 +87,7 @@ def _train(
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
     if console is not None:
-        console.say(_decision(run_dir, resume, checkpoint, state, dry_run))
+        console.say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
         if console is not None:
             console.say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
@@ -97,12 +97,13 @@ def _train(
     # Before the engine, which at ZeRO stage 3 leaves no weight in the module to describe.
     records = Records(_layout(inputs, world), _identity(inputs, built), _model_summary(built))
     if checkpoint and manifest:
+        check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records)
     if console is not None:
         for line in (*inputs.describe(), *built.notes):
             console.say(line)
         if not dry_run:
-            _freeze(run_dir, inputs, console, fresh=checkpoint is None)
+            _settle_run_folder(run_dir, inputs, console, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)
     engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
@@ -117,10 +118,10 @@ def _train(
         world=world,
         engine=engine,
         objective=inputs.objective,
-        epoch_blocks=inputs.epoch_blocks,
+        order=inputs.order,
         batches=_batches(inputs, world, state),
         evaluator=Evaluator(inputs.validation, inputs.objective, config.eval.samples) if inputs.validation else None,
-        saver=_saver(run_dir, inputs, records, engine, world),
+        saver=_saver(run_dir, inputs, records, engine, world, checkpoint),
         meter=meter,
         state=state,
         stop=stop,
@@ -156,14 +157,18 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]
     )
 
 
-def _saver(run_dir: Path, inputs: Inputs, records: Records, engine: TrainingEngine, world: World) -> Saver:
+def _saver(
+    run_dir: Path, inputs: Inputs, records: Records, engine: TrainingEngine, world: World, checkpoint: Path | None
+) -> Saver:
+    own = checkpoint is not None and checkpoint.resolve().parent == checkpoints_folder(run_dir).resolve()
     return Saver(
         run_dir=run_dir,
         world=world,
         engine=engine,
         settings=inputs.config.checkpoint,
         records=records,
-        write_contents=lambda folder: write_contents(folder, engine, inputs, world),
+        contents=lambda: take_contents(engine, inputs),
+        saved_step=read_manifest(checkpoint).step if checkpoint and own else None,
     )
 
 
@@ -179,15 +184,29 @@ def _together(world: World, build: Callable[[], Any]) -> Any:
     return value
 
 
-def _decision(run_dir: Path, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:
+def _decision(config: Config, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:
     """The first line: run folder, what was decided, and why."""
+    name = f"{config.run.name} in {run_folder(config)}"
     if dry_run:
-        return f"dry run of {run_dir}: one step, nothing is saved"
+        return f"dry run of {name}: one step, nothing is saved"
     if checkpoint is not None:
-        return f"run {run_dir}: resuming from {checkpoint.name} at step {state.step} (--resume {resume})"
-    if resume == "never" and (moved := set_aside(run_dir)):
-        return f"run {run_dir}: starting afresh (--resume never); the earlier run was moved to {moved.name}"
-    return f"run {run_dir}: starting afresh (--resume {resume}, no checkpoint found)"
+        return f"run {name}: resuming from {checkpoint.name} at step {state.step} (--resume {resume})"
+    why = "--resume never" if resume == "never" else f"--resume {resume}, no checkpoint found"
+    return f"run {name}: starting afresh ({why})"
+
+
+def _settle_run_folder(
+    run_dir: Path, inputs: Inputs, console: TrainingConsole, resume: str, checkpoint: Path | None, state: TrainState
+) -> None:
+    """Before anything is written: move what this start leaves behind, and freeze the resolved inputs."""
+    moved = None
+    if resume == "never":
+        moved = set_aside(run_dir)
+    elif resume not in ("auto", "must"):
+        moved = set_aside_newer(run_dir, state.step)
+    if moved is not None:
+        console.say(f"moved what this start does not continue to {moved}")
+    _freeze(run_dir, inputs, console, fresh=checkpoint is None)
 
 
 def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
@@ -203,10 +222,16 @@ def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
 def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
     """What would change the result in silence if it changed over a resume."""
     shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
+    # Everything the forward pass depends on; the library's version and the dropouts (a training choice) do not count.
+    fields = {
+        name: value
+        for name, value in built.model.config.to_dict().items()
+        if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+    }
     return {
         "data order": sha256_of(inputs.data_order())[:16],
         "tokenizer": inputs.vocabulary.sha256[:16],
-        "model": f"{type(built.model).__name__} {sha256_of(shapes)[:16]}",
+        "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
         "objective": inputs.config.objective.model_dump(),
         "seed": inputs.config.run.seed,
         "seq_len": inputs.config.data.seq_len,

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
+from trainer.checkpoint.find import candidates
+from trainer.checkpoint.manifest import find_faults
 from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 
@@ -159,6 +161,9 @@ def test_a_damaged_checkpoint_is_stepped_over_and_the_older_one_used(
     assert "step-00000020" in output
     assert "manifest" in output if damage == "no manifest" else victim.name in output
     assert losses(Path(copy.run.dir)) == losses(Path(finished.run.dir))
+    whole = candidates(Path(copy.run.dir))
+    assert [candidate.step for candidate in whole] == [20, 10]
+    assert all(candidate.manifest and not find_faults(candidate.folder, candidate.manifest) for candidate in whole)
 
 
 def test_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(copy: Config) -> None:
@@ -182,11 +187,23 @@ def test_row_6_resume_modes_do_what_they_say_and_say_why(
     empty = tiny_config(workspace, tmp_path / "empty")
     assert train(empty, resume="must") == EXIT_USER_MISTAKE
     assert "has no checkpoint" in capsys.readouterr().out
+    newest = (checkpoint(copy, 20) / "manifest.json").read_bytes()
     assert train(copy, resume=str(checkpoint(copy, 10))) == EXIT_FINISHED
-    assert "resuming from step-00000010 at step 10" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "resuming from step-00000010 at step 10" in output
+    # The branch that is left is moved away, so that it is never resumed or converted in place of the new one.
+    assert "moved what this start does not continue to" in output
+    left = Path(copy.run.dir) / "previous-1" / "checkpoints"
+    assert [path.name for path in left.iterdir()] == ["step-00000020"]
+    assert (left / "step-00000020" / "manifest.json").read_bytes() == newest
+    assert (checkpoint(copy, 20) / "manifest.json").read_bytes() != newest
+    elsewhere = tiny_config(workspace, tmp_path / "empty", checkpoint={"every_steps": 10})
+    assert train(elsewhere, resume=str(checkpoint(copy, 10))) == EXIT_FINISHED
+    assert train(elsewhere, resume=str(checkpoint(copy, 10))) == EXIT_USER_MISTAKE
+    assert "is a checkpoint of another run" in capsys.readouterr().out
     assert train(copy, resume="never") == EXIT_FINISHED
-    assert "starting afresh (--resume never); the earlier run was moved to previous-1" in capsys.readouterr().out
-    assert (Path(copy.run.dir) / "previous-1" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
+    assert "starting afresh (--resume never)" in capsys.readouterr().out
+    assert (Path(copy.run.dir) / "previous-2" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
     assert len(losses(Path(copy.run.dir))) == 20
 
 
@@ -200,6 +217,9 @@ def test_another_seed_model_or_layout_is_refused(
     overrides = {**copy.model.overrides, "intermediate_size": 96}
     assert train(tiny_config(workspace, run_dir, model={"overrides": overrides}, **longer)) == EXIT_USER_MISTAKE
     assert "model was RobertaForMaskedLM" in capsys.readouterr().out
+    overrides = {**copy.model.overrides, "num_attention_heads": 4}  # the same shapes, and another model all the same
+    assert train(tiny_config(workspace, run_dir, model={"overrides": overrides}, **longer)) == EXIT_USER_MISTAKE
+    assert "model was RobertaForMaskedLM" in capsys.readouterr().out
     assert train(tiny_config(workspace, run_dir, deepspeed="zero2", **longer)) == EXIT_USER_MISTAKE
     assert "stage was 1, now 2" in capsys.readouterr().out
 
@@ -211,8 +231,8 @@ def test_rotation_keeps_the_last_and_those_kept_for_good(workspace: Path, tmp_pa
     assert names == ["latest", *(f"step-{step:08d}" for step in (6, 12, 18, 20))]
 
 
-def fail_to_write(config: Config) -> int:
-    """Runs on each rank: rank 1 cannot write files above 1 kB (as on a full disk) until step 12."""
+def fail_to_write(config: Config, rank: int) -> int:
+    """Runs on each rank: one cannot write files above 20 kB (as on a nearly full disk) until step 12."""
     import resource
 
     from trainer.loop import Loop
@@ -222,8 +242,8 @@ def fail_to_write(config: Config) -> int:
 
     def step_with_limit(self: Loop, *arguments: object) -> object:
         result = original(self, *arguments)  # type: ignore[arg-type]
-        if self.world.rank == 1:
-            limit = 1024 if self.state.step < 12 else resource.RLIM_INFINITY
+        if self.world.rank == rank:
+            limit = 20_000 if self.state.step < 12 else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return result
 
@@ -232,12 +252,13 @@ def fail_to_write(config: Config) -> int:
     return run(config)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rank: int, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(workspace, tmp_path, checkpoint={"every_steps": 10})
-    assert run_ranks(fail_to_write, 2, config) == [EXIT_FINISHED] * 2
-    assert "checkpoint at step 10 was not saved (rank 1:" in capsys.readouterr().out
+    assert run_ranks(fail_to_write, 2, config, rank) == [EXIT_FINISHED] * 2
+    assert f"checkpoint at step 10 was not saved (rank {rank}:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000020"]
     assert len(losses(tmp_path)) == 20
 

@@ -1,4 +1,4 @@
-"""What makes a checkpoint self-contained: the Hugging Face config, the tokenizer, and a probe of the logits.
+"""What makes a checkpoint self-contained: model config, tokenizer, run config, and a probe of the logits.
 
 The probe is a block of the training data with the logits that the training engine itself gives for it. The
 conversion must reproduce them, which proves that what comes out is what was trained.
@@ -6,6 +6,7 @@ conversion must reproduce them, which proves that what comes out is what was tra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE
-from trainer.distributed import World
+from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
+from trainer.config import dump_config
 from trainer.engine import TrainingEngine
 from trainer.inputs import Inputs
 
@@ -36,17 +37,20 @@ class Probe:
     logits: torch.Tensor
 
 
-def write_contents(folder: Path, engine: TrainingEngine, inputs: Inputs, world: World) -> None:
-    """Write config, tokenizer and probe into a checkpoint folder; every rank calls it, rank 0 writes."""
+def take_contents(engine: TrainingEngine, inputs: Inputs) -> Callable[[Path], None]:
+    """Take the probe, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder."""
     probe = take_probe(engine, inputs)
-    if not world.is_main:
-        return
-    config = engine.module.config
-    config.architectures = [type(engine.module).__name__]
-    config.save_pretrained(folder / MODEL_FOLDER)
-    inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
-    tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items()}
-    save_file(tensors, folder / PROBE)
+
+    def write(folder: Path) -> None:
+        config = engine.module.config
+        config.architectures = [type(engine.module).__name__]
+        config.save_pretrained(folder / MODEL_FOLDER)
+        inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
+        (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
+        tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items()}
+        save_file(tensors, folder / PROBE)
+
+    return write
 
 
 def take_probe(engine: TrainingEngine, inputs: Inputs) -> Probe:

@@ -100,7 +100,14 @@ def choose(world: World, run_dir: Path, resume: str) -> Path | None:
                 error = caught
         distributed.raise_together(world, error)
         return distributed.from_main(world, folder)
-    found = distributed.from_main(world, candidates(run_dir) if world.is_main else None)
+    found, error = [], None
+    if world.is_main:
+        try:
+            found = candidates(run_dir)
+        except OSError as caught:
+            error = caught
+    distributed.raise_together(world, error)
+    found = distributed.from_main(world, found)
     for candidate in found:
         faults = _faults_of(world, candidate)
         if not faults:

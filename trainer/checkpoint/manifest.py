@@ -21,6 +21,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "huggingface"  # config.json and tokenizer, inside the checkpoint
 PROBE = "probe.safetensors"
+RUN_CONFIG = "config.yaml"  # of the start that saved it
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,13 @@ def find_faults(folder: Path, manifest: CheckpointManifest, names: list[str] | N
     for name in manifest.files if names is None else names:
         size, digest = manifest.files[name]
         path = folder / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name}: {path.stat().st_size:,} bytes instead of {size:,}")
-        elif file_hash(path) != digest:
-            faults.append(f"{name}: content differs from its checksum")
+        try:
+            if not path.is_file():
+                faults.append(f"{name}: missing")
+            elif path.stat().st_size != size:
+                faults.append(f"{name}: {path.stat().st_size:,} bytes instead of {size:,}")
+            elif file_hash(path) != digest:
+                faults.append(f"{name}: content differs from its checksum")
+        except OSError as error:  # a fault like another: one rank must not leave the others waiting
+            faults.append(f"{name}: {error.strerror}")
     return faults

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records) -> None:
@@ -54,11 +53,51 @@ def set_aside(run_dir: Path) -> Path | None:
     present = [run_dir / name for name in names if (run_dir / name).exists()]
     if not present:
         return None
+    target = _new_previous_folder(run_dir)
+    for path in present:
+        path.rename(target / path.name)
+    return target
+
+
+def set_aside_newer(run_dir: Path, step: int) -> Path | None:
+    """Move whole checkpoints after `step`, and a copy of the metrics, into RUN/previous-N: a branch that is left.
+
+    Otherwise `--resume auto` would take up the old branch again after a stop.
+
+    Returns:
+        The folder they went to, or None when there was none.
+    """
+    newer = [candidate for candidate in candidates(run_dir) if candidate.step > step and candidate.manifest is not None]
+    if not newer:
+        return None
+    target = _new_previous_folder(run_dir)
+    (target / "checkpoints").mkdir()
+    for candidate in newer:
+        candidate.folder.rename(target / "checkpoints" / candidate.folder.name)
+    if (run_dir / "metrics.jsonl").is_file():
+        shutil.copy2(run_dir / "metrics.jsonl", target)
+    return target
+
+
+def check_place(run_dir: Path, checkpoint: Path) -> None:
+    """Refuse to mix two runs: a checkpoint of another run may only start an empty run folder.
+
+    Raises:
+        UserError: naming both.
+    """
+    own = checkpoints_folder(run_dir).resolve()
+    if checkpoint.resolve().parent != own and candidates(run_dir):
+        raise UserError(
+            f"'{checkpoint}' is a checkpoint of another run, and '{run_dir}' has checkpoints of its own.",
+            where=f"--resume {checkpoint}, run.dir={run_dir}",
+            remedy="Give a new run.dir, or one of its own checkpoints.",
+        )
+
+
+def _new_previous_folder(run_dir: Path) -> Path:
     number = 1
     while (run_dir / f"previous-{number}").exists():
         number += 1
     target = run_dir / f"previous-{number}"
     target.mkdir()
-    for path in present:
-        path.rename(target / path.name)
     return target

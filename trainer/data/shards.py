@@ -111,8 +111,9 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def split_folder(path: str | Path, split: str) -> Path:
     """`path` itself, or `path/split` when `prepare --validation-fraction` wrote both splits there."""
-    inner = Path(path) / split
-    return inner if not (Path(path) / MANIFEST).is_file() and (inner / MANIFEST).is_file() else Path(path)
+    outer = Path(path).expanduser()
+    inner = outer / split
+    return inner if not (outer / MANIFEST).is_file() and (inner / MANIFEST).is_file() else outer
 
 
 class ShardSet:
@@ -205,12 +206,6 @@ class ShardWriter:
             os.replace(temporary, self.folder / f"{self.name}.{suffix}")
         sync_folder(self.folder)
         return ShardEntry(self.name, self._tokens, len(self._starts) - 1, files)
-
-    def abort(self) -> None:
-        """Remove what was written so far."""
-        self._file.close()
-        for suffix in ("tok", "doc", "sum"):
-            self._temporary(suffix).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> Path:
         return self.folder / f".{self.name}.{suffix}.tmp"

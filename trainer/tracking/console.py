@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -27,8 +28,9 @@ class TrainingConsole:
         self._total_steps = 0
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self._rich.print(line, markup=False)
+        """Print one line. Where the console is a file on a full disk the line is lost, but not the run."""
+        with contextlib.suppress(OSError):
+            self._rich.print(line, markup=False)
 
     def start(self, step: int, total_steps: int) -> None:
         """Begin to show progress: a bar, on a terminal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,31 @@ class JsonlWriter:
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         kept = [line for line in read_lines(path) if resumed_step is not None and line["step"] <= resumed_step]
         replace_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "ab", buffering=0)
+        self._torn = False
 
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        """Append one line.
+
+        Raises:
+            OSError: when the disk is full; what was written of the line is skipped on reading.
+        """
+        line = ("\n" if self._torn else "") + json.dumps(values, allow_nan=False) + "\n"
+        self._torn = True
+        if self._file.write(line.encode()) != len(line):
+            raise OSError(errno.ENOSPC, "no space left on the device")
+        self._torn = False
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line cut off by a crash is left out."""
+    """All whole lines; one cut off by a crash or a full disk is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            continue
     return lines

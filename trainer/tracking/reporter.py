@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from trainer.metrics import as_json
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import JsonlWriter
 from trainer.tracking.tensorboard import TensorBoardWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -43,13 +46,20 @@ class Reporter:
 
     def close(self) -> None:
         self.console.stop()
-        self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for writer in (self._jsonl, self._tensorboard):
+            try:
+                if writer is not None:
+                    writer.close()
+            except OSError as error:
+                logger.warning("the last metrics are not written: %s", error.strerror)
 
     def _write(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Write to the files; a full disk costs lines, not the run."""
         values = as_json(values)
-        self._jsonl.write(values)
-        if self._tensorboard is not None:
-            self._tensorboard.write(values, values["step"])
+        try:
+            self._jsonl.write(values)
+            if self._tensorboard is not None:
+                self._tensorboard.write(values, values["step"])
+        except OSError as error:
+            logger.warning("the metrics of step %d are not all written: %s", values["step"], error.strerror)
         return values
