@@ -111,8 +111,10 @@ def test_a_shard_has_its_names_only_when_it_is_whole(tmp_path: Path):
     writer = ShardWriter(tmp_path, "shard-00000", np.dtype("<u2"), SEPARATOR)
     writer.add_document([5, 6])
     assert not (tmp_path / "shard-00000.tok").exists()
-    writer.abort()
-    assert list(tmp_path.iterdir()) == []
+    writer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"shard-00000.{suffix}" for suffix in ("doc", "sum", "tok")
+    ]
 
 
 def test_a_folder_without_a_manifest_is_no_data_set_and_the_split_inside_is_named(tmp_path: Path):
