@@ -81,6 +81,7 @@ RUN_FOLDER = """\
 | `previous-1/`, … | what an earlier run left here, moved aside by `--resume never` |
 
 A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
+`config.yaml` (the run config),
 `probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A
 folder without a valid manifest is not a checkpoint. The `.pt` files are pickles: load checkpoints only from people you
 trust.
