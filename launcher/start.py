@@ -10,7 +10,8 @@ from pathlib import Path
 from launcher.environment import Membership, find_membership
 from launcher.local import free_port, launch, local_membership
 from launcher.rank import hold_stop_signals, run_rank
-from trainer.config import Config, load_config
+from trainer.config import Config
+from trainer.config_file import load_config
 from trainer.errors import UserError
 
 

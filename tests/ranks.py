@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from trainer.config import Config, parse_config
+from trainer.config import Config
+from trainer.config_file import parse_config
 from trainer.tracking.jsonl import read_lines
 
 _CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.config import Config, ObjectiveConfig, parse_config
+from trainer.config import Config, ObjectiveConfig
+from trainer.config_file import parse_config
 from trainer.data.vocabulary import Vocabulary
 from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling

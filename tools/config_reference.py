@@ -90,7 +90,7 @@ trust.
 
 def config_reference() -> str:
     """docs/config.md."""
-    from trainer.config import recipe_names
+    from trainer.config_file import recipe_names
 
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
     single = []

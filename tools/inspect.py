@@ -19,11 +19,11 @@ from rich.console import Console
 from tools.prepare.finalize import SPLITS, TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
+from trainer.data.shard_set import ShardSet
 from trainer.data.shards import (
     MANIFEST,
     Manifest,
     ShardEntry,
-    ShardSet,
     document_starts,
     read_manifest,
     verify_shard,

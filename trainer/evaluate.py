@@ -10,7 +10,7 @@ import torch
 
 from trainer import distributed
 from trainer.data.permutation import KeyPurpose, fold_key, permute
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.objectives.masking import IGNORED_LABEL

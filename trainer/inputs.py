@@ -14,7 +14,8 @@ from typing import Any
 from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import Config
 from trainer.data.order import SampleOrder
-from trainer.data.shards import ShardSet, split_folder
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import split_folder
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.errors import UserError

@@ -19,7 +19,8 @@ from trainer.checkpoint.contents import take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
 from trainer.checkpoint.manifest import Records, read_manifest
 from trainer.checkpoint.resume import check_place, check_resumable, set_aside, set_aside_newer
-from trainer.config import Config, dump_config
+from trainer.config import Config
+from trainer.config_file import dump_config
 from trainer.data.loader import MaskedBlocks, training_batches
 from trainer.deepspeed_config import stage_of
 from trainer.distributed import World

@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.commands import TIMEOUT_S, start_maskwright
 from tests.ranks import losses, metrics, tiny_config, train, write_config
-from trainer.config import Config, dump_config
+from trainer.config import Config
+from trainer.config_file import dump_config
 from trainer.errors import EXIT_FINISHED
 from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
 

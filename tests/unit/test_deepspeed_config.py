@@ -10,7 +10,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from trainer.batch_plan import plan_batch
-from trainer.config import parse_config
+from trainer.config_file import parse_config
 from trainer.deepspeed_config import (
     _OFFLOAD_KEYS,
     ALLOWED_KEYS,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
-from trainer.config import dump_config
+from trainer.config_file import dump_config
 from trainer.engine import TrainingEngine
 from trainer.inputs import Inputs
 

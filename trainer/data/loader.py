@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.batch_plan import BatchPlan
 from trainer.data.order import SampleOrder, rank_share
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 from trainer.signals import ignore_stop_signals
 
 if TYPE_CHECKING:

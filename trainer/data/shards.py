@@ -1,4 +1,4 @@
-"""Shards: flat token files, written once, read as blocks.
+"""Shards: flat token files, written once. `trainer.data.shard_set` reads them as blocks.
 
 A data set is a folder with `manifest.json` and, for each shard,
 
@@ -114,67 +114,6 @@ def split_folder(path: str | Path, split: str) -> Path:
     outer = Path(path).expanduser()
     inner = outer / split
     return inner if not (outer / MANIFEST).is_file() and (inner / MANIFEST).is_file() else outer
-
-
-class ShardSet:
-    """A data set opened for reading: blocks of tokens by number.
-
-    Files are mapped on first use; opening checks their sizes, not their content (`verify_shard` does).
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        self.dtype = np.dtype(self.manifest.dtype)
-        sizes = [entry.tokens for entry in self.manifest.shards]
-        self._ends = np.cumsum(sizes, dtype=np.int64) if sizes else np.zeros(0, np.int64)
-        self._maps: dict[int, np.ndarray] = {}
-        for entry in self.manifest.shards:
-            check_sizes(self.folder, entry)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a worker maps the files itself
-
-    @property
-    def tokens(self) -> int:
-        return self.manifest.tokens
-
-    def block_count(self, payload: int) -> int:
-        """Whole blocks of `payload` tokens; the tail that fills none is never read."""
-        return self.tokens // payload
-
-    def read_blocks(self, blocks: np.ndarray, payload: int) -> np.ndarray:
-        """Gather blocks.
-
-        Args:
-            blocks: int64 [B], block numbers below `block_count(payload)`.
-
-        Returns:
-            [B, payload] in the stored dtype.
-        """
-        out = np.empty((len(blocks), payload), self.dtype)
-        starts = np.asarray(blocks, np.int64) * payload
-        shards = np.searchsorted(self._ends, starts, side="right")
-        for row, (start, shard) in enumerate(zip(starts.tolist(), shards.tolist(), strict=True)):
-            offset = start - (int(self._ends[shard]) - self.manifest.shards[shard].tokens)
-            piece = self._tokens_of(shard)[offset : offset + payload]
-            out[row, : len(piece)] = piece
-            filled = len(piece)
-            while filled < payload:  # a block that crosses into the next shards
-                shard += 1
-                piece = self._tokens_of(shard)[: payload - filled]
-                out[row, filled : filled + len(piece)] = piece
-                filled += len(piece)
-        return out
-
-    def _tokens_of(self, shard: int) -> np.ndarray:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            path = self.folder / f"{self.manifest.shards[shard].name}.tok"
-            tokens = self.manifest.shards[shard].tokens
-            mapped = np.memmap(path, self.dtype, "r", shape=(tokens,)) if tokens else np.zeros(0, self.dtype)
-            self._maps[shard] = mapped
-        return mapped
 
 
 class ShardWriter:

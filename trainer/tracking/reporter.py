@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, dump_config
+from trainer.config import Config
+from trainer.config_file import dump_config
 from trainer.metrics import as_json
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import JsonlWriter

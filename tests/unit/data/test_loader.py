@@ -15,7 +15,7 @@ from trainer.batch_plan import BatchPlan
 from trainer.config import ObjectiveConfig
 from trainer.data.loader import MaskedBlocks, training_batches
 from trainer.data.order import SampleOrder
-from trainer.data.shards import ShardSet
+from trainer.data.shard_set import ShardSet
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import DamagedError
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling

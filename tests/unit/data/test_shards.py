@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data.shard_set import ShardSet
 from trainer.data.shards import (
     SUM_BYTES,
     Manifest,
-    ShardSet,
     ShardWriter,
     check_sizes,
     document_starts,

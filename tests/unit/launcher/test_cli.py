@@ -106,7 +106,7 @@ def test_command_ends_with_card_or_code_of_its_function() -> None:
     """A real command class around functions of our own: each kind of ending."""
     code = """
 import typer
-from launcher.cli import Command
+from launcher.command import Command
 from trainer.errors import DamagedError
 app = typer.Typer(pretty_exceptions_enable=False)
 @app.command(cls=Command)

@@ -23,7 +23,8 @@ from tests.unit.tools.test_readers import write_rows, write_texts
 from tools.prepare import prepare
 from tools.prepare.encode import Encoder, split_text
 from tools.prepare.worker import WORK_FOLDER, split_of
-from trainer.data.shards import ShardSet, read_manifest
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import read_manifest
 from trainer.errors import MaskwrightError, UserError
 
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]
