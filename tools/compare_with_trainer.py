@@ -95,7 +95,7 @@ def run_maskwright(steps: int) -> dict[str, float]:
     for number, batch in enumerate(batches):
         if number == WARMUP_STEPS:
             started = time.perf_counter()
-        loss = objective.loss_sum(engine.network, batch) / len(batch["labels"])
+        loss = objective.loss_sums(engine.network, batch, 1).sum() / len(batch["labels"])
         engine.backward(loss)
         engine.step(config.optimizer.lr)
     seconds = time.perf_counter() - started

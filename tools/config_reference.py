@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.config import Config, SourceConfig
+from trainer.config import Config, SourceConfig, StageConfig
 from trainer.data.shards import Manifest, ShardEntry
-from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
+from trainer.metrics import COUNTERS, EVALUATION_METRICS, SOURCE_METRICS, TRAINING_METRICS
 from trainer.state import TrainState
 
 _TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
@@ -103,8 +103,9 @@ def config_reference() -> str:
             f"## {name}\n\n" + _table_of_keys([(f"{name}.{key}", f) for key, f in section.model_fields.items()])
         )
         if name == "data":
-            entries = [(key, f) for key, f in SourceConfig.model_fields.items()]
-            parts.append("Keys of an entry of the list form of `data.train`:\n\n" + _table_of_keys(entries))
+            for key, entry in (("data.train", SourceConfig), ("data.stages", StageConfig)):
+                keys = [(name, f) for name, f in entry.model_fields.items()]
+                parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))
     return "\n".join(parts)
 
@@ -116,6 +117,8 @@ def metrics_reference() -> str:
         "## Every line\n\n" + _table(("name", "meaning"), COUNTERS.items()),
         "## Training lines\n\nEvery `logging.every_steps` steps, and at the first and the last step.\n\n"
         + _table(("name", "meaning"), TRAINING_METRICS.items()),
+        "In a run that mixes several sources, also for each of them:\n\n"
+        + _table(("name", "meaning"), SOURCE_METRICS.items()),
         "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
         + _table(("name", "meaning"), EVALUATION_METRICS.items()),
         RUN_FOLDER,
@@ -171,7 +174,7 @@ def _describe_annotation(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(_as_yaml(value) for value in arguments)
     if origin is list:
-        return "a path, or a list of entries"
+        return "a list" if arguments[0] is not SourceConfig else "a path, or a list of entries"
     if origin is tuple:
         return f"[{'; '.join(_describe_annotation(argument) for argument in arguments)}]"
     if origin is dict:

@@ -6,9 +6,12 @@ reads a config from YAML and the command line.
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from trainer.errors import nearest
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -60,32 +63,78 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     path: str
     """A folder that `maskwright prepare` wrote."""
-    weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Share of this source in the mixture, relative to the other weights."""
+    name: str | None = None
+    """What metrics and stages call it. Default: the last part of `path`."""
+    weight: Annotated[float, Field(ge=0.0)] | None = None
+    """Share of this source in the mixture, relative to the other weights. Default: 1, or from `data.temperature`."""
+    max_epochs: Annotated[float, Field(gt=0.0)] | None = None
+    """Refuse a run that passes over this source more often."""
+    quarantine: list[str] = Field(default_factory=list)
+    """Damaged parts to leave out: SHARD, SHARD:MIB or SHARD:MIB-MIB, as `maskwright data verify` names them."""
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name is not None else PurePath(self.path).name or self.path
 
 
 def _as_sources(value: Any) -> Any:
     return [{"path": value}] if isinstance(value, str) else value
 
 
+class StageConfig(Section):
+    from_tokens: PositiveInt
+    """First position, counted as `tokens` in the metrics; rounded up to a whole block."""
+    weights: dict[str, Annotated[float, Field(ge=0.0)]]
+    """Weight of each source by name from there on; a source that is left out has none."""
+
+
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
-    """A folder that `maskwright prepare` wrote, or a list of {path, weight}."""
+    """A folder that `maskwright prepare` wrote, or a list of sources to mix."""
     validation: str | None = None
     """Held-out folder. Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
     """Tokens a block, with the two special tokens at its ends."""
+    temperature: Annotated[float, Field(gt=0.0)] | None = None
+    """Weigh sources by tokens^(1/temperature) (arXiv:1907.05019): 1 by size, larger towards equal shares."""
+    stages: list[StageConfig] = Field(default_factory=list)
+    """Later weights, each from a given token on. More may be added while a run goes on, for what lies ahead."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes a rank; 0 loads in the training process."""
     chunk_blocks: PositiveInt = 1024
     """Blocks a chunk: what is read from one place (1,024 × 510 tokens × 2 bytes ≈ 1 MiB)."""
     window_chunks: PositiveInt = 1024
     """Chunks a window: blocks are shuffled globally within it (≈ 1 GiB)."""
+    mixture_block: PositiveInt = 65_536
+    """Samples over which a mixture holds its weights exactly (to a whole sample)."""
+    read: Literal["mmap", "pread"] = "mmap"
+    """How token files are read; pread where a parallel file system maps files badly."""
+    verify_reads: bool = True
+    """Compare each MiB of the data with its sum when a process first reads from it; damage ends the run."""
 
     @model_validator(mode="after")
-    def has_weight(self) -> Self:
-        if sum(source.weight for source in self.train) <= 0:
+    def sources_fit(self) -> Self:
+        labels = [source.label for source in self.train]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"has two sources called '{twice}': give each a name of its own (data.train[].name)")
+        if self.temperature is not None and any(source.weight is not None for source in self.train):
+            raise ValueError("has both temperature and weights in train: leave one of them out")
+        if self.temperature is None and not any(source.weight != 0 for source in self.train):
             raise ValueError("train needs at least one source with a weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def stages_fit(self) -> Self:
+        labels = [source.label for source in self.train]
+        for before, stage in zip([None, *self.stages], self.stages, strict=False):
+            if before is not None and stage.from_tokens <= before.from_tokens:
+                raise ValueError(f"stages must ascend: from_tokens {stage.from_tokens} after {before.from_tokens}")
+            for name in stage.weights:
+                if name not in labels:
+                    raise ValueError(f"stages name '{name}', which is no source.{nearest(name, labels)}")
+            if not any(stage.weights.values()):
+                raise ValueError(f"the stage from token {stage.from_tokens} has no weight above 0")
         return self
 
 

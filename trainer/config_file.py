@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, SourceConfig
+from trainer.config import Config, SourceConfig, StageConfig
 from trainer.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig}
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -184,6 +185,6 @@ def _known_keys(path: list[str]) -> list[str]:
             continue
         field = place.model_fields.get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
-        place = SourceConfig if part == "train" and "list" in str(annotation) else annotation
+        place = _SECTIONS_IN_LISTS.get(part, annotation) if "list" in str(annotation) else annotation
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
     return sorted(place.model_fields) if is_section else []

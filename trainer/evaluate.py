@@ -13,8 +13,9 @@ from trainer.data.permutation import KeyPurpose, fold_key, permute
 from trainer.data.shard_set import ShardSet
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
+from trainer.errors import MaskwrightError
 from trainer.objectives.masking import IGNORED_LABEL
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 
 EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
 
@@ -38,21 +39,33 @@ class Evaluator:
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         with engine.evaluating():
             for number in range(passes):
-                if distributed.total(world, [stop_early()])[0]:
-                    return None
                 first = (number * world.size + world.rank) * micro_size
-                sums += self._score(engine, np.arange(first, first + micro_size))
+                batch, error = self._read(np.arange(first, first + micro_size))
+                stop, failed = distributed.total(world, [stop_early(), error is not None])
+                if failed:
+                    distributed.raise_together(world, error)
+                if stop:
+                    return None
+                assert batch is not None
+                sums += self._score(engine, batch)
         loss_sum, right, count = distributed.total(world, sums.tolist())
         loss = loss_sum / max(1.0, count)
         perplexity = math.exp(min(loss, 700.0))
         return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/masked_accuracy": right / max(1.0, count)}
 
-    def _score(self, engine: TrainingEngine, places: np.ndarray) -> torch.Tensor:
+    def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
+        """The batch, or why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
-        tokens = self.data.read_blocks(self.blocks[places], self.objective.payload)
+        try:
+            tokens = self.data.read_blocks(self.blocks[places], self.objective.payload)
+        except MaskwrightError as error:
+            return None, error
         batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED)
-        batch["labels"].view(len(places), -1)[torch.from_numpy(~inside)] = IGNORED_LABEL  # padding to equal shares
+        batch["labels"].view(len(places), -1)[torch.from_numpy(~inside)] = IGNORED_LABEL
+        return batch, None
+
+    def _score(self, engine: TrainingEngine, batch: Batch) -> torch.Tensor:
         count = self.objective.predictions(batch)
         moved = self.objective.to_device(batch, engine.device)
         loss_sum, right = self.objective.score(engine.network, moved)

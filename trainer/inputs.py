@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.batch_plan import BatchPlan, plan_batch
-from trainer.config import Config
+from trainer.config import Config, DataConfig
+from trainer.data.mixture import check_epochs, mixture_order
+from trainer.data.open_shard import ReadSettings
 from trainer.data.order import SampleOrder
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import split_folder
@@ -49,21 +52,32 @@ class Inputs:
         """Predicted positions over all positions of a block."""
         return self.objective.predictions_per_block / self.plan.seq_len
 
-    def data_order(self) -> dict[str, Any]:
-        """What decides which tokens sample t holds; frozen in RUN/data_order.json, and hashed into checkpoints."""
-        return {
-            **self.order.describe(),
-            "payload": self.objective.payload,
-            "fingerprints": [source.manifest.fingerprint for source in self.sources],
-        }
+    def data_order(self, with_shards: bool = False) -> dict[str, Any]:
+        """What decides which tokens sample t holds, for checkpoints and, shards and all, for RUN/data_order.json."""
+        described = self.order.describe()
+        blocks = described.pop("blocks")
+        sources = []
+        for settings, source, count in zip(self.config.data.train, self.sources, blocks, strict=True):
+            record = {
+                "name": settings.label,
+                "blocks": count,
+                "fingerprint": source.fingerprint,
+                "quarantine": settings.quarantine,
+            }
+            if with_shards:
+                record["shards"] = source.manifest.shard_identities()
+            sources.append(record)
+        return {**described, "seq_len": self.plan.seq_len, "payload": self.objective.payload, "sources": sources}
 
     def describe(self) -> list[str]:
         """The run in a few lines."""
         plan, config = self.plan, self.config
         tokens = sum(source.tokens for source in self.sources)
-        epochs = plan.total_steps * plan.global_size / self.epoch_blocks
+        epochs = self.order.epochs(plan.total_steps * plan.global_size)
+        only = f"; {epochs[0]:.2f} epochs" if len(epochs) == 1 else f" from {len(epochs)} sources"
         lines = [
-            f"data: {tokens:,} tokens in {self.epoch_blocks:,} blocks of {plan.seq_len}; {epochs:.2f} epochs",
+            f"data: {tokens:,} tokens in {self.epoch_blocks:,} blocks of {plan.seq_len}{only}",
+            *(self._describe_sources(epochs) if len(epochs) > 1 else []),
             f"batch: {plan.describe()}",
             f"deepspeed: {config.deepspeed} (stage {stage_of(self.ds_config)}), {config.train.precision}",
         ]
@@ -77,9 +91,24 @@ class Inputs:
             )
         return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
 
+    def _describe_sources(self, epochs: list[float]) -> list[str]:
+        """Each source with its share of the samples at every stage, and how often the run passes over it."""
+        lines = []
+        for number, (source, passes) in enumerate(zip(self.config.data.train, epochs, strict=True)):
+            shares = [
+                f"{weights[number] / sum(weights):.2%}"
+                + (f" from token {start * self.plan.seq_len:,} on" if start else "")
+                for start, weights in self.order.stages
+            ]
+            lines.append(f"  {source.label}: {', '.join(shares)}; {passes:.2f} epochs")
+        return lines
 
-def open_inputs(config: Config, world_size: int) -> Inputs:
+
+def open_inputs(config: Config, world_size: int, check_sizes: bool = True) -> Inputs:
     """Open and check everything but the weights.
+
+    Args:
+        check_sizes: compare the size of every data file with its manifest; one rank does it for all.
 
     Raises:
         UserError: with the key, file or value, and the remedy.
@@ -93,16 +122,12 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     vocabulary = vocabulary_of(tokenizer, tokenizer_folder)
     build_config(config.model, vocabulary, config.data.seq_len)
     objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
-    sources = [_open_shards(source.path, "train", vocabulary, tokenizer_folder) for source in config.data.train]
+    opener = _ShardOpener(config.data, vocabulary, tokenizer_folder, check_sizes)
+    sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     blocks = [source.block_count(objective.payload) for source in sources]
-    order = SampleOrder(
-        blocks,
-        [source.weight for source in config.data.train],
-        seed=config.run.seed,
-        chunk_blocks=config.data.chunk_blocks,
-        window_chunks=config.data.window_chunks,
-    )
+    order = mixture_order(config.data, blocks, [source.tokens for source in sources], config.run.seed)
     plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks))
+    check_epochs(config.data, order, plan.total_steps * plan.global_size)
     return Inputs(
         config=config,
         plan=plan,
@@ -110,7 +135,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         sources=sources,
-        validation=_open_validation(config, objective, vocabulary, tokenizer_folder),
+        validation=_open_validation(config, objective, opener),
         order=order,
         objective=objective,
         tokenizer_note=_tokenizer_note(config, tokenizer),
@@ -134,9 +159,7 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
     )
 
 
-def _open_validation(
-    config: Config, objective: MaskedLanguageModelling, vocabulary: Vocabulary, tokenizer_folder: str
-) -> ShardSet | None:
+def _open_validation(config: Config, objective: MaskedLanguageModelling, opener: _ShardOpener) -> ShardSet | None:
     if config.data.validation is None or config.eval.every_steps is None:
         return None
     folder = split_folder(config.data.validation, "validation").resolve()
@@ -146,7 +169,7 @@ def _open_validation(
             where=f"data.validation={config.data.validation}",
             remedy="Prepare with --validation-fraction 0.01, or leave data.validation out.",
         )
-    validation = _open_shards(config.data.validation, "validation", vocabulary, tokenizer_folder)
+    validation = opener.open(config.data.validation, "validation")
     if validation.block_count(objective.payload) == 0:
         raise UserError(
             f"The validation data has {validation.tokens:,} tokens: not one block of {config.data.seq_len}.",
@@ -156,19 +179,29 @@ def _open_validation(
     return validation
 
 
-def _open_shards(path: str, split: str, vocabulary: Vocabulary, tokenizer_folder: str) -> ShardSet:
-    folder = split_folder(path, split)
-    shards = ShardSet(folder)
-    manifest = shards.manifest
-    if manifest.tokenizer_sha256 != vocabulary.sha256:
-        raise UserError(
-            f"The data was prepared with another tokenizer ({manifest.vocabulary_size:,} tokens, sha256 "
-            f"{manifest.tokenizer_sha256[:12]}…) than the model uses ({vocabulary.size:,} tokens, sha256 "
-            f"{vocabulary.sha256[:12]}…).",
-            where=f"data {folder}, tokenizer {tokenizer_folder}",
-            remedy=f"Set model.tokenizer to the data's own ({_tokenizer_of(folder)}), or prepare the data again.",
-        )
-    return shards
+@dataclass(frozen=True)
+class _ShardOpener:
+    """Opens data sets and refuses those of another tokenizer."""
+
+    settings: DataConfig
+    vocabulary: Vocabulary
+    tokenizer_folder: str
+    check_sizes: bool
+
+    def open(self, path: str, split: str, quarantine: Sequence[str] = ()) -> ShardSet:
+        folder = split_folder(path, split)
+        reading = ReadSettings(self.settings.read, self.settings.verify_reads)
+        shards = ShardSet(folder, quarantine, reading, self.check_sizes)
+        manifest = shards.manifest
+        if manifest.tokenizer_sha256 != self.vocabulary.sha256:
+            raise UserError(
+                f"The data was prepared with another tokenizer ({manifest.vocabulary_size:,} tokens, sha256 "
+                f"{manifest.tokenizer_sha256[:12]}…) than the model uses ({self.vocabulary.size:,} tokens, sha256 "
+                f"{self.vocabulary.sha256[:12]}…).",
+                where=f"data {folder}, tokenizer {self.tokenizer_folder}",
+                remedy=f"Set model.tokenizer to the data's own ({_tokenizer_of(folder)}), or prepare the data again.",
+            )
+        return shards
 
 
 def _tokenizer_of(folder: Path) -> Path:

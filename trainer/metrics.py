@@ -32,6 +32,11 @@ TRAINING_METRICS = {
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
     "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
 }
+SOURCE_METRICS = {
+    "source/NAME/loss": "the same as train/loss, over the blocks of one source; null when the batch has none",
+    "source/NAME/epochs": "passes over the source so far",
+    "source/NAME/tokens": "positions of the source consumed so far",
+}
 EVALUATION_METRICS = {
     "eval/loss": "mean cross-entropy over the fixed masks of the validation blocks, nats",
     "eval/perplexity": "exp(eval/loss)",

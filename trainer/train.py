@@ -18,10 +18,10 @@ from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
 from trainer.checkpoint.manifest import Records, read_manifest
-from trainer.checkpoint.resume import check_place, check_resumable, set_aside, set_aside_newer
+from trainer.checkpoint.resume import DATA_ORDER, check_place, check_resumable, set_aside, set_aside_newer
 from trainer.config import Config
 from trainer.config_file import dump_config
-from trainer.data.loader import MaskedBlocks, training_batches
+from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.deepspeed_config import stage_of
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
@@ -81,7 +81,7 @@ def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
 def _train(
     config: Config, world: World, resume: str, dry_run: bool, stop: StopRequest, console: TrainingConsole | None
 ) -> int:
-    inputs = _together(world, lambda: open_inputs(config, world.size))
+    inputs = _together(world, lambda: open_inputs(config, world.size, check_sizes=world.is_main))
     run_dir = run_folder(config)
 
     checkpoint = None if dry_run else choose(world, run_dir, resume)
@@ -96,10 +96,10 @@ def _train(
 
     built = _together(world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed))
     # Before the engine, which at ZeRO stage 3 leaves no weight in the module to describe.
-    records = Records(_layout(inputs, world), _identity(inputs, built), _model_summary(built))
+    records = Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
-        check_resumable(checkpoint, manifest, records)
+        check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
     if console is not None:
         for line in (*inputs.describe(), *built.notes):
             console.say(line)
@@ -146,7 +146,7 @@ def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
 
 
 def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:
-    return training_batches(
+    return TrainingBatches(
         inputs.order,
         inputs.plan,
         MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed),
@@ -230,7 +230,6 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
     }
     return {
-        "data order": sha256_of(inputs.data_order())[:16],
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
         "objective": inputs.config.objective.model_dump(),
@@ -260,13 +259,22 @@ def _freeze(run_dir: Path, inputs: Inputs, console: TrainingConsole, fresh: bool
     if fresh or not config_path.is_file():
         replace_synced(config_path, dump_config(inputs.config).encode())
         replace_synced(run_dir / "deepspeed.json", (json.dumps(inputs.ds_config, indent=2) + "\n").encode())
-        order = {**inputs.data_order(), "sha256": sha256_of(inputs.data_order())}
-        replace_synced(run_dir / "data_order.json", (json.dumps(order, indent=2) + "\n").encode())
+        _freeze_order(run_dir, inputs)
         return
     frozen = yaml.safe_load(config_path.read_text(encoding="utf-8"))
     changes = _changes(frozen, inputs.config.model_dump(mode="json"))
     if changes:
         console.say(f"changed since the first start: {', '.join(changes)}")
+    _freeze_order(run_dir, inputs)
+
+
+def _freeze_order(run_dir: Path, inputs: Inputs) -> None:
+    """Record the data order; on a resume it may have grown by what lies ahead."""
+    order = inputs.data_order(with_shards=True)
+    content = json.dumps({**order, "sha256": sha256_of(order)}, indent=1) + "\n"
+    path = run_dir / DATA_ORDER
+    if not path.is_file() or path.read_text(encoding="utf-8") != content:
+        replace_synced(path, content.encode())
 
 
 def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:

@@ -110,9 +110,39 @@ def test_a_value_out_of_range_names_key_range_and_value(sections: dict[str, Any]
 
 
 def test_a_mixture_or_a_single_folder():
-    assert [s.model_dump() for s in parse_config(with_(), "x").data.train] == [{"path": "data", "weight": 1.0}]
-    mixed = parse_config(with_(data={"train": [{"path": "a"}, {"path": "b", "weight": 3}]}), "x").data.train
-    assert [(source.path, source.weight) for source in mixed] == [("a", 1.0), ("b", 3.0)]
+    assert [(source.path, source.label) for source in parse_config(with_(), "x").data.train] == [("data", "data")]
+    entries = [{"path": "x/a"}, {"path": "y/a", "weight": 3, "name": "b"}]
+    mixed = parse_config(with_(data={"train": entries}), "x").data.train
+    assert [(source.path, source.label, source.weight) for source in mixed] == [("x/a", "a", None), ("y/a", "b", 3.0)]
+
+
+TWO_SOURCES = [{"path": "a"}, {"path": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"train": [{"path": "x/a"}, {"path": "y/a"}]}, "two sources called 'a'"),
+        ({"train": [{"path": "a", "weight": 1}], "temperature": 2}, "both temperature and weights"),
+        ({"train": [{"path": "a", "weight": 0}]}, "at least one source with a weight above 0"),
+        ({"train": TWO_SOURCES, "stages": [{"from_tokens": 9, "weights": {"c": 1}}]}, "name 'c', which is no source"),
+        ({"train": TWO_SOURCES, "stages": [{"from_tokens": 9, "weights": {"a": 0}}]}, "has no weight above 0"),
+        (
+            {"train": TWO_SOURCES, "stages": [{"from_tokens": at, "weights": {"a": 1}} for at in (9, 9)]},
+            "stages must ascend: from_tokens 9 after 9",
+        ),
+    ],
+)
+def test_a_mixture_that_does_not_fit_is_refused(data: dict[str, Any], words: str):
+    error = refusal(with_(data=data))
+    assert words in error.problem
+    assert error.where == "data"
+
+
+def test_a_mistyped_key_of_a_source_or_a_stage_names_the_nearest():
+    assert "Did you mean 'weight'?" in refusal(with_(data={"train": [{"path": "a", "weigth": 1}]})).problem
+    stages = [{"from_token": 9, "weights": {"a": 1}}]
+    assert "Did you mean 'from_tokens'?" in refusal(with_(data={"train": TWO_SOURCES, "stages": stages})).problem
 
 
 def test_a_config_cannot_be_changed_and_comes_back_from_its_dump():

@@ -110,6 +110,7 @@ class Saver:
                 state=state.to_dict(),
                 layout=self.records.layout,
                 identity=self.records.identity,
+                data_order=self.records.data_order,
                 model=self.records.model,
                 files=dict(sorted(files.items())),
                 versions={name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},

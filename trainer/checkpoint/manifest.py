@@ -30,12 +30,14 @@ class Records:
 
     Attributes:
         layout: world_size, stage, precision: what DeepSpeed's files are shaped by.
-        identity: what must not change silently over a resume: data order, tokenizer, model, objective, seed, length.
+        identity: what must not change silently over a resume: tokenizer, model, objective, seed, length.
+        data_order: what decides which tokens sample t holds; it must not change for the samples consumed.
         model: a description for people (class, type, parameters).
     """
 
     layout: dict[str, Any]
     identity: dict[str, Any]
+    data_order: dict[str, Any]
     model: dict[str, Any]
 
 

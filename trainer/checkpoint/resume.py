@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
+from trainer.data.order_changes import order_differences
 from trainer.errors import UserError
 
+DATA_ORDER = "data_order.json"  # in the run folder
 
-def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records) -> None:
+
+def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records, data_order: dict[str, Any]) -> None:
     """Refuse a checkpoint of another model, tokenizer, data order, objective or layout.
+
+    Args:
+        data_order: of this start; the checkpoint's must be the same for the samples that it has consumed.
 
     Raises:
         UserError: with each difference.
     """
-    differences = _differences(manifest.identity, current.identity)
+    saved_order = _with_shards(folder, manifest.data_order)
+    differences = [
+        *_differences(manifest.identity, current.identity),
+        *order_differences(saved_order, data_order, manifest.state["samples"]),
+    ]
     if differences:
         raise UserError(
             f"Checkpoint {folder.name} belongs to another run: {'; '.join(differences)}.",
@@ -32,6 +43,17 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
             where=str(folder),
             remedy="Resume with the saved layout, or convert it and start from its weights with model.from_pretrained.",
         )
+
+
+def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's data order, with the shards that its run folder records if they belong to it."""
+    path = folder.resolve().parent.parent / DATA_ORDER
+    try:
+        frozen = json.loads(path.read_text(encoding="utf-8"))
+        prints = [[source["fingerprint"] for source in order["sources"]] for order in (saved, frozen)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return saved
+    return {**saved, "sources": frozen["sources"]} if prints[0] == prints[1] else saved
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -49,7 +71,7 @@ def set_aside(run_dir: Path) -> Path | None:
     Returns:
         The folder they went to, or None when there was nothing.
     """
-    names = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "deepspeed.json", "data_order.json")
+    names = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "deepspeed.json", DATA_ORDER)
     present = [run_dir / name for name in names if (run_dir / name).exists()]
     if not present:
         return None

@@ -7,36 +7,74 @@ worker keeps nothing between two of them, so any number of workers, and any rest
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.batch_plan import BatchPlan
 from trainer.data.order import SampleOrder, rank_share
 from trainer.data.shard_set import ShardSet
+from trainer.errors import MaskwrightError
 from trainer.signals import ignore_stop_signals
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 
+_LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
 
+
+@dataclass(frozen=True)
 class MicroBatches(Sampler[np.ndarray]):
-    """This rank's micro-batches of `steps` steps from `first_sample` on, as int64 [micro_size, 3]: t, source, block."""
+    """This rank's micro-batches of `steps` steps from `first_sample` on, as int64 [micro_size, 3]: t, source, block.
 
-    def __init__(self, order: SampleOrder, plan: BatchPlan, rank: int, first_sample: int, steps: int) -> None:
-        self.order, self.plan, self.rank = order, plan, rank
-        self.first_sample, self.steps = first_sample, steps
+    The blocks of the step after the one handed out are announced to the kernel, which has them read meanwhile.
+    """
+
+    order: SampleOrder
+    plan: BatchPlan
+    sources: list[ShardSet]
+    payload: int
+    rank: int
+    first_sample: int
+    steps: int
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        plan = self.plan
-        for step in range(self.steps):
-            start = self.first_sample + step * plan.global_size
-            samples = np.arange(start, start + plan.global_size, dtype=np.int64)
-            sources, blocks = self.order.locate(samples)
-            share = rank_share(samples, sources, blocks, self.rank, plan.world_size)
-            places = np.stack([samples[share], sources[share], blocks[share]], axis=1)
-            yield from places.reshape(plan.accumulation, plan.micro_size, 3)
+        shares = self._shares()
+        share = next(shares, None)
+        while share is not None:
+            following = next(shares, None)
+            if following is not None:
+                self._advise(following)
+            yield from share.reshape(self.plan.accumulation, self.plan.micro_size, 3)
+            share = following
+
+    def _shares(self) -> Iterator[NDArray[np.int64]]:
+        """int64 [rank_size, 3] of each step."""
+        size = self.plan.global_size
+        located_steps = max(1, _LOCATED_AT_ONCE // size)
+        for first_step in range(0, self.steps, located_steps):
+            steps = min(located_steps, self.steps - first_step)
+            start = self.first_sample + first_step * size
+            samples = np.arange(start, start + steps * size, dtype=np.int64)
+            places = np.stack([samples, *self.order.locate(samples)], axis=1)
+            for step in places.reshape(steps, size, 3):
+                numbers, sources, blocks = step.T
+                yield step[rank_share(numbers, sources, blocks, self.rank, self.plan.world_size)]
+
+    def _advise(self, share: NDArray[np.int64]) -> None:
+        for source, blocks in _by_source(share[:, 1], share[:, 2]):
+            self.sources[source].advise(blocks, self.payload)
+
+
+@dataclass(frozen=True)
+class ReadFailure:
+    """What a worker hands over instead of a batch: the exception itself, which PyTorch would turn into another."""
+
+    error: MaskwrightError
 
 
 class MaskedBlocks(Dataset[Any]):
@@ -45,41 +83,73 @@ class MaskedBlocks(Dataset[Any]):
     def __init__(self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int) -> None:
         self.sources, self.objective, self.seed = sources, objective, seed
 
-    def __getitems__(self, places: np.ndarray) -> Batch:
+    def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
         samples, sources, numbers = places.T
-        payload = self.objective.payload
-        blocks = np.empty((len(places), payload), np.int64)
-        for source in np.unique(sources):
-            rows = np.flatnonzero(sources == source)
-            blocks[rows] = self.sources[source].read_blocks(numbers[rows], payload)
-        return self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed)
+        try:
+            blocks = self._read(sources, numbers)
+        except MaskwrightError as error:
+            return ReadFailure(error)
+        batch = self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed)
+        if len(self.sources) > 1:
+            batch["sources"] = torch.from_numpy(sources.copy())
+        return batch
 
-    def __getitem__(self, place: np.ndarray) -> Batch:
+    def __getitem__(self, place: np.ndarray) -> Batch | ReadFailure:
         return self.__getitems__(place[None])
 
+    def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> np.ndarray:
+        """[B, payload] in the dtype of the sources, which share a tokenizer and so a dtype."""
+        payload = self.objective.payload
+        if (sources == sources[0]).all():
+            return self.sources[sources[0]].read_blocks(numbers, payload)
+        blocks = np.empty((len(sources), payload), self.sources[sources[0]].dtype)
+        for source, rows in _by_source(sources, np.arange(len(sources))):
+            blocks[rows] = self.sources[source].read_blocks(numbers[rows], payload)
+        return blocks
 
-def training_batches(
-    order: SampleOrder,
-    plan: BatchPlan,
-    dataset: MaskedBlocks,
-    *,
-    rank: int,
-    first_sample: int,
-    steps: int,
-    workers: int,
-    pin_memory: bool,
-) -> DataLoader[Any]:
-    """This rank's micro-batches of the next `steps` optimizer steps, in order."""
-    return DataLoader(
-        dataset,
-        batch_sampler=MicroBatches(order, plan, rank, first_sample, steps),  # type: ignore[arg-type]  # rows, not a list of int
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        prefetch_factor=max(2, 2 * plan.accumulation // workers) if workers else None,
-        worker_init_fn=_start_worker if workers else None,
-    )
+
+class TrainingBatches:
+    """This rank's micro-batches of the next `steps` optimizer steps, in order.
+
+    Raises:
+        MaskwrightError: while iterating, what a worker met when it read, in the place of the batch.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        plan: BatchPlan,
+        dataset: MaskedBlocks,
+        *,
+        rank: int,
+        first_sample: int,
+        steps: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        payload = dataset.objective.payload
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=MicroBatches(order, plan, dataset.sources, payload, rank, first_sample, steps),  # type: ignore[arg-type]  # rows, not a list of int
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            prefetch_factor=max(2, 2 * plan.accumulation // workers) if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, ReadFailure):
+                raise batch.error
+            yield batch
+
+
+def _by_source(sources: NDArray[np.int64], values: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The values of each source that is there."""
+    for source in np.unique(sources).tolist():
+        yield source, values[sources == source]
 
 
 def _as_is(batch: Any) -> Any:

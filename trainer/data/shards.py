@@ -68,6 +68,10 @@ class Manifest:
         decisive += [(entry.name, entry.tokens, entry.files["tok"][1], entry.files["doc"][1]) for entry in self.shards]
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
+    def shard_identities(self) -> list[list[str]]:
+        """Of each shard its name and the sums of its tokens and borders: what a later start is compared with."""
+        return [[entry.name, entry.files["tok"][1], entry.files["doc"][1]] for entry in self.shards]
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
 

@@ -7,7 +7,7 @@ time it is seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -28,11 +28,13 @@ class Batch(TypedDict):
         input_ids: [B, S], masked.
         prediction_index: [B·k], flat positions into B·S.
         labels: [B·k], original ids at these positions, or IGNORED_LABEL.
+        sources: [B], number of the source of each block; only in a run that mixes several.
     """
 
     input_ids: torch.Tensor
     prediction_index: torch.Tensor
     labels: torch.Tensor
+    sources: NotRequired[torch.Tensor]
 
 
 class MaskedLanguageModelling:
@@ -80,17 +82,30 @@ class MaskedLanguageModelling:
         return int((batch["labels"] != IGNORED_LABEL).sum())
 
     @staticmethod
+    def predictions_by_source(batch: Batch, source_count: int) -> np.ndarray:
+        """int64 [source_count]: the predictions of each source, for a batch that has `sources`."""
+        sources = batch.get("sources")
+        assert sources is not None
+        counts = (batch["labels"] != IGNORED_LABEL).view(len(sources), -1).sum(dim=1)
+        return np.bincount(sources.numpy(), counts.numpy(), source_count).astype(np.int64)
+
+    @staticmethod
     def to_device(batch: Batch, device: torch.device) -> Batch:
         """Copy to the device, without waiting where the batch is pinned."""
-        return Batch(
-            input_ids=batch["input_ids"].to(device, non_blocking=True),
-            prediction_index=batch["prediction_index"].to(device, non_blocking=True),
-            labels=batch["labels"].to(device, non_blocking=True),
-        )
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}  # type: ignore[attr-defined]
+        return Batch(**moved)  # type: ignore[typeddict-item]
 
-    def loss_sum(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Sum of the cross-entropies over the batch's predictions, in nats; a scalar in fp32."""
-        return self._cross_entropy(network(batch["input_ids"], batch["prediction_index"]), batch["labels"])
+    def loss_sums(self, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
+        """Sums of the cross-entropies over the predictions of each source, in nats; [source_count] in fp32."""
+        logits = network(batch["input_ids"], batch["prediction_index"])
+        if "sources" not in batch:
+            return self._cross_entropy(logits, batch["labels"]).view(1)
+        losses = functional.cross_entropy(
+            logits.float(), batch["labels"], ignore_index=IGNORED_LABEL, reduction="none"
+        ).view(len(batch["sources"]), -1)
+        # A product with 0 and 1 instead of a scattered sum, whose order is not fixed on CUDA.
+        of_source = batch["sources"][:, None] == torch.arange(source_count, device=losses.device)
+        return (losses.sum(dim=1, keepdim=True) * of_source).sum(dim=0)
 
     @torch.no_grad()
     def score(self, network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

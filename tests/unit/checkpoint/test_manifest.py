@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,19 @@ from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash
 from trainer.state import TrainState
 
+DATA_ORDER: dict[str, Any] = {
+    "version": 1,
+    "payload": 30,
+    "chunk_blocks": 4,
+    "window_chunks": 4,
+    "seq_len": 32,
+    "spans": [[0, 64, [64]]],
+    "sources": [{"name": "wiki", "blocks": 100, "fingerprint": "abc", "quarantine": []}],
+}
 RECORDS = Records(
     layout={"world_size": 2, "stage": 1, "precision": "bf16"},
-    identity={"data order": "abc", "tokenizer": "def", "seed": 0, "objective": {"mask_ratio": 0.15}},
+    identity={"tokenizer": "def", "seed": 0, "objective": {"mask_ratio": 0.15}},
+    data_order=DATA_ORDER,
     model={"class": "RobertaForMaskedLM"},
 )
 
@@ -124,15 +135,30 @@ def test_a_run_means_its_newest_whole_checkpoint_and_a_folder_means_itself(tmp_p
 def test_a_resume_of_something_else_is_refused_with_each_difference(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 5)
     manifest = read_manifest(folder)
-    check_resumable(folder, manifest, RECORDS)
-    other = Records(RECORDS.layout, {**RECORDS.identity, "seed": 1, "tokenizer": "xyz"}, RECORDS.model)
+    check_resumable(folder, manifest, RECORDS, DATA_ORDER)
+    other = replace(RECORDS, identity={**RECORDS.identity, "seed": 1, "tokenizer": "xyz"})
     with pytest.raises(UserError, match="seed was 0, now 1; tokenizer was def, now xyz"):
-        check_resumable(folder, manifest, other)
-    other = Records({**RECORDS.layout, "world_size": 4}, RECORDS.identity, RECORDS.model)
+        check_resumable(folder, manifest, other, DATA_ORDER)
+    with pytest.raises(UserError, match="the order's payload was 30, now 31"):
+        check_resumable(folder, manifest, RECORDS, {**DATA_ORDER, "payload": 31})
+    other = replace(RECORDS, layout={**RECORDS.layout, "world_size": 4})
     with pytest.raises(UserError, match="another layout: world_size was 2, now 4"):
-        check_resumable(folder, manifest, other)
-    other = Records(RECORDS.layout, RECORDS.identity, {"class": "renamed"})  # a description, not an identity
-    check_resumable(folder, manifest, other)
+        check_resumable(folder, manifest, other, DATA_ORDER)
+    other = replace(RECORDS, model={"class": "renamed"})  # a description, not an identity
+    check_resumable(folder, manifest, other, DATA_ORDER)
+
+
+def test_changed_data_are_explained_shard_by_shard_from_the_run_folder(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 5)
+    source = DATA_ORDER["sources"][0]
+    with_shards = {**source, "shards": [["shard-0", "a", "b"], ["shard-1", "c", "d"]]}
+    (tmp_path / "data_order.json").write_text(json.dumps({**DATA_ORDER, "sources": [with_shards]}))
+    changed = {**source, "fingerprint": "xyz", "shards": [["shard-0", "a", "b"], ["shard-1", "c", "e"]]}
+    with pytest.raises(UserError, match=r"source 'wiki' is another \(changed: shard-1\)"):
+        check_resumable(folder, read_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
+    (tmp_path / "data_order.json").write_text("{")
+    with pytest.raises(UserError, match=r"source 'wiki' is another \(its content differs\)"):
+        check_resumable(folder, read_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
 
 
 def test_an_earlier_run_is_set_aside_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from tests.unit.data.test_shards import write_data_set
 from trainer.batch_plan import BatchPlan
 from trainer.config import ObjectiveConfig
-from trainer.data.loader import MaskedBlocks, training_batches
+from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.data.order import SampleOrder
 from trainer.data.shard_set import ShardSet
 from trainer.data.vocabulary import Vocabulary
@@ -73,7 +73,7 @@ def batches_of(
     accumulation = GLOBAL_SIZE // (micro_size * world_size)
     plan = BatchPlan(GLOBAL_SIZE, micro_size, world_size, accumulation, SEQ_LEN, total_steps=100)
     dataset = MaskedBlocks(sources, OBJECTIVE, SEED)
-    found = training_batches(
+    found = TrainingBatches(
         order_of(sources),
         plan,
         dataset,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +20,17 @@ from trainer.errors import UserError
 
 GOLDEN_ORDER = json.loads((Path(__file__).parents[2] / "golden" / f"order_v{ORDER_VERSION}.json").read_text())
 BITS = 2**64 - 1
+Recipe = dict[str, Any]
 
 
 def one_source(blocks: int, chunk: int = 1024, window: int = 1024, seed: int = 0) -> SampleOrder:
     return SampleOrder([blocks], [1.0], seed, chunk, window)
+
+
+def recipe_of_one(blocks: int) -> Recipe:
+    """The arguments behind `one_source(blocks)`, all of them."""
+    settings = {"seed": 0, "chunk_blocks": 1024, "window_chunks": 1024, "mixture_block": 2**16, "changes": []}
+    return {"blocks": [blocks], "weights": [1.0], **settings}
 
 
 # The definition once more, in plain Python integers and one sample at a time.
@@ -51,47 +61,75 @@ def plain_permute(i: int, n: int, key: int) -> int:
             return i
 
 
-def plain_locate(order: SampleOrder, t: int) -> tuple[int, int]:
-    total, seed, chunk = order.mixture_block, order.seed, order.chunk_blocks
-    if total in order.places:
-        source, visit = order.places.index(total), t
-    else:
-        q, j = divmod(t, total)
-        rank, source = plain_permute(j, total, plain_key(1, seed, q)), 0
-        while rank >= order.places[source]:
-            rank -= order.places[source]
-            source += 1
-        visit = q * order.places[source] + rank
-    blocks = order.blocks[source]
+def plain_places(weights: list[float], size: int) -> list[int]:
+    """Hamilton's method, in exact fractions."""
+    quotas = [Fraction(weight) * size / sum(map(Fraction, weights)) for weight in weights]
+    places = [int(quota) for quota in quotas]
+    for source in sorted(range(len(quotas)), key=lambda source: places[source] - quotas[source])[: size - sum(places)]:
+        places[source] += 1
+    return places
+
+
+def plain_visit(recipe: Recipe, t: int) -> tuple[int, int]:
+    """Source of sample t and number of the visit to it."""
+    stages = [(0, recipe["weights"]), *recipe["changes"], (2**64, [])]
+    visits, q = [0] * len(recipe["blocks"]), 0
+    for (start, weights), (end, _) in itertools.pairwise(stages):
+        whole, rest = divmod(end - start, recipe["mixture_block"])
+        for size, count in ((recipe["mixture_block"], whole), (rest, 1 if rest else 0)):
+            places = plain_places(weights, size)
+            before, j = divmod(t - start, size or 1)
+            if before < count:
+                if size in places:
+                    return places.index(size), visits[places.index(size)] + before * size + j
+                rank, source = plain_permute(j, size, plain_key(1, recipe["seed"], q + before)), 0
+                while rank >= places[source]:
+                    rank -= places[source]
+                    source += 1
+                return source, visits[source] + before * places[source] + rank
+            visits = [n + count * more for n, more in zip(visits, places, strict=True)]
+            start, q = start + count * size, q + count
+    raise AssertionError("past the last sample")
+
+
+def plain_locate(recipe: Recipe, t: int) -> tuple[int, int]:
+    source, visit = plain_visit(recipe, t)
+    seed, chunk = recipe["seed"], recipe["chunk_blocks"]
+    window_blocks = chunk * recipe["window_chunks"]
+    blocks = recipe["blocks"][source]
     epoch, y = divmod(visit, blocks)
     epoch_key = plain_key(2, seed, source, epoch)
-    window, i = divmod(y, min(blocks, chunk * order.window_chunks))
-    start = window * chunk * order.window_chunks
-    length = min(blocks - start, chunk * order.window_chunks)
+    window, i = divmod(y, min(blocks, window_blocks))
+    start = window * window_blocks
+    length = min(blocks - start, window_blocks)
     position = start + plain_permute(i, length, plain_key(epoch_key, window))
     slot, within = divmod(position, chunk)
     full = blocks // chunk
     return source, (plain_permute(slot, full, epoch_key) if slot < full else full) * chunk + within
 
 
-ORDERS = st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 10)), min_size=1, max_size=5).flatmap(
-    lambda sources: st.builds(
-        SampleOrder,
-        blocks=st.just([blocks for blocks, _ in sources]),
-        weights=st.just([weight for _, weight in sources]),
-        seed=st.integers(0, 2**63 - 1),
-        chunk_blocks=st.integers(1, 40),
-        window_chunks=st.integers(1, 12),
-        mixture_block=st.integers(1, 100),
-    )
-)
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Arguments of SampleOrder: up to five sources whose weights change up to three times."""
+    sources = draw(st.integers(1, 5))
+    weights = st.lists(st.sampled_from([0.0, 0.01, 0.5, 1.0, 3.3]), min_size=sources, max_size=sources).filter(any)
+    starts = sorted(draw(st.sets(st.integers(1, 400), max_size=3)))
+    return {
+        "blocks": draw(st.lists(st.integers(1, 300), min_size=sources, max_size=sources)),
+        "weights": draw(weights),
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "chunk_blocks": draw(st.integers(1, 40)),
+        "window_chunks": draw(st.integers(1, 12)),
+        "mixture_block": draw(st.integers(1, 100)),
+        "changes": [(start, draw(weights)) for start in starts],
+    }
 
 
 @settings(deadline=None)
-@given(order=ORDERS, samples=st.lists(st.integers(0, 2**62), min_size=1, max_size=20))
-def test_locate_is_the_definition(order: SampleOrder, samples: list[int]):
-    sources, blocks = order.locate(np.array(samples))
-    assert list(zip(sources.tolist(), blocks.tolist(), strict=True)) == [plain_locate(order, t) for t in samples]
+@given(recipe=recipes(), samples=st.lists(st.integers(0, 500) | st.integers(0, 2**62), min_size=1, max_size=20))
+def test_locate_is_the_definition(recipe: Recipe, samples: list[int]):
+    sources, blocks = SampleOrder(**recipe).locate(np.array(samples))
+    assert list(zip(sources.tolist(), blocks.tolist(), strict=True)) == [plain_locate(recipe, t) for t in samples]
 
 
 @pytest.mark.parametrize(
@@ -132,16 +170,29 @@ def test_every_block_once_an_epoch_for_any_sizes(blocks: int, chunk: int, window
     assert np.array_equal(np.sort(located), np.arange(blocks))
 
 
-@given(order=ORDERS, mixture_blocks=st.integers(1, 30))
+@given(recipe=recipes(), samples=st.integers(0, 3000))
 @settings(max_examples=50, deadline=None)
-def test_every_block_once_an_epoch_of_each_source(order: SampleOrder, mixture_blocks: int):
-    sources, blocks = order.locate(np.arange(mixture_blocks * order.mixture_block))
-    for source, (count, places) in enumerate(zip(order.blocks, order.places, strict=True)):
+def test_every_block_once_an_epoch_of_each_source_also_when_weights_change(recipe: Recipe, samples: int):
+    recipe = {**recipe, "changes": [(start, weights) for start, weights in recipe["changes"] if start < samples]}
+    order = SampleOrder(**recipe)
+    whole = samples + -(samples - order.spans[-1].start) % order.spans[-1].size  # to the end of a mixture block
+    sources, blocks = order.locate(np.arange(whole))
+    for source, (count, visits) in enumerate(zip(order.blocks, order.visits(whole), strict=True)):
         times = np.bincount(blocks[sources == source], minlength=count)
-        whole_epochs, begun = divmod(mixture_blocks * places, count)
+        whole_epochs, begun = divmod(visits, count)
         assert len(times) == count
         assert np.count_nonzero(times == whole_epochs + 1) == begun
         assert np.count_nonzero(times == whole_epochs) == count - begun
+
+
+def test_weights_change_at_the_very_sample_and_the_past_stays():
+    before = SampleOrder([5000, 700], [3.0, 1.0], 3, 16, 8, 100)
+    after = SampleOrder([5000, 700], [3.0, 1.0], 3, 16, 8, 100, changes=[(1234, [1.0, 1.0]), (2000, [0.0, 1.0])])
+    old, new = before.locate(np.arange(3000)), after.locate(np.arange(3000))
+    assert np.array_equal(old[0][:1200], new[0][:1200]) and np.array_equal(old[1][:1200], new[1][:1200])
+    assert np.bincount(new[0][1200:1234]).tolist() == [26, 8]  # the short mixture block, by largest remainder
+    assert np.bincount(new[0][1234:2000]).tolist() == [383, 383]
+    assert (new[0][2000:] == 1).all()
 
 
 def test_a_block_stays_in_its_window():
@@ -202,12 +253,13 @@ def test_more_than_four_billion_samples_and_blocks():
     assert len(np.unique(located)) == 100_000
     assert located.min() >= 0 and located.max() < blocks and located.max() > 2**33
     for t in (0, 2**32 - 1, 2**32, blocks - 1, blocks, 7 * blocks + 5, 2**62):
-        assert order.locate(np.array([t]))[1][0] == plain_locate(order, t)[1]
+        assert order.locate(np.array([t]))[1][0] == plain_locate(recipe_of_one(blocks), t)[1]
 
 
 @settings(deadline=None)
-@given(order=ORDERS, cuts=st.lists(st.integers(0, 500), max_size=4), start=st.integers(0, 2**50))
-def test_independent_of_batching(order: SampleOrder, cuts: list[int], start: int):
+@given(recipe=recipes(), cuts=st.lists(st.integers(0, 500), max_size=4), start=st.integers(0, 2**50))
+def test_independent_of_batching(recipe: Recipe, cuts: list[int], start: int):
+    order = SampleOrder(**recipe)
     samples = start + np.arange(500)
     whole = order.locate(samples)
     parts = [order.locate(part) for part in np.split(samples, sorted(cuts))]
@@ -229,9 +281,9 @@ def test_a_far_seek_is_as_quick_as_the_start():
 
 
 def test_places_by_largest_remainder():
-    assert SampleOrder([9, 9, 9], [1, 1, 1], 0, 4, 4, 100).places == (34, 33, 33)
-    assert SampleOrder([9, 9, 9], [0.5, 0.25, 0.25], 0, 4, 4, 10).places == (5, 3, 2)
-    assert SampleOrder([9, 9], [2, 6], 0, 4, 4, 8).places == (2, 6)
+    assert SampleOrder([9, 9, 9], [1, 1, 1], 0, 4, 4, 100).spans[0].places == (34, 33, 33)
+    assert SampleOrder([9, 9, 9], [0.5, 0.25, 0.25], 0, 4, 4, 10).spans[0].places == (5, 3, 2)
+    assert SampleOrder([9, 9], [2, 6], 0, 4, 4, 8).spans[0].places == (2, 6)
 
 
 def test_each_mixture_block_holds_the_exact_shares():
@@ -249,7 +301,7 @@ def test_sources_interleave_evenly():
 
 def test_a_weight_that_rounds_to_no_place():
     order = SampleOrder([1000, 1000, 1000], [1.0, 1e-6, 1.0], 0, 64, 4, 1024)
-    assert order.places == (512, 0, 512)
+    assert order.spans[0].places == (512, 0, 512)
     assert 1 not in order.locate(np.arange(4096))[0]
     assert order.epochs(4096) == [2.048, 0.0, 2.048]
 
@@ -265,8 +317,9 @@ def test_one_source_that_holds_all_places_is_walked_like_a_single_one():
 
 
 @settings(deadline=None)
-@given(order=ORDERS, samples=st.integers(0, 3000))
-def test_epochs_counts_what_was_visited(order: SampleOrder, samples: int):
+@given(recipe=recipes(), samples=st.integers(0, 3000))
+def test_epochs_counts_what_was_visited(recipe: Recipe, samples: int):
+    order = SampleOrder(**recipe)
     sources = order.locate(np.arange(samples))[0]
     visits = np.bincount(sources, minlength=len(order.blocks))
     assert order.epochs(samples) == [int(v) / n for v, n in zip(visits, order.blocks, strict=True)]
@@ -298,14 +351,14 @@ def test_ranks_share_the_batch_by_address(world_size: int):
     assert address == sorted(address)
 
 
-def test_describe_is_plain_json_that_rebuilds_the_order():
-    order = SampleOrder([500, 90], [0.5, 0.25], 7, 16, 8)
-    described = json.loads(json.dumps(order.describe()))
-    assert described.pop("version") == ORDER_VERSION
-    assert sum(described["places"]) == described["mixture_block"]
-    del described["places"]
-    again = SampleOrder(**described)
-    assert np.array_equal(again.locate(np.arange(999)), order.locate(np.arange(999)))
+def test_describe_is_plain_json_that_differs_for_another_order():
+    settings = {"blocks": [500, 90], "weights": [0.5, 0.25], "seed": 7, "chunk_blocks": 16, "window_chunks": 8}
+    described = SampleOrder(**settings).describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described == SampleOrder(**{**settings, "weights": [2, 1]}).describe()
+    changes = [{"blocks": [501, 90]}, {"weights": [0.5, 0.3]}, {"seed": 8}, {"chunk_blocks": 8}, {"window_chunks": 4}]
+    for change in [*changes, {"mixture_block": 64}, {"changes": [(9, [1, 1])]}]:
+        assert SampleOrder(**{**settings, **change}).describe() != described
 
 
 @pytest.mark.parametrize("name", GOLDEN_ORDER["order"])

@@ -1,0 +1,64 @@
+"""How several sources are mixed: their weights over time, and how often each is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.config import DataConfig
+from trainer.data.order import SampleOrder
+from trainer.errors import UserError
+
+
+def mixture_order(data: DataConfig, blocks: Sequence[int], tokens: Sequence[int], seed: int) -> SampleOrder:
+    """The order that a config asks for.
+
+    Args:
+        blocks: whole blocks of each source.
+        tokens: of each source; with a temperature T its weight is tokens^(1/T) (Arivazhagan et al., arXiv:1907.05019).
+        seed: of the run.
+
+    Raises:
+        UserError: when a source that has a weight has no block.
+    """
+    if data.temperature is not None:
+        weights = [count ** (1 / data.temperature) for count in tokens]
+    else:
+        weights = [1.0 if source.weight is None else source.weight for source in data.train]
+    labels = [source.label for source in data.train]
+    changes = [
+        (-(-stage.from_tokens // data.seq_len), [stage.weights.get(label, 0.0) for label in labels])
+        for stage in data.stages
+    ]
+    return SampleOrder(
+        blocks,
+        weights,
+        seed=seed,
+        chunk_blocks=data.chunk_blocks,
+        window_chunks=data.window_chunks,
+        mixture_block=data.mixture_block,
+        changes=changes,
+    )
+
+
+def check_epochs(data: DataConfig, order: SampleOrder, total_samples: int) -> None:
+    """Refuse a run that passes over a source more often than its `max_epochs`.
+
+    Raises:
+        UserError: with the numbers of each such source.
+    """
+    epochs = order.epochs(total_samples)
+    over = [
+        (number, source.label, seen, source.max_epochs)
+        for number, (source, seen) in enumerate(zip(data.train, epochs, strict=True))
+        if source.max_epochs is not None and seen > source.max_epochs
+    ]
+    if over:
+        passes = "; ".join(
+            f"'{label}' ({order.blocks[number]:,} blocks) {seen:.2f} times, at most {limit:g} are allowed"
+            for number, label, seen, limit in over
+        )
+        raise UserError(
+            f"The run would pass over {passes}.",
+            where=", ".join(f"data.train[{number}].max_epochs" for number, *_ in over),
+            remedy="Lower the weight or train for less, add text, or raise max_epochs.",
+        )
