@@ -8,7 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a timing in a test is noise
+hypothesis.settings.load_profile("no deadline")
 
 
 def write_text(path: Path, documents: int, seed: int) -> Path:

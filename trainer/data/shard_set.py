@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,26 +23,6 @@ from trainer.data.shards import check_sizes, read_manifest
 
 MAX_OPEN_SHARDS = 128  # a window is about as large as one large shard; a batch seldom touches more than a few
 _SIZE_CHECKS_AT_ONCE = 16
-
-
-class Piece(NamedTuple):
-    """Rows of a request that lie in one shard.
-
-    Attributes:
-        rows: slice or int64 [n] of the request.
-        shard: number in the manifest.
-        starts: int64 [n], first token of each within the shard.
-        columns: where in the block these tokens go.
-    """
-
-    rows: Any
-    shard: int
-    starts: NDArray[np.int64]
-    columns: slice
-
-    @property
-    def length(self) -> int:
-        return self.columns.stop - self.columns.start
 
 
 class ShardSet:
@@ -76,6 +56,7 @@ class ShardSet:
         stretches = kept_stretches(self.manifest, quarantine, str(folder))
         self._shards, self._offsets, lengths = np.array(stretches, np.int64).reshape(-1, 3).T.copy()
         self._ends = np.cumsum(lengths)
+        self._starts = self._ends - lengths
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._checked: dict[int, NDArray[np.bool_]] = {}
         if check:
@@ -114,43 +95,50 @@ class ShardSet:
             DamagedError: when a part that is read differs from its sum, or is not there.
         """
         out = np.empty((len(blocks), payload), self.dtype)
-        for piece in self.pieces(blocks, payload):
-            out[piece.rows, piece.columns] = self._shard(piece.shard).read(piece.starts, piece.length)
+        for rows, columns, shard, starts in self._stretches(blocks, payload):
+            out[rows, columns] = self._shard(shard).read(starts, columns.stop - columns.start)
         return out
 
     def advise(self, blocks: np.ndarray, payload: int) -> None:
         """Tell the kernel that these blocks (int64 [B], ascending) will be read soon, by any process of the node."""
-        for piece in self.pieces(blocks, payload):
-            self._shard(piece.shard).advise(piece.starts, piece.length)
+        for _, columns, shard, starts in self._stretches(blocks, payload):
+            self._shard(shard).advise(starts, columns.stop - columns.start)
 
-    def pieces(self, blocks: np.ndarray, payload: int) -> Iterator[Piece]:
-        """Where blocks (int64 [B]) lie: runs of whole blocks in one shard, and the parts of those at a border."""
+    def pieces(self, blocks: np.ndarray, payload: int) -> NDArray[np.int64]:
+        """Where the tokens of blocks lie: one piece for each segment that a block draws from.
+
+        Args:
+            blocks: int64 [B], block numbers below `block_count(payload)`.
+
+        Returns:
+            int64 [n, 4]: row (the block's place in `blocks`), shard, token offset in the shard, tokens. The pieces of a
+            row stand together and in the order of their tokens; the rows are in order.
+        """
         starts = np.asarray(blocks, np.int64) * payload
-        segments = np.searchsorted(self._ends, starts, side="right")
-        inside = starts + payload <= self._ends[segments]
-        shards, within = self._shards[segments], starts - self._segment_starts(segments) + self._offsets[segments]
-        whole = np.flatnonzero(inside)
-        for run in np.split(whole, np.flatnonzero(np.diff(shards[whole])) + 1):
-            if len(run):
-                contiguous = run[-1] - run[0] == len(run) - 1
-                rows = slice(int(run[0]), int(run[-1]) + 1) if contiguous else run
-                yield Piece(rows, int(shards[run[0]]), within[run], slice(0, payload))
-        for row in np.flatnonzero(~inside).tolist():
-            yield from self._pieces_of_crossing_block(row, int(starts[row]), int(segments[row]), payload)
+        stops = starts + payload
+        first = np.searchsorted(self._ends, starts, side="right")
+        counts = np.searchsorted(self._ends, stops, side="left") - first + 1
+        rows = np.repeat(np.arange(len(starts)), counts)
+        segments = first[rows] + np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        begins = np.maximum(starts[rows], self._starts[segments])
+        lengths = np.minimum(stops[rows], self._ends[segments]) - begins
+        offsets = begins - self._starts[segments] + self._offsets[segments]
+        return np.stack([rows, self._shards[segments], offsets, lengths], axis=1)
 
-    def _pieces_of_crossing_block(self, row: int, start: int, segment: int, payload: int) -> Iterator[Piece]:
-        filled = 0
-        while filled < payload:
-            count = min(payload - filled, int(self._ends[segment]) - start - filled)
-            if count:  # a shard may be empty
-                first = start + filled - int(self._segment_starts(segment)) + int(self._offsets[segment])
-                columns = slice(filled, filled + count)
-                yield Piece(slice(row, row + 1), int(self._shards[segment]), np.array([first]), columns)
-            filled += count
-            segment += 1
-
-    def _segment_starts(self, segments: Any) -> Any:
-        return np.where(np.asarray(segments) > 0, self._ends[np.maximum(segments, 1) - 1], 0)
+    def _stretches(self, blocks: np.ndarray, payload: int) -> Iterator[tuple[slice, slice, int, NDArray[np.int64]]]:
+        """The pieces, with runs of whole blocks in one shard taken together: (rows, columns, shard, first tokens)."""
+        rows, shards, offsets, lengths = self.pieces(blocks, payload).T
+        columns = (np.cumsum(lengths) - lengths) % payload  # the pieces of each row add up to a block
+        whole = lengths == payload
+        alike = (shards[1:] == shards[:-1]) & whole[1:] & whole[:-1]
+        firsts = np.flatnonzero(np.r_[True, ~alike]) if len(rows) else []
+        for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=False):
+            yield (
+                slice(int(rows[first]), int(rows[end - 1]) + 1),
+                slice(int(columns[first]), int(columns[first] + lengths[first])),
+                int(shards[first]),
+                offsets[first:end],
+            )
 
     def _shard(self, number: int) -> OpenShard:
         shard = self._open.get(number)

@@ -125,7 +125,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
     }
 
 
-@settings(deadline=None)
 @given(recipe=recipes(), samples=st.lists(st.integers(0, 500) | st.integers(0, 2**62), min_size=1, max_size=20))
 def test_locate_is_the_definition(recipe: Recipe, samples: list[int]):
     sources, blocks = SampleOrder(**recipe).locate(np.array(samples))
@@ -157,7 +156,6 @@ def test_every_block_once_an_epoch(blocks: int, chunk: int, window: int):
         assert np.array_equal(np.sort(located), np.arange(blocks))
 
 
-@settings(deadline=None)
 @given(
     blocks=st.integers(1, 5000),
     chunk=st.integers(1, 700),
@@ -171,7 +169,7 @@ def test_every_block_once_an_epoch_for_any_sizes(blocks: int, chunk: int, window
 
 
 @given(recipe=recipes(), samples=st.integers(0, 3000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_block_once_an_epoch_of_each_source_also_when_weights_change(recipe: Recipe, samples: int):
     recipe = {**recipe, "changes": [(start, weights) for start, weights in recipe["changes"] if start < samples]}
     order = SampleOrder(**recipe)
@@ -256,7 +254,6 @@ def test_more_than_four_billion_samples_and_blocks():
         assert order.locate(np.array([t]))[1][0] == plain_locate(recipe_of_one(blocks), t)[1]
 
 
-@settings(deadline=None)
 @given(recipe=recipes(), cuts=st.lists(st.integers(0, 500), max_size=4), start=st.integers(0, 2**50))
 def test_independent_of_batching(recipe: Recipe, cuts: list[int], start: int):
     order = SampleOrder(**recipe)
@@ -316,7 +313,6 @@ def test_one_source_that_holds_all_places_is_walked_like_a_single_one():
     assert (second[0] == 1).all() and np.array_equal(np.bincount(second[1][:777]), np.ones(777))
 
 
-@settings(deadline=None)
 @given(recipe=recipes(), samples=st.integers(0, 3000))
 def test_epochs_counts_what_was_visited(recipe: Recipe, samples: int):
     order = SampleOrder(**recipe)

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data import permutation
@@ -82,13 +82,11 @@ def test_a_bijection_at_the_awkward_sizes(n: int):
         assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 20_000), key=st.integers(0, BITS))
 def test_a_bijection_for_any_size_and_key(n: int, key: int):
     assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
 
 
-@settings(deadline=None)
 @given(
     elements=st.lists(
         st.integers(1, 2**63).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n), st.integers(0, BITS))),

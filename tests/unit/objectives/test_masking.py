@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.order import ORDER_VERSION
@@ -42,7 +42,6 @@ def test_predictions_per_block(ratio: float, payload: int, k: int):
     assert predictions_per_block(ratio, payload) == k
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 6),
     seq_len=st.integers(8, 200),

@@ -28,7 +28,7 @@ def read_all(path: Path, documents: str = "paragraph", format: str = "auto", fie
     return [text for piece in pieces for text, _ in read_documents(piece, reading)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lines=LINES, start=st.sampled_from([b"", b"\xef\xbb\xbf"]), end=st.sampled_from([b"", b"end"]), data=st.data())
 @pytest.mark.parametrize("documents", ["line", "paragraph"])
 def test_any_cut_gives_the_same_documents(tmp_path_factory, documents, lines, start, end, data) -> None:
@@ -188,7 +188,7 @@ def test_a_large_parquet_file_is_cut_at_row_groups(tmp_path: Path, small_units: 
     assert read_all(path, "row") == texts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet="ab \n", max_size=200))
 def test_a_long_text_is_cut_without_loss(text: str) -> None:
     parts = list(split_text(text, 16))
