@@ -37,7 +37,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     names = sorted({*saved, *current})
     return [
-        f"{name} was {saved.get(name)}, now {current.get(name)}"
+        f"{name} was {saved.get(name, 'off')}, now {current.get(name, 'off')}"
         for name in names
         if saved.get(name) != current.get(name)
     ]

@@ -13,6 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.batch_plan import BatchPlan
+from trainer.data.borders import DocumentBorders
 from trainer.data.order import SampleOrder, rank_share
 from trainer.data.shard_set import ShardSet
 from trainer.signals import ignore_stop_signals
@@ -40,20 +41,30 @@ class MicroBatches(Sampler[np.ndarray]):
 
 
 class MaskedBlocks(Dataset[Any]):
-    """Reads and masks the blocks of one micro-batch."""
+    """Reads and masks the blocks of one micro-batch.
 
-    def __init__(self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int) -> None:
+    Args:
+        document_attention: whether batches tell where documents begin; if not, borders are not read.
+    """
+
+    def __init__(
+        self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int, document_attention: bool = False
+    ) -> None:
         self.sources, self.objective, self.seed = sources, objective, seed
+        self.borders = [DocumentBorders(source) for source in sources] if document_attention else None
 
     def __getitems__(self, places: np.ndarray) -> Batch:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
         samples, sources, numbers = places.T
         payload = self.objective.payload
         blocks = np.empty((len(places), payload), np.int64)
+        starts = None if self.borders is None else np.empty((len(places), payload), np.bool_)
         for source in np.unique(sources):
             rows = np.flatnonzero(sources == source)
             blocks[rows] = self.sources[source].read_blocks(numbers[rows], payload)
-        return self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed)
+            if starts is not None and self.borders is not None:
+                starts[rows] = self.borders[source].document_starts(numbers[rows], payload)
+        return self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed, starts)
 
     def __getitem__(self, place: np.ndarray) -> Batch:
         return self.__getitems__(place[None])

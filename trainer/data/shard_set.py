@@ -61,6 +61,28 @@ class ShardSet:
                 filled += len(piece)
         return out
 
+    def pieces(self, blocks: np.ndarray, payload: int) -> np.ndarray:
+        """Where the tokens of blocks lie: one piece for each shard that a block draws from.
+
+        Args:
+            blocks: int64 [B], block numbers below `block_count(payload)`.
+
+        Returns:
+            int64 [n, 4]: row (the block's place in `blocks`), shard, token offset in the shard, tokens. The pieces of a
+            row stand together and in the order of their tokens; the rows are in order.
+        """
+        starts = np.asarray(blocks, np.int64) * payload
+        stops = starts + payload
+        first = np.searchsorted(self._ends, starts, side="right")
+        counts = np.searchsorted(self._ends, stops, side="left") - first + 1
+        rows = np.repeat(np.arange(len(starts)), counts)
+        shards = first[rows] + np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+        shard_starts = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]])[shards]
+        offsets = np.maximum(starts[rows], shard_starts) - shard_starts
+        lengths = np.minimum(stops[rows], self._ends[shards]) - shard_starts - offsets
+        pieces = np.stack([rows, shards, offsets, lengths], axis=1)
+        return pieces[lengths > 0]  # an empty shard between two others has no piece
+
     def _tokens_of(self, shard: int) -> np.ndarray:
         mapped = self._maps.get(shard)
         if mapped is None:
