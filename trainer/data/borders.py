@@ -38,7 +38,7 @@ class DocumentBorders:
             [B, payload]; the first token of a block is always True, and so is the first one from another shard.
 
         Raises:
-            DamagedError: when the offsets in a `.doc` file do not ascend.
+            DamagedError: when offsets in a `.doc` file, which ascend, lead out of the block.
         """
         _, shards, offsets, lengths = self.shards.pieces(blocks, payload).T
         places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
@@ -96,12 +96,13 @@ def cumulative_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int32]:
     """int32 [n + 1]: where the documents of a batch begin in its flattened B·S tokens, then B·S, repeated.
 
     It is what variable-length attention calls cu_seqlens; the documents that repeating the total adds are empty. n is
-    the next power of two, so that batches come in few shapes, and a compiled model sees few.
+    the next power of four: the batches of a run come in one or two shapes, so a compiled model has few graphs.
 
     Args:
         starts: [B, S], True where a document begins; so is the first of every row.
     """
     first = np.flatnonzero(starts)
-    lengths = np.full((1 << (len(first) - 1).bit_length()) + 1, starts.size, np.int32)
+    bits = (len(first) - 1).bit_length()
+    lengths = np.full((1 << bits + bits % 2) + 1, starts.size, np.int32)
     lengths[: len(first)] = first
     return lengths
