@@ -87,6 +87,7 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
             f"{objective['name']}, {objective['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit",
         ),
         ("sequence length", f"{config['data']['seq_len']}"),
+        ("attention", _attention(config)),
         ("batch", f"{config['batch']['global_size']} sequences"),
         (
             "optimizer",
@@ -101,6 +102,15 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
         ("skipped steps", f"{manifest.state['skipped_steps']}"),
     ]
     return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _attention(config: dict[str, Any]) -> str:
+    if config["model"].get("document_attention"):
+        return (
+            "within documents only, with positions from the start of each: give one document, or part of one, as one "
+            "input (the comparison of logits at the conversion was with such inputs)"
+        )
+    return "over whole blocks, across the borders of the documents in them"
 
 
 def _curve(lines: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
