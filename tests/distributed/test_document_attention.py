@@ -150,6 +150,24 @@ def loss_of_each_document_alone(config: Config, folder: Path) -> float:
     return loss / len(batch["labels"])
 
 
+def test_what_a_token_attends_to_is_counted_from_the_borders(workspace: Path, tmp_path: Path) -> None:
+    inputs = open_inputs(config_of(workspace, tmp_path), 1)
+    data, payload = inputs.sources[0], inputs.objective.payload
+    borders, before = set(), 0
+    for entry in data.manifest.shards:
+        borders |= {int(start) + before for start in document_starts(data.folder, entry)[:-1]}
+        before += entry.tokens
+    _, blocks = inputs.order.locate(np.arange(1024))
+    attended = 0
+    for block in blocks.tolist():
+        cuts = [place + 1 for place in range(1, payload) if block * payload + place in borders]
+        attended += sum((end - start) ** 2 for start, end in itertools.pairwise([0, *cuts, SEQ_LEN]))
+    assert inputs.attended_tokens == attended / (1024 * SEQ_LEN)
+    assert 0.5 * SEQ_LEN < inputs.attended_tokens < 0.95 * SEQ_LEN
+    assert f"a token attends to {inputs.attended_tokens:.0f} of 64 on average" in "\n".join(inputs.describe())
+    assert open_inputs(config_of(workspace, tmp_path, document_attention=False), 1).attended_tokens == SEQ_LEN
+
+
 @pytest.mark.parametrize("preset", OVERRIDES)
 def test_evaluation_and_conversion_of_each_class(preset: str, workspace: Path, tmp_path: Path) -> None:
     config = config_of(
