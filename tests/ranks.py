@@ -24,9 +24,11 @@ _CONTEXT.set_forkserver_preload(["trainer.train", "tests.ranks", "deepspeed.runt
 EXIT_ERROR = 99
 
 
-def train(config: Config, world_size: int = 1, resume: str = "auto", dry_run: bool = False) -> int:
+def train(
+    config: Config, world_size: int = 1, resume: str = "auto", dry_run: bool = False, timeout_s: float = 120
+) -> int:
     """Run `trainer.train.run` on every rank; returns the exit code they all ended with."""
-    codes = run_ranks(_train, world_size, config, resume, dry_run)
+    codes = run_ranks(_train, world_size, config, resume, dry_run, timeout_s=timeout_s)
     assert len(set(codes)) == 1, f"ranks ended with different codes: {codes}"
     return codes[0]
 

@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
-from trainer.data.shards import read_manifest as read_data_manifest
-from trainer.data.shards import split_folder
-from trainer.errors import MaskwrightError
+from trainer.config import DataConfig
+from trainer.data.mixture import mixture_order
 from trainer.tracking.jsonl import read_lines
 
 CURVE_POINTS = 12
@@ -30,7 +29,7 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
         f"# {name}",
         _summary(manifest, dtype, evaluations),
         _use(),
-        _data(config) if config else "",
+        _data(config, manifest) if config else "",
         _training(config, manifest) if config else "",
         _curve(lines, evaluations),
         _versions(manifest),
@@ -61,17 +60,15 @@ def _use() -> str:
     )
 
 
-def _data(config: dict[str, Any]) -> str:
-    rows = []
-    for source in config["data"]["train"]:
-        folder = split_folder(source["path"], "train")
-        try:
-            data = read_data_manifest(folder)
-            size = (f"{data.tokens:,}", f"{data.documents:,}")
-        except (MaskwrightError, OSError):
-            size = ("no longer there", "")
-        rows.append((Path(source["path"]).name, f"{source['weight']:g}", *size))
-    return "## Data\n\n" + _table(("source", "weight", "tokens", "documents"), rows)
+def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
+    recorded = manifest.data_order["sources"]
+    data, blocks = DataConfig.model_validate(config["data"]), [source["blocks"] for source in recorded]
+    order = mixture_order(data, blocks, [source["tokens"] for source in recorded], config["run"]["seed"])
+    rows = [
+        (source["name"], f"{source['tokens']:,}", f"{source['documents']:,}", f"{passes:.2f}")
+        for source, passes in zip(recorded, order.epochs(manifest.state["samples"]), strict=True)
+    ]
+    return "## Data\n\n" + _table(("source", "tokens", "documents", "times seen"), rows)
 
 
 def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
@@ -87,6 +84,7 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
             f"{objective['name']}, {objective['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit",
         ),
         ("sequence length", f"{config['data']['seq_len']}"),
+        ("attention", _attention(config)),
         ("batch", f"{config['batch']['global_size']} sequences"),
         (
             "optimizer",
@@ -101,6 +99,15 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
         ("skipped steps", f"{manifest.state['skipped_steps']}"),
     ]
     return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _attention(config: dict[str, Any]) -> str:
+    if config["model"].get("document_attention"):
+        return (
+            "within documents only, with positions from the start of each: give one document, or part of one, as one "
+            "input (the comparison of logits at the conversion was with such inputs)"
+        )
+    return "over whole blocks, across the borders of the documents in them"
 
 
 def _curve(lines: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:

@@ -41,8 +41,11 @@ class ModelConfig(Section):
     """Tokenizer folder. Default: the one inside `from_pretrained`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
-    document_attention: Literal[False] = False
-    """Attention within documents only. Not available yet; packed blocks attend across documents, as in RoBERTa."""
+    document_attention: bool = False
+    """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT,
+    ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On NVIDIA GPUs in bf16 or
+    fp16, without attention dropout, by variable-length flash attention, else by a block mask. It belongs to a run: a
+    resume cannot change it."""
     compile: bool = False
     """torch.compile the model, with static shapes."""
     activation_checkpointing: bool = False

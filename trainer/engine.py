@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,11 @@ from trainer.distributed import World
 from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
+from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
+
+if TYPE_CHECKING:
+    from trainer.objectives.mlm import Documents
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -96,6 +100,7 @@ class TrainingEngine:
         restore_fp32_buffers(model, buffers)
         self.module = model
         self.device = world.device
+        self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
         self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
         self._recorder = RecordingCheckpointEngine()
         self._engine.checkpoint_engine = self._recorder
@@ -110,13 +115,22 @@ class TrainingEngine:
         """torch.compile the module; shapes are static."""
         self._engine.compile(compile_kwargs={"dynamic": False})
 
-    def network(self, input_ids: torch.Tensor, prediction_index: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S]."""
+    def network(
+        self, input_ids: torch.Tensor, prediction_index: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
+        """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S].
+
+        With `documents` attention stays within them; without, each block is one sequence.
+        """
         seq_len = input_ids.shape[1]
         if seq_len not in self._constants:
             self._constants[seq_len] = constant_inputs(self.module, seq_len, self.device)
+        inputs = self._constants[seq_len]
+        if documents is not None:
+            assert self.document_attention is not None
+            inputs = {**inputs, **self.document_attention.inputs(documents)}
         with self._positions.select(prediction_index):
-            output = self._engine(input_ids=input_ids, **self._constants[seq_len])
+            output = self._engine(input_ids=input_ids, **inputs)
         return self._positions.logits(output.logits, prediction_index)
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trainer import distributed
+from trainer.data.borders import DocumentBorders
 from trainer.data.permutation import KeyPurpose, fold_key, permute
 from trainer.data.shard_set import ShardSet
 from trainer.distributed import World
@@ -21,10 +22,17 @@ EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are co
 
 
 class Evaluator:
-    """Loss, perplexity and accuracy over `samples` validation blocks (all of them, when there are fewer)."""
+    """Loss, perplexity and accuracy over `samples` validation blocks (all of them, when there are fewer).
 
-    def __init__(self, data: ShardSet, objective: MaskedLanguageModelling, samples: int) -> None:
+    Args:
+        document_attention: evaluate with attention within documents, as the model is trained.
+    """
+
+    def __init__(
+        self, data: ShardSet, objective: MaskedLanguageModelling, samples: int, document_attention: bool
+    ) -> None:
         self.data, self.objective = data, objective
+        self.borders = DocumentBorders(data) if document_attention else None
         available = data.block_count(objective.payload)
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)
@@ -57,11 +65,13 @@ class Evaluator:
         """The batch, or why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
+        blocks, payload = self.blocks[places], self.objective.payload
         try:
-            tokens = self.data.read_blocks(self.blocks[places], self.objective.payload)
+            tokens = self.data.read_blocks(blocks, payload)
+            starts = None if self.borders is None else self.borders.document_starts(blocks, payload)
         except MaskwrightError as error:
             return None, error
-        batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED)
+        batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED, starts)
         batch["labels"].view(len(places), -1)[torch.from_numpy(~inside)] = IGNORED_LABEL
         return batch, None
 

@@ -9,11 +9,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import Config, DataConfig
+from trainer.data.borders import DocumentBorders, positions_in_documents
 from trainer.data.mixture import check_epochs, mixture_order
 from trainer.data.open_shard import ReadSettings
 from trainer.data.order import SampleOrder
@@ -24,6 +28,8 @@ from trainer.deepspeed_config import check_precision, compose, load_preset, stag
 from trainer.errors import UserError
 from trainer.model.build import build_config
 from trainer.objectives.mlm import MaskedLanguageModelling
+
+_COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,24 @@ class Inputs:
         """Predicted positions over all positions of a block."""
         return self.objective.predictions_per_block / self.plan.seq_len
 
+    @cached_property
+    def attended_tokens(self) -> float:
+        """How many tokens a token attends to on average, itself included.
+
+        All of its block or, with document attention, what the block holds of its document: a mean over the run's
+        first blocks.
+        """
+        if not self.config.model.document_attention:
+            return float(self.plan.seq_len)
+        sources, blocks = self.order.locate(np.arange(_COUNTED_BLOCKS))
+        attended = 0
+        for source in np.unique(sources).tolist():
+            borders = DocumentBorders(self.sources[source])
+            starts = borders.document_starts(blocks[sources == source], self.objective.payload)
+            positions = positions_in_documents(self.objective.frame_starts(starts))
+            attended += int((2 * positions + 1).sum())  # over a document of n tokens that is n²
+        return attended / (_COUNTED_BLOCKS * self.plan.seq_len)
+
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
         """What decides which tokens sample t holds, for checkpoints and, shards and all, for RUN/data_order.json."""
         described = self.order.describe()
@@ -60,6 +84,8 @@ class Inputs:
         for settings, source, count in zip(self.config.data.train, self.sources, blocks, strict=True):
             record = {
                 "name": settings.label,
+                "tokens": source.tokens,
+                "documents": source.manifest.documents,
                 "blocks": count,
                 "fingerprint": source.fingerprint,
                 "quarantine": settings.quarantine,
@@ -81,6 +107,11 @@ class Inputs:
             f"batch: {plan.describe()}",
             f"deepspeed: {config.deepspeed} (stage {stage_of(self.ds_config)}), {config.train.precision}",
         ]
+        if config.model.document_attention:
+            lines.append(
+                f"attention: within documents; a token attends to {self.attended_tokens:,.0f} of {plan.seq_len:,} on "
+                "average"
+            )
         if self.validation is not None:
             available = self.validation.block_count(self.objective.payload)
             lines.append(f"validation: {min(config.eval.samples, available):,} of {available:,} blocks")

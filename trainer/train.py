@@ -108,6 +108,8 @@ def _train(
 
     meter = _meter(inputs, built, world)
     engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
+    if console is not None and engine.document_attention is not None:
+        console.say(engine.document_attention.note)
     if checkpoint:
         engine.load(checkpoint)
     if config.model.compile:
@@ -121,7 +123,7 @@ def _train(
         objective=inputs.objective,
         order=inputs.order,
         batches=_batches(inputs, world, state),
-        evaluator=Evaluator(inputs.validation, inputs.objective, config.eval.samples) if inputs.validation else None,
+        evaluator=_evaluator(inputs),
         saver=_saver(run_dir, inputs, records, engine, world, checkpoint),
         meter=meter,
         state=state,
@@ -141,6 +143,13 @@ def _train(
             loop.reporter.close()
 
 
+def _evaluator(inputs: Inputs) -> Evaluator | None:
+    config = inputs.config
+    if inputs.validation is None:
+        return None
+    return Evaluator(inputs.validation, inputs.objective, config.eval.samples, config.model.document_attention)
+
+
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
     return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
@@ -149,7 +158,7 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]
     return TrainingBatches(
         inputs.order,
         inputs.plan,
-        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed),
+        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed, inputs.config.model.document_attention),
         rank=world.rank,
         first_sample=state.samples,
         steps=inputs.plan.total_steps - state.step,
@@ -229,7 +238,10 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         for name, value in built.model.config.to_dict().items()
         if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
     }
+    # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
+    attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
     return {
+        **attention,
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
         "objective": inputs.config.objective.model_dump(),
@@ -247,7 +259,7 @@ def _model_summary(built: BuiltModel) -> dict[str, Any]:
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    flops = flops_per_token(built.model, inputs.plan.seq_len, inputs.prediction_ratio)
+    flops = flops_per_token(built.model, inputs.attended_tokens, inputs.prediction_ratio)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
     return ThroughputMeter(flops, peak * world.size)

@@ -24,7 +24,10 @@ PROBE_ROWS = 8  # logits kept; at a vocabulary of 50,265 a row is 200 kB
 
 @dataclass(frozen=True)
 class Probe:
-    """One forward pass of the training engine, dropout off.
+    """One forward pass of the training engine, dropout off, and each block one sequence.
+
+    That holds for a run with document attention as well: the block is given as one document is, and as whoever loads
+    the converted model will give theirs.
 
     Attributes:
         input_ids: int64 [B, S], one block repeated to the training micro-batch, so that kernels see equal shapes.

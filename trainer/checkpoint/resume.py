@@ -59,7 +59,7 @@ def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     names = sorted({*saved, *current})
     return [
-        f"{name} was {saved.get(name)}, now {current.get(name)}"
+        f"{name} was {saved.get(name, 'off')}, now {current.get(name, 'off')}"
         for name in names
         if saved.get(name) != current.get(name)
     ]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.batch_plan import BatchPlan
+from trainer.data.borders import DocumentBorders
 from trainer.data.order import SampleOrder, rank_share
 from trainer.data.shard_set import ShardSet
 from trainer.errors import MaskwrightError
@@ -78,19 +79,26 @@ class ReadFailure:
 
 
 class MaskedBlocks(Dataset[Any]):
-    """Reads and masks the blocks of one micro-batch."""
+    """Reads and masks the blocks of one micro-batch.
 
-    def __init__(self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int) -> None:
+    Args:
+        document_attention: whether batches tell where documents begin; if not, borders are not read.
+    """
+
+    def __init__(
+        self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int, document_attention: bool = False
+    ) -> None:
         self.sources, self.objective, self.seed = sources, objective, seed
+        self.borders = [DocumentBorders(source) for source in sources] if document_attention else None
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
         samples, sources, numbers = places.T
         try:
-            blocks = self._read(sources, numbers)
+            blocks, starts = self._read(sources, numbers)
         except MaskwrightError as error:
             return ReadFailure(error)
-        batch = self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed)
+        batch = self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed, starts)
         if len(self.sources) > 1:
             batch["sources"] = torch.from_numpy(sources.copy())
         return batch
@@ -98,15 +106,18 @@ class MaskedBlocks(Dataset[Any]):
     def __getitem__(self, place: np.ndarray) -> Batch | ReadFailure:
         return self.__getitems__(place[None])
 
-    def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> np.ndarray:
-        """[B, payload] in the dtype of the sources, which share a tokenizer and so a dtype."""
-        payload = self.objective.payload
-        if (sources == sources[0]).all():
-            return self.sources[sources[0]].read_blocks(numbers, payload)
-        blocks = np.empty((len(sources), payload), self.sources[sources[0]].dtype)
+    def _read(
+        self, sources: NDArray[np.int64], numbers: NDArray[np.int64]
+    ) -> tuple[np.ndarray, NDArray[np.bool_] | None]:
+        """Tokens [B, payload] in the dtype of the sources, which share a tokenizer, and where documents begin."""
+        shape = (len(sources), self.objective.payload)
+        blocks = np.empty(shape, self.sources[sources[0]].dtype)
+        starts = None if self.borders is None else np.empty(shape, np.bool_)
         for source, rows in _by_source(sources, np.arange(len(sources))):
-            blocks[rows] = self.sources[source].read_blocks(numbers[rows], payload)
-        return blocks
+            blocks[rows] = self.sources[source].read_blocks(numbers[rows], shape[1])
+            if starts is not None and self.borders is not None:
+                starts[rows] = self.borders[source].document_starts(numbers[rows], shape[1])
+        return blocks, starts
 
 
 class TrainingBatches:

@@ -29,10 +29,12 @@ class BuiltModel:
 
     Attributes:
         model: an instance of a stock transformers class, fp32, on the CPU, in training mode.
+        document_attention: whether its attention is to be kept within documents.
         notes: lines for the user: what differs from what they may expect.
     """
 
     model: PreTrainedModel
+    document_attention: bool
     notes: tuple[str, ...]
 
 
@@ -61,7 +63,7 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
     if config.model_type not in HEAD_MODULES:
         notes.append(f"head: {name} computes the logits of all positions; only known classes skip the unmasked ones")
-    return BuiltModel(model.train(), tuple(notes))
+    return BuiltModel(model.train(), settings.document_attention, tuple(notes))
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:

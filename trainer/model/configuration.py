@@ -46,6 +46,14 @@ _NOT_TO_OVERRIDE: Mapping[str, str] = {
     "use_cache": _ENCODER_ONLY,
     "sparse_prediction": "only masked positions are predicted anyway",
 }
+DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
+    "bert": "BERT",
+    "camembert": "CamemBERT",
+    "modernbert": "ModernBERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-RoBERTa",
+}
+"""`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
 _SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
@@ -59,7 +67,8 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
     Raises:
         UserError: for an unknown preset, a file that is no config, an override that is unknown, of the wrong type
             or not to be made, sizes that do not fit each other, a class without a masked-LM head or without
-            activation checkpointing where it is asked for, and a seq_len beyond the model's positions.
+            activation checkpointing or document attention where it is asked for, and a seq_len beyond the model's
+            positions.
     """
     where, fields = _source(settings)
     config_class = _config_class(fields, where)
@@ -76,6 +85,13 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
             f"{type(skeleton).__name__} does not support activation checkpointing.",
             where="model.activation_checkpointing",
             remedy="Set model.activation_checkpointing=false and, for less memory, a smaller batch.micro_size.",
+        )
+    if settings.document_attention and config.model_type not in DOCUMENT_ATTENTION_MODELS:
+        raise UserError(
+            f"{type(skeleton).__name__} cannot keep its attention within documents.",
+            where="model.document_attention",
+            remedy="Set model.document_attention=false, or train one of "
+            f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
         )
     _check_seq_len(skeleton, seq_len, settings)
     return config

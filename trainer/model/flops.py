@@ -10,23 +10,26 @@ from transformers import PreTrainedModel
 _NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
 
 
-def flops_per_token(model: PreTrainedModel, seq_len: int, prediction_ratio: float) -> float:
+def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_ratio: float) -> float:
     """Training FLOPs a position of the input, forward and backward; an add and a multiply count as two.
 
-    With H the width, I the intermediate size, L the layers, S the length, V the vocabulary and r the share of
-    predicted positions this is, for RoBERTa and BERT,
+    With H the width, I the intermediate size, L the layers, A the attended tokens, V the vocabulary and r the share
+    of predicted positions this is, for RoBERTa and BERT,
 
-        3 · [L · (8H² + 4HI) + 4·L·S·H + r · (2H² + 2HV)]
+        3 · [L · (8H² + 4HI) + 4·L·A·H + r · (2H² + 2HV)]
 
     that is: every matrix of a layer, the two products of attention, the head at the predicted positions, and twice
     the forward pass for the backward pass (arXiv:2001.08361, section 2.1, with the attention term kept). Other
     classes are counted by the same rule from their nn.Linear modules. Elementwise work, norms, softmax, embedding
-    look-ups and recomputation are not counted. Local attention (ModernBERT) is counted in full, as sdpa computes it
-    with a mask. Weights may be on the meta device or partitioned: only their declared sizes are read.
+    look-ups and recomputation are not counted. With document attention only products within a document count, even
+    where a block mask makes sdpa compute the others as well: they are no work of the model. Local attention
+    (ModernBERT) is counted as if it were full. Weights may be on the meta device or partitioned: only their declared
+    sizes are read.
 
     Args:
         model: a masked-LM model.
-        seq_len: S, tokens a block.
+        attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
+            attention, `Inputs.attended_tokens`.
         prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
     """
     config = model.config
@@ -42,7 +45,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int, prediction_ratio: floa
         else:
             head_matmuls += flops
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * seq_len * config.num_attention_heads * head_width
+    attention = 4 * attended_tokens * config.num_attention_heads * head_width
     attention *= config.num_hidden_layers * getattr(config, "inner_group_num", 1)
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 

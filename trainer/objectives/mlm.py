@@ -7,34 +7,50 @@ time it is seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
 
 from trainer.config import ObjectiveConfig
+from trainer.data.borders import cumulative_lengths, positions_in_documents
 from trainer.data.vocabulary import Vocabulary
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 
-Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(input_ids [B, S], prediction_index [B·k]) → logits [B·k, vocabulary]."""
+
+class Documents(NamedTuple):
+    """The documents of B blocks of S tokens, for attention within them.
+
+    Attributes:
+        positions: int64 [B, S], the distance of each token from the start of its document.
+        cu_seqlens: int32 [n + 1], where documents begin in the flattened B·S, and B·S to the end.
+    """
+
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+Network = Callable[[torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
+"""(input_ids [B, S], prediction_index [B·k], documents) → logits [B·k, vocabulary]."""
 
 
 class Batch(TypedDict):
-    """One micro-batch of B blocks of S tokens with k predictions each; all int64.
+    """One micro-batch of B blocks of S tokens with k predictions each; int64.
 
     Attributes:
         input_ids: [B, S], masked.
         prediction_index: [B·k], flat positions into B·S.
         labels: [B·k], original ids at these positions, or IGNORED_LABEL.
         sources: [B], number of the source of each block; only in a run that mixes several.
+        documents: only in a run with attention within documents.
     """
 
     input_ids: torch.Tensor
     prediction_index: torch.Tensor
     labels: torch.Tensor
     sources: NotRequired[torch.Tensor]
+    documents: NotRequired[Documents]
 
 
 class MaskedLanguageModelling:
@@ -61,19 +77,40 @@ class MaskedLanguageModelling:
         tokens[:, 1:-1] = blocks
         return tokens
 
-    def make_batch(self, blocks: np.ndarray, samples: np.ndarray, seed: int) -> Batch:
+    def frame_starts(self, starts: np.ndarray) -> np.ndarray:
+        """Document starts of framed blocks, bool [B, seq_len], from those of their content [B, payload].
+
+        The begin token belongs to a block's first document, the end token to its last.
+        """
+        framed = np.zeros((len(starts), self.seq_len), np.bool_)
+        framed[:, 1:-1] = starts
+        framed[:, 0], framed[:, 1] = True, False
+        return framed
+
+    def make_batch(self, blocks: np.ndarray, samples: np.ndarray, seed: int, starts: np.ndarray | None = None) -> Batch:
         """Mask blocks.
 
         Args:
             blocks: [B, payload], any integer dtype.
             samples: uint64 [B], the sample numbers t that key the masks.
             seed: of the run.
+            starts: bool [B, payload], True where a document begins; None for attention across documents.
         """
         input_ids, index, labels = self.masking.apply(self.frame(blocks), samples, seed)
-        return Batch(
+        batch = Batch(
             input_ids=torch.from_numpy(input_ids),
             prediction_index=torch.from_numpy(index),
             labels=torch.from_numpy(labels),
+        )
+        if starts is not None:
+            batch["documents"] = self._documents(starts)
+        return batch
+
+    def _documents(self, starts: np.ndarray) -> Documents:
+        framed = self.frame_starts(starts)
+        return Documents(
+            positions=torch.from_numpy(positions_in_documents(framed)),
+            cu_seqlens=torch.from_numpy(cumulative_lengths(framed)),
         )
 
     @staticmethod
@@ -92,12 +129,20 @@ class MaskedLanguageModelling:
     @staticmethod
     def to_device(batch: Batch, device: torch.device) -> Batch:
         """Copy to the device, without waiting where the batch is pinned."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}  # type: ignore[attr-defined]
-        return Batch(**moved)  # type: ignore[typeddict-item]
+        moved = Batch(
+            input_ids=batch["input_ids"].to(device, non_blocking=True),
+            prediction_index=batch["prediction_index"].to(device, non_blocking=True),
+            labels=batch["labels"].to(device, non_blocking=True),
+        )
+        if "sources" in batch:
+            moved["sources"] = batch["sources"].to(device, non_blocking=True)
+        if "documents" in batch:
+            moved["documents"] = Documents(*(tensor.to(device, non_blocking=True) for tensor in batch["documents"]))
+        return moved
 
     def loss_sums(self, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
         """Sums of the cross-entropies over the predictions of each source, in nats; [source_count] in fp32."""
-        logits = network(batch["input_ids"], batch["prediction_index"])
+        logits = network(batch["input_ids"], batch["prediction_index"], batch.get("documents"))
         if "sources" not in batch:
             return self._cross_entropy(logits, batch["labels"]).view(1)
         losses = functional.cross_entropy(
@@ -110,7 +155,7 @@ class MaskedLanguageModelling:
     @torch.no_grad()
     def score(self, network: Network, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """For evaluation: the loss sum, and how many predictions were right; scalars."""
-        logits = network(batch["input_ids"], batch["prediction_index"])
+        logits = network(batch["input_ids"], batch["prediction_index"], batch.get("documents"))
         right = (logits.argmax(dim=-1) == batch["labels"]).sum()
         return self._cross_entropy(logits, batch["labels"]), right
 

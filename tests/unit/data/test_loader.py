@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.data.test_borders import starts_in
 from tests.unit.data.test_shards import write_data_set
 from trainer.batch_plan import BatchPlan
 from trainer.config import ObjectiveConfig
@@ -44,14 +45,21 @@ class RecordingShards(ShardSet):
         return super().read_blocks(blocks, payload)
 
 
+def two_sources() -> list[list[list[list[int]]]]:
+    """The documents of two sources of two shards each, with blocks that cross the border."""
+    generator = np.random.default_rng(0)
+    sources = []
+    for documents in (60, 40):
+        made = [generator.integers(4, 1000, generator.integers(5, 80)).tolist() for _ in range(documents)]
+        sources.append([made[: documents // 3], made[documents // 3 :]])
+    return sources
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two sources of two shards each, with blocks that cross the border."""
-    generator = np.random.default_rng(0)
     folders = [tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("source")]
-    for folder, documents in zip(folders, (60, 40), strict=True):
-        made = [generator.integers(4, 1000, generator.integers(5, 80)).tolist() for _ in range(documents)]
-        write_data_set(folder, [made[: documents // 3], made[documents // 3 :]])
+    for folder, shards in zip(folders, two_sources(), strict=True):
+        write_data_set(folder, shards)
     return folders
 
 
@@ -69,10 +77,11 @@ def batches_of(
     workers: int = 0,
     first_sample: int = 0,
     steps: int = 3,
+    document_attention: bool = False,
 ) -> list[Batch]:
     accumulation = GLOBAL_SIZE // (micro_size * world_size)
     plan = BatchPlan(GLOBAL_SIZE, micro_size, world_size, accumulation, SEQ_LEN, total_steps=100)
-    dataset = MaskedBlocks(sources, OBJECTIVE, SEED)
+    dataset = MaskedBlocks(sources, OBJECTIVE, SEED, document_attention)
     found = TrainingBatches(
         order_of(sources),
         plan,
@@ -171,6 +180,48 @@ def test_a_batch_is_what_order_and_shards_say(folders: list[Path]):
         assert one["input_ids"][0, 0] == VOCABULARY.begin_id and one["input_ids"][0, -1] == VOCABULARY.end_id
     found = {ids: list(labels) for rows in global_rows(folders, 2, 3) for ids, _, labels in rows}
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_size", "workers"), [(1, 12, 0), (1, 3, 1), (2, 2, 0), (2, 6, 1), (3, 4, 0)]
+)
+def test_positions_restart_at_each_document_for_any_ranks_workers_and_micro_batches(
+    world_size: int, micro_size: int, workers: int, folders: list[Path]
+):
+    """From the definition: each token's distance from the start of its document, or of what the block has of it."""
+    payload, expected = OBJECTIVE.payload, {}
+    for shards, folder in zip(two_sources(), folders, strict=True):
+        starts, data = starts_in(shards), ShardSet(folder)
+        for block in range(data.block_count(payload)):
+            inside = [0, *(1 + place for place in range(1, payload) if starts[block * payload + place])]
+            positions = [place - max(start for start in inside if start <= place) for place in range(SEQ_LEN)]
+            tokens = OBJECTIVE.frame(data.read_blocks(np.array([block]), payload))[0]
+            expected[tuple(tokens.tolist())] = positions
+    borders = 0
+    for rank in range(world_size):
+        options = {"rank": rank, "world_size": world_size, "micro_size": micro_size, "workers": workers}
+        sources = [ShardSet(folder) for folder in folders]
+        for batch in batches_of(sources, **options, document_attention=True):
+            original = batch["input_ids"].clone().view(-1)
+            original[batch["prediction_index"]] = batch["labels"]
+            documents = batch.get("documents")
+            assert documents is not None
+            for ids, positions in zip(original.view(micro_size, SEQ_LEN), documents.positions, strict=True):
+                assert positions.tolist() == expected[tuple(ids.tolist())]
+            first = np.flatnonzero(documents.positions.numpy() == 0)
+            assert documents.cu_seqlens[: len(first)].tolist() == first.tolist()
+            assert set(documents.cu_seqlens[len(first) :].tolist()) == {micro_size * SEQ_LEN}
+            borders += len(first) - micro_size
+    assert borders > GLOBAL_SIZE
+
+
+def test_without_document_attention_no_border_is_read(tmp_path: Path):
+    write_data_set(tmp_path, [[[5] * 20] * 20])
+    sources = [ShardSet(tmp_path)]
+    (tmp_path / "shard-00000.doc").unlink()
+    assert all("documents" not in batch for batch in batches_of(sources, steps=1))
+    with pytest.raises(FileNotFoundError):
+        batches_of(sources, steps=1, document_attention=True)
 
 
 def test_blocks_that_cross_from_one_shard_into_the_next_are_among_those_read(folders: list[Path]):

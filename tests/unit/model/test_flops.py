@@ -9,7 +9,7 @@ from transformers import AutoModelForMaskedLM
 
 from trainer.config import ModelConfig
 from trainer.model.build import constant_inputs
-from trainer.model.configuration import build_config
+from trainer.model.configuration import DOCUMENT_ATTENTION_MODELS, build_config
 from trainer.model.device_peak import datasheet_peak, device_peak
 from trainer.model.flops import flops_per_token
 from trainer.model.prediction_head import install
@@ -24,6 +24,19 @@ def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
     with sdpa_kernel(SDPBackend.MATH), positions.select(index), FlopCounterMode(display=False) as counter:
         model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
     counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+@pytest.mark.parametrize("model_type", sorted(DOCUMENT_ATTENTION_MODELS))
+def test_document_attention_counts_what_the_documents_alone_would_take(model_type, tmp_path):
+    model = tiny_model(tmp_path, model_type)
+    lengths = [7, 1, 13, 3]
+    assert sum(lengths) == SEQ_LEN
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        for length in lengths:
+            model(input_ids=masked_batch()[0][:, :length])
+    attended = sum(length**2 for length in lengths) / SEQ_LEN
+    counted = flops_per_token(model, attended, 1.0) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
 
 
