@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 import typer
@@ -68,30 +69,65 @@ def prepare(
             help="Share of the documents to hold out; writes DIR/train and DIR/validation.",
         ),
     ] = 0.0,
+    on_bad_document: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(
+            help="What to do with a document that is not UTF-8, not JSON, without the field or not text; skip counts "
+            "it. A damaged file, and a csv file that is not UTF-8, always stop."
+        ),
+    ] = "stop",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write only share I, from 0, of N; tasks may run at once, on machines that share DIR.",
+            show_default="all, or the place in a SLURM job array",
+        ),
+    ] = None,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="Join what the tasks have written; give the same other options.")
+    ] = False,
 ) -> None:
     """Tokenize text once into the shards that training reads.
 
-    The bytes written are the same for any number of workers. A document goes to validation by its hash.
+    The bytes written are the same for any number of workers and tasks, and after any number of interruptions: the same
+    command goes on with what is not finished. A document goes to validation by its hash.
 
     \b
     Examples:
       maskwright prepare --input texts/ --tokenizer tokenizer --output data --validation-fraction 0.01
       maskwright prepare --input 'dump/*.jsonl.zst' --field body --tokenizer tokenizer --output data
+      maskwright prepare --input dump/ --tokenizer tokenizer --output data --task 0/8
+      maskwright prepare --input dump/ --tokenizer tokenizer --output data --finalize
     """
-    from launcher.local import core_count
-    from tools.prepare import prepare as prepare_shards
+    from tools.prepare.share import choose_share
 
-    prepare_shards(
+    console = make_console()
+    share = choose_share(task, finalize, os.environ)
+    if share and task is None:
+        console.print(
+            f"Task {share}, from SLURM_ARRAY_TASK_ID={os.environ['SLURM_ARRAY_TASK_ID']}; --task 0/1 would do all."
+        )
+
+    from launcher.local import core_count
+    from tools import prepare as preparation
+
+    job = preparation.open_job(
         inputs=inputs,
         tokenizer=tokenizer,
         output=output,
         format=format,
         field=field,
         documents=documents,
-        workers=workers or core_count(),
         validation_fraction=validation_fraction,
-        console=make_console(),
+        on_bad_document=on_bad_document,
     )
+    if finalize:
+        preparation.finalize_job(job, console)
+    elif share:
+        preparation.prepare_task(job, share.task, share.tasks, workers or core_count(), console)
+    else:
+        preparation.prepare_job(job, workers or core_count(), console)
 
 
 DataFolder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `maskwright prepare` wrote.")]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tools.prepare.finalize import SPLITS, TOKENIZER_FOLDER
+from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
 from trainer.data.shard_set import ShardSet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,47 @@ def write_synced(path: Path, content: bytes) -> None:
         sync_and_close(file)
 
 
-def replace_synced(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part; durable on return."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replace_synced(path: Path, content: bytes, temporary: Path | None = None) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part; durable on return.
+
+    Args:
+        temporary: where it is written first; a `unique_name` if several processes may write the file at once.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     write_synced(temporary, content)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def create_synced(path: Path, content: bytes) -> bool:
+    """Write a file unless it exists, so that a reader never sees a part of it; of several processes one wins.
+
+    Returns:
+        whether this call wrote it.
+    """
+    temporary = unique_name(path)
+    write_synced(temporary, content)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: no way to tell who was first
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def unique_name(path: Path) -> Path:
+    """A temporary name beside `path` that no other process takes, on whatever machine."""
+    return path.with_name(f".{path.name}.{unique_token()}.tmp")
+
+
+def unique_token() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def sync_and_close(file: Any) -> None:

@@ -29,15 +29,24 @@ class Estimate:
     output_bytes: float
 
 
-def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encoder, dtype: np.dtype) -> Estimate:
+def estimate_output(
+    units: Sequence[Unit],
+    reading: ReadSettings,
+    encoder: Encoder,
+    dtype: np.dtype,
+    refused: dict[str, int] | None = None,
+) -> Estimate:
     """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
+
+    Args:
+        refused: as in `read_documents`.
 
     Raises:
         UserError: what is wrong with the input at those places.
     """
     tokens, documents, read_bytes = 0, 0, 0.0
     for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
-        texts, position = _sample(units[index].pieces[0], reading)
+        texts, position = _sample(units[index].pieces[0], reading, refused)
         if texts:  # a piece within one huge document has none of its own
             tokens += sum(map(len, encoder.encode(texts))) + len(texts)
             documents += len(texts)
@@ -47,10 +56,10 @@ def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encod
     return Estimate(tokens * scale, (tokens * dtype.itemsize + documents * _DOCUMENT_BYTES) * scale)
 
 
-def _sample(piece: Piece, reading: ReadSettings) -> tuple[list[str], float]:
+def _sample(piece: Piece, reading: ReadSettings, refused: dict[str, int] | None) -> tuple[list[str], float]:
     """About SAMPLE_CHARACTERS of the piece's documents, and the bytes on disk that they took."""
     texts, characters = [], 0
-    for text, consumed in read_documents(piece, reading):
+    for text, consumed in read_documents(piece, reading, refused):
         texts.append(text[:SAMPLE_CHARACTERS])
         characters += len(text)
         if characters >= SAMPLE_CHARACTERS:

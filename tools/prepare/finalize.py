@@ -2,106 +2,147 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tools.prepare.summary import SplitSummary
-from tools.prepare.worker import WORK_FOLDER, UnitRecord
-from trainer.data.shards import MANIFEST, Manifest, check_sizes
-from trainer.errors import DamagedError, UserError
+from tools.prepare.job import Job
+from tools.prepare.plan import Unit
+from tools.prepare.summary import counted, describe_refused, listing
+from tools.prepare.work_folder import foreign_parts, remove_temporaries
+from tools.prepare.worker import UnitRecord, read_record, record_path
+from trainer.data.shards import MANIFEST, Manifest
+from trainer.errors import UserError
 from trainer.files import replace_synced, sync_folder
 
-SPLITS = ("train", "validation")
-TOKENIZER_FOLDER = "tokenizer"
 
-
-def split_folders(output: Path, validation_fraction: float) -> dict[str, Path]:
-    """Where each split goes: the output itself, or one folder in it for each when some text is held out."""
-    return {name: output / name for name in SPLITS} if validation_fraction else {"train": output}
-
-
-def unit_is_whole(record: UnitRecord, folders: dict[str, Path]) -> bool:
-    """Whether the shards of a recorded unit are there with the recorded sizes."""
-    try:
-        for name, split in record.splits.items():
-            if split.entry:
-                check_sizes(folders[name], split.entry)
-    except DamagedError:
-        return False
-    return True
-
-
-def write_manifests(
-    records: Sequence[UnitRecord], folders: dict[str, Path], common: dict[str, Any]
-) -> tuple[dict[str, SplitSummary], int]:
-    """Write the manifest of each split, the training one last.
+def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
+    """The records of all units in order.
 
     Args:
-        records: all units in order.
-        common: the fields of Manifest that are the same for all splits.
+        tasks: how many tasks the job had, to say which of them is missing.
 
-    Returns:
-        the splits, and the number of empty documents.
+    Raises:
+        UserError: when a unit is missing, or when there are parts that are not this job's; they are named.
+    """
+    records: list[UnitRecord] = []
+    missing: list[Unit] = []
+    foreign: list[Path] = []
+    for unit in job.units:
+        record = read_record(job.work_folder, unit.number)
+        if record is not None and record.identity != job.identity(unit):
+            foreign.append(record_path(job.work_folder, unit.number))
+        elif (record := job.record(unit)) is None:
+            missing.append(unit)
+        else:
+            records.append(record)
+    names = {
+        folder: {unit.shard for unit in missing} | _shard_names(records, split) for split, folder in job.folders.items()
+    }
+    _refuse_foreign(job, foreign + foreign_parts(job, names))
+    _refuse_missing(job, missing, tasks)
+    return records
+
+
+def write_manifests(job: Job, records: Sequence[UnitRecord]) -> dict[str, Manifest]:
+    """Write the manifest of each split, the training one last.
 
     Raises:
         UserError: when a split would have no document.
     """
-    empty_documents = sum(record.empty_documents for record in records)
-    manifests = {name: _join(records, name, common, empty_documents) for name in folders}
-    _refuse_empty(manifests, empty_documents)
-    for name in reversed(folders):
-        _remove_strays(folders[name], {entry.name for entry in manifests[name].shards})
-        replace_synced(folders[name] / MANIFEST, manifests[name].to_json().encode())
-    return {name: SplitSummary.of(folder, manifests[name]) for name, folder in folders.items()}, empty_documents
+    manifests = {name: _join(job, records, name) for name in job.folders}
+    _refuse_empty(manifests)
+    remove_temporaries(job)
+    for name, folder in reversed(job.folders.items()):
+        replace_synced(folder / MANIFEST, manifests[name].to_json().encode())
+    return manifests
 
 
-def clean_up(output: Path, folders: dict[str, Path]) -> None:
-    """Remove the work folder, and the shards of an earlier run that had other splits."""
-    for folder in {output, *(output / name for name in SPLITS)} - set(folders.values()):
-        if folder.is_dir():
-            _remove_strays(folder, set())
-            if folder != output and not any(folder.iterdir()):
-                folder.rmdir()
-    shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
-    sync_folder(output)
+def total_refused(records: Sequence[UnitRecord]) -> dict[str, int]:
+    """How many documents were refused, by reason in alphabetical order."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.refused_documents)
+    return dict(sorted(total.items()))
 
 
-def sync_files(folder: Path) -> None:
-    """Make the files of a folder durable."""
-    for path in sorted(folder.iterdir()):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
+def remove_work_folder(job: Job) -> None:
+    """The last step of a job."""
+    if job.work_folder.is_dir():
+        shutil.rmtree(job.work_folder, ignore_errors=True)
+        sync_folder(job.output)
 
 
-def _join(records: Sequence[UnitRecord], name: str, common: dict[str, Any], empty_documents: int) -> Manifest:
-    splits = [record.splits[name] for record in records]
-    entries = tuple(split.entry for split in splits if split.entry)
-    return Manifest(
-        tokens=sum(entry.tokens for entry in entries),
-        documents=sum(entry.documents for entry in entries),
-        shards=entries,
-        statistics={
-            "text_bytes": sum(split.text_bytes for split in splits),
-            "longest_document_tokens": max((split.longest_document_tokens for split in splits), default=0),
-            "empty_documents_in_input": empty_documents,
-        },
-        **common,
+def _shard_names(records: Sequence[UnitRecord], split: str) -> set[str]:
+    return {entry.name for record in records if (entry := record.splits[split].entry)}
+
+
+def _refuse_foreign(job: Job, foreign: Sequence[Path]) -> None:
+    if foreign:
+        raise UserError(
+            "The folder holds parts that are not of this job: "
+            f"{listing([str(path.relative_to(job.output)) for path in foreign], shown=8)}.",
+            where=str(job.output),
+            remedy="Delete them, or give the options and the input that they were written with. "
+            "The units that are then missing are named.",
+        )
+
+
+def _refuse_missing(job: Job, missing: Sequence[Unit], tasks: int | None) -> None:
+    if not missing:
+        return
+    command = "the same command without --finalize"
+    if tasks is not None:
+        own = [f"--task {task}/{tasks}" for task in sorted({unit.number % tasks for unit in missing})]
+        command = f"the same command with {listing(own)} in place of --finalize"
+    raise UserError(
+        f"{len(missing):,} of {counted(len(job.units), 'unit')} are not written, or not whole: "
+        f"{listing([f'unit {unit.number} ({unit.describe()})' for unit in missing])}.",
+        where=str(job.output),
+        remedy=f"Run {command}, then this one again; finished units are kept.",
     )
 
 
-def _refuse_empty(manifests: dict[str, Manifest], empty_documents: int) -> None:
+def _join(job: Job, records: Sequence[UnitRecord], name: str) -> Manifest:
+    splits = [record.splits[name] for record in records]
+    entries = tuple(split.entry for split in splits if split.entry)
+    statistics: dict[str, Any] = {
+        "text_bytes": sum(split.text_bytes for split in splits),
+        "longest_document_tokens": max((split.longest_document_tokens for split in splits), default=0),
+        "empty_documents_in_input": sum(record.empty_documents for record in records),
+        "refused_documents_in_input": total_refused(records),
+    }
+    return Manifest(
+        dtype=job.dtype.str,
+        tokenizer_sha256=job.vocabulary.sha256,
+        vocabulary_size=job.vocabulary.size,
+        separator_id=job.vocabulary.separator_id,
+        tokens=sum(entry.tokens for entry in entries),
+        documents=sum(entry.documents for entry in entries),
+        shards=entries,
+        sources=job.inputs.sources,
+        settings=job.settings,
+        statistics=statistics,
+        written_by=f"maskwright {version('maskwright')}",
+    )
+
+
+def _refuse_empty(manifests: dict[str, Manifest]) -> None:
     total = sum(manifest.documents for manifest in manifests.values())
     if not total:
-        empty = f" {empty_documents:,} were empty." if empty_documents else ""
+        statistics = manifests["train"].statistics
+        left_out = ""
+        if empty := statistics["empty_documents_in_input"]:
+            left_out += f" {empty:,} were empty."
+        if refused := statistics["refused_documents_in_input"]:
+            left_out += f" Refused: {describe_refused(refused)}."
         raise UserError(
-            f"The input holds no documents.{empty}", where="--input", remedy="Give files that hold text; see --field."
+            f"The input holds no documents.{left_out}",
+            where="--input",
+            remedy="Give files that hold text; see --field.",
         )
     for name, manifest in manifests.items():
         if not manifest.documents:
@@ -110,10 +151,3 @@ def _refuse_empty(manifests: dict[str, Manifest], empty_documents: int) -> None:
                 where="--validation-fraction",
                 remedy="Choose another fraction, give more text, or cut it into more documents (--documents line).",
             )
-
-
-def _remove_strays(folder: Path, names: set[str]) -> None:
-    """Remove shard files that no manifest names: leftovers of a killed run with other inputs."""
-    for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
-        if path.name.startswith(".") or path.name.split(".")[0] not in names:
-            path.unlink()

@@ -17,7 +17,7 @@ from tools.prepare.inputs import InputFile, Inputs
 
 MINIMUM_UNIT_BYTES = 4 << 20
 MAXIMUM_UNIT_BYTES = 1 << 30
-UNITS_WANTED = 256
+UNITS_WANTED = 1024
 EXPANSION_OF_COMPRESSED = 4  # bytes of text behind a compressed byte, roughly: it decides unit sizes only
 
 
@@ -49,6 +49,20 @@ class Unit:
         """Bytes on disk."""
         return sum(piece.size for piece in self.pieces)
 
+    @property
+    def shard(self) -> str:
+        """The name of the shard that it becomes."""
+        return f"shard-{self.number:05d}"
+
+    def describe(self) -> str:
+        """What it is made of, in words."""
+        first = self.pieces[0]
+        if len(self.pieces) > 1:
+            return f"{len(self.pieces):,} files from '{first.file.name}' to '{self.pieces[-1].file.name}'"
+        if first.parts > 1:
+            return f"part {first.part + 1:,} of {first.parts:,} of '{first.file.name}'"
+        return f"bytes {first.start:,} to {first.end:,} of '{first.file.name}'"
+
     def identity(self, settings: dict[str, Any]) -> str:
         """Hash of all that decides the unit's shards: settings, and name, size and mtime of its files.
 
@@ -64,7 +78,7 @@ class Unit:
 def plan_units(inputs: Inputs, documents: str) -> tuple[Unit, ...]:
     """Cut large inputs, group small ones that follow each other.
 
-    A unit holds about total / 256 bytes of text, at least 4 MiB and at most 1 GiB. Compressed files, and files
+    A unit holds about total / 1,024 bytes of text, at least 4 MiB and at most 1 GiB. Compressed files, and files
     that are one document, are never cut.
     """
     total = sum(_weight(file) for file in inputs.files)

@@ -16,7 +16,7 @@ TICK_SECONDS = 0.5
 
 
 def run_units(
-    tasks: Sequence[tuple[Unit, str]],
+    units: Sequence[tuple[Unit, str]],
     settings: WorkSettings,
     workers: int,
     on_progress: Callable[[dict[int, tuple[int, int]]], None],
@@ -24,7 +24,7 @@ def run_units(
     """Write all units in `workers` processes.
 
     Args:
-        tasks: units with their identities.
+        units: each with its identity.
         on_progress: called about twice a second with {unit number: (bytes read, tokens written)}.
 
     Raises:
@@ -33,28 +33,35 @@ def run_units(
     """
     # spawn: a forked child of a process with torch or tokenizers threads may hang on a lock it inherited.
     context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(tasks))
+    waiting = list(reversed(units))
     processes: dict[Connection, Any] = {}
+    current: dict[Connection, Unit] = {}
     progress: dict[int, tuple[int, int]] = {}
+
+    def give(connection: Connection) -> None:
+        unit, identity = waiting.pop()
+        current[connection] = unit
+        connection.send((unit, identity))
+
     try:
-        for number in range(min(workers, len(tasks))):
+        for number in range(min(workers, len(units))):
             ours, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs, settings), name=f"prepare-{number}", daemon=True)
             process.start()
             theirs.close()
             processes[ours] = process
-            ours.send(waiting.pop())
+            give(ours)
         busy = set(processes)
         while busy:
             for connection in wait(list(busy), TICK_SECONDS):
                 assert isinstance(connection, Connection)
-                kind, value = _receive(connection, processes[connection])
+                kind, value = _receive(connection, processes[connection], current[connection])
                 if kind == "progress":
                     progress[value[0]] = value[1:]
                 elif kind == "failed":
                     raise value
                 elif waiting:
-                    connection.send(waiting.pop())
+                    give(connection)
                 else:
                     connection.send(None)
                     busy.remove(connection)
@@ -63,7 +70,7 @@ def run_units(
         _end(list(processes.values()))
 
 
-def _receive(connection: Connection, process: Any) -> tuple[str, Any]:
+def _receive(connection: Connection, process: Any, unit: Unit) -> tuple[str, Any]:
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError, pickle.UnpicklingError):
@@ -72,7 +79,7 @@ def _receive(connection: Connection, process: Any) -> tuple[str, Any]:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         raise MaskwrightError(
             f"A worker process {how}.",
-            where=process.name,
+            where=f"{process.name}, at {unit.describe()}",
             remedy="If the machine ran out of memory, use fewer --workers. Run the same command again to continue.",
         ) from None
 

@@ -12,7 +12,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,8 @@ from tools.prepare.plan import Piece
 from trainer.errors import UserError, nearest
 
 BOM = b"\xef\xbb\xbf"
+INVALID_UTF8, BROKEN_JSON, MISSING_FIELD, NOT_TEXT = "invalid UTF-8", "broken JSON", "missing field", "not text"
+_STEP_BYTES = 1 << 16
 _ONE_OBJECT_A_LINE = "Write one JSON object a line; from one JSON array: jq -c '.[]' OLD.json > NEW.jsonl."
 _BROKEN_COMPRESSION = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
@@ -37,11 +39,27 @@ class ReadSettings:
     scratch: str
 
 
-def read_documents(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str, int]]:
+@dataclass(frozen=True)
+class BadDocument:
+    """A document that cannot be read: why, and what makes the user's error of it.
+
+    Making the error may read the file again, to name the line; that is left out when bad documents are only counted.
+    """
+
+    reason: str
+    explain: Callable[[], UserError]
+
+
+def read_documents(
+    piece: Piece, settings: ReadSettings, refused: dict[str, int] | None = None
+) -> Iterator[tuple[str, int]]:
     """The documents of one piece, in order, each with the bytes of the piece consumed so far (as on disk).
 
     Line ends are normalised to \\n, a byte order mark is dropped, lone surrogates become U+FFFD. A document may
     be empty.
+
+    Args:
+        refused: where documents that cannot be read are counted by reason, and left out; None makes one an error.
 
     Raises:
         UserError: for invalid UTF-8, a line that is no JSON object, a missing field, a damaged compressed file.
@@ -55,7 +73,14 @@ def read_documents(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str, 
 
         found = read_table(piece, settings)
     for text, position in found:
-        yield _clean(text), position
+        if not isinstance(text, BadDocument):
+            yield _clean(text), position
+        elif refused is None:
+            error = text.explain()
+            remedy = f"{error.remedy} To leave such documents out: prepare --on-bad-document skip."
+            raise UserError(error.problem, where=error.where, remedy=remedy)
+        else:
+            refused[text.reason] = refused.get(text.reason, 0) + 1
 
 
 def open_input(path: str) -> tuple[IO[bytes], IO[bytes]]:
@@ -130,7 +155,7 @@ def line_number(path: str, offset: int) -> int:
     return lines
 
 
-def _read_text(piece: Piece, documents: str) -> Iterator[tuple[str, int]]:
+def _read_text(piece: Piece, documents: str) -> Iterator[tuple[str | BadDocument, int]]:
     with _Opened(piece) as opened:
         if documents == "file":
             found: Iterator[tuple[int, bytes]] = iter([(0, opened.file.read())])
@@ -138,37 +163,45 @@ def _read_text(piece: Piece, documents: str) -> Iterator[tuple[str, int]]:
             found = opened.paragraphs() if documents == "paragraph" else opened.lines()
         for offset, raw in found:
             text = _decode(raw, offset, piece.file.path)
-            yield text.removesuffix("\n").removesuffix("\r"), opened.consumed(offset + len(raw))
+            if isinstance(text, str):
+                text = text.removesuffix("\n").removesuffix("\r")
+            yield text, opened.consumed(offset + len(raw))
 
 
-def _read_json_lines(piece: Piece, field: str) -> Iterator[tuple[str, int]]:
+def _read_json_lines(piece: Piece, field: str) -> Iterator[tuple[str | BadDocument, int]]:
     path = piece.file.path
     with _Opened(piece) as opened:
         for offset, raw in opened.lines():
             line = _decode(raw, offset, path)
-            if line.strip():
+            if isinstance(line, BadDocument):
+                yield line, opened.consumed(offset + len(raw))
+            elif line.strip():
                 yield _field_of(line, field, path, offset), opened.consumed(offset + len(raw))
 
 
-def _field_of(line: str, field: str, path: str, offset: int) -> str:
+def _field_of(line: str, field: str, path: str, offset: int) -> str | BadDocument:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise _bad_row(path, offset, f"not JSON ({error})", _ONE_OBJECT_A_LINE) from None
+    except (ValueError, RecursionError) as error:
+        return _bad_row(BROKEN_JSON, path, offset, f"not JSON ({error})", _ONE_OBJECT_A_LINE)
     if not isinstance(row, dict):
-        raise _bad_row(path, offset, f"a JSON {type(row).__name__}, not an object", _ONE_OBJECT_A_LINE)
+        return _bad_row(BROKEN_JSON, path, offset, f"a JSON {type(row).__name__}, not an object", _ONE_OBJECT_A_LINE)
     if field not in row:
-        raise missing_field(f"{path}:{line_number(path, offset)}", field, list(row))
+        fields = list(row)
+        return BadDocument(MISSING_FIELD, lambda: missing_field(f"{path}:{line_number(path, offset)}", field, fields))
     value = row[field]
     if value is not None and not isinstance(value, str):
         found = f"field '{field}' holds a {type(value).__name__}, not text"
-        raise _bad_row(path, offset, found, "Name the field that holds the text with --field.")
+        return _bad_row(NOT_TEXT, path, offset, found, "Name the field that holds the text with --field.")
     return value or ""
 
 
-def _bad_row(path: str, offset: int, found: str, remedy: str) -> UserError:
-    line = line_number(path, offset)
-    return UserError(f"Line {line} of '{Path(path).name}': {found}.", where=f"{path}:{line}", remedy=remedy)
+def _bad_row(reason: str, path: str, offset: int, found: str, remedy: str) -> BadDocument:
+    def explain() -> UserError:
+        line = line_number(path, offset)
+        return UserError(f"Line {line} of '{Path(path).name}': {found}.", where=f"{path}:{line}", remedy=remedy)
+
+    return BadDocument(reason, explain)
 
 
 def missing_field(where: str, field: str, fields: list[str]) -> UserError:
@@ -191,12 +224,13 @@ def _clean(text: str) -> str:
     return text
 
 
-def _decode(raw: bytes, offset: int, path: str) -> str:
+def _decode(raw: bytes, offset: int, path: str) -> str | BadDocument:
     skipped = len(BOM) if offset == 0 and raw.startswith(BOM) else 0
     try:
         return raw[skipped:].decode() if skipped else raw.decode()
     except UnicodeDecodeError as error:
-        raise invalid_utf8(path, offset + skipped + error.start) from None
+        place = offset + skipped + error.start
+        return BadDocument(INVALID_UTF8, lambda: invalid_utf8(path, place))
 
 
 def _is_blank(line: bytes, offset: int) -> bool:
@@ -235,9 +269,7 @@ class _Opened:
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(offset, line) of the lines that start in the piece."""
         offset, _ = self._seek()
-        for line in self.file:
-            if offset >= self._end:
-                return
+        while offset < self._end and (line := self.file.readline()):
             yield offset, line
             offset += len(line)
 
@@ -248,9 +280,7 @@ class _Opened:
         """
         offset, inside = self._seek()  # inside a paragraph that starts before the piece
         first, lines = offset, []
-        for line in self.file:
-            if not lines and offset >= self._end:
-                return
+        while (lines or offset < self._end) and (line := self.file.readline()):
             if _is_blank(line, offset):
                 if lines:
                     yield first, b"".join(lines)
@@ -263,7 +293,10 @@ class _Opened:
             yield first, b"".join(lines)
 
     def _seek(self) -> tuple[int, bool]:
-        """Go to the first line that starts in the piece: (its offset, whether the line before it is not blank)."""
+        """Go to the first line that starts in the piece: (its offset, whether the line before it is not blank).
+
+        The offset is that of the piece's end, or beyond it, when none does.
+        """
         start = self._piece.start
         if start == 0:
             return 0, False
@@ -272,15 +305,21 @@ class _Opened:
             if start <= len(first):
                 return len(first), not _is_blank(first, 0)
         self.file.seek(start - 1)
-        rest = self.file.readline()
-        inside = bool(rest.strip()) or self._text_before(start - 1)
-        self.file.seek(start - 1 + len(rest))
-        return start - 1 + len(rest), inside
+        offset, inside = start - 1, False
+        # In steps, and no further than the piece: one line may be longer than many pieces.
+        while offset < self._end and (part := self.file.readline(_STEP_BYTES)):
+            offset += len(part)
+            inside = inside or bool(part.strip())
+            if part.endswith(b"\n"):
+                break
+        inside = inside or self._text_before(start - 1)
+        self.file.seek(offset)
+        return offset, inside
 
     def _text_before(self, end: int) -> bool:
         """Whether the line that byte `end` belongs to has anything but white space before it."""
         while end > 0:
-            start = max(0, end - (1 << 16))
+            start = end - _STEP_BYTES if end > _STEP_BYTES + len(BOM) else 0  # the mark in one part
             self.file.seek(start)
             part = self.file.read(end - start)
             newline = part.rfind(b"\n")

@@ -1,34 +1,50 @@
-"""`maskwright prepare`, from the arguments to the summary."""
+"""`maskwright prepare`: all of a job at once, or its tasks one by one and then the joining.
+
+A job (`open_job`) is a function of the input and the options. Its units may be written by one process tree
+(`prepare`), or by any number of tasks on any machines (`prepare_task`) and then be joined (`finalize_job`): the bytes
+are the same, also after any number of interruptions, because finished units are kept and the rest is written anew.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import xxhash
 from rich.console import Console
 
-from tools.prepare import finalize
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import check_free_space, estimate_output
-from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
-from tools.prepare.plan import Unit, plan_units
+from tools.prepare.finalize import collect_records, remove_work_folder, total_refused, write_manifests
+from tools.prepare.job import Job, open_job
+from tools.prepare.locks import locked, locked_units
+from tools.prepare.plan import Unit
 from tools.prepare.pool import run_units
 from tools.prepare.progress import ReadProgress
-from tools.prepare.readers import ReadSettings
-from tools.prepare.summary import PrepareSummary, SplitSummary, human_bytes, print_summary
-from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
-from trainer.data.shards import MANIFEST, Manifest, read_manifest, token_dtype
-from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
+from tools.prepare.share import Share
+from tools.prepare.summary import (
+    PrepareSummary,
+    TaskSummary,
+    counted,
+    describe_refused,
+    human_bytes,
+    print_summary,
+    print_task_summary,
+    say,
+)
+from tools.prepare.work_folder import (
+    check_job,
+    claim_folder,
+    enter,
+    place_tokenizer,
+    recorded_units,
+    remove_temporaries,
+)
+from trainer.data.shards import Manifest
 from trainer.errors import UserError
 
 
@@ -36,257 +52,189 @@ def prepare(
     inputs: Sequence[str],
     tokenizer: str,
     output: str,
-    format: str = "auto",
-    field: str = "text",
-    documents: str | None = None,
     workers: int | None = None,
-    validation_fraction: float = 0.0,
     console: Console | None = None,
+    **options: Any,
 ) -> PrepareSummary:
-    """Tokenize text into shards.
+    """Tokenize text into shards: `open_job`, which names the options and their errors, and `prepare_job`."""
+    return prepare_job(open_job(inputs, tokenizer, output, **options), workers, console)
 
-    The result is the same, byte for byte, for any number of workers and after any number of interruptions: run
-    the same command again and it continues with the units that are not finished. Files count as unchanged when
-    name, size and modification time are.
+
+def prepare_job(job: Job, workers: int | None = None, console: Console | None = None) -> PrepareSummary:
+    """Write all units and join them.
 
     Args:
-        inputs: files, globs, folders; with format "hub" data set names, NAME or NAME:CONFIG.
-        tokenizer: folder or hub name of a fast tokenizer.
-        format: "auto" (by suffix), "text", "jsonl", "csv", "parquet", "arrow" or "hub".
-        field: the column that holds the text, for all but text files.
-        documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest.
         workers: processes; default one for each usable core.
-        validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
-            sets are `output/train` and `output/validation`.
+        console: for progress and the summary; None says nothing.
 
     Raises:
-        UserError: for any mistake in the arguments or the input, and when `output` holds something else.
+        UserError: for a mistake in the input, and when the output holds something else or others write to it.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; finished units are kept.
     """
-    started = time.monotonic()
-    console = console or Console(markup=False)
-    _check(validation_fraction, workers)
-    found = find_inputs(inputs, format)
-    documents = resolve_documents(documents, found.format)
-    loaded = load_tokenizer(tokenizer)
-    vocabulary = vocabulary_of(loaded, tokenizer)
-    settings = _settings(found, documents, field, validation_fraction)
-    job = _Job(Path(output).expanduser(), found, documents, field, validation_fraction, vocabulary, settings)
+    started, console, workers = time.monotonic(), console or _silent(), _worker_count(workers)
+    manifests, already = job.finished(), True
+    if manifests is None:
+        claim_folder(job)
+        with _interruptible(console), locked(job):
+            manifests = job.finished()  # by another process, since
+            if manifests is None:
+                already = False
+                enter(job, None, console)
+                remove_temporaries(job)
+                _write_units(job, job.units, workers, console)
+                manifests = write_manifests(job, collect_records(job))
+    return _conclude(job, manifests, already, started, console)
 
-    finished = job.finished()
-    if finished is not None:
-        summary = PrepareSummary(job.output, *finished, time.monotonic() - started, already_prepared=True)
-        console.print(f"Already prepared: {job.output}", highlight=False, soft_wrap=True)
-        print_summary(summary, console)
-        return summary
-    job.claim_folder()
-    with _locked(job.work_folder), _interruptible(console):
-        loaded.save_pretrained(str(job.tokenizer_folder))
-        finalize.sync_files(job.tokenizer_folder)
-        job.write_units(workers or len(os.sched_getaffinity(0)), console)
-        splits, empty_documents = job.join()
-    summary = PrepareSummary(job.output, splits, empty_documents, time.monotonic() - started, already_prepared=False)
+
+def prepare_task(
+    job: Job, task: int, tasks: int, workers: int | None = None, console: Console | None = None
+) -> TaskSummary | None:
+    """Write the units of one of several tasks: those with the numbers task, task + tasks, …
+
+    Tasks may run at the same time, on machines that share the output folder; `finalize_job` comes after them.
+
+    Args:
+        task: from 0 to tasks - 1.
+        workers, console: as in `prepare_job`.
+
+    Returns:
+        what the task wrote; None when the job has been finished and joined before.
+
+    Raises:
+        UserError: as `prepare_job`; also when the folder is that of another job (other input, tokenizer or options),
+            and when the same task is running already.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; finished units are kept.
+    """
+    started, console, workers = time.monotonic(), console or _silent(), _worker_count(workers)
+    share = Share(task, tasks)
+    if job.finished() is None:
+        claim_folder(job)
+        with _interruptible(console), locked_units(job, share.of(job.units)) as alone:
+            if job.finished() is None:
+                return _write_share(job, share, alone, workers, started, console)
+    remove_work_folder(job)
+    say(console, f"Already prepared: {job.output}")
+    return None
+
+
+def finalize_job(job: Job, console: Console | None = None) -> PrepareSummary:
+    """Join the units that tasks have written.
+
+    Documents that a task left out stay left out, whatever the job says of bad documents.
+
+    Raises:
+        UserError: when units are missing or parts are not of this job (they are named), when the input has changed,
+            and when tasks are still running.
+    """
+    started, console = time.monotonic(), console or _silent()
+    job = dataclasses.replace(job, skip_bad_documents=True)
+    manifests, already = job.finished(), True
+    if manifests is None:
+        if not job.work_folder.is_dir():
+            raise UserError(
+                "There is nothing to join: no task has written to this folder.",
+                where=str(job.output),
+                remedy="Run the same command with --task I/N in place of --finalize, for every I from 0 to N-1.",
+            )
+        with locked(job):
+            manifests = job.finished()
+            if manifests is None:
+                already = False
+                records = collect_records(job, tasks=check_job(job))
+                place_tokenizer(job)
+                manifests = write_manifests(job, records)
+    return _conclude(job, manifests, already, started, console)
+
+
+def _write_share(job: Job, share: Share, alone: bool, workers: int, started: float, console: Console) -> TaskSummary:
+    """`alone`: no other process can be writing these units."""
+    enter(job, share.tasks, console)
+    own = share.of(job.units)
+    if alone:
+        remove_temporaries(job, own)
+    if not own:
+        say(
+            console,
+            f"The input has only {counted(len(job.units), 'unit')}: compressed, csv and arrow files stay whole.",
+        )
+    kept = _write_units(job, own, workers, console)
+    records = [record for unit in own if (record := job.record(unit))]
+    splits = [split for record in records for split in record.splits.values() if split.entry]
+    summary = TaskSummary(
+        output=job.output,
+        task=share.task,
+        tasks=share.tasks,
+        units=len(own),
+        kept_units=kept,
+        documents=sum(split.entry.documents for split in splits if split.entry),
+        tokens=sum(split.entry.tokens for split in splits if split.entry),
+        empty_documents=sum(record.empty_documents for record in records),
+        refused_documents=total_refused(records),
+        finished_units=len(recorded_units(job)),
+        all_units=len(job.units),
+        elapsed_seconds=time.monotonic() - started,
+    )
+    print_task_summary(summary, console)
+    return summary
+
+
+def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console) -> int:
+    """Tokenize those of the units that are not finished; returns how many were."""
+    remaining = [unit for unit in units if job.record(unit) is None]
+    kept = len(units) - len(remaining)
+    if not remaining:
+        return kept
+    say(console, job.describe_inputs())
+    size = sum(unit.size for unit in remaining)
+    _announce(job, remaining, size, kept, workers, console)
+    with ReadProgress(console, "Tokenizing", size) as progress:
+
+        def show(state: dict[int, tuple[int, int]]) -> None:
+            progress.update(sum(size for size, _ in state.values()), sum(tokens for _, tokens in state.values()))
+
+        run_units([(unit, job.identity(unit)) for unit in remaining], job.work_settings(), workers, show)
+    return kept
+
+
+def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers: int, console: Console) -> None:
+    """Say from a sample how much these units will give, and check that the disk has room for the whole job's."""
+    work = job.work_settings()
+    refused: dict[str, int] | None = {} if job.skip_bad_documents else None
+    encoder = Encoder(work.tokenizer_file, job.dtype)
+    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, refused)
+    again = f" {kept:,} of {counted(kept + len(remaining), 'unit')} are finished already." if kept else ""
+    if estimate.tokens:
+        say(
+            console,
+            f"Expect about {estimate.tokens:,.0f} tokens, {human_bytes(estimate.output_bytes)} of shards; "
+            f"workers: {min(workers, len(remaining))}.{again}",
+        )
+    elif refused:
+        say(console, f"No document of a sample can be read: {describe_refused(refused)}. See --field and --format.")
+    others = set(range(len(job.units))) - recorded_units(job) - {unit.number for unit in remaining}
+    share = size / (size + sum(job.units[number].size for number in others)) if size else 1.0
+    check_free_space(job.output, estimate.output_bytes / share)
+
+
+def _conclude(
+    job: Job, manifests: dict[str, Manifest], already: bool, started: float, console: Console
+) -> PrepareSummary:
+    remove_work_folder(job)
+    if already:
+        say(console, f"Already prepared: {job.output}")
+    summary = PrepareSummary.of(job.output, job.folders, manifests, time.monotonic() - started, already)
     print_summary(summary, console)
     return summary
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One resolved call of `prepare`."""
-
-    output: Path
-    inputs: Inputs
-    documents: str
-    field: str
-    validation_fraction: float
-    vocabulary: Vocabulary
-    settings: dict[str, Any]
-
-    @property
-    def work_folder(self) -> Path:
-        return self.output / WORK_FOLDER
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return self.output / finalize.TOKENIZER_FOLDER
-
-    @property
-    def folders(self) -> dict[str, Path]:
-        return finalize.split_folders(self.output, self.validation_fraction)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return token_dtype(self.vocabulary.size)
-
-    def finished(self) -> tuple[dict[str, SplitSummary], int] | None:
-        """What an earlier run of the same job wrote, None when it still has work to do."""
-        manifests: dict[str, Manifest] = {}
-        for folder in (self.output, *(self.output / name for name in finalize.SPLITS)):
-            if (folder / MANIFEST).is_file():
-                manifest = read_manifest(folder)
-                self._refuse_other(folder, manifest)
-                manifests.update({name: manifest for name, own in self.folders.items() if own == folder})
-        if len(manifests) < len(self.folders):
-            return None
-        finalize.clean_up(self.output, self.folders)
-        splits = {name: SplitSummary.of(folder, manifests[name]) for name, folder in self.folders.items()}
-        return splits, manifests["train"].statistics["empty_documents_in_input"]
-
-    def _refuse_other(self, folder: Path, manifest: Manifest) -> None:
-        """Raise UserError when the data set in `folder` is not this job's: nothing is ever overwritten."""
-        differs = [
-            f"{name} {manifest.settings.get(name)!r} instead of {value!r}" if name != "inputs" else "other input files"
-            for name, value in self.settings.items()
-            if manifest.settings.get(name) != value
-        ]
-        if manifest.tokenizer_sha256 != self.vocabulary.sha256:
-            differs.append("another tokenizer")
-        newest = max(file.mtime_ns for file in self.inputs.files)
-        if newest > (folder / MANIFEST).stat().st_mtime_ns:
-            differs.append("input files that have changed since")
-        if differs:
-            raise UserError(
-                f"'{folder}' already holds a data set, prepared from {'; '.join(differs)}.",
-                where=str(folder),
-                remedy="Choose another --output, or delete the folder.",
-            )
-
-    def claim_folder(self) -> None:
-        """Create the output; refuse one that holds anything that is not an interrupted run."""
-        if self.output.exists() and not self.output.is_dir():
-            raise UserError("The output is a file.", where=str(self.output), remedy="Choose another --output.")
-        if self.output.is_dir() and not self.work_folder.is_dir() and any(self.output.iterdir()):
-            held = ", ".join(sorted(path.name for path in self.output.iterdir())[:5])
-            raise UserError(
-                f"The output folder already holds other files: {held}.",
-                where=str(self.output),
-                remedy="Choose an --output that is new or empty.",
-            )
-        try:
-            for folder in (self.work_folder, *self.folders.values()):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot create the output folder: {error.strerror}.",
-                where=str(self.output),
-                remedy="Choose another --output.",
-            ) from None
-
-    def write_units(self, workers: int, console: Console) -> None:
-        """Tokenize all units that are not finished yet."""
-        reading = ReadSettings(self.inputs.format, self.documents, self.field, str(self.work_folder / "scratch"))
-        work = WorkSettings(
-            work_folder=str(self.work_folder),
-            splits={name: str(folder) for name, folder in self.folders.items()},
-            tokenizer_file=str(self.tokenizer_folder / "tokenizer.json"),
-            dtype=self.dtype.str,
-            separator_id=self.vocabulary.separator_id,
-            validation_fraction=self.validation_fraction,
-            reading=reading,
-        )
-        units = plan_units(self.inputs, self.documents)
-        tasks = [(unit, unit.identity(self._identity_settings())) for unit in units]
-        remaining = [task for task in tasks if self._record(*task) is None]
-        kept = len(tasks) - len(remaining)
-        if not remaining:
-            return
-        console.print(self._describe_inputs(), highlight=False, soft_wrap=True)
-        estimate = estimate_output(
-            [unit for unit, _ in remaining], reading, Encoder(work.tokenizer_file, self.dtype), self.dtype
-        )
-        again = f" {kept} of {len(tasks)} units are finished already." if kept else ""
-        if estimate.tokens:
-            console.print(
-                f"Expect about {estimate.tokens:,.0f} tokens, {human_bytes(estimate.output_bytes)} of shards; "
-                f"workers: {min(workers, len(remaining))}.{again}",
-                highlight=False,
-                soft_wrap=True,
-            )
-        check_free_space(self.output, estimate.output_bytes)
-        with ReadProgress(console, "Tokenizing", sum(unit.size for unit, _ in remaining)) as progress:
-
-            def show(state: dict[int, tuple[int, int]]) -> None:
-                progress.update(sum(size for size, _ in state.values()), sum(tokens for _, tokens in state.values()))
-
-            run_units(remaining, work, workers, show)
-
-    def join(self) -> tuple[dict[str, SplitSummary], int]:
-        """Check that every unit is there and write the manifests."""
-        units = plan_units(self.inputs, self.documents)
-        records = [self._record(unit, unit.identity(self._identity_settings())) for unit in units]
-        whole = [record for record in records if record is not None]
-        assert len(whole) == len(units), "a unit is missing after its worker reported it done"
-        common = {
-            "dtype": self.dtype.str,
-            "tokenizer_sha256": self.vocabulary.sha256,
-            "vocabulary_size": self.vocabulary.size,
-            "separator_id": self.vocabulary.separator_id,
-            "sources": self.inputs.sources,
-            "settings": self.settings,
-            "written_by": f"maskwright {version('maskwright')}",
-        }
-        result = finalize.write_manifests(whole, self.folders, common)
-        finalize.clean_up(self.output, self.folders)
-        return result
-
-    def _record(self, unit: Unit, identity: str) -> UnitRecord | None:
-        """The record of a unit that is finished and whole."""
-        record = read_record(self.work_folder, unit.number)
-        if record is None or record.identity != identity or not finalize.unit_is_whole(record, self.folders):
-            return None
-        return record
-
-    def _identity_settings(self) -> dict[str, Any]:
-        return {**self.settings, "inputs": None, "tokenizer": self.vocabulary.sha256}
-
-    def _describe_inputs(self) -> str:
-        count = len(self.inputs.files)
-        size = human_bytes(self.inputs.size) if self.inputs.size else "size unknown"
-        thing = "data set" if self.inputs.format == "hub" else "file"
-        plural = "s" if count > 1 else ""
-        return (
-            f"Input: {count:,} {thing}{plural}, {size}, format {self.inputs.format}, one document a {self.documents}."
-        )
-
-
-def _settings(inputs: Inputs, documents: str, field: str, validation_fraction: float) -> dict[str, Any]:
-    """What the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
-    listing = repr([(file.name, file.size, file.parts, file.revision) for file in inputs.files])
-    return {
-        "format": inputs.format,
-        "documents": documents,
-        "field": None if inputs.format == "text" else field,
-        "validation_fraction": validation_fraction,
-        "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
-    }
-
-
-def _check(validation_fraction: float, workers: int | None) -> None:
-    if not 0.0 <= validation_fraction < 1.0:
-        raise UserError(
-            f"The validation fraction must be at least 0 and below 1, got {validation_fraction:g}.",
-            where="--validation-fraction",
-            remedy="0.01 holds out one document in a hundred.",
-        )
+def _worker_count(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"At least one worker is needed, got {workers}.", where="--workers", remedy="Leave it out.")
+    return workers or len(os.sched_getaffinity(0))
 
 
-@contextlib.contextmanager
-def _locked(work_folder: Path) -> Iterator[None]:
-    """Keep a second `prepare` out of the same folder; the lock ends with the process, however that ends."""
-    with open(work_folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "Another prepare is writing to this folder.",
-                where=str(work_folder.parent),
-                remedy="Wait for it, or choose another --output.",
-            ) from None
-        except OSError:
-            pass  # a network file system without locks
-        yield
+def _silent() -> Console:
+    return Console(quiet=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,11 @@ class SplitSummary:
     longest_document_tokens: int
     shards: int
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of UTF-8 text a content token (separators not counted)."""
+        return self.text_bytes / max(1, self.tokens - self.documents)
+
     @classmethod
     def of(cls, folder: Path, manifest: Manifest) -> SplitSummary:
         counts = manifest.statistics
@@ -39,13 +45,31 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """The result of `prepare`. `splits` has "train", and "validation" when a fraction was held out."""
+    """The result of `prepare`. `splits` has "train", and "validation" when a fraction was held out.
+
+    `refused_documents` counts those that could not be read, by reason; with `on_bad_document` "stop" there are none.
+    """
 
     output: Path
     splits: dict[str, SplitSummary]
     empty_documents: int
+    refused_documents: dict[str, int]
     elapsed_seconds: float
     already_prepared: bool
+
+    @classmethod
+    def of(
+        cls, output: Path, folders: dict[str, Path], manifests: dict[str, Manifest], seconds: float, already: bool
+    ) -> PrepareSummary:
+        counts = manifests["train"].statistics
+        return cls(
+            output,
+            {name: SplitSummary.of(folder, manifests[name]) for name, folder in folders.items()},
+            counts["empty_documents_in_input"],
+            counts.get("refused_documents_in_input", {}),  # data sets of earlier versions have none
+            seconds,
+            already,
+        )
 
     @property
     def documents(self) -> int:
@@ -55,10 +79,26 @@ class PrepareSummary:
     def tokens(self) -> int:
         return sum(split.tokens for split in self.splits.values())
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of UTF-8 text a content token (separators not counted)."""
-        return sum(split.text_bytes for split in self.splits.values()) / max(1, self.tokens - self.documents)
+
+@dataclass(frozen=True)
+class TaskSummary:
+    """The result of one task. Documents and tokens are those of its units, `kept_units` of which were finished before.
+
+    `finished_units` of the `all_units` of the job are finished, whoever wrote them.
+    """
+
+    output: Path
+    task: int
+    tasks: int
+    units: int
+    kept_units: int
+    documents: int
+    tokens: int
+    empty_documents: int
+    refused_documents: dict[str, int]
+    finished_units: int
+    all_units: int
+    elapsed_seconds: float
 
 
 def unused_tail_tokens(tokens: int, seq_len: int = USUAL_SEQ_LEN) -> int:
@@ -70,10 +110,11 @@ def print_summary(summary: PrepareSummary, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in summary.splits:
-        table.add_column(name if len(summary.splits) > 1 else "", justify="right")
+        table.add_column(name if len(summary.splits) > 1 else "", justify="right", overflow="fold")
     splits = summary.splits.values()
     table.add_row("documents", *(f"{split.documents:,}" for split in splits))
     table.add_row("tokens", *(f"{split.tokens:,}" for split in splits))
+    table.add_row("bytes a token", *(f"{split.bytes_per_token:.2f}" for split in splits))
     table.add_row("longest document", *(f"{split.longest_document_tokens:,} tokens" for split in splits))
     table.add_row(
         f"unused tail at seq_len {USUAL_SEQ_LEN}", *(f"{unused_tail_tokens(split.tokens):,} tokens" for split in splits)
@@ -81,11 +122,54 @@ def print_summary(summary: PrepareSummary, console: Console) -> None:
     table.add_row("shards", *(f"{split.shards:,}" for split in splits))
     table.add_row("folder", *(str(split.folder) for split in splits))
     console.print(table)
-    console.print(
-        f"{summary.bytes_per_token:.2f} bytes a token; {summary.empty_documents:,} empty documents left out; "
+    say(
+        console,
+        f"Left out: {_describe_left_out(summary.empty_documents, summary.refused_documents)}. "
         f"{summary.elapsed_seconds:.1f} s",
-        highlight=False,
     )
+
+
+def print_task_summary(summary: TaskSummary, console: Console) -> None:
+    kept = f" ({summary.kept_units:,} of them finished before)" if summary.kept_units else ""
+    say(
+        console,
+        f"Task {summary.task}/{summary.tasks}: {counted(summary.units, 'unit')}{kept}, "
+        f"{counted(summary.documents, 'document')}, {summary.tokens:,} tokens. Left out: "
+        f"{_describe_left_out(summary.empty_documents, summary.refused_documents)}. {summary.elapsed_seconds:.1f} s",
+    )
+    if summary.finished_units < summary.all_units:
+        state = (
+            f"{summary.finished_units:,} of {counted(summary.all_units, 'unit')} are written. When all tasks have ended"
+        )
+    else:
+        state = f"All {counted(summary.all_units, 'unit')} are written"
+    say(console, f"{state}, join them: the same command with --finalize in place of --task.")
+
+
+def describe_refused(refused: dict[str, int]) -> str:
+    """Such as "2 broken JSON, 1 not text"."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
+
+
+def _describe_left_out(empty: int, refused: dict[str, int]) -> str:
+    reasons = f" ({describe_refused(refused)})" if refused else ""
+    return f"{counted(empty, 'empty document')}, {sum(refused.values()):,} refused{reasons}"
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line as it is."""
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 unit", "2 units"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def listing(items: Sequence[str], shown: int = 4) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
 
 
 def human_bytes(count: float) -> str:

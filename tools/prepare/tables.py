@@ -12,21 +12,30 @@ import xxhash
 
 from tools.prepare.inputs import InputFile, Inputs
 from tools.prepare.plan import Piece
-from tools.prepare.readers import ReadSettings, ZstdReader, invalid_utf8, missing_field, open_input
+from tools.prepare.readers import (
+    INVALID_UTF8,
+    NOT_TEXT,
+    BadDocument,
+    ReadSettings,
+    ZstdReader,
+    invalid_utf8,
+    missing_field,
+    open_input,
+)
 from trainer.errors import MaskwrightError, UserError
 
 ROWS_A_BATCH = 1000
 
 
-def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str, int]]:
+def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
     """The text field of each row, in order, with the bytes consumed (estimated: a table has no byte positions)."""
     consumed = 0.0
     row_bytes = _bytes_a_row(piece) if settings.format == "parquet" else None
     try:
         for column in _columns(piece, settings):
-            for text in column:
-                text = text or ""
-                consumed = min(consumed + (row_bytes or len(text)), piece.size)
+            for value in column:
+                text = _text_of(value, piece, settings)
+                consumed = min(consumed + (row_bytes or (len(text) if isinstance(text, str) else 0)), piece.size)
                 yield text, int(consumed)
     except (MaskwrightError, GeneratorExit):
         raise
@@ -87,20 +96,46 @@ def _bytes_a_row(piece: Piece) -> float | None:
     return piece.file.size / rows if rows else None
 
 
-def _columns(piece: Piece, settings: ReadSettings) -> Iterator[list[str | None]]:
+def _text_of(value: Any, piece: Piece, settings: ReadSettings) -> str | BadDocument:
+    """The text of a row; `value` is a UnicodeDecodeError where it has none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    name, field = piece.file.name, settings.field
+    if isinstance(value, UnicodeDecodeError):
+        error = UserError(
+            f"Not valid UTF-8: field '{field}' in a row of '{name}'.",
+            where=piece.file.path,
+            remedy="Write the file again from valid text.",
+        )
+        return BadDocument(INVALID_UTF8, lambda: error)
+    error = UserError(
+        f"Field '{field}' of '{name}' holds a {type(value).__name__}, not text.",
+        where=f"--field {field}",
+        remedy="Name the field that holds the text.",
+    )
+    return BadDocument(NOT_TEXT, lambda: error)
+
+
+def _columns(piece: Piece, settings: ReadSettings) -> Iterator[list[Any]]:
     rows = _open_rows(piece, settings)
     for table in rows.with_format("arrow").iter(ROWS_A_BATCH):
         if settings.field not in table.column_names:
             raise missing_field(f"'{piece.file.name}'", settings.field, table.column_names)
-        column = table.column(settings.field).to_pylist()
-        wrong = next((value for value in column if value is not None and not isinstance(value, str)), None)
-        if wrong is not None:
-            raise UserError(
-                f"Field '{settings.field}' of '{piece.file.name}' holds a {type(wrong).__name__}, not text.",
-                where=f"--field {settings.field}",
-                remedy="Name the field that holds the text.",
-            )
-        yield column
+        yield _values(table.column(settings.field))
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # written without a check: find the rows
+        return [_decoded(raw) for raw in column.cast("binary").to_pylist()]
+
+
+def _decoded(raw: bytes | None) -> str | UnicodeDecodeError | None:
+    try:
+        return None if raw is None else raw.decode()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _open_rows(piece: Piece, settings: ReadSettings) -> Any:

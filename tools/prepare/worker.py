@@ -23,9 +23,9 @@ import xxhash
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
-from trainer.data.shards import ShardEntry, ShardWriter
+from trainer.data.shards import ShardEntry, ShardWriter, remove_shard
 from trainer.errors import MaskwrightError, UserError
-from trainer.files import replace_synced
+from trainer.files import replace_synced, sync_folder, unique_name
 
 WORK_FOLDER = ".prepare"
 REPORT_SECONDS = 0.5
@@ -43,6 +43,7 @@ class WorkSettings:
     separator_id: int
     validation_fraction: float
     reading: ReadSettings
+    skip_bad_documents: bool = False
 
 
 @dataclass
@@ -60,6 +61,7 @@ class UnitRecord:
 
     identity: str
     empty_documents: int = 0
+    refused_documents: dict[str, int] = field(default_factory=dict)  # by reason
     splits: dict[str, SplitRecord] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
     """The record of a unit, None when there is none or it cannot be read."""
     try:
         raw = json.loads(record_path(work_folder, number).read_text())
-        record = UnitRecord(raw["identity"], raw["empty_documents"])
+        record = UnitRecord(raw["identity"], raw["empty_documents"], raw["refused_documents"])
         for name, split in raw["splits"].items():
             entry = split.pop("entry")
             if entry:
@@ -100,15 +102,13 @@ def write_unit(
     record = UnitRecord(identity, splits={name: SplitRecord() for name in settings.splits})
     writers: dict[str, ShardWriter] = {}
     tokens, reported = 0, time.monotonic()
-    for texts, position in _batches(unit, settings.reading, record):
+    for texts, position in _batches(unit, settings, record):
         for text, ids in zip(texts, encoder.encode(texts), strict=True):
             raw = text.encode()
             name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
             if name not in writers:
-                shard = f"shard-{unit.number:05d}"
-                writers[name] = ShardWriter(
-                    settings.splits[name], shard, np.dtype(settings.dtype), settings.separator_id
-                )
+                folder, dtype = settings.splits[name], np.dtype(settings.dtype)
+                writers[name] = ShardWriter(folder, unit.shard, dtype, settings.separator_id)
             writers[name].add_document(ids)
             split = record.splits[name]
             split.text_bytes += len(raw)
@@ -117,19 +117,26 @@ def write_unit(
         if time.monotonic() - reported > REPORT_SECONDS:
             report(position, tokens)
             reported = time.monotonic()
-    for name, writer in writers.items():
-        record.splits[name].entry = writer.close()
     path = record_path(settings.work_folder, unit.number)
-    replace_synced(path, json.dumps(asdict(record)).encode())
+    if path.exists():  # of another job: it must not vouch for the shards that now take the names
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    for name, folder in settings.splits.items():
+        if name in writers:
+            record.splits[name].entry = writers[name].close()
+        else:
+            remove_shard(Path(folder), unit.shard)
+    replace_synced(path, json.dumps(asdict(record)).encode(), unique_name(path))
     report(unit.size, tokens)
 
 
-def _batches(unit: Unit, reading: ReadSettings, record: UnitRecord) -> Iterator[tuple[list[str], int]]:
-    """Batches of documents that are not empty, with the bytes of the unit consumed; counts the empty ones."""
+def _batches(unit: Unit, settings: WorkSettings, record: UnitRecord) -> Iterator[tuple[list[str], int]]:
+    """Batches of documents with the bytes of the unit consumed; counts those that are left out."""
+    refused = record.refused_documents if settings.skip_bad_documents else None
     texts: list[str] = []
     characters, before, position = 0, 0, 0
     for piece in unit.pieces:
-        for text, consumed in read_documents(piece, reading):
+        for text, consumed in read_documents(piece, settings.reading, refused):
             if not text or text.isspace():
                 record.empty_documents += 1
                 continue
@@ -151,6 +158,7 @@ def work(connection: Connection, settings: WorkSettings) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
+        unit = None
         try:
             encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype))
             while (task := connection.recv()) is not None:
@@ -164,16 +172,23 @@ def work(connection: Connection, settings: WorkSettings) -> None:
         except (EOFError, BrokenPipeError):
             raise
         except Exception as error:
-            connection.send(("failed", _portable(error, settings.work_folder)))
+            connection.send(("failed", _portable(error, settings.work_folder, unit)))
 
 
-def _portable(error: Exception, folder: str) -> Exception:
+def _portable(error: Exception, folder: str, unit: Unit | None) -> Exception:
     """The error as the parent can receive and show it."""
     if isinstance(error, MaskwrightError):
         return error
+    output = str(Path(folder).parent)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         remedy = "Free some space and run the same command again to continue."
-        return UserError("The disk is full.", where=str(Path(folder).parent), remedy=remedy)
+        return UserError("The disk is full.", where=output, remedy=remedy)
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith(output):
+        remedy = "Let one prepare work in a folder at a time; run the same command again to continue."
+        return UserError("A file that was being written has been removed.", where=str(error.filename), remedy=remedy)
+    if isinstance(error, MemoryError) and unit is not None:
+        remedy = "Use fewer --workers, or cut a document of gigabytes. Run the same command again to continue."
+        return UserError("Not enough memory for a document.", where=unit.describe(), remedy=remedy)
     note = "In a worker process:\n" + traceback.format_exc()
     try:
         error = pickle.loads(pickle.dumps(error))

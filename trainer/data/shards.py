@@ -27,11 +27,12 @@ import numpy as np
 import xxhash
 
 from trainer.errors import DamagedError, UserError
-from trainer.files import file_hash, sync_and_close, sync_folder, write_synced
+from trainer.files import file_hash, sync_and_close, sync_folder, unique_token, write_synced
 
 FORMAT = "maskwright-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+SUFFIXES = ("tok", "doc", "sum")
 SUM_BYTES = 1 << 20  # bytes of NAME.tok behind one sum
 
 
@@ -58,7 +59,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     sources: tuple[dict[str, Any], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    statistics: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
     written_by: str = ""
 
     @property
@@ -121,17 +122,22 @@ def split_folder(path: str | Path, split: str) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard under temporary names, and gives it its names when it is whole."""
+    """Writes one shard under temporary names, and gives it its names when it is whole.
+
+    The temporary names are its own: two processes that write the same shard cannot mix their bytes, and the shard
+    is that of one of them.
+    """
 
     def __init__(self, folder: str | Path, name: str, dtype: np.dtype, separator_id: int) -> None:
         self.folder, self.name, self.dtype = Path(folder), name, np.dtype(dtype)
         self._separator = np.array([separator_id], self.dtype)
         self._starts, self._tokens = [0], 0
+        self._unique = unique_token()
         self._file = open(self._temporary("tok"), "wb")
 
     def add_document(self, ids: list[int] | np.ndarray) -> None:
         """Append one document's content tokens and the separator."""
-        self._file.write(np.asarray(ids).astype(self.dtype).tobytes())
+        self._file.write(np.ascontiguousarray(ids, self.dtype).data)  # no copy: it may be gigabytes
         self._file.write(self._separator.tobytes())
         self._tokens += len(ids) + 1
         self._starts.append(self._tokens)
@@ -143,7 +149,7 @@ class ShardWriter:
         sums = mebibyte_sums(self._temporary("tok"))
         write_synced(self._temporary("sum"), sums.tobytes())
         files = {}
-        for suffix in ("tok", "doc", "sum"):
+        for suffix in SUFFIXES:
             temporary = self._temporary(suffix)
             files[suffix] = (temporary.stat().st_size, file_hash(temporary))
             os.replace(temporary, self.folder / f"{self.name}.{suffix}")
@@ -151,7 +157,13 @@ class ShardWriter:
         return ShardEntry(self.name, self._tokens, len(self._starts) - 1, files)
 
     def _temporary(self, suffix: str) -> Path:
-        return self.folder / f".{self.name}.{suffix}.tmp"
+        return self.folder / f".{self.name}.{suffix}.{self._unique}.tmp"
+
+
+def remove_shard(folder: Path, name: str) -> None:
+    """Remove the files of a shard, if there are any."""
+    for suffix in SUFFIXES:
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def document_starts(folder: Path, entry: ShardEntry) -> np.ndarray:

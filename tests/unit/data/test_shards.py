@@ -117,6 +117,20 @@ def test_a_shard_has_its_names_only_when_it_is_whole(tmp_path: Path):
     ]
 
 
+def test_two_writers_of_a_shard_do_not_mix_their_bytes(tmp_path: Path):
+    """As on a file system without locks, where nothing keeps two processes from the same shard."""
+    writers = [ShardWriter(tmp_path, "shard-00000", np.dtype("<u2"), SEPARATOR) for _ in range(2)]
+    for document in ([5, 6], [7]):
+        for writer in writers:
+            writer.add_document(document)
+    writers[0].add_document([8])
+    entry = writers[0].close()
+    assert verify_shard(tmp_path, entry) == []
+    last = writers[1].close()
+    assert verify_shard(tmp_path, last) == [] and (last.tokens, last.documents) == (5, 2)
+    assert len(list(tmp_path.iterdir())) == 3, "no temporary file is left"
+
+
 def test_a_folder_without_a_manifest_is_no_data_set_and_the_split_inside_is_named(tmp_path: Path):
     write_data_set(tmp_path / "data" / "train", [[[1]]])
     with pytest.raises(UserError, match="has no manifest") as caught:

@@ -137,3 +137,18 @@ def test_input_takes_several_values_as_a_shell_expands_them(tmp_path: Path) -> N
     result = maskwright("tokenizer", "train", "--input", "a.txt", "b.txt", "--nosuch")
     assert_is_a_card(result, 2, "No such option")
     assert "unexpected extra argument" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--task", "3/3"), ("There is no task 3/3", "--task 3/3", "the last of 3 is 2/3")),
+        (("--task", "a/b"), ("'a/b' is no task", "--task a/b", "0/8 for the first of 8")),
+        (("--task", "0/3", "--finalize"), ("exclude each other", "--finalize alone")),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_at_once(
+    options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    paths = ("--input", str(tmp_path), "--tokenizer", "nosuch", "--output", str(tmp_path / "out"))
+    assert_is_a_card(maskwright("prepare", *paths, *options), 2, *words)

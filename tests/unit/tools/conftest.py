@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import write_text
-from tools.prepare import PrepareSummary, prepare, readers
+from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
 from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
 from trainer.data.shards import document_starts, read_manifest
@@ -31,6 +31,14 @@ def run_prepare(tokenizer: Path) -> Callable[..., PrepareSummary]:
         return prepare([str(path) for path in inputs], str(tokenizer), str(output), **options)
 
     return run
+
+
+@pytest.fixture
+def make_job(tokenizer: Path) -> Callable[..., Job]:
+    def make(inputs: list[Path], output: Path, **options) -> Job:
+        return open_job([str(path) for path in inputs], str(tokenizer), str(output), **options)
+
+    return make
 
 
 @pytest.fixture

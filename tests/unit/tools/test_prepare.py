@@ -88,9 +88,10 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     output = tmp_path / "killed"
     code = textwrap.dedent(f"""
         import tools.prepare.plan
+        from rich.console import Console
         from tools.prepare import prepare
         tools.prepare.plan.MINIMUM_UNIT_BYTES = 65536
-        prepare([{str(path)!r}], {str(tokenizer)!r}, {str(output)!r}, workers=2)
+        prepare([{str(path)!r}], {str(tokenizer)!r}, {str(output)!r}, workers=2, console=Console())
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -298,17 +299,6 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path: Path, run_prepare, monkey
 
     with pytest.raises(UserError, match=r"only 1\.0 kB are free"):
         run_prepare([path], tmp_path / "data")
-
-
-def test_a_second_prepare_into_the_same_folder_is_refused(tmp_path: Path, run_prepare) -> None:
-    import fcntl
-
-    path = write_text(tmp_path / "text.txt", documents=10, seed=1)
-    (tmp_path / "data" / WORK_FOLDER).mkdir(parents=True)
-    with open(tmp_path / "data" / WORK_FOLDER / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="Another prepare"):
-            run_prepare([path], tmp_path / "data")
 
 
 def test_the_estimate_and_the_summary_are_printed(tmp_path: Path, run_prepare) -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.tools.conftest import read_text_pieces
 from tools.prepare.encode import split_text
 from tools.prepare.inputs import find_inputs
-from tools.prepare.plan import MINIMUM_UNIT_BYTES, plan_units
+from tools.prepare.plan import MINIMUM_UNIT_BYTES, Piece, plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from trainer.errors import UserError
 
@@ -39,7 +41,9 @@ def test_any_cut_gives_the_same_documents(tmp_path_factory, documents, lines, st
 
     whole = read_text_pieces(find_inputs([str(path)]), documents, [])
 
-    assert read_text_pieces(find_inputs([str(path)]), documents, cuts) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.prepare.readers._STEP_BYTES", data.draw(st.sampled_from([1, 3, 1 << 16])))
+        assert read_text_pieces(find_inputs([str(path)]), documents, cuts) == whole
     text = (raw or b"x").removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
     if documents == "line":
         assert whole == text.split("\n")[: len(whole)]
@@ -47,6 +51,31 @@ def test_any_cut_gives_the_same_documents(tmp_path_factory, documents, lines, st
     else:
         assert " ".join(whole).split() == text.split()
         assert all(paragraph.strip() and "\n\n" not in paragraph for paragraph in whole)
+
+
+@pytest.mark.parametrize("documents", ["line", "paragraph"])
+def test_a_piece_inside_a_huge_line_reads_no_more_than_itself(
+    tmp_path: Path, documents: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a line over a thousand pieces would be read a thousand times."""
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"x" * (16 << 20) + b"\n")
+    (file,) = find_inputs([str(path)]).files
+    read = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            read.append(super().readinto(buffer) or 0)
+            return read[-1]
+
+    def open_counted(path: str) -> tuple[io.BufferedReader, io.BufferedReader]:
+        opened = io.BufferedReader(Counted(path))
+        return opened, opened
+
+    monkeypatch.setattr("tools.prepare.readers.open_input", open_counted)
+    piece = Piece(file, 5 << 20, 6 << 20)
+    assert list(read_documents(piece, ReadSettings("text", documents, "text", ""))) == []
+    assert piece.size <= sum(read) < 2 * piece.size
 
 
 def test_documents_of_text(tmp_path: Path) -> None:
@@ -213,7 +242,6 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 def write_rows(path: Path, texts: list[str], field: str = "text", row_group_size: int = 1000) -> Path:
     """A table of `texts` in the format that the suffix names, with a second column."""
     import csv
-    import io
 
     import pyarrow
     import pyarrow.parquet

@@ -1,0 +1,517 @@
+"""Preparation as several tasks: shares, kills, locks, and what the joining refuses (fault 20 of the kill tests)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_text
+from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_documents
+from tests.unit.tools.killable import Killable
+from tests.unit.tools.test_readers import write_rows
+from tools.prepare import Job, finalize_job, open_job, prepare_job, prepare_task
+from tools.prepare.locks import locked, locked_units
+from tools.prepare.share import Share, choose_share
+from tools.prepare.work_folder import JOB_FILE
+from tools.prepare.worker import WORK_FOLDER
+from trainer.errors import DamagedError, UserError
+
+UNIT_BYTES = 16384
+
+
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of 16 KiB in this process."""
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
+
+
+def run_tasks(arguments: dict, tasks: list[Share], workers: int) -> None:
+    """Run tasks one after the other, in this process."""
+    import tools.prepare.plan
+
+    tools.prepare.plan.MINIMUM_UNIT_BYTES = UNIT_BYTES
+    job = open_job(**arguments)
+    for share in tasks:
+        prepare_task(job, share.task, share.tasks, workers)
+
+
+def all_tasks(count: int) -> list[Share]:
+    return [Share(task, count) for task in range(count)]
+
+
+def arguments_of(job: Job, tokenizer: Path, **options) -> dict:
+    paths = [file.path for file in job.inputs.files]
+    return {"inputs": paths, "tokenizer": str(tokenizer), "output": str(job.output), **options}
+
+
+def records(job: Job) -> list[str]:
+    return sorted(path.name for path in job.work_folder.glob("unit-*.json"))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Path, list[str]]:
+    """An uninterrupted plain run with a held-out split, and its inputs."""
+    folder = tmp_path_factory.mktemp("clean")
+    for name, documents in (("a", 1200), ("b", 300)):
+        write_text(folder / f"{name}.txt", documents, seed=documents)
+    (folder / "empty.txt").write_text("")
+    inputs = [str(path) for path in sorted(folder.glob("*.txt"))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
+        prepare_job(open_job(inputs, str(tokenizer), str(folder / "data"), validation_fraction=0.1))
+    return folder / "data", inputs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("tasks", [1, 3, 8])
+def test_tasks_killed_at_any_time_give_the_bytes_of_a_clean_run(
+    tmp_path: Path, tokenizer: Path, clean, units, tasks: int, workers: int
+) -> None:
+    generator = random.Random(tasks * 10 + workers)
+    expected, inputs = clean
+    arguments = {
+        "inputs": inputs,
+        "tokenizer": str(tokenizer),
+        "output": str(tmp_path / "data"),
+        "validation_fraction": 0.1,
+    }
+    job = open_job(**arguments)
+    assert len(job.units) >= 16
+
+    killed = 0
+    for wanted in sorted(generator.sample(range(len(job.units) - 2), 2)):
+        process = Killable(run_tasks, arguments, all_tasks(tasks), workers)
+        process.wait_until(lambda wanted=wanted: len(records(job)) > wanted)
+        threading.Event().wait(generator.uniform(0.0, 0.03))
+        killed += process.kill()
+    finished = {name: (job.work_folder / name).stat().st_mtime_ns for name in records(job)}
+    # The rest with another number of tasks.
+    assert Killable(run_tasks, arguments, all_tasks(tasks + 1), workers).wait() == 0
+    kept = {name: (job.work_folder / name).stat().st_mtime_ns for name in finished}
+    finalize_job(job)
+
+    assert killed
+    assert kept == finished, "a finished unit was written again"
+    assert folder_hashes(tmp_path / "data") == folder_hashes(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("text.txt", {"documents": "line"}),
+        ("text.txt", {"documents": "paragraph"}),
+        ("rows.jsonl", {}),
+        ("rows.parquet", {}),
+    ],
+)
+def test_one_large_file_spreads_over_all_tasks(tmp_path: Path, make_job, units, name: str, options: dict) -> None:
+    paragraphs = write_text(tmp_path / "source", documents=900, seed=1).read_text().strip().split("\n\n")
+    paragraphs[5] = "a literal <mask> and </s> in the text"
+    if name == "text.txt":
+        (tmp_path / name).write_text("\n\n".join(paragraphs))
+    else:
+        write_rows(tmp_path / name, paragraphs, row_group_size=50)
+    prepare_job(make_job([tmp_path / name], tmp_path / "plain", **options))
+    job = make_job([tmp_path / name], tmp_path / "tasks", **options)
+
+    written = [prepare_task(job, task, 2, workers=1) for task in range(2)]
+    finalize_job(job)
+
+    assert all(summary and summary.tokens > 0 for summary in written)
+    assert sum(summary.documents for summary in written if summary) == 900
+    assert folder_hashes(tmp_path / "tasks") == folder_hashes(tmp_path / "plain")
+    assert all(min(ids) > 4 for ids in read_token_documents(tmp_path / "tasks"))
+
+
+def test_a_document_longer_than_many_units_is_one_document(tmp_path: Path, make_job, units) -> None:
+    """What stands for a document of 2³¹ tokens: units inside it hold nothing and do not read it."""
+    text = write_text(tmp_path / "source", documents=900, seed=1).read_text().replace("\n", " ").strip()
+    (tmp_path / "long.txt").write_text(f"before\n\n{text}\n\nafter\n")
+    (tmp_path / "alone.txt").write_text(text)
+    prepare_job(make_job([tmp_path / "alone.txt"], tmp_path / "alone", documents="file"))
+    (alone,) = read_token_documents(tmp_path / "alone")
+    hashes = []
+    for documents in ("line", "paragraph"):
+        for tasks in (1, 3):
+            job = make_job([tmp_path / "long.txt"], tmp_path / f"{documents}-{tasks}", documents=documents)
+            run = [prepare_task(job, task, tasks, workers=1) for task in range(tasks)]
+            summary = finalize_job(job)
+            _, found, _ = read_token_documents(job.output)
+            assert found == alone
+            assert summary.splits["train"].longest_document_tokens == len(alone)
+            assert len(job.units) > 5 and sum(part.documents for part in run if part) == 3
+            hashes.append(folder_hashes(job.output))
+    assert hashes[0] == hashes[1] and hashes[2] == hashes[3]
+
+
+def test_the_joining_names_what_is_missing_and_how_to_write_it(tmp_path: Path, make_job, units) -> None:
+    path = write_text(tmp_path / "text.txt", documents=900, seed=1)
+    job = make_job([path], tmp_path / "data")
+    with pytest.raises(UserError, match="no task has written"):
+        finalize_job(job)
+    assert not job.output.exists()
+    prepare_task(job, 0, 3)
+    prepare_task(job, 2, 3)
+    missing = list(Share(1, 3).of(job.units))
+
+    with pytest.raises(UserError) as caught:
+        finalize_job(job)
+    assert f"{len(missing)} of {len(job.units)} units are not written" in caught.value.problem
+    assert f"unit 1 (bytes {missing[0].pieces[0].start:,} to " in caught.value.problem
+    assert "with --task 1/3 in place of --finalize" in caught.value.remedy
+    (job.output / "shard-00002.tok").unlink()
+    with pytest.raises(UserError, match=r"unit 2 .*") as caught:
+        finalize_job(job)
+    assert "--task 1/3, --task 2/3" in caught.value.remedy
+
+    assert not list(job.output.glob("**/manifest.json"))
+    prepare_task(job, 1, 3)
+    summary = prepare_task(job, 2, 3)
+    assert summary and summary.kept_units == summary.units - 1 and summary.finished_units == summary.all_units
+    finalize_job(job)
+    prepare_job(make_job([path], tmp_path / "clean"))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+
+
+def test_the_joining_refuses_foreign_parts_and_names_them(tmp_path: Path, make_job, units) -> None:
+    path = write_text(tmp_path / "text.txt", documents=300, seed=1)
+    job, other = make_job([path], tmp_path / "data"), make_job([path], tmp_path / "other", documents="line")
+    for each in (job, other):
+        prepare_task(each, 0, 1)
+    (job.output / "shard-00099.tok").write_bytes(b"stray")
+    (job.work_folder / "unit-00098.json").write_text("{}")
+    shutil.copy(other.work_folder / "unit-00001.json", job.work_folder / "unit-00001.json")
+
+    with pytest.raises(UserError, match="not of this job") as caught:
+        finalize_job(job)
+    for name in (f"{WORK_FOLDER}/unit-00001.json", "shard-00099.tok", f"{WORK_FOLDER}/unit-00098.json"):
+        assert name in caught.value.problem
+        (job.output / name).unlink()
+    with pytest.raises(UserError, match=r"1 of \d+ units are not written"):
+        finalize_job(job)
+    prepare_task(job, 0, 1)
+    finalize_job(job)
+    prepare_job(make_job([path], tmp_path / "clean"))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+
+
+def test_a_task_of_another_job_is_refused_with_what_differs(tmp_path: Path, tokenizer: Path, make_job, units) -> None:
+    first = write_text(tmp_path / "a.txt", documents=300, seed=1)
+    second = write_text(tmp_path / "b.txt", documents=300, seed=2)
+    job = make_job([first, second], tmp_path / "data")
+    prepare_task(job, 0, 2)
+    before = folder_hashes(job.output)
+    third = write_text(tmp_path / "c.txt", documents=5, seed=3)
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    raw = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(raw))
+    others = [
+        (make_job([first, second], job.output, documents="line"), "documents 'paragraph' instead of 'line'"),
+        (make_job([first, second], job.output, validation_fraction=0.1), "validation_fraction 0.0 instead of 0.1"),
+        (make_job([first, third], job.output), "other input files ('b.txt' besides, no 'c.txt')"),
+        (open_job([str(first), str(second)], str(tmp_path / "tokenizer"), str(job.output)), "another tokenizer"),
+    ]
+    for other, difference in others:
+        for act in (lambda job: prepare_task(job, 1, 2), finalize_job, prepare_job):
+            with pytest.raises(UserError, match="unfinished parts of another job") as caught:
+                act(other)
+            assert difference in caught.value.problem
+            assert str(job.work_folder / JOB_FILE) in caught.value.remedy
+    size = second.stat().st_size
+    second.write_text(second.read_text() + "more\n")
+    with pytest.raises(UserError, match="another job") as caught:
+        finalize_job(make_job([first, second], job.output))
+    assert f"'b.txt' of {size:,} bytes instead of {size + 5:,}" in caught.value.problem
+    assert {name: digest for name, digest in folder_hashes(job.output).items() if "validation" not in name} == before
+
+
+def test_a_changed_input_goes_on_once_the_job_file_is_deleted(tmp_path: Path, make_job, units) -> None:
+    """The remedy that the refusal names: one file of many was repaired."""
+    good = [write_text(tmp_path / f"{number}.txt", documents=220, seed=number) for number in range(4)]
+    bad = tmp_path / "0x.txt"  # beyond what is sampled before the work
+    bad.write_bytes(b"\xff" * UNIT_BYTES)
+    with pytest.raises(UserError, match="UTF-8"):
+        prepare_task(make_job([*good, bad], tmp_path / "data"), 0, 1)
+    bad.write_text("repaired\n")
+    job = make_job([*good, bad], tmp_path / "data")
+    with pytest.raises(UserError, match=r"other input files \('0x.txt' of"):
+        prepare_task(job, 0, 1)
+    (job.work_folder / JOB_FILE).unlink()
+    finished = len(records(job))
+
+    summary = prepare_task(job, 0, 1)
+    finalize_job(job)
+
+    assert summary and 0 < summary.kept_units == finished
+    prepare_job(make_job([*good, bad], tmp_path / "clean"))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+
+
+def hold(lock: str, arguments: dict, task: Share | None, held: str) -> None:
+    """Hold a lock of a job until killed; makes the file `held` when it has it."""
+    import tools.prepare.plan
+
+    tools.prepare.plan.MINIMUM_UNIT_BYTES = UNIT_BYTES
+    job = open_job(**arguments)
+    job.work_folder.mkdir(parents=True, exist_ok=True)
+    with locked(job) if lock == "all" else locked_units(job, task.of(job.units) if task else ()):
+        Path(held).touch()
+        signal.pause()
+
+
+def test_who_may_work_at_the_same_time(tmp_path: Path, tokenizer: Path, make_job, units) -> None:
+    path = write_text(tmp_path / "text.txt", documents=600, seed=1)
+    job = make_job([path], tmp_path / "data")
+    arguments, held = arguments_of(job, tokenizer), tmp_path / "held"
+
+    def while_held(lock: str, task: Share | None, check: Callable[[], None]) -> None:
+        held.unlink(missing_ok=True)
+        process = Killable(hold, lock, arguments, task, str(held))
+        process.wait_until(held.exists)
+        assert held.exists()
+        check()
+        assert process.kill()
+
+    def a_task_runs() -> None:
+        for act in (prepare_job, finalize_job):
+            with pytest.raises(UserError, match="Another prepare, or a task of one, is writing"):
+                act(job)
+        with pytest.raises(UserError, match=r"Another process is writing \d+ units of this task: 0, 3, "):
+            prepare_task(job, 0, 3)
+        with pytest.raises(UserError, match="is writing"):
+            prepare_task(job, 3, 4)  # another number of tasks, units in common
+        assert prepare_task(job, 1, 3) and prepare_task(job, 2, 3)
+
+    def all_of_it_runs() -> None:
+        with pytest.raises(UserError, match="Another prepare"):
+            prepare_job(job)
+        with pytest.raises(UserError, match="without --task, or with --finalize"):
+            prepare_task(job, 0, 3)
+
+    while_held("task", Share(0, 3), a_task_runs)
+    while_held("all", None, all_of_it_runs)
+    prepare_task(job, 0, 3)
+    finalize_job(job)
+    assert prepare_task(job, 0, 3) is None, "already prepared"
+
+
+def run_without_locks(arguments: dict, task: Share, ready: str) -> None:
+    import fcntl
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl.lockf = no_locks
+    Path(ready).touch()
+    while len(list(Path(ready).parent.glob("ready-*"))) < 2:
+        threading.Event().wait(0.001)
+    run_tasks(arguments, [task], workers=1)
+
+
+def test_without_locks_two_writers_of_a_unit_do_not_mix(tmp_path: Path, tokenizer: Path, make_job, units) -> None:
+    path = write_text(tmp_path / "text.txt", documents=600, seed=1)
+    job = make_job([path], tmp_path / "data")
+    same = [
+        Killable(run_without_locks, arguments_of(job, tokenizer), Share(0, 1), str(tmp_path / f"ready-{number}"))
+        for number in range(2)
+    ]
+    assert [process.wait() for process in same] == [0, 0]
+    finalize_job(job)
+    prepare_job(make_job([path], tmp_path / "clean"))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+
+
+def finalize_and_die(arguments: dict, moment: str) -> None:
+    """Join, and be killed at a moment: between two manifests, or half through the work folder."""
+    import tools.prepare.finalize
+    import tools.prepare.plan
+
+    tools.prepare.plan.MINIMUM_UNIT_BYTES = UNIT_BYTES
+    replace, remove = tools.prepare.finalize.replace_synced, tools.prepare.finalize.shutil.rmtree
+
+    def write_and_die(*given: object) -> None:
+        replace(*given)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def remove_and_die(folder: Path, **_: object) -> None:
+        remove(folder / "scratch", ignore_errors=True)
+        (folder / JOB_FILE).unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "manifests":
+        tools.prepare.finalize.replace_synced = write_and_die
+    else:
+        tools.prepare.finalize.shutil.rmtree = remove_and_die
+    finalize_job(open_job(**arguments))
+
+
+@pytest.mark.parametrize("moment", ["manifests", "work folder"])
+def test_a_joining_that_is_killed_is_done_again(tmp_path: Path, tokenizer: Path, make_job, units, moment: str) -> None:
+    path = write_text(tmp_path / "text.txt", documents=300, seed=1)
+    job = make_job([path], tmp_path / "data", validation_fraction=0.2)
+    prepare_task(job, 0, 1)
+    (job.output / "train" / ".shard-00001.tok.0123456789ab.tmp").write_bytes(b"left by a killed writer")
+    arguments = arguments_of(job, tokenizer, validation_fraction=0.2)
+    assert Killable(finalize_and_die, arguments, moment).wait() == -signal.SIGKILL
+    assert job.work_folder.exists()
+    assert len(list(job.output.glob("*/manifest.json"))) == (1 if moment == "manifests" else 2)
+    summary = finalize_job(job)
+
+    assert summary.already_prepared == (moment == "work folder")
+    prepare_job(make_job([path], tmp_path / "clean", validation_fraction=0.2))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+
+
+def test_bad_documents_are_counted_by_reason_when_asked(tmp_path: Path, make_job, units) -> None:
+    texts = write_text(tmp_path / "source", documents=900, seed=1).read_text().strip().split("\n\n")
+    rows = [json.dumps({"text": text}).encode() for text in texts]
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(b"\n".join(rows) + b"\n")
+    wrong = [b'{"text": "cut', b"[1]", b'{"body": "x"}', b'{"text": 5}', b'{"text": "caf\xe9"}', b'{"text": " "}']
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b"\n".join(rows[:400] + wrong + rows[400:]) + b"\n")
+    console = quiet_console()
+    stopping = make_job([bad], tmp_path / "data")
+    with pytest.raises(UserError, match=r"Line 40[1-6] of 'bad\.jsonl'") as caught:
+        prepare_task(stopping, 0, 1)
+    assert "--on-bad-document skip" in caught.value.remedy
+    kept = len(records(stopping))
+
+    skipping = make_job([bad], tmp_path / "data", on_bad_document="skip")
+    summary = prepare_task(skipping, 0, 1)
+    assert summary and summary.kept_units == kept > 0, "what a stopped run finished stays"
+    with pytest.raises(UserError, match="Line 401"):
+        prepare_task(stopping, 0, 1)
+    joined = finalize_job(stopping, console)  # as the tasks were told
+
+    refused = {"broken JSON": 2, "invalid UTF-8": 1, "missing field": 1, "not text": 1}
+    assert joined.refused_documents == summary.refused_documents == refused
+    assert joined.documents == 900 and joined.empty_documents == 1
+    line = "Left out: 1 empty document, 5 refused (2 broken JSON, 1 invalid UTF-8, 1 missing field, 1 not text)."
+    assert line in console.file.getvalue()
+    prepare_job(make_job([good], tmp_path / "good"))
+    assert read_token_documents(tmp_path / "data") == read_token_documents(tmp_path / "good")
+    with pytest.raises(UserError, match="bad documents, which were left out"):
+        prepare_job(stopping)
+    assert prepare_job(skipping).already_prepared
+
+
+def test_bad_rows_of_a_table_and_bad_lines_of_a_text_can_be_skipped(tmp_path: Path, make_job) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"first", b"caf\xe9", None, b"last"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "number": [1, 2, 3, 4]}), tmp_path / "rows.parquet")
+    (tmp_path / "text.txt").write_bytes(b"first\n\ncaf\xe9\n\nlast\n")
+    expected = {"rows.parquet": ({"invalid UTF-8": 1}, 1), "text.txt": ({"invalid UTF-8": 1}, 0)}
+    for name, (refused, empty) in expected.items():
+        with pytest.raises(UserError, match="Not valid UTF-8"):
+            prepare_job(make_job([tmp_path / name], tmp_path / f"{name}-stop"))
+        summary = prepare_job(make_job([tmp_path / name], tmp_path / f"{name}-skip", on_bad_document="skip"))
+        assert (summary.refused_documents, summary.empty_documents, summary.documents) == (refused, empty, 2)
+
+    numbers = make_job([tmp_path / "rows.parquet"], tmp_path / "numbers", field="number", on_bad_document="skip")
+    console = quiet_console()
+    with pytest.raises(UserError, match=r"holds no documents\. Refused: 4 not text"):
+        prepare_job(numbers, console=console)
+    assert "No document of a sample can be read: 4 not text" in console.file.getvalue()
+
+
+def test_another_job_leaves_nothing_of_the_one_before(tmp_path: Path, make_job, units) -> None:
+    """A plain prepare takes the place of an unfinished plain one; units that share a name are written anew."""
+    first = write_text(tmp_path / "first.txt", documents=400, seed=1)
+    second = write_text(tmp_path / "second.txt", documents=200, seed=2)
+    raw = first.read_bytes()
+    middle = len(raw) * 7 // 10  # beyond what is sampled before the work
+    first.write_bytes(raw[:middle] + b"\n\n\xff\n\n" + raw[middle:])
+    console = quiet_console()
+    with pytest.raises(UserError, match="UTF-8"):
+        prepare_job(make_job([first], tmp_path / "data", validation_fraction=0.5), workers=1)
+    assert list((tmp_path / "data" / "validation").glob("shard-*"))
+    prepare_job(make_job([second], tmp_path / "data"), console=console)
+
+    assert "validation_fraction 0.5 instead of 0.0; other input files (" in console.file.getvalue()
+    prepare_job(make_job([second], tmp_path / "clean"))
+    assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
+    assert not (tmp_path / "data" / "validation").exists()
+
+
+def test_a_damaged_job_file_is_named(tmp_path: Path, make_job, units) -> None:
+    job = make_job([write_text(tmp_path / "text.txt", documents=20, seed=1)], tmp_path / "data")
+    prepare_task(job, 0, 2)
+    (job.work_folder / JOB_FILE).write_text("{")
+    with pytest.raises(DamagedError, match="Cannot read what job this is") as caught:
+        prepare_task(job, 1, 2)
+    assert caught.value.where == str(job.work_folder / JOB_FILE)
+
+
+def test_nothing_is_printed_without_a_console(tmp_path: Path, make_job, units, capfd) -> None:
+    job = make_job([write_text(tmp_path / "text.txt", documents=300, seed=1)], tmp_path / "data")
+    for task in range(2):
+        prepare_task(job, task, 2, workers=1)
+    summary = finalize_job(job)
+    finalize_job(job)
+    assert capfd.readouterr() == ("", "")
+    assert summary.documents == 300
+
+
+def test_a_task_says_what_it_did_and_what_comes_next(tmp_path: Path, make_job, units) -> None:
+    job = make_job([write_text(tmp_path / "text.txt", documents=300, seed=1)], tmp_path / "data")
+    said = []
+    for task in range(2):
+        console = quiet_console()
+        prepare_task(job, task, 2, workers=1, console=console)
+        said.append(console.file.getvalue())
+    count = len(job.units)
+    assert f"Task 0/2: {(count + 1) // 2} units, " in said[0]
+    assert f"{(count + 1) // 2} of {count} units are written. When all tasks have ended, join them" in said[0]
+    assert f"All {count} units are written, join them: the same command with --finalize" in said[1]
+    console = quiet_console()
+    prepare_task(job, 60, 61, workers=1, console=console)
+    assert f"The input has only {count} units" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("3/3", "There is no task 3/3."),
+        ("0/0", "There is no task 0/0."),
+        ("a/b", "'a/b' is no task."),
+        ("1", "'1' is no task."),
+        ("-1/3", "'-1/3' is no task."),
+        ("1/2/3", "'1/2/3' is no task."),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_share(text, finalize=False, environ={})
+    assert caught.value.problem == problem
+    assert caught.value.where == f"--task {text}" and "--task" in caught.value.remedy + caught.value.where
+
+
+def test_a_share_is_chosen_from_options_or_the_job_array() -> None:
+    def array(number: int, count: int, first: int, last: int, step: int = 1) -> dict[str, str]:
+        names = ("ID", "COUNT", "MIN", "MAX", "STEP")
+        return {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in zip(names, (number, count, first, last, step), strict=True)}
+
+    assert choose_share("2/8", False, {}) == Share(2, 8)
+    assert choose_share(None, False, {}) is None
+    assert choose_share(None, False, array(3, 8, 0, 7)) == Share(3, 8)
+    assert choose_share(None, False, array(9, 3, 5, 9, 2)) == Share(2, 3)
+    assert choose_share("0/1", False, array(3, 8, 0, 7)) == Share(0, 1)
+    assert choose_share(None, True, array(3, 8, 0, 7)) is None
+    with pytest.raises(UserError, match="not evenly spaced"):
+        choose_share(None, False, array(1, 3, 0, 5))
+    with pytest.raises(UserError, match="exclude each other"):
+        choose_share("0/2", True, {})

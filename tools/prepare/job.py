@@ -1,0 +1,215 @@
+"""One call of `prepare`, resolved: what it reads and writes, which unit is which, and what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
+from tools.prepare.plan import Unit, plan_units
+from tools.prepare.readers import ReadSettings
+from tools.prepare.summary import human_bytes
+from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
+from trainer.data.shards import MANIFEST, Manifest, check_sizes, read_manifest, token_dtype
+from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.errors import DamagedError, UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPLITS = ("train", "validation")
+TOKENIZER_FOLDER = "tokenizer"
+ON_BAD_DOCUMENT = ("stop", "skip")
+
+
+def open_job(
+    inputs: Sequence[str],
+    tokenizer: str,
+    output: str,
+    format: str = "auto",
+    field: str = "text",
+    documents: str | None = None,
+    validation_fraction: float = 0.0,
+    on_bad_document: str = "stop",
+) -> Job:
+    """Find the inputs and load the tokenizer; nothing is written yet.
+
+    Files count as unchanged when name, size and modification time are.
+
+    Args:
+        inputs: files, globs, folders; with format "hub" data set names, NAME or NAME:CONFIG.
+        tokenizer: folder or hub name of a fast tokenizer.
+        format: "auto" (by suffix), "text", "jsonl", "csv", "parquet", "arrow" or "hub".
+        field: the column that holds the text, for all but text files.
+        documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest.
+        validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
+            sets are `output/train` and `output/validation`.
+        on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field or not text; or "skip"
+            and count it. A file that cannot be read at all always stops.
+
+    Raises:
+        UserError: for any mistake in the arguments or the input.
+    """
+    if not 0.0 <= validation_fraction < 1.0:
+        raise UserError(
+            f"The validation fraction must be at least 0 and below 1, got {validation_fraction:g}.",
+            where="--validation-fraction",
+            remedy="0.01 holds out one document in a hundred.",
+        )
+    if on_bad_document not in ON_BAD_DOCUMENT:
+        raise UserError(
+            f"Unknown way '{on_bad_document}' with bad documents.{nearest(on_bad_document, ON_BAD_DOCUMENT)}",
+            where=f"--on-bad-document {on_bad_document}",
+            remedy=f"Choose {' or '.join(ON_BAD_DOCUMENT)}.",
+        )
+    found = find_inputs(inputs, format)
+    documents = resolve_documents(documents, found.format)
+    loaded = load_tokenizer(tokenizer)
+    return Job(
+        output=Path(output).expanduser(),
+        inputs=found,
+        documents=documents,
+        field=field,
+        validation_fraction=validation_fraction,
+        skip_bad_documents=on_bad_document == "skip",
+        tokenizer=loaded,
+        vocabulary=vocabulary_of(loaded, tokenizer),
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One resolved call of `prepare`; see `open_job`."""
+
+    output: Path
+    inputs: Inputs
+    documents: str
+    field: str
+    validation_fraction: float
+    skip_bad_documents: bool
+    tokenizer: PreTrainedTokenizerFast
+    vocabulary: Vocabulary
+
+    @property
+    def work_folder(self) -> Path:
+        return self.output / WORK_FOLDER
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.output / TOKENIZER_FOLDER
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where each split goes: the output itself, or one folder in it for each when some text is held out."""
+        return {name: self.output / name for name in SPLITS} if self.validation_fraction else {"train": self.output}
+
+    @property
+    def dtype(self) -> np.dtype:
+        return token_dtype(self.vocabulary.size)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """All units, whoever writes them."""
+        return plan_units(self.inputs, self.documents)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
+        listing = repr([(file.name, file.size, file.parts, file.revision) for file in self.inputs.files])
+        return {
+            "format": self.inputs.format,
+            "documents": self.documents,
+            "field": None if self.inputs.format == "text" else self.field,
+            "validation_fraction": self.validation_fraction,
+            "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
+        }
+
+    def identity(self, unit: Unit) -> str:
+        """Hash of all that decides the shards of a unit."""
+        return unit.identity({**self.settings, "inputs": None, "tokenizer": self.vocabulary.sha256})
+
+    def work_settings(self) -> WorkSettings:
+        """What the workers need to know."""
+        return WorkSettings(
+            work_folder=str(self.work_folder),
+            splits={name: str(folder) for name, folder in self.folders.items()},
+            tokenizer_file=str(self.tokenizer_folder / "tokenizer.json"),
+            dtype=self.dtype.str,
+            separator_id=self.vocabulary.separator_id,
+            validation_fraction=self.validation_fraction,
+            reading=ReadSettings(self.inputs.format, self.documents, self.field, str(self.work_folder / "scratch")),
+            skip_bad_documents=self.skip_bad_documents,
+        )
+
+    def record(self, unit: Unit) -> UnitRecord | None:
+        """The record of a unit that is finished and whole; None when it is to be written."""
+        record = read_record(self.work_folder, unit.number)
+        if record is None or record.identity != self.identity(unit) or not self.is_whole(record):
+            return None
+        return record if self.skip_bad_documents or not record.refused_documents else None
+
+    def is_whole(self, record: UnitRecord) -> bool:
+        """Whether the shards of a recorded unit are there with the recorded sizes."""
+        try:
+            for name, split in record.splits.items():
+                if split.entry:
+                    check_sizes(self.folders[name], split.entry)
+        except (DamagedError, KeyError):
+            return False
+        return True
+
+    def finished(self) -> dict[str, Manifest] | None:
+        """The manifests that an earlier run of the same job wrote, None when it still has work to do.
+
+        Raises:
+            UserError: when the output holds the data set of another job: nothing is ever overwritten.
+        """
+        manifests: dict[str, Manifest] = {}
+        for folder in (self.output, *(self.output / name for name in SPLITS)):
+            if (folder / MANIFEST).is_file():
+                manifest = read_manifest(folder)
+                self._refuse_other(folder, manifest)
+                manifests.update({name: manifest for name, own in self.folders.items() if own == folder})
+        return manifests if len(manifests) == len(self.folders) else None
+
+    def describe_inputs(self) -> str:
+        count = len(self.inputs.files)
+        size = human_bytes(self.inputs.size) if self.inputs.size else "size unknown"
+        thing = "data set" if self.inputs.format == "hub" else "file"
+        plural = "s" if count > 1 else ""
+        return (
+            f"Input: {count:,} {thing}{plural}, {size}, format {self.inputs.format}, one document a {self.documents}."
+        )
+
+    def _refuse_other(self, folder: Path, manifest: Manifest) -> None:
+        differs = setting_differences(manifest.settings, self.settings)
+        if manifest.settings.get("inputs") != self.settings["inputs"]:
+            differs.append("other input files")
+        if manifest.tokenizer_sha256 != self.vocabulary.sha256:
+            differs.append("another tokenizer")
+        newest = max(file.mtime_ns for file in self.inputs.files)
+        if newest > (folder / MANIFEST).stat().st_mtime_ns:
+            differs.append("input files that have changed since")
+        if manifest.statistics.get("refused_documents_in_input") and not self.skip_bad_documents:
+            differs.append("input with bad documents, which were left out (--on-bad-document skip)")
+        if differs:
+            raise UserError(
+                f"'{folder}' already holds a data set, prepared from {'; '.join(differs)}.",
+                where=str(folder),
+                remedy="Choose another --output, or delete the folder.",
+            )
+
+
+def setting_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The settings in which two jobs differ, in words; the input files are left out."""
+    return [
+        f"{name} {found.get(name)!r} instead of {value!r}"
+        for name, value in wanted.items()
+        if name != "inputs" and found.get(name) != value
+    ]
