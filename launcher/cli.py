@@ -88,7 +88,7 @@ def validate(
     from trainer.config_file import load_config
 
     loaded = load_config(config, overrides or ())
-    from trainer.train import validate as validate_run
+    from tools.validate import validate as validate_run
 
     for line in validate_run(loaded, process_count):
         print(line)

@@ -48,9 +48,10 @@ def _train_here(
     hold_stop_signals()
 
     def work() -> int:
+        from tools.prepare.on_demand import prepare_raw_text
         from trainer.train import run
 
-        return run(config, resume, dry_run)
+        return run(config, resume, dry_run, prepare_raw_text)
 
     return run_rank(work, _folder_of_logs(config, dry_run))
 

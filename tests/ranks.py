@@ -34,9 +34,10 @@ def train(
 
 
 def _train(config: Config, resume: str, dry_run: bool) -> int:
+    from tools.prepare.on_demand import prepare_raw_text
     from trainer.train import run
 
-    return run(config, resume, dry_run)
+    return run(config, resume, dry_run, prepare_raw_text)
 
 
 def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[int]:

@@ -99,15 +99,22 @@ def config_reference() -> str:
         if section is None:
             single.append((name, field))
             continue
-        parts.append(
-            f"## {name}\n\n" + _table_of_keys([(f"{name}.{key}", f) for key, f in section.model_fields.items()])
-        )
+        parts.append(f"## {name}\n\n" + _table_of_keys(_keys_of(name, section)))
         if name == "data":
             for key, entry in (("data.train", SourceConfig), ("data.stages", StageConfig)):
                 keys = [(name, f) for name, f in entry.model_fields.items()]
                 parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))
     return "\n".join(parts)
+
+
+def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """The keys of a section, those of a section within it in its place."""
+    keys = []
+    for key, field in section.model_fields.items():
+        inner = _section_of(field)
+        keys += [(f"{prefix}.{key}", field)] if inner is None else _keys_of(f"{prefix}.{key}", inner)
+    return keys
 
 
 def metrics_reference() -> str:

@@ -65,7 +65,7 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """A folder that `maskwright prepare` wrote."""
+    """A folder that `maskwright prepare` wrote; or raw text: a file, a folder or a glob, prepared on first use."""
     name: str | None = None
     """What metrics and stages call it. Default: the last part of `path`."""
     weight: Annotated[float, Field(ge=0.0)] | None = None
@@ -78,6 +78,19 @@ class SourceConfig(Section):
     @property
     def label(self) -> str:
         return self.name if self.name is not None else PurePath(self.path).name or self.path
+
+
+class TextConfig(Section):
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"] = "auto"
+    """auto goes by the file names; with hub, paths are names of data sets on the Hugging Face hub."""
+    field: str = "text"
+    """The column that holds the text (all formats but text)."""
+    documents: Literal["file", "paragraph", "line", "row"] | None = None
+    """What a document is. Default: paragraph for text, row for the other formats."""
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
+    cache: str | None = None
+    """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
 
 
 def _as_sources(value: Any) -> Any:
@@ -93,7 +106,7 @@ class StageConfig(Section):
 
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
-    """A folder that `maskwright prepare` wrote, or a list of sources to mix."""
+    """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
     validation: str | None = None
     """Held-out folder. Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
@@ -112,6 +125,8 @@ class DataConfig(Section):
     """Samples over which a mixture holds its weights exactly (to a whole sample)."""
     read: Literal["mmap", "pread"] = "mmap"
     """How token files are read; pread where a parallel file system maps files badly."""
+    text: TextConfig = TextConfig()
+    """How raw text is read where it is given in the place of prepared data."""
     verify_reads: bool = True
     """Compare each MiB of the data with its sum when a process first reads from it; damage ends the run."""
 

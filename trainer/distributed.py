@@ -6,8 +6,9 @@ never waits for the device.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+logger = logging.getLogger(__name__)
 START_TIMEOUT = timedelta(minutes=30)
 
 
@@ -87,3 +89,15 @@ def raise_together(world: World, error: Exception | None) -> None:
     errors = [found for found in gather(world, error) if found is not None]
     if errors:
         raise errors[0]
+
+
+def build_together(world: World, build: Callable[[], Any]) -> Any:
+    """Build something on every rank; when a rank cannot, all raise its error."""
+    value, error = None, None
+    try:
+        value = build()
+    except Exception as caught:
+        logger.exception("this rank cannot go on")
+        error = caught
+    raise_together(world, error)
+    return value

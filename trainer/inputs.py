@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import Config, DataConfig
 from trainer.data.borders import DocumentBorders, positions_in_documents
-from trainer.data.mixture import check_epochs, mixture_order
+from trainer.data.mixture import check_epochs, describe_mixture, mixture_order
 from trainer.data.open_shard import ReadSettings
 from trainer.data.order import SampleOrder
 from trainer.data.shard_set import ShardSet
@@ -97,80 +97,132 @@ class Inputs:
 
     def describe(self) -> list[str]:
         """The run in a few lines."""
-        plan, config = self.plan, self.config
+        available = None if self.validation is None else self.validation.block_count(self.objective.payload)
         tokens = sum(source.tokens for source in self.sources)
-        epochs = self.order.epochs(plan.total_steps * plan.global_size)
-        only = f"; {epochs[0]:.2f} epochs" if len(epochs) == 1 else f" from {len(epochs)} sources"
-        lines = [
-            f"data: {tokens:,} tokens in {self.epoch_blocks:,} blocks of {plan.seq_len}{only}",
-            *(self._describe_sources(epochs) if len(epochs) > 1 else []),
-            f"batch: {plan.describe()}",
-            f"deepspeed: {config.deepspeed} (stage {stage_of(self.ds_config)}), {config.train.precision}",
-        ]
-        if config.model.document_attention:
+        lines = describe_run(self.config, self.plan, self.order, stage_of(self.ds_config), tokens, available)
+        if self.config.model.document_attention:
             lines.append(
-                f"attention: within documents; a token attends to {self.attended_tokens:,.0f} of {plan.seq_len:,} on "
-                "average"
-            )
-        if self.validation is not None:
-            available = self.validation.block_count(self.objective.payload)
-            lines.append(f"validation: {min(config.eval.samples, available):,} of {available:,} blocks")
-        if config.schedule.warmup_steps > plan.total_steps:
-            lines.append(
-                f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
-                "reaches its peak"
+                f"attention: within documents; a token attends to {self.attended_tokens:,.0f} of "
+                f"{self.plan.seq_len:,} on average"
             )
         return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
 
-    def _describe_sources(self, epochs: list[float]) -> list[str]:
-        """Each source with its share of the samples at every stage, and how often the run passes over it."""
-        lines = []
-        for number, (source, passes) in enumerate(zip(self.config.data.train, epochs, strict=True)):
-            shares = [
-                f"{weights[number] / sum(weights):.2%}"
-                + (f" from token {start * self.plan.seq_len:,} on" if start else "")
-                for start, weights in self.order.stages
-            ]
-            lines.append(f"  {source.label}: {', '.join(shares)}; {passes:.2f} epochs")
-        return lines
 
-
-def open_inputs(config: Config, world_size: int, check_sizes: bool = True) -> Inputs:
+def open_inputs(
+    config: Config, world_size: int, check_sizes: bool = True, folders: Mapping[str, Path] | None = None
+) -> Inputs:
     """Open and check everything but the weights.
 
     Args:
         check_sizes: compare the size of every data file with its manifest; one rank does it for all.
+        folders: where the data of a path in the config lie, when it is raw text that has been prepared.
 
     Raises:
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
-    preset = load_preset(config.deepspeed)
-    check_precision(config, preset)
-    tokenizer_folder = config.model.tokenizer or config.model.from_pretrained
-    assert tokenizer_folder is not None
-    tokenizer = load_tokenizer(tokenizer_folder, of_checkpoint=config.model.tokenizer is None)
-    vocabulary = vocabulary_of(tokenizer, tokenizer_folder)
-    build_config(config.model, vocabulary, config.data.seq_len)
-    objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
-    opener = _ShardOpener(config.data, vocabulary, tokenizer_folder, check_sizes)
+    base = _Base.of(config)
+    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
-    blocks = [source.block_count(objective.payload) for source in sources]
-    order = mixture_order(config.data, blocks, [source.tokens for source in sources], config.run.seed)
-    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks))
-    check_epochs(config.data, order, plan.total_steps * plan.global_size)
+    order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
     return Inputs(
         config=config,
         plan=plan,
-        ds_config=compose(config, preset, plan),
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
+        ds_config=compose(config, base.preset, plan),
+        tokenizer=base.tokenizer,
+        vocabulary=base.vocabulary,
         sources=sources,
-        validation=_open_validation(config, objective, opener),
+        validation=_open_validation(config, base.objective, opener),
         order=order,
-        objective=objective,
-        tokenizer_note=_tokenizer_note(config, tokenizer),
+        objective=base.objective,
+        tokenizer_note=_tokenizer_note(config, base.tokenizer),
     )
+
+
+def describe_unprepared(
+    config: Config, world_size: int, folders: Mapping[str, Path], estimated_tokens: Mapping[str, int]
+) -> list[str]:
+    """What `Inputs.describe` will say, from estimates, when some paths are raw text that is not prepared yet.
+
+    Args:
+        folders: as for `open_inputs`, of the paths that are prepared.
+        estimated_tokens: of the other paths.
+
+    Raises:
+        UserError: as `open_inputs`.
+    """
+    base = _Base.of(config)
+    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders)
+    tokens = [
+        estimated_tokens[source.path]
+        if source.path in estimated_tokens
+        else opener.open(source.path, "train", source.quarantine).tokens
+        for source in config.data.train
+    ]
+    order, plan = _arrange(config, world_size, base, tokens)
+    stage = stage_of(compose(config, base.preset, plan))
+    return describe_run(config, plan, order, stage, sum(tokens), None)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What a run is made of beside its data."""
+
+    preset: dict[str, Any]
+    tokenizer_folder: str
+    tokenizer: Any
+    vocabulary: Vocabulary
+    objective: MaskedLanguageModelling
+
+    @classmethod
+    def of(cls, config: Config) -> _Base:
+        preset = load_preset(config.deepspeed)
+        check_precision(config, preset)
+        folder = tokenizer_source(config)
+        tokenizer = load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
+        vocabulary = vocabulary_of(tokenizer, folder)
+        build_config(config.model, vocabulary, config.data.seq_len)
+        objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
+        return cls(preset, folder, tokenizer, vocabulary, objective)
+
+
+def tokenizer_source(config: Config) -> str:
+    """Folder or hub name of the tokenizer."""
+    folder = config.model.tokenizer or config.model.from_pretrained
+    assert folder is not None
+    return folder
+
+
+def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[SampleOrder, BatchPlan]:
+    """Order and batch arithmetic over sources of so many tokens."""
+    blocks = [count // base.objective.payload for count in tokens]
+    order = mixture_order(config.data, blocks, tokens, config.run.seed)
+    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks))
+    check_epochs(config.data, order, plan.total_steps * plan.global_size)
+    return order, plan
+
+
+def describe_run(
+    config: Config, plan: BatchPlan, order: SampleOrder, stage: int, tokens: int, validation_blocks: int | None
+) -> list[str]:
+    """A run in a few lines: data, batch, engine, validation."""
+    epochs = order.epochs(plan.total_steps * plan.global_size)
+    only = f"; {epochs[0]:.2f} epochs" if len(epochs) == 1 else f" from {len(epochs)} sources"
+    lines = [f"data: {tokens:,} tokens in {sum(order.blocks):,} blocks of {plan.seq_len}{only}"]
+    if len(epochs) > 1:
+        lines += describe_mixture(config.data, order, epochs)
+    lines += [
+        f"batch: {plan.describe()}",
+        f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}",
+    ]
+    if validation_blocks is not None:
+        lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
+    if config.schedule.warmup_steps > plan.total_steps:
+        lines.append(
+            f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
+            "reaches its peak"
+        )
+    return lines
 
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:
@@ -193,12 +245,13 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
 def _open_validation(config: Config, objective: MaskedLanguageModelling, opener: _ShardOpener) -> ShardSet | None:
     if config.data.validation is None or config.eval.every_steps is None:
         return None
-    folder = split_folder(config.data.validation, "validation").resolve()
-    if folder in [split_folder(source.path, "train").resolve() for source in config.data.train]:
+    folder = opener.folder(config.data.validation, "validation").resolve()
+    if folder in [opener.folder(source.path, "train").resolve() for source in config.data.train]:
         raise UserError(
             "The validation data is the training data.",
             where=f"data.validation={config.data.validation}",
-            remedy="Prepare with --validation-fraction 0.01, or leave data.validation out.",
+            remedy="Prepare with --validation-fraction 0.01 (raw text: data.text.validation_fraction), or leave "
+            "data.validation out.",
         )
     validation = opener.open(config.data.validation, "validation")
     if validation.block_count(objective.payload) == 0:
@@ -218,9 +271,13 @@ class _ShardOpener:
     vocabulary: Vocabulary
     tokenizer_folder: str
     check_sizes: bool
+    folders: Mapping[str, Path]
+
+    def folder(self, path: str, split: str) -> Path:
+        return split_folder(self.folders.get(path, path), split)
 
     def open(self, path: str, split: str, quarantine: Sequence[str] = ()) -> ShardSet:
-        folder = split_folder(path, split)
+        folder = self.folder(path, split)
         reading = ReadSettings(self.settings.read, self.settings.verify_reads)
         shards = ShardSet(folder, quarantine, reading, self.check_sizes)
         manifest = shards.manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +25,7 @@ from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.deepspeed_config import stage_of
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
 from trainer.evaluate import Evaluator
 from trainer.files import replace_synced
 from trainer.inputs import Inputs, open_inputs, run_folder, sha256_of
@@ -46,24 +46,39 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def validate(config: Config, world_size: int) -> list[str]:
-    """Check all that can be checked without training; returns lines that describe the run."""
-    return open_inputs(config, world_size).describe()
+PrepareText = Callable[[Config, World, StopRequest, Callable[[str], None]], Mapping[str, Path] | None]
+"""(config, world, stop, say) → the folders of prepared data by path in the config; None when asked to stop."""
 
 
-def run(config: Config, resume: str = "auto", dry_run: bool = False) -> int:
+def no_raw_text(
+    _config: Config, _world: World, _stop: StopRequest, _say: Callable[[str], None]
+) -> Mapping[str, Path] | None:
+    """A PrepareText for data that are all prepared."""
+    return {}
+
+
+def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_text: PrepareText = no_raw_text) -> int:
     """Train as the rank that RANK and WORLD_SIZE name; returns the exit code.
 
     Args:
         resume: auto, must, never, or the path of a checkpoint.
         dry_run: do one real step and one evaluation, and save nothing.
+        prepare_text: called on all ranks together, to prepare raw text given in the place of data.
     """
     with stop_requests() as stop:
         world = distributed.start()
         try:
             with _output(config, world, dry_run) as stream:
                 console = TrainingConsole(stream) if world.is_main else None
-                return _train(config, world, resume, dry_run, stop, console)
+                say = console.say if console is not None else _nothing
+                folders = prepare_text(config, world, stop, say)
+                if folders is None:
+                    say(f"stopped on {stop.signal_name or 'a signal to another rank'}; the same command goes on")
+                    return EXIT_STOPPED_AFTER_SAVING
+                inputs = distributed.build_together(
+                    world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
+                )
+                return _train(inputs, world, resume, dry_run, stop, console)
         finally:
             distributed.stop()
 
@@ -78,11 +93,14 @@ def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
         yield stream
 
 
+def _nothing(_line: str) -> None:
+    """The other ranks say nothing."""
+
+
 def _train(
-    config: Config, world: World, resume: str, dry_run: bool, stop: StopRequest, console: TrainingConsole | None
+    inputs: Inputs, world: World, resume: str, dry_run: bool, stop: StopRequest, console: TrainingConsole | None
 ) -> int:
-    inputs = _together(world, lambda: open_inputs(config, world.size, check_sizes=world.is_main))
-    run_dir = run_folder(config)
+    config, run_dir = inputs.config, run_folder(inputs.config)
 
     checkpoint = None if dry_run else choose(world, run_dir, resume)
     manifest = read_manifest(checkpoint) if checkpoint else None
@@ -94,7 +112,9 @@ def _train(
             console.say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
         return EXIT_FINISHED
 
-    built = _together(world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed))
+    built = distributed.build_together(
+        world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
+    )
     # Before the engine, which at ZeRO stage 3 leaves no weight in the module to describe.
     records = Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
     if checkpoint and manifest:
@@ -180,18 +200,6 @@ def _saver(
         contents=lambda: take_contents(engine, inputs),
         saved_step=read_manifest(checkpoint).step if checkpoint and own else None,
     )
-
-
-def _together(world: World, build: Callable[[], Any]) -> Any:
-    """Build something on every rank; when a rank cannot, all raise its error."""
-    value, error = None, None
-    try:
-        value = build()
-    except Exception as caught:
-        logger.exception("this rank cannot start")
-        error = caught
-    distributed.raise_together(world, error)
-    return value
 
 
 def _decision(config: Config, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:

@@ -11,7 +11,7 @@ from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_DIVERGED, EXIT_FINISHED, UserError
-from trainer.train import validate
+from trainer.inputs import open_inputs
 
 TOLERANCE = 0.01  # nats; measured over 60 steps of this model: 0.0018 to 0.0025
 
@@ -61,7 +61,7 @@ def test_bf16_with_fp32_gradient_accumulation(preset: str, fp32: list[float], wo
 def test_half_precision_at_stage_0_is_refused_with_the_remedy(precision: str, workspace: Path, tmp_path: Path) -> None:
     config = tiny_config(workspace, tmp_path, train={"precision": precision}, deepspeed="zero0")
     with pytest.raises(UserError, match="zero1"):
-        validate(config, 1)
+        open_inputs(config, 1)
 
 
 def poison(config: Config, first: int, last: int) -> int:

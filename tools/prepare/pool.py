@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from threading import Event
 from typing import Any
 
 from tools.prepare.plan import Unit
@@ -20,6 +21,7 @@ def run_units(
     settings: WorkSettings,
     workers: int,
     on_progress: Callable[[dict[int, tuple[int, int]]], None],
+    cancel: Event | None = None,
 ) -> None:
     """Write all units in `workers` processes.
 
@@ -27,7 +29,10 @@ def run_units(
         units: each with its identity.
         on_progress: called about twice a second with {unit number: (bytes read, tokens written)}.
 
+        cancel: when it is set, the workers are ended.
+
     Raises:
+        KeyboardInterrupt: when cancelled.
         MaskwrightError: what a worker raised, unchanged, or when a worker was killed.
         Exception: anything else that a worker raised, with its traceback as a note.
     """
@@ -66,6 +71,8 @@ def run_units(
                     connection.send(None)
                     busy.remove(connection)
             on_progress(progress)
+            if cancel is not None and cancel.is_set():
+                raise KeyboardInterrupt
     finally:
         _end(list(processes.values()))
 

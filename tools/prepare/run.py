@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -87,7 +88,12 @@ def prepare_job(job: Job, workers: int | None = None, console: Console | None = 
 
 
 def prepare_task(
-    job: Job, task: int, tasks: int, workers: int | None = None, console: Console | None = None
+    job: Job,
+    task: int,
+    tasks: int,
+    workers: int | None = None,
+    console: Console | None = None,
+    cancel: Event | None = None,
 ) -> TaskSummary | None:
     """Write the units of one of several tasks: those with the numbers task, task + tasks, …
 
@@ -96,6 +102,7 @@ def prepare_task(
     Args:
         task: from 0 to tasks - 1.
         workers, console: as in `prepare_job`.
+        cancel: when another thread sets it, the workers are ended.
 
     Returns:
         what the task wrote; None when the job has been finished and joined before.
@@ -103,7 +110,7 @@ def prepare_task(
     Raises:
         UserError: as `prepare_job`; also when the folder is that of another job (other input, tokenizer or options),
             and when the same task is running already.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM; finished units are kept.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or `cancel`; finished units are kept.
     """
     started, console, workers = time.monotonic(), console or _silent(), _worker_count(workers)
     share = Share(task, tasks)
@@ -111,7 +118,7 @@ def prepare_task(
         claim_folder(job)
         with _interruptible(console), locked_units(job, share.of(job.units)) as alone:
             if job.finished() is None:
-                return _write_share(job, share, alone, workers, started, console)
+                return _write_share(job, share, alone, workers, started, console, cancel)
     remove_work_folder(job)
     say(console, f"Already prepared: {job.output}")
     return None
@@ -146,7 +153,9 @@ def finalize_job(job: Job, console: Console | None = None) -> PrepareSummary:
     return _conclude(job, manifests, already, started, console)
 
 
-def _write_share(job: Job, share: Share, alone: bool, workers: int, started: float, console: Console) -> TaskSummary:
+def _write_share(
+    job: Job, share: Share, alone: bool, workers: int, started: float, console: Console, cancel: Event | None
+) -> TaskSummary:
     """`alone`: no other process can be writing these units."""
     enter(job, share.tasks, console)
     own = share.of(job.units)
@@ -157,7 +166,7 @@ def _write_share(job: Job, share: Share, alone: bool, workers: int, started: flo
             console,
             f"The input has only {counted(len(job.units), 'unit')}: compressed, csv and arrow files stay whole.",
         )
-    kept = _write_units(job, own, workers, console)
+    kept = _write_units(job, own, workers, console, cancel)
     records = [record for unit in own if (record := job.record(unit))]
     splits = [split for record in records for split in record.splits.values() if split.entry]
     summary = TaskSummary(
@@ -178,7 +187,7 @@ def _write_share(job: Job, share: Share, alone: bool, workers: int, started: flo
     return summary
 
 
-def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console) -> int:
+def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console, cancel: Event | None = None) -> int:
     """Tokenize those of the units that are not finished; returns how many were."""
     remaining = [unit for unit in units if job.record(unit) is None]
     kept = len(units) - len(remaining)
@@ -192,7 +201,7 @@ def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console
         def show(state: dict[int, tuple[int, int]]) -> None:
             progress.update(sum(size for size, _ in state.values()), sum(tokens for _, tokens in state.values()))
 
-        run_units([(unit, job.identity(unit)) for unit in remaining], job.work_settings(), workers, show)
+        run_units([(unit, job.identity(unit)) for unit in remaining], job.work_settings(), workers, show, cancel)
     return kept
 
 

@@ -62,3 +62,15 @@ def check_epochs(data: DataConfig, order: SampleOrder, total_samples: int) -> No
             where=", ".join(f"data.train[{number}].max_epochs" for number, *_ in over),
             remedy="Lower the weight or train for less, add text, or raise max_epochs.",
         )
+
+
+def describe_mixture(data: DataConfig, order: SampleOrder, epochs: Sequence[float]) -> list[str]:
+    """Of each source its share of the samples at every stage, and how often the run passes over it."""
+    lines = []
+    for number, (source, passes) in enumerate(zip(data.train, epochs, strict=True)):
+        shares = [
+            f"{weights[number] / sum(weights):.2%}" + (f" from token {start * data.seq_len:,} on" if start else "")
+            for start, weights in order.stages
+        ]
+        lines.append(f"  {source.label}: {', '.join(shares)}; {passes:.2f} epochs")
+    return lines

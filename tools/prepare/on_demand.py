@@ -1,0 +1,251 @@
+"""Raw text given straight to `train`: prepared on first use, by all ranks together, into a cache.
+
+The cache is keyed by what decides the result: the content of the files, the tokenizer and the settings. So a second
+run on the same text, or the same run started again, finds it; a killed one goes on with the units that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from tools.prepare.encode import Encoder
+from tools.prepare.estimate import Estimate, estimate_output
+from tools.prepare.inputs import InputFile, find_inputs
+from tools.prepare.job import SPLITS, Job, open_job
+from tools.prepare.run import finalize_job, prepare_task
+from tools.prepare.summary import human_bytes
+from tools.prepare.work_folder import recorded_units
+from tools.prepare.worker import WORK_FOLDER
+from trainer import distributed
+from trainer.config import Config
+from trainer.data.shards import MANIFEST, split_folder
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.files import file_hash, replace_synced
+from trainer.inputs import run_folder, tokenizer_source
+from trainer.signals import StopRequest
+
+CACHE_FOLDER = "text-cache"
+_SUMS = "sums.json"
+_POLL_SECONDS = 1.0
+_TELL_SECONDS = 10.0
+Say = Callable[[str], None]
+Sums = dict[str, list[Any]]
+"""path → [bytes, mtime in ns, xxh3_128]: what a file is known by, so that its content is read once."""
+
+
+@dataclass
+class Found:
+    """What is known of the raw text in a config, before anything is prepared.
+
+    Attributes:
+        folders: of raw paths that have been prepared.
+        estimates: about how many tokens the others will give.
+        notes: a line for each of the others.
+    """
+
+    folders: dict[str, Path] = field(default_factory=dict)
+    estimates: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) -> Mapping[str, Path] | None:
+    """Prepare the raw text of a config; every rank calls it, and does its share.
+
+    Returns:
+        The folder behind each path that is raw text; None when a rank was asked to stop (what is done is kept).
+
+    Raises:
+        MaskwrightError: on every rank, for a mistake in the text or the settings.
+    """
+    paths = distributed.build_together(world, lambda: raw_paths(config))
+    folders: dict[str, Path] = {}
+    for path in paths:
+        job = _shared_job(config, path, world)
+        if not _is_prepared(job.output):
+            say(
+                f"preparing {path} ({_size(job)}) on {world.size} rank{'s' if world.size > 1 else ''} into {job.output}"
+            )
+            if not _prepare_together(job, world, stop, say):
+                return None
+            say(f"prepared {path}")
+        folders[path] = job.output
+    return folders
+
+
+def look_up(config: Config) -> Found:
+    """Which raw text of a config is prepared already, and how much the rest will be; writes nothing."""
+    found = Found()
+    for path in raw_paths(config):
+        job = _open(config, path, Path(os.devnull))
+        sums = _known_sums(_cache(config), job.inputs.files)
+        if len(sums) == len(job.inputs.files):
+            folder = _cache(config) / _name_of(job, path, sums)
+            if _is_prepared(folder):
+                found.folders[path] = folder
+                continue
+        estimate = _estimate(job)
+        found.estimates[path] = round(estimate.tokens * (1 - job.validation_fraction))
+        found.notes.append(
+            f"{path} is raw text ({_size(job)}, about {estimate.tokens:,.0f} tokens): the first start prepares it into "
+            f"{_cache(config)}; until then the numbers are estimates"
+        )
+    return found
+
+
+def raw_paths(config: Config) -> list[str]:
+    """The paths of data.train and data.validation that are raw text, each once."""
+    paths = [source.path for source in config.data.train]
+    if config.data.validation is not None and config.eval.every_steps is not None:
+        paths.append(config.data.validation)
+    return [path for path in dict.fromkeys(paths) if _is_raw(path, config)]
+
+
+def _is_raw(path: str, config: Config) -> bool:
+    """Whether a path is text and no data set; what is neither is left to the error of opening it as a data set."""
+    if config.data.text.format == "hub":
+        return not Path(path).expanduser().exists()
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if (folder / WORK_FOLDER).exists() or any((folder / name / MANIFEST).exists() for name in ("", *SPLITS)):
+            return False
+    elif not folder.exists() and not any(character in path for character in "*?["):
+        return False
+    try:
+        find_inputs([path], config.data.text.format)
+    except UserError:
+        return folder.is_file()  # one file, named on purpose: say what is wrong with it
+    return True
+
+
+def _open(config: Config, path: str, output: Path) -> Job:
+    text = config.data.text
+    return open_job(
+        [path],
+        tokenizer_source(config),
+        str(output),
+        format=text.format,
+        field=text.field,
+        documents=text.documents,
+        validation_fraction=text.validation_fraction,
+    )
+
+
+def _shared_job(config: Config, path: str, world: World) -> Job:
+    """The job that prepares a path, on every rank; its output is the place in the cache."""
+    job = distributed.build_together(world, lambda: _open(config, path, Path(os.devnull)))
+    cache = _cache(config)
+    known = distributed.from_main(world, _known_sums(cache, job.inputs.files) if world.is_main else None)
+    unknown = [file for file in job.inputs.files if file.path not in known]
+    own = distributed.build_together(
+        world, lambda: {file.path: _sum_of(file) for file in unknown[world.rank :: world.size]}
+    )
+    for part in distributed.gather(world, own):
+        known |= part
+    if unknown and world.is_main:
+        cache.mkdir(parents=True, exist_ok=True)
+        replace_synced(cache / _SUMS, json.dumps({**_read_sums(cache), **known}).encode())
+    return replace(job, output=cache / _name_of(job, path, known))
+
+
+def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bool:
+    """Each rank writes its share of the units, then rank 0 joins them; False when a rank was asked to stop.
+
+    The ranks agree every second, so that one that has failed or been asked to stop does not leave the others waiting,
+    and none waits longer in a reduction than that, however long the work takes.
+    """
+    cancel, errors = threading.Event(), []
+    workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def work() -> None:
+        try:
+            prepare_task(job, world.rank, world.size, workers, cancel=cancel)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="prepare", daemon=True)
+    thread.start()
+    told = time.monotonic()
+    while True:
+        thread.join(_POLL_SECONDS)
+        finished, failed, stopped = distributed.total(
+            world, [not thread.is_alive(), bool(errors) and not cancel.is_set(), stop.received]
+        )
+        if failed or stopped:
+            cancel.set()
+            thread.join()
+            distributed.raise_together(world, errors[0] if errors and not stopped else None)
+            return False
+        if finished == world.size:
+            break
+        if time.monotonic() - told > _TELL_SECONDS:
+            say(f"{len(recorded_units(job)):,} of {len(job.units):,} units are prepared")
+            told = time.monotonic()
+    distributed.build_together(world, lambda: finalize_job(job) if world.is_main else None)
+    return True
+
+
+def _estimate(job: Job) -> Estimate:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "tokenizer.json"
+        job.tokenizer.backend_tokenizer.save(str(file))
+        reading = replace(job.work_settings().reading, scratch=scratch)
+        return estimate_output(job.units, reading, Encoder(str(file), job.dtype), job.dtype)
+
+
+def _cache(config: Config) -> Path:
+    given = config.data.text.cache
+    return Path(given).expanduser() if given is not None else run_folder(config).parent / CACHE_FOLDER
+
+
+def _name_of(job: Job, path: str, sums: Sums) -> str:
+    """The folder in the cache: readable, and unique for content, tokenizer and settings."""
+    settings = {name: value for name, value in job.settings.items() if name != "inputs"}
+    content = [sums[file.path][2] for file in job.inputs.files]
+    key = xxhash.xxh3_64_hexdigest(json.dumps([content, job.vocabulary.sha256, settings], sort_keys=True).encode())
+    label = re.sub(r"[^\w.-]+", "-", Path(path).name).strip("-.") or "text"
+    return f"{label}-{key}"
+
+
+def _known_sums(cache: Path, files: Sequence[InputFile]) -> Sums:
+    """The sums of those files that are as they were when they were last read."""
+    recorded = _read_sums(cache)
+    return {
+        file.path: recorded[file.path]
+        for file in files
+        if file.path in recorded and recorded[file.path][:2] == [file.size, file.mtime_ns]
+    }
+
+
+def _read_sums(cache: Path) -> Sums:
+    try:
+        return json.loads((cache / _SUMS).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _sum_of(file: InputFile) -> list[Any]:
+    content = file.revision or file_hash(Path(file.path))
+    return [file.size, file.mtime_ns, content]
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether a preparation was finished: the manifest of the training split is written last."""
+    return (split_folder(folder, "train") / MANIFEST).is_file()
+
+
+def _size(job: Job) -> str:
+    count = len(job.inputs.files)
+    size = f", {human_bytes(job.inputs.size)}" if job.inputs.size else ""
+    return f"{count:,} file{'s' if count > 1 else ''}{size}"

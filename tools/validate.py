@@ -1,0 +1,22 @@
+"""`maskwright validate`: everything that can be checked without training."""
+
+from __future__ import annotations
+
+from tools.prepare.on_demand import look_up
+from trainer.config import Config
+from trainer.inputs import describe_unprepared, open_inputs
+
+
+def validate(config: Config, world_size: int) -> list[str]:
+    """Check a config for a number of ranks; returns lines that describe the run.
+
+    Raw text that no run has prepared yet is estimated from a sample, not read.
+
+    Raises:
+        UserError: with the key, file or value, and the remedy.
+        DamagedError: when a data file is missing or has another size than recorded.
+    """
+    found = look_up(config)
+    if not found.estimates:
+        return open_inputs(config, world_size, folders=found.folders).describe()
+    return [*found.notes, *describe_unprepared(config, world_size, found.folders, found.estimates)]
