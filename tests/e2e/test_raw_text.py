@@ -23,9 +23,9 @@ from trainer.data.shards import MANIFEST
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 
 
-def from_text(workspace: Path, run_dir: Path, text: Path | str, **sections: Any) -> Config:
+def from_text(workspace: Path, run_dir: Path, source: Path | str, **sections: Any) -> Config:
     settings = {"validation_fraction": 0.1, **sections.pop("text", {})}
-    data = {"train": str(text), "validation": str(text), "text": settings, **sections.pop("data", {})}
+    data = {"train": str(source), "validation": str(source), "text": settings, **sections.pop("data", {})}
     defaults = {"train": {"steps": 6}, "eval": {"every_steps": 3, "samples": 16}}
     return tiny_config(workspace, run_dir, data=data, **{**defaults, **sections})
 
@@ -46,7 +46,7 @@ def test_a_run_on_text_is_the_run_on_the_prepared_data(
     assert "text.txt is raw text (1 file, 117.4 kB, about " in notes[0]
     assert not (tmp_path / "text-cache").exists(), "validate writes nothing"
     assert train(config, 2) == EXIT_FINISHED
-    assert "text.txt (1 file, 117.4 kB), ranks: 2, into " in capfd.readouterr().out
+    assert "text.txt (1 file, 117.4 kB) on 2 ranks into " in capfd.readouterr().out
 
     prepared = tiny_config(
         workspace,
