@@ -19,9 +19,8 @@ from rich.console import Console
 from tools.bench.common import Report, Variant, for_seconds, run_benchmark
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
-from tools.simulate.plan import default_of
 from trainer.batch_plan import BatchPlan
-from trainer.config import ObjectiveConfig
+from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
 from trainer.data.order import SampleOrder, rank_share
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import split_folder
@@ -118,12 +117,12 @@ def _open(settings: LoaderBenchmark, scratch: Path, console: Console) -> Workloa
             where=f"--data {settings.data}" if settings.data else f"--size {settings.size_megabytes}",
             remedy="Give more data, or lower --seq-len or --micro-size.",
         )
-    accumulation = max(1, GLOBAL_SIZE // micro_size)
+    accumulation, usual = max(1, GLOBAL_SIZE // micro_size), DataConfig(train=[SourceConfig(path=str(folder))])
     return Workload(
         shards=shards,
         tokenizer=tokenizer,
         objective=objective,
-        order=SampleOrder([blocks], [1.0], 0, default_of("chunk_blocks"), default_of("window_chunks")),
+        order=SampleOrder([blocks], [1.0], 0, usual.chunk_blocks, usual.window_chunks),
         plan=BatchPlan(accumulation * micro_size, micro_size, 1, accumulation, settings.seq_len, _FOR_EVER),
         seconds=settings.seconds,
         scratch=scratch,

@@ -61,7 +61,7 @@ def _samples_of_a_window(plan: SimulatedPlan, order: SampleOrder) -> NDArray[np.
 
     With several sources the windows do not end together; a stretch as long as the largest is taken.
     """
-    window = min(max(plan.blocks), plan.chunk_blocks * plan.window_chunks)
+    window = min(max(plan.blocks), order.chunk_blocks * order.window_chunks)
     start = plan.first_sample
     if len(plan.sources) == 1:
         in_epoch = start % plan.blocks[0]

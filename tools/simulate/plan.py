@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from trainer.batch_plan import plan_batch
 from trainer.config import DataConfig
@@ -53,13 +54,11 @@ class SimulatedSource:
     Attributes:
         shard_tokens: int64 [shards].
         token_bytes: bytes a token.
-        weight: relative share in the mixture.
     """
 
     name: str
     shard_tokens: NDArray[np.int64]
     token_bytes: int
-    weight: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -71,25 +70,22 @@ class SimulatedPlan:
     """Data, and a run over it.
 
     Attributes:
+        data: what decides the order; its sources are those of `sources`, in the same order.
         global_size: sequences a step; divides by `ranks`.
         steps: how many are simulated, from `first_sample` on.
         total_steps: the length of the run, for its epochs.
     """
 
+    data: DataConfig
     sources: tuple[SimulatedSource, ...]
-    seq_len: int
+    seed: int
     ranks: int
     global_size: int
     steps: int
     total_steps: int
     first_sample: int
-    seed: int
-    chunk_blocks: int
-    window_chunks: int
 
     def __post_init__(self) -> None:
-        if self.seq_len < 3:
-            raise UserError("A block needs at least 3 tokens.", where="--seq-len", remedy="Give a larger --seq-len.")
         if self.global_size % self.ranks:
             below, above = self.global_size // self.ranks * self.ranks, -(-self.global_size // self.ranks) * self.ranks
             raise UserError(
@@ -101,7 +97,7 @@ class SimulatedPlan:
     @property
     def payload(self) -> int:
         """Content tokens a block."""
-        return self.seq_len - 2
+        return self.data.seq_len - 2
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -114,8 +110,8 @@ class SimulatedPlan:
         return max(self.total_steps * self.global_size, self.first_sample + self.steps * self.global_size)
 
     def order(self) -> SampleOrder:
-        weights = [source.weight for source in self.sources]
-        return SampleOrder(self.blocks, weights, self.seed, self.chunk_blocks, self.window_chunks)
+        weights = [source.weight for source in self.data.train]
+        return SampleOrder(self.blocks, weights, self.seed, self.data.chunk_blocks, self.data.window_chunks)
 
 
 def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
@@ -133,7 +129,7 @@ def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOpt
         if getattr(options, name) == 0:
             raise UserError("It must be at least 1.", where=f"{_flag(name)} 0", remedy="Give another number.")
     if source is None:
-        return _over([_paper_source(options)], options)
+        return _over(_paper_source(options), options)
     _refuse(options, ("tokens", "shards", "vocabulary_size"), "describes data on paper, but there is real data to read")
     if Path(source).expanduser().is_dir() and source not in recipe_names():
         if overrides:
@@ -142,7 +138,7 @@ def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOpt
                 where=overrides[0],
                 remedy="Use the options instead (--seq-len, --global-batch), or give a config.",
             )
-        return _over([_read_source(source)], options)
+        return _over(_read_source(source), options)
     return _plan_of_config(source, overrides, options)
 
 
@@ -173,32 +169,31 @@ def _write_paper_manifest(folder: Path, tokens: int, shards: int, dtype: np.dtyp
     (folder / MANIFEST).write_text(manifest.to_json())
 
 
-def _read_source(path: str, weight: float = 1.0) -> SimulatedSource:
+def _read_source(path: str) -> SimulatedSource:
     manifest = read_manifest(split_folder(path, "train"))
     tokens = np.array([entry.tokens for entry in manifest.shards], np.int64)
-    return SimulatedSource(path, tokens, np.dtype(manifest.dtype).itemsize, weight)
+    return SimulatedSource(path, tokens, np.dtype(manifest.dtype).itemsize)
 
 
-def _over(sources: Sequence[SimulatedSource], options: SimulateOptions) -> SimulatedPlan:
-    """A run of the usual sizes over sources."""
-    ranks = options.ranks or MOST_RANKS
+def _over(source: SimulatedSource, options: SimulateOptions) -> SimulatedPlan:
+    """A run of the usual sizes over one source."""
+    sizes = {} if options.seq_len is None else {"seq_len": options.seq_len}
+    try:
+        data = DataConfig.model_validate({"train": source.name, **sizes})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should", "It should", 1)
+        raise UserError(f"{reason}.", where=f"--seq-len {options.seq_len}", remedy="Give another --seq-len.") from None
+    ranks, steps = options.ranks or MOST_RANKS, options.steps or USUAL_STEPS
     return SimulatedPlan(
-        sources=tuple(sources),
-        seq_len=options.seq_len or default_of("seq_len"),
+        data=data,
+        sources=(source,),
+        seed=options.seed or 0,
         ranks=ranks,
         global_size=options.global_size or -(-USUAL_GLOBAL_SIZE // ranks) * ranks,
-        steps=options.steps or USUAL_STEPS,
-        total_steps=options.steps or USUAL_STEPS,
+        steps=steps,
+        total_steps=steps,
         first_sample=options.first_sample,
-        seed=options.seed or 0,
-        chunk_blocks=default_of("chunk_blocks"),
-        window_chunks=default_of("window_chunks"),
     )
-
-
-def default_of(key: str) -> int:
-    """What `data.KEY` is when a config does not say."""
-    return DataConfig.model_fields[key].default
 
 
 def _plan_of_config(config_source: str, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
@@ -207,20 +202,18 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
     ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
-    sources = tuple(_read_source(source.path, source.weight) for source in data.train)
+    sources = tuple(_read_source(source.path) for source in data.train)
     epoch_blocks = sum(source.tokens // (data.seq_len - 2) for source in sources)
     total_steps = plan_batch(batch, config.train, data.seq_len, ranks, epoch_blocks).total_steps
     return SimulatedPlan(
+        data=data,
         sources=sources,
-        seq_len=data.seq_len,
+        seed=config.run.seed,
         ranks=ranks,
         global_size=batch.global_size,
         steps=options.steps or min(USUAL_STEPS, total_steps),
         total_steps=total_steps,
         first_sample=options.first_sample,
-        seed=config.run.seed,
-        chunk_blocks=data.chunk_blocks,
-        window_chunks=data.window_chunks,
     )
 
 

@@ -49,11 +49,11 @@ class Simulation:
     def to_json(self) -> str:
         plan = self.plan
         facts = {
-            "sources": [_describe_source(plan, number) for number in range(len(plan.sources))],
+            "sources": [self._describe_source(number) for number in range(len(plan.sources))],
             "tokens": sum(source.tokens for source in plan.sources),
             "blocks": sum(plan.blocks),
+            **{name: getattr(plan.data, name) for name in _DATA_FIELDS},
             **{name: getattr(plan, name) for name in _PLAN_FIELDS},
-            "epochs": self.epochs,
             "cold_sample": self.cold_sample,
             "cold_seconds": self.cold_seconds,
             "batch_seconds": self.batch_seconds,
@@ -83,10 +83,10 @@ class Simulation:
         plan, found = self.plan, self.exactness
         shards = sum(len(source.shard_tokens) for source in plan.sources)
         tokens = sum(source.tokens for source in plan.sources)
-        window = plan.chunk_blocks * plan.window_chunks
-        chunks = sum(-(-blocks // plan.chunk_blocks) for blocks in plan.blocks)
+        window = plan.data.chunk_blocks * plan.data.window_chunks
+        chunks = sum(-(-blocks // plan.data.chunk_blocks) for blocks in plan.blocks)
         windows = sum(-(-blocks // window) for blocks in plan.blocks)
-        consumed = plan.end_sample * plan.seq_len
+        consumed = plan.end_sample * plan.data.seq_len
         lines = [
             ("data", f"{tokens:,} tokens in {shards:,} shards of {len(plan.sources):,} source(s)"),
             ("blocks", f"{sum(plan.blocks):,} of {plan.payload} tokens, {chunks:,} chunks, {windows:,} windows"),
@@ -103,6 +103,16 @@ class Simulation:
         ]
         return lines
 
+    def _describe_source(self, number: int) -> dict[str, Any]:
+        source = self.plan.sources[number]
+        return {
+            "name": source.name,
+            "tokens": source.tokens,
+            "shards": len(source.shard_tokens),
+            "blocks": self.plan.blocks[number],
+            "epochs": self.epochs[number],
+        }
+
     def _epochs(self) -> str:
         if len(self.epochs) == 1:
             return f"{self.epochs[0]:.4g} epochs"
@@ -110,17 +120,8 @@ class Simulation:
         return f"epochs: {', '.join(named)}"
 
 
-_PLAN_FIELDS = (
-    "seq_len",
-    "ranks",
-    "global_size",
-    "steps",
-    "total_steps",
-    "first_sample",
-    "seed",
-    "chunk_blocks",
-    "window_chunks",
-)
+_DATA_FIELDS = ("seq_len", "chunk_blocks", "window_chunks")
+_PLAN_FIELDS = ("seed", "ranks", "global_size", "steps", "total_steps", "first_sample")
 
 
 def simulate(make_plan: Callable[[], SimulatedPlan], console: Console) -> Simulation:
@@ -155,17 +156,6 @@ def simulate(make_plan: Callable[[], SimulatedPlan], console: Console) -> Simula
         locality_samples=locality_samples,
         peak_bytes=max(0, peak_resident_bytes() - before),
     )
-
-
-def _describe_source(plan: SimulatedPlan, number: int) -> dict[str, Any]:
-    source = plan.sources[number]
-    return {
-        "name": source.name,
-        "tokens": source.tokens,
-        "shards": len(source.shard_tokens),
-        "blocks": plan.blocks[number],
-        "weight": source.weight,
-    }
 
 
 def _verdict(plan: SimulatedPlan, found: Exactness) -> str:

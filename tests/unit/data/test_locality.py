@@ -40,7 +40,9 @@ def test_a_rank_reads_its_pages_of_a_window_and_hardly_any_other(
     monkeypatch.setattr(synthetic, "SHARD_BYTES", SHARD_BYTES)
     synthetic.write_random_shards(on_disk, DATA_BYTES)
     options = SimulateOptions(global_size=GLOBAL_SIZE, ranks=RANKS, seed=SEED)
-    plan = replace(make_plan(str(on_disk), [], options), chunk_blocks=CHUNK_BLOCKS, window_chunks=WINDOW_CHUNKS)
+    plan = make_plan(str(on_disk), [], options)
+    sizes = {"chunk_blocks": CHUNK_BLOCKS, "window_chunks": WINDOW_CHUNKS}
+    plan = replace(plan, data=plan.data.model_copy(update=sizes))
     order, token_files = plan.order(), sorted(on_disk.glob("*.tok"))
     assert len(token_files) > 2
     window = np.arange(CHUNK_BLOCKS * WINDOW_CHUNKS).reshape(-1, GLOBAL_SIZE)

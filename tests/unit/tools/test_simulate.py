@@ -21,29 +21,28 @@ from tools.simulate import SimulatedPlan, SimulateOptions, exactness, make_plan
 from tools.simulate.exactness import Exactness, SeenNumbers, check_exactness
 from tools.simulate.locality import PAGE_BYTES, measure_locality
 from tools.simulate.plan import SimulatedSource
+from trainer.config import DataConfig, SourceConfig
 from trainer.config_file import load_config
 from trainer.data.order import SampleOrder, rank_share
 from trainer.errors import UserError
 from trainer.inputs import open_inputs
 
 
-def small_plan(**changes: Any) -> SimulatedPlan:
+def small_plan(seq_len: int = 66, window_chunks: int = 8, **changes: Any) -> SimulatedPlan:
     """Two sources of a few thousand blocks, one with shards that end within a block; several epochs."""
-    sources = (
-        SimulatedSource("a", np.array([50_000, 1, 70_003]), 2, weight=3.0),
-        SimulatedSource("b", np.array([40_000]), 2),
-    )
+    train = [SourceConfig(path="a", weight=3.0), SourceConfig(path="b", weight=1.0)]
     plan = SimulatedPlan(
-        sources=sources,
-        seq_len=66,
+        data=DataConfig(train=train, seq_len=seq_len, chunk_blocks=32, window_chunks=window_chunks),
+        sources=(
+            SimulatedSource("a", np.array([50_000, 1, 70_003]), 2),
+            SimulatedSource("b", np.array([40_000]), 2),
+        ),
+        seed=4,
         ranks=8,
         global_size=64,
         steps=200,
         total_steps=200,
         first_sample=1000,
-        seed=4,
-        chunk_blocks=32,
-        window_chunks=8,
     )
     return replace(plan, **changes)
 
@@ -166,7 +165,8 @@ def pages_of_reader(plan: SimulatedPlan, order: SampleOrder, reader: int, reader
 def test_a_usual_batch_is_read_locally():
     """Pages read over bytes used at most 1.2 for 8 readers, 2 for 64; here in a window of a sixteenth part."""
     plan = make_plan(None, [], SimulateOptions(tokens=10**13, shards=20_000, first_sample=10**12))
-    plan = replace(plan, window_chunks=64, global_size=8192)
+    data = plan.data.model_copy(update={"window_chunks": 64})
+    plan = replace(plan, data=data, global_size=8192)
     ratios = {row.readers: row.worst for row in measure_locality(plan, plan.order())[0]}
     assert ratios[1] == pytest.approx(1.0, abs=0.01)
     assert ratios[8] <= 1.2 and ratios[64] <= 2.0
@@ -220,7 +220,7 @@ def test_a_config_is_simulated_as_it_trains(workspace: Path, manifests: Path, tm
 def test_a_folder_is_simulated_from_its_manifest(manifests: Path):
     plan = make_plan(str(manifests), [], SimulateOptions(seq_len=34, ranks=4, global_size=16, steps=7))
     assert plan.sources[0].tokens == json.loads((manifests / "train" / "manifest.json").read_text())["tokens"]
-    assert (plan.payload, plan.total_steps, plan.chunk_blocks, plan.window_chunks) == (32, 7, 1024, 1024)
+    assert (plan.payload, plan.total_steps, plan.data.chunk_blocks, plan.data.window_chunks) == (32, 7, 1024, 1024)
     assert check(plan).each_sample_once
 
 
@@ -230,7 +230,7 @@ def test_a_folder_is_simulated_from_its_manifest(manifests: Path):
         (None, [], {"ranks": 3, "global_size": 8}, ["does not divide over 3 ranks", "6 or 9"]),
         (None, [], {"steps": 0}, ["at least 1", "--steps 0"]),
         (None, [], {"tokens": 3, "shards": 10}, ["cannot fill 10 shards", "--shards"]),
-        (None, [], {"tokens": 10**6, "shards": 1, "seq_len": 2}, ["at least 3 tokens", "--seq-len"]),
+        (None, [], {"tokens": 10**6, "shards": 1, "seq_len": 2}, ["greater than or equal to 8", "--seq-len 2"]),
         ("demo", [], {"seq_len": 128}, ["--seq-len stands in the config"]),
         ("DATA", [], {"tokens": 5}, ["--tokens describes data on paper"]),
         ("DATA", ["batch.global_size=4"], {}, ["is a data folder", "batch.global_size=4"]),
