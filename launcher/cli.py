@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launcher.bench_commands import bench_app
 from launcher.command import AsJson, Command, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
@@ -15,7 +16,8 @@ app = typer.Typer(
 )
 checkpoint_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer.")
-app.add_typer(data_app, name="data", help="Look at prepared data, or verify it.")
+app.add_typer(data_app, name="data", help="Look at prepared data, verify it, or simulate a run over it.")
+app.add_typer(bench_app, name="bench", help="Measure speed, side by side with others.")
 app.add_typer(checkpoint_app, name="checkpoint", help="List the checkpoints of a run, or verify them.")
 
 ConfigSource = Annotated[

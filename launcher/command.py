@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from typer.core import TyperCommand
@@ -50,9 +51,41 @@ def _repeat_option(args: list[str], names: tuple[str, ...]) -> list[str]:
     return repeated
 
 
+_SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+
+
+def parse_count(text: str) -> int:
+    """`10T`, `1.5G`, `8_192` → a whole number; K, M, G (or B) and T are powers of a thousand."""
+    digits, factor = text.strip().replace("_", ""), 1
+    if digits and digits[-1].upper() in _SUFFIXES:
+        digits, factor = digits[:-1], _SUFFIXES[digits[-1].upper()]
+    try:
+        value = Decimal(digits) * factor
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not value.is_finite() or value != value.to_integral_value() or not 0 <= value < 2**63:
+        raise typer.BadParameter(f"'{text}' is no whole number such as 512, 8_192, 1.5G or 10T.")
+    return int(value)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def console_of_results(as_json: bool) -> Console:
     """What these commands say is their result: on stdout, unless JSON has it."""
     return make_console(sys.stderr if as_json else sys.stdout)
+
+
+class Result(Protocol):
+    """What a command found out, for a program and for a person."""
+
+    def to_json(self) -> str: ...
+    def print(self, console: Console) -> None: ...
+
+
+def write_result(result: Result, as_json: bool) -> None:
+    """Print a result on stdout."""
+    if as_json:
+        sys.stdout.write(result.to_json() + "\n")
+    else:
+        result.print(console_of_results(as_json))

@@ -1,14 +1,15 @@
-"""The commands that turn text into data: tokenizer, prepare, data."""
+"""The commands that turn text into data and look at data: tokenizer, prepare, data."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from launcher.command import AsJson, Command, console_of_results
+from launcher.command import AsJson, Command, console_of_results, parse_count, write_result
 from launcher.console import make_console
+from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 
 tokenizer_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -157,3 +158,54 @@ def data_verify(folder: DataFolder, as_json: AsJson = False) -> None:
     from tools.inspect import verify
 
     verify(folder, as_json, console_of_results(as_json))
+
+
+def _count(help: str, default: str, *names: str) -> Any:
+    """An option that takes a whole number such as 8192, 1.5G or 10T."""
+    return typer.Option(*names, parser=parse_count, metavar="N", help=help, show_default=default)
+
+
+@data_app.command("simulate", cls=Command)
+def data_simulate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG_OR_DIR",
+            help="A config or recipe, or a folder that `maskwright prepare` wrote; only manifests are read.",
+            show_default="data on paper",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Config keys to override.", show_default=False),
+    ] = None,
+    tokens: Annotated[int | None, _count("On paper: tokens, such as 10T.", "10T")] = None,
+    shards: Annotated[int | None, _count("On paper: shards.", "20000")] = None,
+    vocabulary_size: Annotated[int | None, _count("On paper: ids.", "50265", "--vocab-size")] = None,
+    seq_len: Annotated[int | None, _count("Tokens a block.", "512")] = None,
+    ranks: Annotated[int | None, _count("Ranks.", "4096; of a config, one a micro-batch")] = None,
+    global_size: Annotated[int | None, _count("Sequences a step.", "8192 or more", "--global-batch")] = None,
+    steps: Annotated[int | None, _count("Steps to go through.", "up to 1000")] = None,
+    first_sample: Annotated[int | None, _count("Sample of the first step.", "0", "--start-sample")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the order.", show_default="0")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Work out what a run does with its data, at any scale, without reading any of it.
+
+    Shows blocks, windows and epochs, times a cold start of the order, goes through steps of all ranks to see that each
+    sample comes once, and counts the pages that 1 to 4,096 readers read over the bytes they use.
+
+    \b
+    Examples:
+      maskwright data simulate --tokens 10T --shards 20000 --ranks 4096 --steps 1000 --start-sample 1T
+      maskwright data simulate my.yaml batch.global_size=2048 --ranks 64
+      maskwright data simulate data/train --global-batch 1024 --ranks 8
+    """
+    from tools.simulate import SimulateOptions, make_plan, simulate
+
+    options = SimulateOptions(
+        tokens, shards, vocabulary_size, seq_len, ranks, global_size, steps, first_sample or 0, seed
+    )
+    simulation = simulate(lambda: make_plan(source, overrides or (), options), make_console())
+    write_result(simulation, as_json)
+    return EXIT_FINISHED if simulation.exactness.each_sample_once else EXIT_UNEXPECTED

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+
+from launcher.command import parse_count
 
 COMMANDS = [
     ("demo",),
@@ -16,8 +19,11 @@ COMMANDS = [
     ("prepare",),
     ("data", "show"),
     ("data", "verify"),
+    ("data", "simulate"),
     ("validate",),
     ("train",),
+    ("bench", "loader"),
+    ("bench", "prepare"),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("convert",),
@@ -152,3 +158,16 @@ def test_a_task_that_cannot_be_is_refused_at_once(
 ) -> None:
     paths = ("--input", str(tmp_path), "--tokenizer", "nosuch", "--output", str(tmp_path / "out"))
     assert_is_a_card(maskwright("prepare", *paths, *options), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("8_192", 8192), ("10T", 10**13), ("1.5g", 1_500_000_000), ("2B", 2 * 10**9)]
+)
+def test_counts_with_a_suffix(text: str, value: int) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5", "0.0001K", "10X", "inf", "10E", "T10"])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_count(text)

@@ -1,0 +1,69 @@
+"""What a figure needs beside it: the machine, its load, and the memory of this process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "datasets", "pyarrow")
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, usable cores, load average over a minute, memory, and the versions that matter for speed."""
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """`describe_machine` on one line."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"load average {machine['load_average']:.2f}; Python {machine['python']}, {versions}"
+    )
+
+
+def cpu_model() -> str:
+    """As the kernel names it; the architecture where it gives no name (many ARM machines)."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
+
+
+def resident_bytes() -> int:
+    """Memory of this process now (VmRSS)."""
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had since it started (VmHWM).
+
+    Not getrusage's ru_maxrss: a process inherits that from the one that started it, however large that was.
+    """
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, f"/proc/self/status has no {name}"
+    return int(found[1]) * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

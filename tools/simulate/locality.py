@@ -1,0 +1,130 @@
+"""How local a rank's reads are: pages of the page cache that it has read, over the bytes that it uses.
+
+The kernel reads a token file by pages of 4 KiB, of which a block of 510 tokens fills a quarter. Each reader (a rank
+with a page cache of its own) reads a page once in a window if it needs any part of it; readahead is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.simulate.distinct import distinct
+from tools.simulate.plan import SimulatedPlan, SimulatedSource
+from trainer.data.order import SampleOrder, rank_share
+
+PAGE_BYTES = 4096
+MOST_READERS = 4096
+MOST_SAMPLES = 1 << 20  # of a window that is larger, a part is simulated
+
+
+@dataclass(frozen=True)
+class Locality:
+    """Of one number of readers.
+
+    Attributes:
+        blocks_a_step: blocks a reader takes a step.
+        mean, worst: bytes of the pages a reader reads, over bytes it uses; over all readers.
+    """
+
+    readers: int
+    blocks_a_step: int
+    mean: float
+    worst: float
+
+
+def measure_locality(plan: SimulatedPlan, order: SampleOrder) -> tuple[list[Locality], int]:
+    """Pages over bytes used for 1, 2, 4, … readers, as far as they divide the global batch.
+
+    Returns:
+        the table, and the number of samples that it is over.
+    """
+    samples = _samples_of_a_window(plan, order)
+    first, last = pages_of_samples(plan, order, samples)
+    block_bytes = plan.payload * plan.sources[0].token_bytes  # one tokenizer, so one size of token
+    found = []
+    readers = 1
+    while readers <= MOST_READERS:
+        if plan.global_size % readers == 0:
+            pages = _pages_a_reader(first, last, readers)
+            ratios = pages * PAGE_BYTES / (first.size // readers * block_bytes)
+            found.append(Locality(readers, plan.global_size // readers, float(ratios.mean()), float(ratios.max())))
+        readers *= 2
+    return found, first.size
+
+
+def _samples_of_a_window(plan: SimulatedPlan, order: SampleOrder) -> NDArray[np.int64]:
+    """int64 [steps, global batch]: whole steps within the window where the simulation starts.
+
+    With several sources the windows do not end together; a stretch as long as the largest is taken.
+    """
+    window = min(max(plan.blocks), order.chunk_blocks * order.window_chunks)
+    start = plan.first_sample
+    if len(plan.sources) == 1:
+        in_epoch = start % plan.blocks[0]
+        start -= in_epoch % window
+    steps = max(1, min(window, MOST_SAMPLES) // plan.global_size)
+    return start + np.arange(steps * plan.global_size).reshape(steps, plan.global_size)
+
+
+def pages_of_samples(
+    plan: SimulatedPlan, order: SampleOrder, samples: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and last page of the blocks of samples.
+
+    Args:
+        samples: int64 [steps, global batch].
+
+    Returns:
+        int64 [steps, global batch] each, pages counted through all shards of all sources; within a step in the order
+        of `rank_share`, so that equal slices are the shares of ranks.
+    """
+    first, last = np.empty_like(samples), np.empty_like(samples)
+    tables = _PageTables(plan.sources)
+    for step, batch in enumerate(samples):
+        sources, blocks = order.locate(batch)
+        by_address = rank_share(batch, sources, blocks, 0, 1)
+        start = blocks[by_address] * plan.payload
+        first[step] = tables.pages(sources[by_address], start)
+        last[step] = tables.pages(sources[by_address], start + plan.payload - 1)
+    return first, last
+
+
+def _pages_a_reader(first: NDArray[np.int64], last: NDArray[np.int64], readers: int) -> NDArray[np.int64]:
+    """int64 [readers]: different pages that each reader touches."""
+    steps, size = first.shape
+    reader = np.broadcast_to(np.repeat(np.arange(readers), size // readers), (steps, size))
+    pages_in_all = int(last.max()) + 1 - int(first.min())
+    touched = []
+    for further in range(int((last - first).max()) + 1):
+        there = first + further <= last
+        touched.append(reader[there] * pages_in_all + (first[there] + further - first.min()))
+    return np.bincount(distinct(np.concatenate(touched)) // pages_in_all, minlength=readers)
+
+
+class _PageTables:
+    """Tokens of sources → pages, numbered through the shards, each of which starts at a page of its own."""
+
+    def __init__(self, sources: Sequence[SimulatedSource]) -> None:
+        self._ends, self._first_pages, self._sources = [], [], sources
+        pages_before = 0
+        for source in sources:
+            pages = -(-source.shard_tokens * source.token_bytes // PAGE_BYTES)
+            self._ends.append(np.cumsum(source.shard_tokens))
+            self._first_pages.append(pages_before + np.cumsum(pages) - pages)
+            pages_before += int(pages.sum())
+
+    def pages(self, sources: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n]: the page of each token (int64 [n], its place in its source)."""
+        pages = np.empty_like(tokens)
+        for number in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == number)
+            ends = self._ends[number]
+            shard = np.searchsorted(ends, tokens[rows], side="right")
+            start = ends[shard] - self._sources[number].shard_tokens[shard]
+            offset = (tokens[rows] - start) * self._sources[number].token_bytes
+            pages[rows] = self._first_pages[number][shard] + offset // PAGE_BYTES
+        return pages

@@ -1,0 +1,227 @@
+"""What is simulated: data sets on paper or as their manifests describe them, and a run over them."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from trainer.batch_plan import plan_batch
+from trainer.config import DataConfig
+from trainer.config_file import load_config, recipe_names
+from trainer.data.order import SampleOrder
+from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
+from trainer.errors import UserError
+
+MOST_RANKS = 4096  # simulated without being asked
+USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's
+USUAL_STEPS = 1000
+PAPER_TOKENS, PAPER_SHARDS, PAPER_VOCABULARY = 10**13, 20_000, 50_265
+_NO_HASH = "0" * 32
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """What a user asks for; None leaves it to the config, or to what is usual.
+
+    Attributes:
+        tokens, shards, vocabulary_size: of a data set on paper.
+        global_size: sequences a step.
+        first_sample: where the simulated steps start.
+    """
+
+    tokens: int | None = None
+    shards: int | None = None
+    vocabulary_size: int | None = None
+    seq_len: int | None = None
+    ranks: int | None = None
+    global_size: int | None = None
+    steps: int | None = None
+    first_sample: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class SimulatedSource:
+    """A data set as its manifest describes it.
+
+    Attributes:
+        shard_tokens: int64 [shards].
+        token_bytes: bytes a token.
+    """
+
+    name: str
+    shard_tokens: NDArray[np.int64]
+    token_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.shard_tokens.sum())
+
+
+@dataclass(frozen=True)
+class SimulatedPlan:
+    """Data, and a run over it.
+
+    Attributes:
+        data: what decides the order; its sources are those of `sources`, in the same order.
+        global_size: sequences a step; divides by `ranks`.
+        steps: how many are simulated, from `first_sample` on.
+        total_steps: the length of the run, for its epochs.
+    """
+
+    data: DataConfig
+    sources: tuple[SimulatedSource, ...]
+    seed: int
+    ranks: int
+    global_size: int
+    steps: int
+    total_steps: int
+    first_sample: int
+
+    def __post_init__(self) -> None:
+        if self.global_size % self.ranks:
+            below, above = self.global_size // self.ranks * self.ranks, -(-self.global_size // self.ranks) * self.ranks
+            raise UserError(
+                f"A global batch of {self.global_size:,} does not divide over {self.ranks:,} ranks.",
+                where=f"global batch {self.global_size}, ranks {self.ranks}",
+                remedy=f"Take {' or '.join(f'{size:,}' for size in (below, above) if size)} sequences.",
+            )
+
+    @property
+    def payload(self) -> int:
+        """Content tokens a block."""
+        return self.data.seq_len - 2
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Whole blocks of each source."""
+        return tuple(source.tokens // self.payload for source in self.sources)
+
+    @property
+    def end_sample(self) -> int:
+        """Where the run ends, or the simulated steps, whichever is later."""
+        return max(self.total_steps * self.global_size, self.first_sample + self.steps * self.global_size)
+
+    def order(self) -> SampleOrder:
+        weights = [source.weight for source in self.data.train]
+        return SampleOrder(self.blocks, weights, self.seed, self.data.chunk_blocks, self.data.window_chunks)
+
+
+def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
+    """The plan of a config, of a prepared folder (of either only manifests are read), or on paper.
+
+    Args:
+        source: a config file, a recipe, a folder that `prepare` wrote, or None for data on paper.
+        overrides: `key=value` of a config.
+
+    Raises:
+        UserError: for options that do not fit together or make no plan, and what `load_config` raises.
+        DamagedError: for a manifest that cannot be read.
+    """
+    for name in ("tokens", "shards", "vocabulary_size", "seq_len", "ranks", "global_size", "steps"):
+        if getattr(options, name) == 0:
+            raise UserError("It must be at least 1.", where=f"{_flag(name)} 0", remedy="Give another number.")
+    if source is None:
+        return _over(_paper_source(options), options)
+    _refuse(options, ("tokens", "shards", "vocabulary_size"), "describes data on paper, but there is real data to read")
+    if Path(source).expanduser().is_dir() and source not in recipe_names():
+        if overrides:
+            raise UserError(
+                f"'{source}' is a data folder, and '{overrides[0]}' overrides a config.",
+                where=overrides[0],
+                remedy="Use the options instead (--seq-len, --global-batch), or give a config.",
+            )
+        return _over(_read_source(source), options)
+    return _plan_of_config(source, overrides, options)
+
+
+def _paper_source(options: SimulateOptions) -> SimulatedSource:
+    """Shards of nearly equal size, of which there is only a manifest, for a moment."""
+    tokens, shards = options.tokens or PAPER_TOKENS, options.shards or PAPER_SHARDS
+    if tokens < shards:
+        raise UserError(
+            f"{tokens:,} tokens cannot fill {shards:,} shards.",
+            where=f"--tokens {tokens} --shards {shards}",
+            remedy="Give fewer --shards.",
+        )
+    dtype = token_dtype(options.vocabulary_size or PAPER_VOCABULARY)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_paper_manifest(Path(folder), tokens, shards, dtype)
+        return replace(_read_source(folder), name="paper")
+
+
+def _write_paper_manifest(folder: Path, tokens: int, shards: int, dtype: np.dtype) -> None:
+    """Like any manifest, so that reading it costs what it costs with real data; its hashes are of nothing."""
+    ends = [(number + 1) * tokens // shards for number in range(shards)]
+    entries = []
+    for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        size = end - start
+        files = {"tok": (size * dtype.itemsize, _NO_HASH), "doc": (16, _NO_HASH), "sum": (8, _NO_HASH)}
+        entries.append(ShardEntry(f"shard-{number:05d}", size, 1, files))
+    manifest = Manifest(dtype.str, "", PAPER_VOCABULARY, 2, tokens, shards, tuple(entries))
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def _read_source(path: str) -> SimulatedSource:
+    manifest = read_manifest(split_folder(path, "train"))
+    tokens = np.array([entry.tokens for entry in manifest.shards], np.int64)
+    return SimulatedSource(path, tokens, np.dtype(manifest.dtype).itemsize)
+
+
+def _over(source: SimulatedSource, options: SimulateOptions) -> SimulatedPlan:
+    """A run of the usual sizes over one source."""
+    sizes = {} if options.seq_len is None else {"seq_len": options.seq_len}
+    try:
+        data = DataConfig.model_validate({"train": source.name, **sizes})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should", "It should", 1)
+        raise UserError(f"{reason}.", where=f"--seq-len {options.seq_len}", remedy="Give another --seq-len.") from None
+    ranks, steps = options.ranks or MOST_RANKS, options.steps or USUAL_STEPS
+    return SimulatedPlan(
+        data=data,
+        sources=(source,),
+        seed=options.seed or 0,
+        ranks=ranks,
+        global_size=options.global_size or -(-USUAL_GLOBAL_SIZE // ranks) * ranks,
+        steps=steps,
+        total_steps=steps,
+        first_sample=options.first_sample,
+    )
+
+
+def _plan_of_config(config_source: str, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
+    _refuse(options, ("seq_len", "global_size", "seed"), "stands in the config; override it there (see docs/config.md)")
+    config = load_config(config_source, overrides)
+    batch, data = config.batch, config.data
+    # As many ranks as one micro-batch each makes, which divides if any number does.
+    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
+    sources = tuple(_read_source(source.path) for source in data.train)
+    epoch_blocks = sum(source.tokens // (data.seq_len - 2) for source in sources)
+    total_steps = plan_batch(batch, config.train, data.seq_len, ranks, epoch_blocks).total_steps
+    return SimulatedPlan(
+        data=data,
+        sources=sources,
+        seed=config.run.seed,
+        ranks=ranks,
+        global_size=batch.global_size,
+        steps=options.steps or min(USUAL_STEPS, total_steps),
+        total_steps=total_steps,
+        first_sample=options.first_sample,
+    )
+
+
+def _refuse(options: SimulateOptions, names: Sequence[str], why: str) -> None:
+    for flag in [_flag(name) for name in names if getattr(options, name) is not None]:
+        raise UserError(f"{flag} {why}.", where=flag, remedy=f"Leave {flag} out.")
+
+
+def _flag(name: str) -> str:
+    renamed = {"global_size": "--global-batch", "vocabulary_size": "--vocab-size"}
+    return renamed.get(name, f"--{name.replace('_', '-')}")
