@@ -68,6 +68,23 @@ def prepare(
             help="Share of the documents to hold out; writes DIR/train and DIR/validation.",
         ),
     ] = 0.0,
+    word_starts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Mark where words start: by the tokenizer's own words (tokenizer), by Chinese word segmentation "
+            "(jieba), or by a function of yours (module:function, text -> offsets in characters).",
+            show_default="not marked",
+        ),
+    ] = None,
+    sentence_starts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), or by module:function.",
+            show_default="not marked",
+        ),
+    ] = None,
 ) -> None:
     """Tokenize text once into the shards that training reads.
 
@@ -77,6 +94,7 @@ def prepare(
     Examples:
       maskwright prepare --input texts/ --tokenizer tokenizer --output data --validation-fraction 0.01
       maskwright prepare --input 'dump/*.jsonl.zst' --field body --tokenizer tokenizer --output data
+      maskwright prepare --input texts/ --tokenizer tokenizer --output data --word-starts jieba --sentence-starts rules
     """
     from launcher.local import core_count
     from tools.prepare import prepare as prepare_shards
@@ -90,6 +108,8 @@ def prepare(
         documents=documents,
         workers=workers or core_count(),
         validation_fraction=validation_fraction,
+        word_starts=word_starts,
+        sentence_starts=sentence_starts,
         console=make_console(),
     )
 

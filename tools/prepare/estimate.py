@@ -29,8 +29,13 @@ class Estimate:
     output_bytes: float
 
 
-def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encoder, dtype: np.dtype) -> Estimate:
+def estimate_output(
+    units: Sequence[Unit], reading: ReadSettings, encoder: Encoder, dtype: np.dtype, planes: int = 0
+) -> Estimate:
     """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
+
+    Args:
+        planes: how many start planes there will be, of one bit a token.
 
     Raises:
         UserError: what is wrong with the input at those places.
@@ -39,12 +44,12 @@ def estimate_output(units: Sequence[Unit], reading: ReadSettings, encoder: Encod
     for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
         texts, position = _sample(units[index].pieces[0], reading)
         if texts:  # a piece within one huge document has none of its own
-            tokens += sum(map(len, encoder.encode(texts))) + len(texts)
+            tokens += sum(len(encoded.ids) for encoded in encoder.encode(texts)) + len(texts)
             documents += len(texts)
             read_bytes += position
     total = sum(unit.size for unit in units)
     scale = total / read_bytes if read_bytes else 0.0
-    return Estimate(tokens * scale, (tokens * dtype.itemsize + documents * _DOCUMENT_BYTES) * scale)
+    return Estimate(tokens * scale, (tokens * (dtype.itemsize + planes / 8) + documents * _DOCUMENT_BYTES) * scale)
 
 
 def _sample(piece: Piece, reading: ReadSettings) -> tuple[list[str], float]:

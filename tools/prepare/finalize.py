@@ -53,7 +53,9 @@ def write_manifests(
     manifests = {name: _join(records, name, common, empty_documents) for name in folders}
     _refuse_empty(manifests, empty_documents)
     for name in reversed(folders):
-        _remove_strays(folders[name], {entry.name for entry in manifests[name].shards})
+        _remove_strays(
+            folders[name], {f"{shard.name}.{kind}" for shard in manifests[name].shards for kind in shard.files}
+        )
         replace_synced(folders[name] / MANIFEST, manifests[name].to_json().encode())
     return {name: SplitSummary.of(folder, manifests[name]) for name, folder in folders.items()}, empty_documents
 
@@ -113,7 +115,7 @@ def _refuse_empty(manifests: dict[str, Manifest], empty_documents: int) -> None:
 
 
 def _remove_strays(folder: Path, names: set[str]) -> None:
-    """Remove shard files that no manifest names: leftovers of a killed run with other inputs."""
+    """Remove shard files that no manifest names: leftovers of a killed run with other inputs or settings."""
     for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
-        if path.name.startswith(".") or path.name.split(".")[0] not in names:
+        if path.name not in names:
             path.unlink()

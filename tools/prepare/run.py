@@ -25,6 +25,7 @@ from tools.prepare.plan import Unit, plan_units
 from tools.prepare.pool import run_units
 from tools.prepare.progress import ReadProgress
 from tools.prepare.readers import ReadSettings
+from tools.prepare.segment import StartSettings
 from tools.prepare.summary import PrepareSummary, SplitSummary, human_bytes, print_summary
 from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
 from trainer.data.shards import MANIFEST, Manifest, read_manifest, token_dtype
@@ -41,6 +42,8 @@ def prepare(
     documents: str | None = None,
     workers: int | None = None,
     validation_fraction: float = 0.0,
+    word_starts: str | None = None,
+    sentence_starts: str | None = None,
     console: Console | None = None,
 ) -> PrepareSummary:
     """Tokenize text into shards.
@@ -58,6 +61,8 @@ def prepare(
         workers: processes; default one for each usable core.
         validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
             sets are `output/train` and `output/validation`.
+        word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.start_planes`).
+        sentence_starts: "rules" or "module:function": mark where sentences start.
 
     Raises:
         UserError: for any mistake in the arguments or the input, and when `output` holds something else.
@@ -70,8 +75,10 @@ def prepare(
     documents = resolve_documents(documents, found.format)
     loaded = load_tokenizer(tokenizer)
     vocabulary = vocabulary_of(loaded, tokenizer)
-    settings = _settings(found, documents, field, validation_fraction)
-    job = _Job(Path(output).expanduser(), found, documents, field, validation_fraction, vocabulary, settings)
+    starts = StartSettings(word_starts, sentence_starts)
+    starts.check(loaded.backend_tokenizer)
+    settings = {**_settings(found, documents, field, validation_fraction), **starts.recorded()}
+    job = _Job(Path(output).expanduser(), found, documents, field, validation_fraction, starts, vocabulary, settings)
 
     finished = job.finished()
     if finished is not None:
@@ -99,6 +106,7 @@ class _Job:
     documents: str
     field: str
     validation_fraction: float
+    starts: StartSettings
     vocabulary: Vocabulary
     settings: dict[str, Any]
 
@@ -135,9 +143,11 @@ class _Job:
     def _refuse_other(self, folder: Path, manifest: Manifest) -> None:
         """Raise UserError when the data set in `folder` is not this job's: nothing is ever overwritten."""
         differs = [
-            f"{name} {manifest.settings.get(name)!r} instead of {value!r}" if name != "inputs" else "other input files"
-            for name, value in self.settings.items()
-            if manifest.settings.get(name) != value
+            f"{name} {manifest.settings.get(name)!r} instead of {self.settings.get(name)!r}"
+            if name != "inputs"
+            else "other input files"
+            for name in {**self.settings, **manifest.settings}
+            if manifest.settings.get(name) != self.settings.get(name)
         ]
         if manifest.tokenizer_sha256 != self.vocabulary.sha256:
             differs.append("another tokenizer")
@@ -183,6 +193,7 @@ class _Job:
             separator_id=self.vocabulary.separator_id,
             validation_fraction=self.validation_fraction,
             reading=reading,
+            starts=self.starts,
         )
         units = plan_units(self.inputs, self.documents)
         tasks = [(unit, unit.identity(self._identity_settings())) for unit in units]
@@ -192,7 +203,11 @@ class _Job:
             return
         console.print(self._describe_inputs(), highlight=False, soft_wrap=True)
         estimate = estimate_output(
-            [unit for unit, _ in remaining], reading, Encoder(work.tokenizer_file, self.dtype), self.dtype
+            [unit for unit, _ in remaining],
+            reading,
+            Encoder(work.tokenizer_file, self.dtype),
+            self.dtype,
+            len(self.starts.of_plane),
         )
         again = f" {kept} of {len(tasks)} units are finished already." if kept else ""
         if estimate.tokens:

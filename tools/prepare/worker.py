@@ -23,6 +23,7 @@ import xxhash
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.segment import StartSettings
 from trainer.data.shards import ShardEntry, ShardWriter
 from trainer.errors import MaskwrightError, UserError
 from trainer.files import replace_synced
@@ -43,6 +44,7 @@ class WorkSettings:
     separator_id: int
     validation_fraction: float
     reading: ReadSettings
+    starts: StartSettings = field(default_factory=StartSettings)
 
 
 @dataclass
@@ -101,19 +103,23 @@ def write_unit(
     writers: dict[str, ShardWriter] = {}
     tokens, reported = 0, time.monotonic()
     for texts, position in _batches(unit, settings.reading, record):
-        for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        for text, encoded in zip(texts, encoder.encode(texts), strict=True):
             raw = text.encode()
             name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
             if name not in writers:
                 shard = f"shard-{unit.number:05d}"
                 writers[name] = ShardWriter(
-                    settings.splits[name], shard, np.dtype(settings.dtype), settings.separator_id
+                    settings.splits[name],
+                    shard,
+                    np.dtype(settings.dtype),
+                    settings.separator_id,
+                    tuple(settings.starts.of_plane),
                 )
-            writers[name].add_document(ids)
+            writers[name].add_document(encoded.ids, encoded.starts)
             split = record.splits[name]
             split.text_bytes += len(raw)
-            split.longest_document_tokens = max(split.longest_document_tokens, len(ids))
-            tokens += len(ids) + 1
+            split.longest_document_tokens = max(split.longest_document_tokens, len(encoded.ids))
+            tokens += len(encoded.ids) + 1
         if time.monotonic() - reported > REPORT_SECONDS:
             report(position, tokens)
             reported = time.monotonic()
@@ -152,7 +158,7 @@ def work(connection: Connection, settings: WorkSettings) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
-            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype))
+            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype), settings.starts.segmenters())
             while (task := connection.recv()) is not None:
                 unit, identity = task
 
