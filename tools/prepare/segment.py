@@ -182,7 +182,7 @@ def _with_version(name: str) -> str:
     if name == "rules":
         return f"rules {RULES_VERSION}"
     if ":" in name:
-        file = getattr(sys.modules[name.split(":")[0]], "__file__", None)
+        file = _import_module(name.split(":")[0], name).__file__
         return f"{name} {file_hash(Path(file))[:16]}" if file else name
     return name
 

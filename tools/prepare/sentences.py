@@ -24,7 +24,7 @@ def sentence_starts(text: str) -> np.ndarray:
     - where the text does, after a blank line, and on a new line unless that goes on in lower case;
     - after . ! ? … and the like, closing quotes and brackets and a blank, unless a lower-case letter follows, or
       the full stop ends an initial or an abbreviation with inner stops (J. R. Tolkien, U.S. Army);
-    - after 。！？ and closing quotes and brackets, and after ! ? … where the script has no case, without a blank;
+    - after 。！？ and closing quotes and brackets, and after ! ? … in a script without case, without a blank;
     - never before a comma, a colon or a closing bracket.
 
     "Dr. Smith" is taken for two sentences: abbreviations are a matter of the language.
@@ -49,7 +49,8 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     if not _WIDE_ENDS.isdisjoint(ends):
         return True
     if not gap:
-        return ends != "." and _is_caseless(following)
+        before = text[match.start() - 1 : match.start()]
+        return ends != "." and (_is_caseless(following) or (following.isalnum() and _is_caseless(before)))
     return not following.islower() and not (ends == "." and _is_abbreviated(text, match.start()))
 
 
