@@ -118,10 +118,11 @@ class Encoder:
         Args:
             offsets: int64, where segments start, in characters of all texts one after another.
             ids: [n], those of all texts.
-            spans: int64 [n, 2], the characters [begin, end) of each token, of all texts one after another.
+            spans: int64 [n, 2], the characters [begin, end) of each token, of all texts one after another; neither
+                begins nor ends ever fall.
             borders: int64 [texts + 1], the number of the first token of each text, and n.
         """
-        begins, ends = spans[:, 0], np.maximum.accumulate(spans[:, 1])
+        begins, ends = spans.T
         places = np.searchsorted(ends, offsets, side="right")
         offsets, places = offsets[places < len(ids)], places[places < len(ids)]
         starts = np.zeros(len(ids) + 1, bool)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import RobertaProcessing
 
 from tests.conftest import write_text
@@ -61,8 +61,6 @@ def encoded_words(
 def spelled(kind: str, groups: list[list[str]]) -> list[str]:
     """The words that groups of tokens spell, without the marks of their kind."""
     if kind == "bytelevel-bpe":
-        from tokenizers import decoders
-
         return [decoders.ByteLevel().decode(group).strip() for group in groups]
     return ["".join(group).replace("##", "").replace("▁", " ").strip() for group in groups]
 
@@ -121,6 +119,14 @@ def test_a_blank_of_its_own_goes_with_the_word_after_it(files, kind: str, blank:
     # Not across texts: each starts with its own first token.
     grouped = encoded_words(files[kind], ["mi ", "漢"], lambda text: np.array([0]))
     assert [len(groups) for groups in grouped] == [1, 1]
+
+
+def test_the_maltese_letter_is_no_blank(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "Ġ": 1, "##o": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (groups,) = encoded_words(str(tmp_path / "tokenizer.json"), ["Ġo Ġo"], lambda _: np.array([0, 1, 3, 4]))
+    assert groups == [["Ġ"], ["##o"], ["Ġ"], ["##o"]]
 
 
 def test_a_start_at_a_dropped_character_passes_to_the_next_token(files) -> None:
