@@ -88,6 +88,23 @@ def prepare(
     finalize: Annotated[
         bool, typer.Option("--finalize", help="Join what the tasks have written; give the same other options.")
     ] = False,
+    word_starts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Mark where words start: by the tokenizer's own words (tokenizer), by Chinese word segmentation "
+            "(jieba), or by a function of yours (module:function, text -> offsets in characters).",
+            show_default="not marked",
+        ),
+    ] = None,
+    sentence_starts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), or by module:function.",
+            show_default="not marked",
+        ),
+    ] = None,
 ) -> None:
     """Tokenize text once into the shards that training reads.
 
@@ -100,6 +117,7 @@ def prepare(
       maskwright prepare --input 'dump/*.jsonl.zst' --field body --tokenizer tokenizer --output data
       maskwright prepare --input dump/ --tokenizer tokenizer --output data --task 0/8
       maskwright prepare --input dump/ --tokenizer tokenizer --output data --finalize
+      maskwright prepare --input texts/ --tokenizer tokenizer --output data --word-starts jieba --sentence-starts rules
     """
     from tools.prepare.share import choose_share
 
@@ -122,6 +140,8 @@ def prepare(
         documents=documents,
         validation_fraction=validation_fraction,
         on_bad_document=on_bad_document,
+        word_starts=word_starts,
+        sentence_starts=sentence_starts,
     )
     if finalize:
         preparation.finalize_job(job, console)

@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
+from tools.marked_text import SENTENCE_MARK, WORD_MARK, MarkedText
 from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
@@ -27,6 +30,16 @@ from trainer.data.shards import (
     document_starts,
     read_manifest,
     verify_shard,
+)
+from trainer.data.start_planes import (
+    SENTENCE_STARTS,
+    SETTING_OF_PLANE,
+    START_PLANES,
+    WORD_STARTS,
+    plane_bytes,
+    planes_of,
+    read_starts,
+    starts_at,
 )
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
@@ -41,15 +54,23 @@ _FAULTS_IN_CARD = 8
 def show(folder: str | Path, as_json: bool = False, console: Console | None = None) -> None:
     """Print counts, sizes and three decoded blocks of a data set, or of both splits of a folder.
 
+    Where words and sentences start is shown too when the shards hold it: words in alternating colours where `console`
+    has colours, else with marks, in JSON as lists.
+
     Raises:
         UserError: when the folder holds no data set.
         DamagedError: when a file is missing or of the wrong size.
     """
-    described = {name: _describe(path) for name, path in _data_sets(folder).items()}
+    opened = {name: ShardSet(path) for name, path in _data_sets(folder).items()}
     if as_json:
-        _write(json.dumps(described, indent=1, ensure_ascii=False))
+        facts = {
+            name: {**_describe(data), "samples": [s.facts for s in _samples(data)]} for name, data in opened.items()
+        }
+        _write(json.dumps(facts, indent=1, ensure_ascii=False))
         return
-    for name, facts in described.items():
+    coloured = console is not None and console.color_system is not None and not console.no_color
+    for name, data in opened.items():
+        facts = _describe(data)
         _write(f"{name}  ({facts['folder']})")
         _write(f"  documents  {facts['documents']:,}, {facts['mean_document_tokens']:.1f} tokens each on average")
         _write(f"  tokens     {facts['tokens']:,} as {facts['dtype']} in {facts['shards']:,} shard(s)")
@@ -58,8 +79,15 @@ def show(folder: str | Path, as_json: bool = False, console: Console | None = No
         _write(f"  tokenizer  {facts['vocabulary_size']:,} tokens, sha256 {facts['tokenizer_sha256'][:16]}…")
         sources = ", ".join(f"{source['name']} ({human_bytes(source['bytes'])})" for source in facts["sources"])
         _write(f"  from       {sources}")
-        for sample in facts["samples"]:
-            _write(f"\n═══ block {sample['block']:,} ═══\n{sample['text']}")
+        for line in _mark_lines(data.manifest, coloured):
+            _write(line)
+        for sample in _samples(data):
+            _write(f"\n═══ block {sample.block:,} ═══")
+            if coloured and sample.marked:
+                assert console is not None
+                console.print(Text(BORDER).join(part.coloured() for part in sample.marked), soft_wrap=True)
+            else:
+                _write(BORDER.join(part.plain() for part in sample.marked) if sample.marked else sample.text)
         _write("")
 
 
@@ -108,11 +136,10 @@ def _data_sets(folder: str | Path) -> dict[str, Path]:
     return inner
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    data = ShardSet(folder)
+def _describe(data: ShardSet) -> dict[str, Any]:
     manifest = data.manifest
     return {
-        "folder": str(folder),
+        "folder": str(data.folder),
         "documents": manifest.documents,
         "tokens": manifest.tokens,
         "mean_document_tokens": (manifest.tokens - manifest.documents) / max(1, manifest.documents),
@@ -127,36 +154,86 @@ def _describe(folder: Path) -> dict[str, Any]:
         "settings": manifest.settings,
         "statistics": manifest.statistics,
         "sources": list(manifest.sources),
-        "samples": list(_samples(data)),
     }
 
 
-def _samples(data: ShardSet) -> Iterator[dict[str, Any]]:
-    """The first, the middle and the last block, decoded."""
+def _mark_lines(manifest: Manifest, coloured: bool) -> Iterator[str]:
+    """What marked words and sentences, and how they are shown."""
+    planes = planes_of(manifest)
+    for plane, label, mark in (
+        (WORD_STARTS, "words", "alternating colours" if coloured else f"{WORD_MARK} before each"),
+        (SENTENCE_STARTS, "sentences", f"{SENTENCE_MARK} before each"),
+    ):
+        if plane in planes:
+            yield f"  {label:<10} marked by {manifest.settings.get(SETTING_OF_PLANE[plane], 'another tool')}; {mark}"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A block, decoded; `marked` has a part for each document in it, none when the shards have no start planes."""
+
+    block: int
+    text: str
+    planes: tuple[str, ...]
+    marked: list[MarkedText]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"block": self.block, "text": self.text}
+        if WORD_STARTS in self.planes:
+            facts["words"] = [word for part in self.marked for word in part.words]
+        if SENTENCE_STARTS in self.planes:
+            facts["sentences"] = [sentence for part in self.marked for sentence in part.sentences]
+        return facts
+
+
+def _samples(data: ShardSet) -> Iterator[_Sample]:
+    """The first, the middle and the last block."""
     folder = tokenizer_folder(data.folder)
     if folder is None or not data.tokens:
         return
     tokenizer = load_tokenizer(folder)
     payload = min(BLOCK_TOKENS, data.tokens)
     last = data.block_count(payload) - 1
+    planes = planes_of(data.manifest)
     for block in sorted({round(number * last / (BLOCKS_SHOWN - 1)) for number in range(BLOCKS_SHOWN)}):
         ids = data.read_blocks(np.array([block]), payload)[0]
-        parts, start = [], 0
+        starts = {plane: _starts(data, plane, block * payload, payload) for plane in planes}
+        parts, marked, start = [], [], 0
         for end in [*_document_ends(data, block * payload, payload), payload]:
             parts.append(tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False))
+            if planes:
+                own = {plane: bits[start:end] for plane, bits in starts.items()}
+                marked.append(MarkedText(tokenizer, ids[start:end], own))
             start = end + 1  # the separator itself is shown as the border
-        yield {"block": block, "text": BORDER.join(parts)}
+        yield _Sample(block, BORDER.join(parts), planes, marked)
 
 
 def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
     """Where the separators lie among `length` tokens from token `start` on, from the document offsets."""
-    ends, base = [], 0
+    ends = []
+    for entry, base in _shards_of(data, start, length):
+        separators = document_starts(data.folder, entry)[1:].astype(np.int64) - 1 + base - start
+        ends += separators[(separators >= 0) & (separators < length)].tolist()
+    return ends
+
+
+def _starts(data: ShardSet, plane: str, start: int, length: int) -> np.ndarray:
+    """bool [length]: the bits of a start plane from token `start` on."""
+    parts = [
+        read_starts(data.folder, entry, plane, max(start - base, 0), min(start + length - base, entry.tokens))
+        for entry, base in _shards_of(data, start, length)
+    ]
+    return np.concatenate(parts)
+
+
+def _shards_of(data: ShardSet, start: int, length: int) -> Iterator[tuple[ShardEntry, int]]:
+    """The shards that hold some of `length` tokens from token `start` on, each with the number of its first token."""
+    base = 0
     for entry in data.manifest.shards:
         if base < start + length and base + entry.tokens > start:
-            separators = document_starts(data.folder, entry)[1:].astype(np.int64) - 1 + base - start
-            ends += separators[(separators >= 0) & (separators < length)].tolist()
+            yield entry, base
         base += entry.tokens
-    return ends
 
 
 def tokenizer_folder(data_set: Path) -> Path | None:
@@ -173,6 +250,10 @@ def _manifest_faults(folder: Path, manifest: Manifest) -> list[str]:
         counted, said = sum(getattr(entry, name) for entry in manifest.shards), getattr(manifest, name)
         if counted != said:
             faults.append(f"{MANIFEST}: {said:,} {name}, but its shards have {counted:,}")
+    for plane, setting in SETTING_OF_PLANE.items():
+        lacking = [entry.name for entry in manifest.shards if plane not in entry.files]
+        if setting in manifest.settings and lacking:
+            faults.append(f"{MANIFEST}: {setting} are set, but {lacking[0]} has no .{plane}")
     copy = tokenizer_folder(folder)
     if copy is not None:
         try:
@@ -208,6 +289,22 @@ def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> lis
         largest = int(tokens[start : start + _SCANNED_TOKENS].max())
         if largest >= manifest.vocabulary_size:
             return [f"{entry.name}.tok: token {largest:,} in a vocabulary of {manifest.vocabulary_size:,}"]
+    planes = [plane for plane in START_PLANES if plane in entry.files]
+    return [fault for plane in planes for fault in _plane_faults(folder, entry, plane, starts)]
+
+
+def _plane_faults(folder: Path, entry: ShardEntry, plane: str, documents: np.ndarray) -> list[str]:
+    """Whether a start plane fits the tokens and, int64 [documents + 1], the borders of the documents."""
+    name, size = f"{entry.name}.{plane}", entry.files[plane][0]
+    if size != plane_bytes(entry.tokens):
+        return [f"{name}: {size:,} bytes cannot be a bit for each of {entry.tokens:,} tokens"]
+    packed = np.memmap(folder / name, np.uint8, "r")
+    if entry.tokens % 8 and packed[-1] >> entry.tokens % 8:
+        return [f"{name}: bits are set after the last of {entry.tokens:,} tokens"]
+    if starts_at(packed, documents[1:] - 1).any():
+        return [f"{name}: a separator is marked as a start"]
+    if not starts_at(packed, documents[:-1][np.diff(documents) > 1]).all():
+        return [f"{name}: the first token of a document is not marked as a start"]
     return []
 
 

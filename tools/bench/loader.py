@@ -185,10 +185,10 @@ def _masks(workload: Workload) -> Callable[[], int]:
 def _end_to_end(workload: Workload) -> Callable[[], int]:
     import torch
 
-    from trainer.data.loader import MaskedBlocks, training_batches
+    from trainer.data.loader import MaskedBlocks, TrainingBatches
 
     batches: Iterator[Any] = iter(
-        training_batches(
+        TrainingBatches(
             workload.order,
             workload.plan,
             MaskedBlocks([workload.shards], workload.objective, seed=0),

@@ -34,11 +34,13 @@ def estimate_output(
     reading: ReadSettings,
     encoder: Encoder,
     dtype: np.dtype,
+    planes: int = 0,
     refused: dict[str, int] | None = None,
 ) -> Estimate:
     """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
 
     Args:
+        planes: how many start planes there will be, of one bit a token.
         refused: as in `read_documents`.
 
     Raises:
@@ -48,12 +50,12 @@ def estimate_output(
     for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
         texts, position = _sample(units[index].pieces[0], reading, refused)
         if texts:  # a piece within one huge document has none of its own
-            tokens += sum(map(len, encoder.encode(texts))) + len(texts)
+            tokens += sum(len(encoded.ids) for encoded in encoder.encode(texts)) + len(texts)
             documents += len(texts)
             read_bytes += position
     total = sum(unit.size for unit in units)
     scale = total / read_bytes if read_bytes else 0.0
-    return Estimate(tokens * scale, (tokens * dtype.itemsize + documents * _DOCUMENT_BYTES) * scale)
+    return Estimate(tokens * scale, (tokens * (dtype.itemsize + planes / 8) + documents * _DOCUMENT_BYTES) * scale)
 
 
 def _sample(piece: Piece, reading: ReadSettings, refused: dict[str, int] | None) -> tuple[list[str], float]:

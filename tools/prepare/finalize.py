@@ -39,9 +39,7 @@ def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
             missing.append(unit)
         else:
             records.append(record)
-    names = {
-        folder: {unit.shard for unit in missing} | _shard_names(records, split) for split, folder in job.folders.items()
-    }
+    names = {folder: job.shard_files(missing) | _shard_files(records, split) for split, folder in job.folders.items()}
     _refuse_foreign(job, foreign + foreign_parts(job, names))
     _refuse_missing(job, missing, tasks)
     return records
@@ -76,8 +74,9 @@ def remove_work_folder(job: Job) -> None:
         sync_folder(job.output)
 
 
-def _shard_names(records: Sequence[UnitRecord], split: str) -> set[str]:
-    return {entry.name for record in records if (entry := record.splits[split].entry)}
+def _shard_files(records: Sequence[UnitRecord], split: str) -> set[str]:
+    entries = [entry for record in records if (entry := record.splits[split].entry)]
+    return {f"{entry.name}.{suffix}" for entry in entries for suffix in entry.files}
 
 
 def _refuse_foreign(job: Job, foreign: Sequence[Path]) -> None:

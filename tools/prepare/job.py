@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ import xxhash
 from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
 from tools.prepare.plan import Unit, plan_units
 from tools.prepare.readers import ReadSettings
+from tools.prepare.segment import StartSettings
 from tools.prepare.summary import human_bytes
 from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
-from trainer.data.shards import MANIFEST, Manifest, check_sizes, read_manifest, token_dtype
+from trainer.data.shards import MANIFEST, SUFFIXES, Manifest, check_sizes, read_manifest, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import DamagedError, UserError, nearest
 
@@ -37,6 +38,8 @@ def open_job(
     documents: str | None = None,
     validation_fraction: float = 0.0,
     on_bad_document: str = "stop",
+    word_starts: str | None = None,
+    sentence_starts: str | None = None,
 ) -> Job:
     """Find the inputs and load the tokenizer; nothing is written yet.
 
@@ -52,6 +55,8 @@ def open_job(
             sets are `output/train` and `output/validation`.
         on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field or not text; or "skip"
             and count it. A file that cannot be read at all always stops.
+        word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.start_planes`).
+        sentence_starts: "rules" or "module:function": mark where sentences start.
 
     Raises:
         UserError: for any mistake in the arguments or the input.
@@ -71,6 +76,8 @@ def open_job(
     found = find_inputs(inputs, format)
     documents = resolve_documents(documents, found.format)
     loaded = load_tokenizer(tokenizer)
+    starts = StartSettings(word_starts, sentence_starts)
+    starts.check(loaded.backend_tokenizer)
     return Job(
         output=Path(output).expanduser(),
         inputs=found,
@@ -78,6 +85,7 @@ def open_job(
         field=field,
         validation_fraction=validation_fraction,
         skip_bad_documents=on_bad_document == "skip",
+        starts=starts,
         tokenizer=loaded,
         vocabulary=vocabulary_of(loaded, tokenizer),
     )
@@ -93,6 +101,7 @@ class Job:
     field: str
     validation_fraction: float
     skip_bad_documents: bool
+    starts: StartSettings
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
 
@@ -128,7 +137,12 @@ class Job:
             "field": None if self.inputs.format == "text" else self.field,
             "validation_fraction": self.validation_fraction,
             "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
+            **self.starts.recorded(),
         }
+
+    def shard_files(self, units: Iterable[Unit]) -> set[str]:
+        """The names of the files that units become."""
+        return {f"{unit.shard}.{suffix}" for unit in units for suffix in (*SUFFIXES, *self.starts.of_plane)}
 
     def identity(self, unit: Unit) -> str:
         """Hash of all that decides the shards of a unit."""
@@ -145,6 +159,7 @@ class Job:
             validation_fraction=self.validation_fraction,
             reading=ReadSettings(self.inputs.format, self.documents, self.field, str(self.work_folder / "scratch")),
             skip_bad_documents=self.skip_bad_documents,
+            starts=self.starts,
         )
 
     def record(self, unit: Unit) -> UnitRecord | None:
@@ -209,7 +224,7 @@ class Job:
 def setting_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The settings in which two jobs differ, in words; the input files are left out."""
     return [
-        f"{name} {found.get(name)!r} instead of {value!r}"
-        for name, value in wanted.items()
-        if name != "inputs" and found.get(name) != value
+        f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
+        for name in {**wanted, **found}
+        if name != "inputs" and found.get(name) != wanted.get(name)
     ]

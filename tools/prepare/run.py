@@ -210,7 +210,7 @@ def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers
     work = job.work_settings()
     refused: dict[str, int] | None = {} if job.skip_bad_documents else None
     encoder = Encoder(work.tokenizer_file, job.dtype)
-    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, refused)
+    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.of_plane), refused)
     again = f" {kept:,} of {counted(kept + len(remaining), 'unit')} are finished already." if kept else ""
     if estimate.tokens:
         say(

@@ -111,12 +111,12 @@ def check_job(job: Job) -> int | None:
     return found["tasks"]
 
 
-def foreign_parts(job: Job, shards: Mapping[Path, Collection[str]]) -> list[Path]:
-    """Shard files that are not among `shards` (folder → names), and records of units beyond the plan."""
+def foreign_parts(job: Job, files: Mapping[Path, Collection[str]]) -> list[Path]:
+    """Shard files that are not among `files` (folder → names), and records of units beyond the plan."""
     found = []
     for folder in (job.output, *(job.output / name for name in SPLITS)):
-        expected = shards.get(folder, ())
-        found += [path for path in folder.glob("shard-*") if path.name.partition(".")[0] not in expected]
+        expected = files.get(folder, ())
+        found += [path for path in folder.glob("shard-*") if path.name not in expected]
     return sorted(found) + [
         record_path(job.work_folder, number) for number in sorted(recorded_units(job)) if number >= len(job.units)
     ]
@@ -213,7 +213,7 @@ def _refuse(job: Job, differs: list[str]) -> None:
 
 def _remove_foreign_parts(job: Job) -> None:
     """Remove the parts of an earlier job that this one has no name for; it writes the others anew where they differ."""
-    plan = {unit.shard for unit in job.units}
+    plan = job.shard_files(job.units)
     for path in foreign_parts(job, dict.fromkeys(job.folders.values(), plan)):
         path.unlink(missing_ok=True)
     for name in SPLITS:

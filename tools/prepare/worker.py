@@ -23,6 +23,7 @@ import xxhash
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.segment import StartSettings
 from trainer.data.shards import ShardEntry, ShardWriter, remove_shard
 from trainer.errors import MaskwrightError, UserError
 from trainer.files import replace_synced, sync_folder, unique_name
@@ -44,6 +45,7 @@ class WorkSettings:
     validation_fraction: float
     reading: ReadSettings
     skip_bad_documents: bool = False
+    starts: StartSettings = field(default_factory=StartSettings)
 
 
 @dataclass
@@ -103,17 +105,22 @@ def write_unit(
     writers: dict[str, ShardWriter] = {}
     tokens, reported = 0, time.monotonic()
     for texts, position in _batches(unit, settings, record):
-        for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        for text, encoded in zip(texts, encoder.encode(texts), strict=True):
             raw = text.encode()
             name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
             if name not in writers:
-                folder, dtype = settings.splits[name], np.dtype(settings.dtype)
-                writers[name] = ShardWriter(folder, unit.shard, dtype, settings.separator_id)
-            writers[name].add_document(ids)
+                writers[name] = ShardWriter(
+                    settings.splits[name],
+                    unit.shard,
+                    np.dtype(settings.dtype),
+                    settings.separator_id,
+                    tuple(settings.starts.of_plane),
+                )
+            writers[name].add_document(encoded.ids, encoded.starts)
             split = record.splits[name]
             split.text_bytes += len(raw)
-            split.longest_document_tokens = max(split.longest_document_tokens, len(ids))
-            tokens += len(ids) + 1
+            split.longest_document_tokens = max(split.longest_document_tokens, len(encoded.ids))
+            tokens += len(encoded.ids) + 1
         if time.monotonic() - reported > REPORT_SECONDS:
             report(position, tokens)
             reported = time.monotonic()
@@ -160,7 +167,7 @@ def work(connection: Connection, settings: WorkSettings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         unit = None
         try:
-            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype))
+            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype), settings.starts.segmenters())
             while (task := connection.recv()) is not None:
                 unit, identity = task
 

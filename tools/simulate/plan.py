@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from trainer.batch_plan import plan_batch
 from trainer.config import DataConfig
 from trainer.config_file import load_config, recipe_names
+from trainer.data.mixture import mixture_order
 from trainer.data.order import SampleOrder
 from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.errors import UserError
@@ -110,8 +111,7 @@ class SimulatedPlan:
         return max(self.total_steps * self.global_size, self.first_sample + self.steps * self.global_size)
 
     def order(self) -> SampleOrder:
-        weights = [source.weight for source in self.data.train]
-        return SampleOrder(self.blocks, weights, self.seed, self.data.chunk_blocks, self.data.window_chunks)
+        return mixture_order(self.data, self.blocks, [source.tokens for source in self.sources], self.seed)
 
 
 def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:

@@ -6,7 +6,8 @@ A data set is a folder with `manifest.json` and, for each shard,
   one separator. No other special tokens;
 - `NAME.doc`: little-endian uint64, one more than there are documents: where each document starts in
   NAME.tok, in tokens, and last the number of tokens. The only authority on document borders;
-- `NAME.sum`: little-endian uint64 xxh3 sums, one for each MiB of NAME.tok.
+- `NAME.sum`: little-endian uint64 xxh3 sums, one for each MiB of NAME.tok;
+- `NAME.wrd`, `NAME.snt`, on request: where words and sentences start (`trainer.data.start_planes`).
 
 Read in the order of the manifest the shards are one long stream of tokens. A block is a view of `payload`
 consecutive tokens of that stream, so the sequence length can change without tokenizing again. A folder
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,21 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from trainer.data.start_planes import StartPlaneWriter
 from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash, sync_and_close, sync_folder, unique_token, write_synced
 
 FORMAT = "maskwright-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
-SUFFIXES = ("tok", "doc", "sum")
+SUFFIXES = ("tok", "doc", "sum")  # of every shard; start planes come on request
 SUM_BYTES = 1 << 20  # bytes of NAME.tok behind one sum
+_SEPARATOR_STARTS_NOTHING = np.zeros(1, bool)
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard as the manifest records it; `files` maps a suffix (tok, doc, sum) to [bytes, xxh3_128]."""
+    """One shard as the manifest records it; `files` maps a suffix (tok, doc, sum, wrd, snt) to [bytes, xxh3_128]."""
 
     name: str
     tokens: int
@@ -126,30 +129,47 @@ class ShardWriter:
 
     The temporary names are its own: two processes that write the same shard cannot mix their bytes, and the shard
     is that of one of them.
+
+    Args:
+        planes: suffixes of the start planes to write beside the tokens.
     """
 
-    def __init__(self, folder: str | Path, name: str, dtype: np.dtype, separator_id: int) -> None:
+    def __init__(
+        self, folder: str | Path, name: str, dtype: np.dtype, separator_id: int, planes: Sequence[str] = ()
+    ) -> None:
         self.folder, self.name, self.dtype = Path(folder), name, np.dtype(dtype)
         self._separator = np.array([separator_id], self.dtype)
         self._starts, self._tokens = [0], 0
         self._unique = unique_token()
         self._file = open(self._temporary("tok"), "wb")
+        self._planes = {plane: StartPlaneWriter(self._temporary(plane)) for plane in planes}
 
-    def add_document(self, ids: list[int] | np.ndarray) -> None:
-        """Append one document's content tokens and the separator."""
+    def add_document(self, ids: list[int] | np.ndarray, starts: Mapping[str, np.ndarray] | None = None) -> None:
+        """Append one document's content tokens and the separator.
+
+        Args:
+            ids: [n].
+            starts: for each plane of this shard bool [n]; the separator gets a zero.
+        """
         self._file.write(np.ascontiguousarray(ids, self.dtype).data)  # no copy: it may be gigabytes
         self._file.write(self._separator.tobytes())
         self._tokens += len(ids) + 1
         self._starts.append(self._tokens)
+        for plane, writer in self._planes.items():
+            assert starts is not None and len(starts[plane]) == len(ids)
+            writer.append(starts[plane])
+            writer.append(_SEPARATOR_STARTS_NOTHING)
 
     def close(self) -> ShardEntry:
         """Write `.doc` and `.sum`, sync, rename; the shard then exists. Returns its manifest entry."""
         sync_and_close(self._file)
+        for writer in self._planes.values():
+            writer.close()
         write_synced(self._temporary("doc"), np.array(self._starts, "<u8").tobytes())
         sums = mebibyte_sums(self._temporary("tok"))
         write_synced(self._temporary("sum"), sums.tobytes())
         files = {}
-        for suffix in SUFFIXES:
+        for suffix in (*SUFFIXES, *self._planes):
             temporary = self._temporary(suffix)
             files[suffix] = (temporary.stat().st_size, file_hash(temporary))
             os.replace(temporary, self.folder / f"{self.name}.{suffix}")
@@ -162,8 +182,8 @@ class ShardWriter:
 
 def remove_shard(folder: Path, name: str) -> None:
     """Remove the files of a shard, if there are any."""
-    for suffix in SUFFIXES:
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    for path in folder.glob(f"{name}.*"):
+        path.unlink(missing_ok=True)
 
 
 def document_starts(folder: Path, entry: ShardEntry) -> np.ndarray:

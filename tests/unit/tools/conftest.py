@@ -16,12 +16,32 @@ from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
 from trainer.data.shards import document_starts, read_manifest
 
+CHINESE = (
+    "我来到北京清华大学。今天天气很好，我们去公园看花。",
+    "他说：“你真的吃过饭了吗？”大家都笑了！然后他们坐火车回家。",
+    "中国有很多历史悠久的城市……比如西安、洛阳和南京。",
+    "用电脑学习自然语言处理，要先分词，再训练模型。Hello world 2016年。",
+)
+"""Four documents of Chinese."""
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     text = write_text(folder / "text.txt", documents=200, seed=3)
     return train_tokenizer([str(text)], folder / "tokenizer", "bytelevel-bpe", 400, quiet_console())
+
+
+@pytest.fixture(scope="session")
+def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 400 Chinese lines in three files and a wordpiece tokenizer."""
+    folder = tmp_path_factory.mktemp("chinese")
+    (folder / "texts").mkdir()
+    for number in range(3):
+        lines = [f"{CHINESE[line % 4]}{line}{CHINESE[line % 3]}" for line in range(150 * number, 150 * number + 150)]
+        (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
+    train_tokenizer([str(folder / "texts")], folder / "tokenizer", "wordpiece", 600, quiet_console())
+    return folder
 
 
 @pytest.fixture

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.conftest import write_text
 from tests.unit.tools.conftest import quiet_console
 from tools.inspect import BORDER, show, verify
-from trainer.data.shards import MANIFEST, Manifest, document_starts, read_manifest
+from tools.prepare import prepare
+from trainer.data.shards import MANIFEST, Manifest, ShardWriter, document_starts, read_manifest
+from trainer.data.start_planes import START_PLANES
 from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash
 
@@ -127,6 +132,102 @@ def test_a_moved_data_set_still_shows(data: Path, tmp_path: Path, capsys) -> Non
     shutil.move(data, tmp_path / "moved")
     show(tmp_path / "moved", as_json=True)
     assert json.loads(capsys.readouterr().out)["train"]["samples"]
+
+
+@pytest.fixture
+def marked_data(tmp_path: Path, chinese: Path) -> Path:
+    prepare(
+        [str(chinese / "texts" / "0.txt")],
+        str(chinese / "tokenizer"),
+        str(tmp_path / "marked"),
+        documents="line",
+        workers=1,
+        word_starts="jieba",
+        sentence_starts="rules",
+        console=quiet_console(),
+    )
+    return tmp_path / "marked"
+
+
+def test_show_marks_words_and_sentences(marked_data: Path, capsys) -> None:
+    show(marked_data, console=quiet_console())
+    printed = capsys.readouterr().out
+    assert f"  words      marked by jieba {version('jieba')}; │ before each" in printed
+    assert "  sentences  marked by rules 1; ▸ before each" in printed
+    assert "▸我│来到│北京│清华大学│。▸今天天气│很│好│，│我们│去│公园│看花│。" in printed
+    assert "再│训练│模型│。▸hello│world│2016│年│。" in printed.replace(" ", "")
+
+
+def test_show_colours_words_on_a_terminal(marked_data: Path, capsys) -> None:
+    terminal = Console(file=sys.stdout, force_terminal=True, color_system="standard", width=40)
+    show(marked_data, console=terminal)
+    printed = capsys.readouterr().out
+    odd, even, sentence, end = "\x1b[35m", "\x1b[36m", "\x1b[1;31m", "\x1b[0m"
+    words = f"{odd}我{end}{even}来到{end}{odd}北京{end}{even}清华大学{end}{odd}。{end}"
+    assert f"{sentence}▸{end}{words}{sentence}▸{end}{even}今天天气{end}" in printed
+    assert "alternating colours" in printed and "│" not in printed
+    show(marked_data, console=Console(file=sys.stdout, force_terminal=True, no_color=True))
+    assert "▸我│来到│北京" in capsys.readouterr().out
+
+
+def test_show_lists_words_and_sentences_in_json(marked_data: Path, data: Path, capsys) -> None:
+    show(marked_data, as_json=True, console=quiet_console())
+    sample = json.loads(capsys.readouterr().out)["marked"]["samples"][0]
+    assert sample["words"][:5] == ["我", "来到", "北京", "清华大学", "。"]
+    assert sample["sentences"][:2] == ["我来到北京清华大学。", "今天天气很好，我们去公园看花。"]
+    assert "我 来 到" in sample["text"] and "│" not in sample["text"]
+    show(data, as_json=True, console=quiet_console())
+    assert sorted(json.loads(capsys.readouterr().out)["train"]["samples"][0]) == ["block", "text"]
+
+
+def test_words_of_byte_level_bpe_read_as_the_text(tmp_path: Path, run_prepare, capsys) -> None:
+    (tmp_path / "text.txt").write_text("ka lo 漢字\nmi " * 200)
+    run_prepare([tmp_path / "text.txt"], tmp_path / "data", documents="file", word_starts="tokenizer")
+    show(tmp_path / "data", as_json=True)
+    sample = json.loads(capsys.readouterr().out)["data"]["samples"][0]
+    assert sample["words"][:6] == ["ka", "lo", "漢字", "\n", "mi", "ka"]
+    show(tmp_path / "data")
+    assert "│ka │lo │漢字\n│mi │ka │lo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        ("padding", True, "bits are set after the last of"),
+        ("separator", True, "a separator is marked as a start"),
+        ("first", False, "the first token of a document is not marked as a start"),
+        ("size", None, "bytes cannot be a bit for each of"),
+    ],
+)
+@pytest.mark.parametrize("plane", START_PLANES)
+def test_verify_checks_that_the_starts_agree_with_the_documents(
+    tmp_path: Path, plane: str, place: str, value: bool | None, fault: str
+) -> None:
+    bits = np.array([1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], bool)
+    writer = ShardWriter(tmp_path, "shard-00000", np.dtype("<u2"), 2, START_PLANES)
+    for document in (bits[:4], bits[5:7], bits[8:8], bits[8:12]):
+        writer.add_document(np.full(len(document), 7), dict.fromkeys(START_PLANES, document))
+    entry = writer.close()
+    manifest = Manifest("<u2", "", 1000, 2, entry.tokens, entry.documents, (entry,))
+    write_manifest(tmp_path, manifest)
+    verify(tmp_path, console=quiet_console())
+
+    path, borders = tmp_path / f"{entry.name}.{plane}", document_starts(tmp_path, entry).astype(int)
+    packed = np.unpackbits(np.fromfile(path, np.uint8), bitorder="little")
+    where = {"padding": entry.tokens, "separator": borders[2] - 1, "first": borders[1], "size": 0}[place]
+    packed[where] = packed[where] if value is None else value
+    path.write_bytes(np.packbits(packed, bitorder="little").tobytes() + (b"\0" if place == "size" else b""))
+    files = {**entry.files, plane: (path.stat().st_size, file_hash(path))}
+    write_manifest(tmp_path, replace(manifest, shards=(replace(entry, files=files),)))
+    with pytest.raises(DamagedError, match=rf"shard-00000\.{plane}: .*{fault}"):
+        verify(tmp_path, console=quiet_console())
+
+
+def test_verify_misses_planes_that_the_settings_promise(data: Path) -> None:
+    manifest = read_manifest(data / "validation")
+    write_manifest(data / "validation", replace(manifest, settings={**manifest.settings, "word_starts": "tokenizer"}))
+    with pytest.raises(DamagedError, match=r"word_starts are set, but shard-00000 has no \.wrd"):
+        verify(data, console=quiet_console())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -210,8 +210,8 @@ def test_a_very_long_document_is_encoded_in_pieces(tmp_path: Path, run_prepare, 
     run_prepare([tmp_path / "text.txt"], tmp_path / "whole")
     monkeypatch.setattr("tools.prepare.encode.BATCH_CHARACTERS", 5000)
     assert len(list(split_text(text, 5000))) >= 10
-    (ids,) = Encoder(str(tokenizer / "tokenizer.json"), np.dtype("<u2")).encode([text])
-    assert [ids.tolist()] == read_token_documents(tmp_path / "whole")
+    (encoded,) = Encoder(str(tokenizer / "tokenizer.json"), np.dtype("<u2")).encode([text])
+    assert [encoded.ids.tolist()] == read_token_documents(tmp_path / "whole")
 
 
 def test_the_manifest_and_the_summary_count_alike(tmp_path: Path, run_prepare) -> None:

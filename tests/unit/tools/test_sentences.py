@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.prepare.sentences import sentence_starts
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["It is late. ", "We go! ", "Where? ", "Home… ", "Now."],
+        ["He said “no.” ", "She left (at 3.5 km/h). ", '"Really?" he asked. ', '"Yes." ', "Good."],
+        ["See www.x.org/a.b?c=d and e.g. this, i.e. that."],
+        ["J. R. R. Tolkien met the U.S. Army. ", "Then he wrote."],
+        ["Wait... what? ", "No?! ", "Yes... ", "No."],
+        ["今天天气很好。", "我们走吧！！！", "你说：“真的吗？”", "（是的。）", "好……", "价格是3.5元。"],
+        ["“好吗？”，他问。", "全角句点．", "半角｡", "日本語です。", "はい"],
+        ["真的吗?", "我不信!", "2016.10.1晚上"],
+        ["a?b!c and 1!2 and ?3"],
+        ["لماذا؟ ", "نعم. ", "यह है। ", "वह है। ", "Что? ", "Да."],
+        ["A heading\n", "Its text goes on\nin a wrapped line. ", "Next.\n\n", "lower case after a blank line"],
+        ["第一行\n", "第二行\n", "第三行"],
+        ["one, two\n", "...and three\n", "Four"],
+        ["Mr. ", "Smith stays a known fault: abbreviations are a matter of the language."],
+    ],
+    ids=lambda sentences: sentences[0],
+)
+def test_sentences_start_where_the_rules_say(sentences: list[str]) -> None:
+    expected = np.cumsum([0, *map(len, sentences)])[:-1].tolist()
+    found = sentence_starts("".join(sentences))
+    assert found.dtype == np.int64
+    assert found.tolist() == expected
+
+
+def test_blanks_start_no_sentence() -> None:
+    assert sentence_starts("  \n One.  \n  Two. \n").tolist() == [4, 13]
+    assert sentence_starts("").tolist() == sentence_starts(" \n\t").tolist() == []
+
+
+@given(st.text("aB今 .!?。！…\n\"'”)（“,:1", max_size=60))
+def test_offsets_ascend_and_lie_on_visible_characters(text: str) -> None:
+    starts = sentence_starts(text).tolist()
+    assert starts == sorted(set(starts))
+    assert all(not text[start].isspace() for start in starts)
+    assert starts[:1] == ([len(text) - len(text.lstrip())] if text.strip() else [])
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", '."', " .", "\n ", "。", "."])
+def test_odd_texts_take_no_more_than_linear_time(unit: str) -> None:
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        sentence_starts("a" + unit * count + "b")
+        return time.process_time() - start
+
+    assert min(seconds(160_000) for _ in range(3)) < 40 * min(seconds(10_000) for _ in range(3)) + 0.05

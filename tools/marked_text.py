@@ -1,0 +1,116 @@
+"""Decoded tokens with their word and sentence starts, for people to look at and as lists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.text import Text
+from tokenizers import decoders
+
+from trainer.data.start_planes import SENTENCE_STARTS, WORD_STARTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+WORD_MARK, SENTENCE_MARK = "│", "▸"
+_PART_OF_CHARACTER = "\ufffd"
+_WORD_STYLES = ("cyan", "magenta")
+_SENTENCE_STYLE = "bold red"
+# Chinese, Japanese, Korean and full-width characters, around which WordPiece's decoder puts blanks that no text has.
+_WIDE = "[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001f000-\U0003ffff]"
+_BLANK_AT_WIDE = re.compile(rf"(?<={_WIDE}) | (?={_WIDE})")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The text of some tokens, of which only the first may start a word or a sentence."""
+
+    text: str
+    starts_word: bool
+    starts_sentence: bool
+
+
+class MarkedText:
+    """The runs of one stretch of tokens.
+
+    Args:
+        ids: [n], without separators.
+        starts: for each start plane there is bool [n].
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, starts: Mapping[str, np.ndarray]) -> None:
+        nowhere = np.zeros(len(ids), bool)
+        words, sentences = (starts.get(plane, nowhere) for plane in (WORD_STARTS, SENTENCE_STARTS))
+        cuts = np.flatnonzero(words | sentences).tolist()
+        begins = cuts if cuts[:1] == [0] or not len(ids) else [0, *cuts]
+        texts = _decode_runs(tokenizer, ids.tolist(), [*begins[1:], len(ids)]) if len(ids) else []
+        self._runs = [
+            Run(text, bool(words[begin]), bool(sentences[begin])) for text, begin in zip(texts, begins, strict=True)
+        ]
+
+    @property
+    def words(self) -> list[str]:
+        """The words, without blanks around them; the first may be the rest of one."""
+        return _joined([(run.text, run.starts_word) for run in self._runs])
+
+    @property
+    def sentences(self) -> list[str]:
+        """The sentences, without blanks around them; the first may be the rest of one."""
+        return _joined([(run.text, run.starts_sentence) for run in self._runs])
+
+    def plain(self) -> str:
+        """With a mark before each word and each sentence."""
+        parts = []
+        for run in self._runs:
+            blank, visible = _split_blank(run.text)
+            mark = SENTENCE_MARK if run.starts_sentence else WORD_MARK if run.starts_word else ""
+            parts += [blank, mark if visible else "", visible]
+        return "".join(parts)
+
+    def coloured(self) -> Text:
+        """With words in alternating colours, and a mark before each sentence."""
+        text, words = Text(), 0
+        for run in self._runs:
+            blank, visible = _split_blank(run.text)
+            words += run.starts_word and visible != ""
+            text.append(blank)
+            if run.starts_sentence and visible:
+                text.append(SENTENCE_MARK, _SENTENCE_STYLE)
+            text.append(visible, _WORD_STYLES[words % 2])
+        return text
+
+
+def _decode_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], ends: list[int]) -> list[str]:
+    """The text of each run, as it reads after those before it: decoded alone, a word would lose the blank before it."""
+    without_blanks = isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece)
+    texts, before, begin = [], "", 0
+    for end in ends:
+        decoded = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        if end < len(ids):
+            decoded = decoded.rstrip(_PART_OF_CHARACTER)  # the next token, which holds the rest of it, brings it
+        if decoded.startswith(before):
+            text = decoded[len(before) :]
+        else:  # a decoder that looks ahead
+            text = str(tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False))
+        texts.append(_BLANK_AT_WIDE.sub("", text) if without_blanks else text)
+        before, begin = decoded, end
+    return texts
+
+
+def _joined(runs: list[tuple[str, bool]]) -> list[str]:
+    units: list[str] = []
+    for text, starts in runs:
+        if starts or not units:
+            units.append(text)
+        else:
+            units[-1] += text
+    return [unit.strip() or unit for unit in units]
+
+
+def _split_blank(text: str) -> tuple[str, str]:
+    visible = text.lstrip()
+    return text[: len(text) - len(visible)], visible
