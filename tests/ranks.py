@@ -18,9 +18,12 @@ from trainer.config import Config
 from trainer.config_file import parse_config
 from trainer.tracking.jsonl import read_lines
 
-_CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
+FORK_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
+"""One for all tests: Python has no more than one in a process."""
 # The last is imported by DeepSpeed at initialize, for some seconds.
-_CONTEXT.set_forkserver_preload(["trainer.train", "tests.ranks", "deepspeed.runtime.zero.muon.original_muon"])
+FORK_SERVER.set_forkserver_preload(
+    ["trainer.train", "tools.prepare.run", "tests.ranks", "deepspeed.runtime.zero.muon.original_muon"]
+)
 EXIT_ERROR = 99
 
 
@@ -46,7 +49,7 @@ def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeou
     scratch = Path(tempfile.mkdtemp(prefix="maskwright-test-"))
     outputs = [scratch / f"rank-{rank}" for rank in range(world_size)]
     processes = [
-        _CONTEXT.Process(target=_rank, args=(work, rank, world_size, port, outputs[rank], arguments))
+        FORK_SERVER.Process(target=_rank, args=(work, rank, world_size, port, outputs[rank], arguments))
         for rank in range(world_size)
     ]
     for process in processes:

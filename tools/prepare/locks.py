@@ -68,6 +68,7 @@ def locked_units(job: Job, units: Sequence[Unit]) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _lock_file(job: Job) -> Iterator[int]:
+    job.work_folder.mkdir(exist_ok=True)  # another process may have ended the job and removed it
     file = os.open(job.work_folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield file

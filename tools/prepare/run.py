@@ -137,7 +137,7 @@ def finalize_job(job: Job, console: Console | None = None) -> PrepareSummary:
     job = dataclasses.replace(job, skip_bad_documents=True)
     manifests, already = job.finished(), True
     if manifests is None:
-        if not job.work_folder.is_dir():
+        if not job.work_folder.is_dir() and job.finished() is None:
             raise UserError(
                 "There is nothing to join: no task has written to this folder.",
                 where=str(job.output),

@@ -37,7 +37,7 @@ def claim_folder(job: Job) -> None:
         raise UserError("The output is a file.", where=str(job.output), remedy="Choose another --output.")
     # Listed first: another task makes the work folder before anything else.
     held = sorted(path.name for path in job.output.iterdir()) if job.output.is_dir() else []
-    if held and not job.work_folder.is_dir():
+    if held and not job.work_folder.is_dir() and job.finished() is None:
         raise UserError(
             f"The output folder already holds other files: {listing(held)}.",
             where=str(job.output),

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
-# Forked from a server that has imported what takes seconds; the server itself runs no threads.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tools.prepare.run", "transformers.models.auto.tokenization_auto"])
+from tests.ranks import FORK_SERVER
+
 DEADLINE_S = 60.0
 
 
 class Killable:
-    """`function(*arguments)` in a process group of its own."""
+    """`function(*arguments)` in a process group of its own; a context manager that leaves nothing running."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._process = _context.Process(target=_lead_group, args=(function, arguments))
+        self._process = FORK_SERVER.Process(target=_lead_group, args=(function, arguments))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+
+    def __enter__(self) -> Killable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def kill(self) -> bool:
         """SIGKILL the whole group; returns whether it was still running."""

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import signal
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_d
 from tests.unit.tools.killable import Killable
 from tests.unit.tools.test_readers import write_rows
 from tools.prepare import Job, finalize_job, open_job, prepare_job, prepare_task
+from tools.prepare.encode import Encoder
 from tools.prepare.locks import locked, locked_units
 from tools.prepare.share import Share, choose_share
 from tools.prepare.work_folder import JOB_FILE
-from tools.prepare.worker import WORK_FOLDER
+from tools.prepare.worker import WORK_FOLDER, write_unit
 from trainer.errors import DamagedError, UserError
 
 UNIT_BYTES = 16384
@@ -89,13 +90,14 @@ def test_tasks_killed_at_any_time_give_the_bytes_of_a_clean_run(
 
     killed = 0
     for wanted in sorted(generator.sample(range(len(job.units) - 2), 2)):
-        process = Killable(run_tasks, arguments, all_tasks(tasks), workers)
-        process.wait_until(lambda wanted=wanted: len(records(job)) > wanted)
-        threading.Event().wait(generator.uniform(0.0, 0.03))
-        killed += process.kill()
+        with Killable(run_tasks, arguments, all_tasks(tasks), workers) as process:
+            process.wait_until(lambda wanted=wanted: len(records(job)) > wanted)
+            time.sleep(generator.uniform(0.0, 0.03))
+            killed += process.kill()
     finished = {name: (job.work_folder / name).stat().st_mtime_ns for name in records(job)}
     # The rest with another number of tasks.
-    assert Killable(run_tasks, arguments, all_tasks(tasks + 1), workers).wait() == 0
+    with Killable(run_tasks, arguments, all_tasks(tasks + 1), workers) as process:
+        assert process.wait() == 0
     kept = {name: (job.work_folder / name).stat().st_mtime_ns for name in finished}
     finalize_job(job)
 
@@ -263,7 +265,7 @@ def hold(lock: str, arguments: dict, task: Share | None, held: str) -> None:
 
     tools.prepare.plan.MINIMUM_UNIT_BYTES = UNIT_BYTES
     job = open_job(**arguments)
-    job.work_folder.mkdir(parents=True, exist_ok=True)
+    job.output.mkdir(exist_ok=True)
     with locked(job) if lock == "all" else locked_units(job, task.of(job.units) if task else ()):
         Path(held).touch()
         signal.pause()
@@ -276,11 +278,11 @@ def test_who_may_work_at_the_same_time(tmp_path: Path, tokenizer: Path, make_job
 
     def while_held(lock: str, task: Share | None, check: Callable[[], None]) -> None:
         held.unlink(missing_ok=True)
-        process = Killable(hold, lock, arguments, task, str(held))
-        process.wait_until(held.exists)
-        assert held.exists()
-        check()
-        assert process.kill()
+        with Killable(hold, lock, arguments, task, str(held)) as process:
+            process.wait_until(held.exists)
+            assert held.exists()
+            check()
+            assert process.kill()
 
     def a_task_runs() -> None:
         for act in (prepare_job, finalize_job):
@@ -305,6 +307,28 @@ def test_who_may_work_at_the_same_time(tmp_path: Path, tokenizer: Path, make_job
     assert prepare_task(job, 0, 3) is None, "already prepared"
 
 
+@pytest.mark.parametrize("act", [prepare_job, lambda job: prepare_task(job, 0, 1), finalize_job])
+def test_a_job_that_another_process_ends_meanwhile_is_left_as_it_is(
+    tmp_path: Path, make_job, units, monkeypatch: pytest.MonkeyPatch, act
+) -> None:
+    path = write_text(tmp_path / "text.txt", documents=100, seed=1)
+    job, other = make_job([path], tmp_path / "data"), make_job([path], tmp_path / "data")
+    prepare_task(other, 0, 1)
+    finished, ended = Job.finished, []
+
+    def end_after_the_first_look(self: Job) -> dict | None:
+        found = finished(self)
+        if self is not other and not ended:
+            ended.append(prepare_job(other))
+            ended.append(folder_hashes(job.output))
+        return found
+
+    monkeypatch.setattr(Job, "finished", end_after_the_first_look)
+    result = act(job)
+    assert result is None or result.already_prepared
+    assert folder_hashes(job.output) == ended[1]
+
+
 def run_without_locks(arguments: dict, task: Share, ready: str) -> None:
     import fcntl
 
@@ -314,18 +338,19 @@ def run_without_locks(arguments: dict, task: Share, ready: str) -> None:
     fcntl.lockf = no_locks
     Path(ready).touch()
     while len(list(Path(ready).parent.glob("ready-*"))) < 2:
-        threading.Event().wait(0.001)
+        time.sleep(0.001)
     run_tasks(arguments, [task], workers=1)
 
 
 def test_without_locks_two_writers_of_a_unit_do_not_mix(tmp_path: Path, tokenizer: Path, make_job, units) -> None:
     path = write_text(tmp_path / "text.txt", documents=600, seed=1)
     job = make_job([path], tmp_path / "data")
-    same = [
-        Killable(run_without_locks, arguments_of(job, tokenizer), Share(0, 1), str(tmp_path / f"ready-{number}"))
-        for number in range(2)
-    ]
-    assert [process.wait() for process in same] == [0, 0]
+    arguments = arguments_of(job, tokenizer)
+    with (
+        Killable(run_without_locks, arguments, Share(0, 1), str(tmp_path / "ready-0")) as first,
+        Killable(run_without_locks, arguments, Share(0, 1), str(tmp_path / "ready-1")) as second,
+    ):
+        assert (first.wait(), second.wait()) == (0, 0)
     finalize_job(job)
     prepare_job(make_job([path], tmp_path / "clean"))
     assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
@@ -362,7 +387,8 @@ def test_a_joining_that_is_killed_is_done_again(tmp_path: Path, tokenizer: Path,
     prepare_task(job, 0, 1)
     (job.output / "train" / ".shard-00001.tok.0123456789ab.tmp").write_bytes(b"left by a killed writer")
     arguments = arguments_of(job, tokenizer, validation_fraction=0.2)
-    assert Killable(finalize_and_die, arguments, moment).wait() == -signal.SIGKILL
+    with Killable(finalize_and_die, arguments, moment) as process:
+        assert process.wait() == -signal.SIGKILL
     assert job.work_folder.exists()
     assert len(list(job.output.glob("*/manifest.json"))) == (1 if moment == "manifests" else 2)
     summary = finalize_job(job)
@@ -428,7 +454,8 @@ def test_bad_rows_of_a_table_and_bad_lines_of_a_text_can_be_skipped(tmp_path: Pa
     assert "No document of a sample can be read: 4 not text" in console.file.getvalue()
 
 
-def test_another_job_leaves_nothing_of_the_one_before(tmp_path: Path, make_job, units) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.02])
+def test_another_job_leaves_nothing_of_the_one_before(tmp_path: Path, make_job, units, fraction: float) -> None:
     """A plain prepare takes the place of an unfinished plain one; units that share a name are written anew."""
     first = write_text(tmp_path / "first.txt", documents=400, seed=1)
     second = write_text(tmp_path / "second.txt", documents=200, seed=2)
@@ -438,13 +465,34 @@ def test_another_job_leaves_nothing_of_the_one_before(tmp_path: Path, make_job, 
     console = quiet_console()
     with pytest.raises(UserError, match="UTF-8"):
         prepare_job(make_job([first], tmp_path / "data", validation_fraction=0.5), workers=1)
-    assert list((tmp_path / "data" / "validation").glob("shard-*"))
-    prepare_job(make_job([second], tmp_path / "data"), console=console)
+    held_out = len(list((tmp_path / "data" / "validation").glob("shard-*.tok")))
+    prepare_job(make_job([second], tmp_path / "data", validation_fraction=fraction), console=console)
 
-    assert "validation_fraction 0.5 instead of 0.0; other input files (" in console.file.getvalue()
-    prepare_job(make_job([second], tmp_path / "clean"))
+    assert f"validation_fraction 0.5 instead of {fraction}; other input files (" in console.file.getvalue()
+    prepare_job(make_job([second], tmp_path / "clean", validation_fraction=fraction))
     assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
-    assert not (tmp_path / "data" / "validation").exists()
+    assert held_out > len(list((tmp_path / "clean").glob("validation/shard-*.tok")))
+
+
+def test_a_record_never_vouches_for_the_shards_of_another_job(
+    tmp_path: Path, make_job, units, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job is killed after the shards of a unit and before its record; then the earlier job goes on."""
+    path = write_text(tmp_path / "text.txt", documents=300, seed=1)
+    job, other = make_job([path], tmp_path / "data"), make_job([path], tmp_path / "data", documents="line")
+    prepare_task(job, 0, 1)
+    unit, work = other.units[1], other.work_settings()
+    encoder = Encoder(work.tokenizer_file, other.dtype)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.prepare.worker.replace_synced", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_unit(unit, other.identity(unit), work, encoder, lambda *_: None)
+    monkeypatch.undo()
+
+    assert job.record(job.units[0]) and job.record(job.units[1]) is None
 
 
 def test_a_damaged_job_file_is_named(tmp_path: Path, make_job, units) -> None:
