@@ -4,7 +4,8 @@
 
 Each variant runs in a process of its own, interleaved, on the same random blocks; the first steps are warm-up. The
 model is a RoBERTa with hidden size 256, 4 layers and a vocabulary of 50,265; the batch is 8 × 512 with dropout 0.1,
-fp32, one rank. Printed: tokens/s of each round, and peak memory of the process. With `--beside documents` the other
+fp32, one rank. Printed: tokens/s and CPU seconds a step of each round (on a machine that is busy with other things the
+latter tell more, with one thread above all), and peak memory of the process. With `--beside documents` the other
 side is maskwright too, with document attention over documents of 128 tokens on average.
 """
 
@@ -59,20 +60,25 @@ def main() -> None:
         for name in results:
             results[name].append(_in_own_process(name, arguments))
             print(f"round {number + 1}  {name:10}  {describe(results[name][-1])}", flush=True)
-    speeds = {name: statistics.median(row["tokens_per_second"] for row in rows) for name, rows in results.items()}
-    memory = {name: statistics.median(row["peak_gib"] for row in rows) for name, rows in results.items()}
     print(f"load average {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores, torch {torch.__version__}")
-    for name in results:
-        print(f"{name:10} median {speeds[name]:,.0f} tokens/s, {memory[name]:.2f} GiB")
+    medians = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()
+    }
+    for name, row in medians.items():
+        print(f"median   {name:10}  {describe(row)}")
+    ours, theirs = medians["maskwright"], medians[arguments.beside]
     print(
-        f"maskwright over {arguments.beside}: {speeds['maskwright'] / speeds[arguments.beside]:.2f} × tokens/s, ",
-        end="",
+        f"maskwright over {arguments.beside}: {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} × tokens/s, "
+        f"{ours['cpu_seconds'] / theirs['cpu_seconds']:.2f} × CPU seconds, "
+        f"{ours['peak_gib'] / theirs['peak_gib']:.2f} × peak memory"
     )
-    print(f"{memory['maskwright'] / memory[arguments.beside]:.2f} × peak memory")
 
 
 def describe(row: dict[str, float]) -> str:
-    return f"{row['tokens_per_second']:8,.0f} tokens/s  {row['peak_gib']:.2f} GiB  last loss {row['loss']:.4f}"
+    return (
+        f"{row['tokens_per_second']:8,.0f} tokens/s  {row['cpu_seconds']:6.2f} CPU s a step  {row['peak_gib']:.2f} GiB  "
+        f"last loss {row['loss']:.4f}"
+    )
 
 
 def _in_own_process(variant: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -102,14 +108,14 @@ def run_maskwright(steps: int, document_attention: bool) -> dict[str, float]:
     engine = TrainingEngine(built, compose(config, load_preset("zero1"), plan), config.optimizer, world)
     objective = MaskedLanguageModelling(config.objective, vocabulary, SEQ_LEN)
     batches = make_batches(steps + WARMUP_STEPS, document_attention)
-    started, loss = 0.0, torch.zeros(())
+    started, loss = _now(), torch.zeros(())
     for number, batch in enumerate(batches):
         if number == WARMUP_STEPS:
-            started = time.perf_counter()
+            started = _now()
         loss = objective.loss_sum(engine.network, batch) / len(batch["labels"])
         engine.backward(loss)
         engine.step(config.optimizer.lr)
-    seconds = time.perf_counter() - started
+    seconds = _now() - started
     distributed.stop()
     return _row(steps, seconds, float(loss.detach()))
 
@@ -123,13 +129,13 @@ def run_trainer(steps: int) -> dict[str, float]:
     config = _config()
     model = build_model(config.model, _vocabulary(), SEQ_LEN, seed=0).model
     rows = [row for batch in make_batches(steps + WARMUP_STEPS) for row in as_trainer_rows(batch)]
-    clock: dict[str, float] = {}
+    clock: dict[str, np.ndarray] = {}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == WARMUP_STEPS:
-                clock["start"] = time.perf_counter()
-            clock["end"] = time.perf_counter()
+                clock["start"] = _now()
+            clock["end"] = _now()
 
     settings = config.optimizer
     with tempfile.TemporaryDirectory() as folder:
@@ -200,9 +206,19 @@ def _vocabulary() -> Vocabulary:
     return Vocabulary(VOCABULARY_SIZE, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
 
 
-def _row(steps: int, seconds: float, loss: float) -> dict[str, float]:
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"tokens_per_second": steps * MICRO_SIZE * SEQ_LEN / seconds, "peak_gib": peak_gib, "loss": loss}
+def _now() -> np.ndarray:
+    """float64 [2]: seconds on the clock, and CPU seconds of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _row(steps: int, seconds: np.ndarray, loss: float) -> dict[str, float]:
+    elapsed, computing = seconds.tolist()
+    return {
+        "tokens_per_second": steps * MICRO_SIZE * SEQ_LEN / elapsed,
+        "cpu_seconds": computing / steps,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": loss,
+    }
 
 
 if __name__ == "__main__":
