@@ -66,18 +66,17 @@ def main() -> None:
     }
     for name, row in medians.items():
         print(f"median   {name:10}  {describe(row)}")
-    ours, theirs = medians["maskwright"], medians[arguments.beside]
+    over = {key: value / medians[arguments.beside][key] for key, value in medians["maskwright"].items()}
     print(
-        f"maskwright over {arguments.beside}: {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} × tokens/s, "
-        f"{ours['cpu_seconds'] / theirs['cpu_seconds']:.2f} × CPU seconds, "
-        f"{ours['peak_gib'] / theirs['peak_gib']:.2f} × peak memory"
+        f"maskwright over {arguments.beside}: {over['tokens_per_second']:.2f} × tokens/s, "
+        f"{over['cpu_seconds']:.2f} × CPU seconds, {over['peak_gib']:.2f} × peak memory"
     )
 
 
 def describe(row: dict[str, float]) -> str:
     return (
-        f"{row['tokens_per_second']:8,.0f} tokens/s  {row['cpu_seconds']:6.2f} CPU s a step  {row['peak_gib']:.2f} GiB  "
-        f"last loss {row['loss']:.4f}"
+        f"{row['tokens_per_second']:8,.0f} tokens/s  {row['cpu_seconds']:6.2f} CPU s a step  "
+        f"{row['peak_gib']:.2f} GiB  last loss {row['loss']:.4f}"
     )
 
 
