@@ -1,10 +1,12 @@
 """Speed and memory of a training step beside Hugging Face's Trainer: same model, batch and optimizer, in one run.
 
-    python -m tools.compare_with_trainer [--steps 12] [--rounds 3] [--threads 2]
+    python -m tools.compare_with_trainer [--beside trainer|documents] [--steps 12] [--rounds 3] [--threads 2]
 
 Each variant runs in a process of its own, interleaved, on the same random blocks; the first steps are warm-up. The
 model is a RoBERTa with hidden size 256, 4 layers and a vocabulary of 50,265; the batch is 8 × 512 with dropout 0.1,
-fp32, one rank. Printed: tokens/s of each round, and peak memory of the process.
+fp32, one rank. Printed: tokens/s and CPU seconds a step of each round (on a machine that is busy with other things the
+latter tell more, with one thread above all), and peak memory of the process. With `--beside documents` the other
+side is maskwright too, with document attention over documents of 128 tokens on average.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 
 SEQ_LEN, MICRO_SIZE, VOCABULARY_SIZE = 512, 8, 50_265
 MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+DOCUMENT_TOKENS = 128
 WARMUP_STEPS = 2
-VARIANTS = ("trainer", "maskwright")
+VARIANTS = ("trainer", "documents", "maskwright")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--beside", choices=VARIANTS[:2], default="trainer", help="what maskwright is compared with")
     parser.add_argument("--steps", type=int, default=12, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
@@ -45,23 +49,35 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.variant:
         torch.set_num_threads(arguments.threads)
-        run = run_trainer if arguments.variant == "trainer" else run_maskwright
-        print(json.dumps(run(arguments.steps)))
+        if arguments.variant == "trainer":
+            row = run_trainer(arguments.steps)
+        else:
+            row = run_maskwright(arguments.steps, document_attention=arguments.variant == "documents")
+        print(json.dumps(row))
         return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in (arguments.beside, "maskwright")}
     for number in range(arguments.rounds):
-        for name in VARIANTS:
+        for name in results:
             results[name].append(_in_own_process(name, arguments))
             print(f"round {number + 1}  {name:10}  {describe(results[name][-1])}", flush=True)
-    speeds = {name: statistics.median(row["tokens_per_second"] for row in rows) for name, rows in results.items()}
-    memory = {name: statistics.median(row["peak_gib"] for row in rows) for name, rows in results.items()}
     print(f"load average {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"maskwright over Trainer: {speeds['maskwright'] / speeds['trainer']:.2f} × tokens/s, ", end="")
-    print(f"{memory['maskwright'] / memory['trainer']:.2f} × peak memory")
+    medians = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()
+    }
+    for name, row in medians.items():
+        print(f"median   {name:10}  {describe(row)}")
+    over = {key: value / medians[arguments.beside][key] for key, value in medians["maskwright"].items()}
+    print(
+        f"maskwright over {arguments.beside}: {over['tokens_per_second']:.2f} × tokens/s, "
+        f"{over['cpu_seconds']:.2f} × CPU seconds, {over['peak_gib']:.2f} × peak memory"
+    )
 
 
 def describe(row: dict[str, float]) -> str:
-    return f"{row['tokens_per_second']:8,.0f} tokens/s  {row['peak_gib']:.2f} GiB  last loss {row['loss']:.4f}"
+    return (
+        f"{row['tokens_per_second']:8,.0f} tokens/s  {row['cpu_seconds']:6.2f} CPU s a step  "
+        f"{row['peak_gib']:.2f} GiB  last loss {row['loss']:.4f}"
+    )
 
 
 def _in_own_process(variant: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -75,7 +91,7 @@ def _in_own_process(variant: str, arguments: argparse.Namespace) -> dict[str, fl
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_maskwright(steps: int) -> dict[str, float]:
+def run_maskwright(steps: int, document_attention: bool) -> dict[str, float]:
     """Our engine at ZeRO-1 on one rank, as `train` builds it."""
     from trainer import distributed
     from trainer.batch_plan import plan_batch
@@ -84,21 +100,21 @@ def run_maskwright(steps: int) -> dict[str, float]:
     from trainer.model.build import build_model
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29871")
-    config, vocabulary = _config(), _vocabulary()
+    config, vocabulary = _config(document_attention), _vocabulary()
     world = distributed.start()
     plan = plan_batch(config.batch, config.train, SEQ_LEN, 1, 1)
     built = build_model(config.model, vocabulary, SEQ_LEN, seed=0)
     engine = TrainingEngine(built, compose(config, load_preset("zero1"), plan), config.optimizer, world)
     objective = MaskedLanguageModelling(config.objective, vocabulary, SEQ_LEN)
-    batches = make_batches(steps + WARMUP_STEPS)
-    started, loss = 0.0, torch.zeros(())
+    batches = make_batches(steps + WARMUP_STEPS, document_attention)
+    started, loss = _now(), torch.zeros(())
     for number, batch in enumerate(batches):
         if number == WARMUP_STEPS:
-            started = time.perf_counter()
+            started = _now()
         loss = objective.loss_sums(engine.network, batch, 1).sum() / len(batch["labels"])
         engine.backward(loss)
         engine.step(config.optimizer.lr)
-    seconds = time.perf_counter() - started
+    seconds = _now() - started
     distributed.stop()
     return _row(steps, seconds, float(loss.detach()))
 
@@ -112,13 +128,13 @@ def run_trainer(steps: int) -> dict[str, float]:
     config = _config()
     model = build_model(config.model, _vocabulary(), SEQ_LEN, seed=0).model
     rows = [row for batch in make_batches(steps + WARMUP_STEPS) for row in as_trainer_rows(batch)]
-    clock: dict[str, float] = {}
+    clock: dict[str, np.ndarray] = {}
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == WARMUP_STEPS:
-                clock["start"] = time.perf_counter()
-            clock["end"] = time.perf_counter()
+                clock["start"] = _now()
+            clock["end"] = _now()
 
     settings = config.optimizer
     with tempfile.TemporaryDirectory() as folder:
@@ -151,13 +167,15 @@ def run_trainer(steps: int) -> dict[str, float]:
     return _row(steps, clock["end"] - clock["start"], float(losses[-1]))
 
 
-def make_batches(count: int) -> list[Batch]:
+def make_batches(count: int, document_attention: bool = False) -> list[Batch]:
     """Masked batches over random tokens: what the tokens are does not change the work."""
     objective = MaskedLanguageModelling(ObjectiveConfig(), _vocabulary(), SEQ_LEN)
     generator = np.random.default_rng(0)
     blocks = generator.integers(5, VOCABULARY_SIZE, (count, MICRO_SIZE, SEQ_LEN - 2))
     samples = np.arange(count * MICRO_SIZE, dtype=np.uint64).reshape(count, MICRO_SIZE)
-    return [objective.make_batch(block, sample, 0) for block, sample in zip(blocks, samples, strict=True)]
+    starts = generator.random(blocks.shape) < 1 / DOCUMENT_TOKENS if document_attention else [None] * count
+    rows = zip(blocks, samples, starts, strict=True)
+    return [objective.make_batch(block, sample, 0, start) for block, sample, start in rows]
 
 
 def as_trainer_rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
@@ -171,10 +189,11 @@ def as_trainer_rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def _config() -> Config:
+def _config(document_attention: bool = False) -> Config:
+    model = {"preset": "roberta-base", "tokenizer": "unused", "overrides": MODEL}
     raw = {
         "run": {"dir": "unused"},
-        "model": {"preset": "roberta-base", "tokenizer": "unused", "overrides": MODEL},
+        "model": {**model, "document_attention": document_attention},
         "data": {"train": "unused", "seq_len": SEQ_LEN},
         "batch": {"global_size": MICRO_SIZE, "micro_size": MICRO_SIZE},
         "train": {"steps": 1, "precision": "fp32"},
@@ -186,9 +205,19 @@ def _vocabulary() -> Vocabulary:
     return Vocabulary(VOCABULARY_SIZE, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
 
 
-def _row(steps: int, seconds: float, loss: float) -> dict[str, float]:
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"tokens_per_second": steps * MICRO_SIZE * SEQ_LEN / seconds, "peak_gib": peak_gib, "loss": loss}
+def _now() -> np.ndarray:
+    """float64 [2]: seconds on the clock, and CPU seconds of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _row(steps: int, seconds: np.ndarray, loss: float) -> dict[str, float]:
+    elapsed, computing = seconds.tolist()
+    return {
+        "tokens_per_second": steps * MICRO_SIZE * SEQ_LEN / elapsed,
+        "cpu_seconds": computing / steps,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": loss,
+    }
 
 
 if __name__ == "__main__":

@@ -127,14 +127,7 @@ def _train(
             _settle_run_folder(run_dir, inputs, console, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)
-    engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
-    if console is not None and engine.document_attention is not None:
-        console.say(engine.document_attention.note)
-    if checkpoint:
-        engine.load(checkpoint)
-    if config.model.compile:
-        engine.compile()
-
+    engine = _engine(inputs, built, world, checkpoint, console)
     loop = Loop(
         config=config,
         plan=inputs.plan,
@@ -161,6 +154,19 @@ def _train(
     finally:
         if loop.reporter is not None:
             loop.reporter.close()
+
+
+def _engine(
+    inputs: Inputs, built: BuiltModel, world: World, checkpoint: Path | None, console: TrainingConsole | None
+) -> TrainingEngine:
+    engine = TrainingEngine(built, inputs.ds_config, inputs.config.optimizer, world)
+    if console is not None and engine.document_attention is not None:
+        console.say(engine.document_attention.note)
+    if checkpoint:
+        engine.load(checkpoint)
+    if inputs.config.model.compile:
+        engine.compile()
+    return engine
 
 
 def _evaluator(inputs: Inputs) -> Evaluator | None:
