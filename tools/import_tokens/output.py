@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tools.prepare import finalize
-from tools.prepare.worker import WORK_FOLDER
+from tools.prepare.finalize import SPLITS, TOKENIZER_FOLDER, sync_files
 from trainer.data.shards import MANIFEST, Manifest, read_manifest
 from trainer.errors import UserError
-from trainer.files import replace_synced
+from trainer.files import replace_synced, sync_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+WORK_FOLDER = ".import"
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,13 @@ class Output:
         return self.folder / WORK_FOLDER
 
     @property
-    def tokenizer_folder(self) -> Path:
-        return self.folder / finalize.TOKENIZER_FOLDER
-
-    @property
     def folders(self) -> dict[str, Path]:
-        """The folder of each split."""
-        return finalize.split_folders(self.folder, self.settings["validation_fraction"])
+        """The folder of each split: the output itself, or one in it for each when some documents are held out."""
+        return (
+            {name: self.folder / name for name in SPLITS}
+            if self.settings["validation_fraction"]
+            else {"train": self.folder}
+        )
 
     def finished(self) -> dict[str, Manifest] | None:
         """The manifests that an earlier run of the same job wrote, None when it still has work to do.
@@ -53,14 +58,14 @@ class Output:
             UserError: when there is a data set of another job.
         """
         manifests: dict[str, Manifest] = {}
-        for folder in (self.folder, *(self.folder / name for name in finalize.SPLITS)):
+        for folder in (self.folder, *(self.folder / name for name in SPLITS)):
             if (folder / MANIFEST).is_file():
                 manifest = read_manifest(folder)
                 self._refuse_other(folder, manifest)
                 manifests.update({name: manifest for name, own in self.folders.items() if own == folder})
         if len(manifests) < len(self.folders):
             return None
-        finalize.clean_up(self.folder, self.folders)
+        shutil.rmtree(self.work_folder, ignore_errors=True)
         return manifests
 
     def _refuse_other(self, folder: Path, manifest: Manifest) -> None:
@@ -122,19 +127,27 @@ class Output:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                "Another import or prepare is writing to this folder.",
+                "Another import is writing to this folder.",
                 where=str(self.folder),
                 remedy="Wait for it, or choose another --output.",
             ) from None
         except OSError:
             pass  # a network file system without locks
 
+    def save_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer.save_pretrained(str(self.folder / TOKENIZER_FOLDER))
+        sync_files(self.folder / TOKENIZER_FOLDER)
+
     def commit(self, manifests: dict[str, Manifest]) -> None:
         """Write the manifests, that of "train" last, and remove what no manifest names."""
-        for name in reversed(self.folders):
-            folder, named = self.folders[name], {entry.name for entry in manifests[name].shards}
+        named = {self.folders[name]: {entry.name for entry in manifests[name].shards} for name in manifests}
+        for folder in (*(self.folder / name for name in SPLITS), self.folder):
             for path in [*folder.glob("shard-*"), *folder.glob(".shard-*.tmp")]:
-                if path.name.startswith(".") or path.name.split(".")[0] not in named:
-                    path.unlink()  # left by a killed run of other input
-            replace_synced(folder / MANIFEST, manifests[name].to_json().encode())
-        finalize.clean_up(self.folder, self.folders)
+                if path.name.startswith(".") or path.name.split(".")[0] not in named.get(folder, ()):
+                    path.unlink()  # left by a killed run of other input or splits
+            if folder not in named and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        for name in reversed(self.folders):
+            replace_synced(self.folders[name] / MANIFEST, manifests[name].to_json().encode())
+        shutil.rmtree(self.work_folder, ignore_errors=True)
+        sync_folder(self.folder)

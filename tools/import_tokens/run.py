@@ -19,7 +19,6 @@ from tools.import_tokens.datatrove import DatatroveFile
 from tools.import_tokens.find import Found, find_sources
 from tools.import_tokens.output import Output
 from tools.import_tokens.write import ShardRecord, ShardSettings
-from tools.prepare import finalize
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
 from trainer.data.shards import Manifest, document_starts, token_dtype
@@ -112,8 +111,7 @@ def import_tokens(
         return ImportSummary(place.folder, finished, 0, Counts(), already_imported=True)
     notes = [_tokenizer_note(found, tokenizer, loaded), *(note for source in found.sources for note in source.notes)]
     with place.claimed(console):
-        loaded.save_pretrained(str(place.tokenizer_folder))
-        finalize.sync_files(place.tokenizer_folder)
+        place.save_tokenizer(loaded)
         conversion = _write_shards(found, place, cleaner, vocabulary, link, console)
         manifests = _manifests(conversion.records, place, vocabulary, found)
         place.commit(manifests)

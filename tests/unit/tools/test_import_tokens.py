@@ -22,8 +22,8 @@ from tests.conftest import write_text
 from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_documents
 from tests.unit.tools.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import ImportSummary, import_tokens
+from tools.import_tokens.output import WORK_FOLDER
 from tools.inspect import show, verify
-from tools.prepare.worker import WORK_FOLDER
 from trainer.data.shards import MANIFEST, read_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 
@@ -334,7 +334,8 @@ def test_an_unfinished_import_never_lets_a_later_one_write_into_the_users_file(
     with pytest.raises(UserError, match="holds id 60,000"):
         run_import([good, bad], tmp_path / "again")
     text = write_text(tmp_path / "text.txt", documents=9, seed=2)
-    assert run_prepare([text], tmp_path / "again").documents == 9
+    with pytest.raises(UserError, match="already holds other files"):
+        run_prepare([text], tmp_path / "again")
     assert (tmp_path / "a.bin").read_bytes() == content
 
 
@@ -352,6 +353,11 @@ def test_an_unfinished_import_of_other_or_changed_files_is_not_mixed_in(
     run_import([tmp_path / "a0", tmp_path / "a1"], tmp_path / "data")
     assert read_token_documents(tmp_path / "data") == longest_first + documents
     run_import([tmp_path / "a0", tmp_path / "a1"], tmp_path / "clean")
+    with pytest.raises(UserError, match="holds id 60,000"):
+        run_import([tmp_path / "a0", bad], tmp_path / "split", validation_fraction=0.3)
+    run_import([tmp_path / "a0", tmp_path / "a1"], tmp_path / "split")
+    assert folder_hashes(tmp_path / "split") == folder_hashes(tmp_path / "clean")
+    assert sorted(path.name for path in (tmp_path / "split").iterdir() if path.is_dir()) == ["tokenizer"]
     assert folder_hashes(tmp_path / "data") == folder_hashes(tmp_path / "clean")
 
 
@@ -392,7 +398,7 @@ def test_an_output_that_is_in_use_or_holds_something_is_refused(
     (tmp_path / "data" / WORK_FOLDER).mkdir(parents=True)
     with open(tmp_path / "data" / WORK_FOLDER / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="Another import or prepare"):
+        with pytest.raises(UserError, match="Another import is writing"):
             run_import(source, tmp_path / "data")
 
 
