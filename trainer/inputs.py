@@ -85,6 +85,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
+    _check_run_folder(config)
     preset = load_preset(config.deepspeed)
     check_precision(config, preset)
     tokenizer_folder = config.model.tokenizer or config.model.from_pretrained
@@ -184,3 +185,15 @@ def sha256_of(value: Any) -> str:
 
 def run_folder(config: Config) -> Path:
     return Path(config.run.dir).expanduser()
+
+
+def _check_run_folder(config: Config) -> None:
+    """Raise UserError when the run folder is a file, or lies in one."""
+    folder = run_folder(config).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"The run folder cannot be made: '{existing}' is a file.",
+            where=f"run.dir={config.run.dir}",
+            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
+        )
