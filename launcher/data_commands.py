@@ -151,6 +151,79 @@ def prepare(
         preparation.prepare_job(job, workers or core_count(), console)
 
 
+@data_app.command("import", cls=Command)
+def data_import(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", metavar="PATH...", help="Token files, prefixes of them, globs, or folders."),
+    ],
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="The tokenizer that the tokens are of.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The data folder to write.")],
+    source_format: Annotated[
+        Literal["auto", "megatron", "datatrove", "datasets"],
+        typer.Option("--from", help="megatron: .bin and .idx; datatrove: .ds; datasets: a folder of save_to_disk."),
+    ] = "auto",
+    field: Annotated[str, typer.Option(help="The column of ids (datasets).")] = "input_ids",
+    validation_fraction: Annotated[
+        float,
+        typer.Option(
+            metavar="F",
+            min=0.0,
+            max=0.5,
+            help="Share of the documents to hold out, by the hash of their ids; writes DIR/train and DIR/validation.",
+        ),
+    ] = 0.0,
+    link: Annotated[
+        bool | None,
+        typer.Option(
+            "--link/--no-link",
+            help="--link never copies: where a hard link cannot be made it makes a symbolic one, and what would have "
+            "to be converted is refused. --no-link always copies.",
+            show_default="hard links where they can be made, else conversion",
+        ),
+    ] = None,
+    strip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="A token to take off the ends of documents, besides the tokenizer's begin, end and pad tokens. "
+            "May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    special_inside: Annotated[
+        Literal["refuse", "skip"],
+        typer.Option(help="What to do with a document that holds a special token inside: end, or leave it out."),
+    ] = "refuse",
+) -> None:
+    """Use tokens that Megatron-LM, datatrove or the library datasets stored, without tokenizing again.
+
+    A token file that holds just what a shard would is linked (a change of it would then change the data set, which
+    `data verify` finds); any other is converted. Special tokens at the ends of a document are taken off, and one
+    separator ends it. Every id is checked.
+
+    
+    Examples:
+      maskwright data import --input corpus_text_document.idx --tokenizer tokenizer --output data
+      maskwright data import --input 'tokens/*.ds' --tokenizer tokenizer --output data --validation-fraction 0.01
+      maskwright data import --input saved/train --field input_ids --tokenizer tokenizer --output data
+    """
+    from tools.import_tokens import import_tokens
+
+    import_tokens(
+        inputs=inputs,
+        tokenizer=tokenizer,
+        output=output,
+        format=source_format,
+        field=field,
+        validation_fraction=validation_fraction,
+        link=link,
+        strip=strip or (),
+        special_inside=special_inside,
+        console=make_console(),
+    )
+
+
 DataFolder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `maskwright prepare` wrote.")]
 
 

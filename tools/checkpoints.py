@@ -56,7 +56,7 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
 
 
 def _candidates(run: str) -> list[Candidate]:
-    path = Path(run)
+    path = Path(run).expanduser()
     if path.name.startswith("step-") and path.is_dir():
         beside = candidates(path.resolve().parent.parent)
         found = [candidate for candidate in beside if candidate.folder.name == path.name]

@@ -74,7 +74,7 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
 
 
 def _check_arguments(target: Path, dtype: str, max_shard_size: str) -> None:
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]I?B", max_shard_size.upper()):
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", max_shard_size.upper()):
         raise UserError(
             f"Not a size: '{max_shard_size}'.", where=f"--max-shard-size {max_shard_size}", remedy="Write 5GB or 500MB."
         )

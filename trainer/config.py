@@ -6,10 +6,12 @@ reads a config from YAML and the command line.
 
 from __future__ import annotations
 
+import math
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainer.errors import nearest
 
@@ -30,6 +32,12 @@ class RunConfig(Section):
     """Seeds the weights, the data order, the masks and the dropout."""
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "Input should be a finite number")
+    return value
+
+
 class ModelConfig(Section):
     preset: str | None = None
     """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
@@ -39,7 +47,7 @@ class ModelConfig(Section):
     """A Hugging Face checkpoint folder or hub name whose weights training continues from."""
     tokenizer: str | None = None
     """Tokenizer folder. Default: the one inside `from_pretrained`."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
     document_attention: bool = False
     """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT,

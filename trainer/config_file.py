@@ -54,7 +54,7 @@ def recipe_names() -> list[str]:
 def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
     """The file behind a recipe name or a path (looked up beside `relative_to` first)."""
     for base in ([relative_to] if relative_to else []) + [Path()]:
-        path = base / source
+        path = base / Path(source).expanduser()
         if path.is_file():
             return path
     if (RECIPES / f"{source}.yaml").is_file():

@@ -176,6 +176,7 @@ class _Base:
 
     @classmethod
     def of(cls, config: Config) -> _Base:
+        _check_run_folder(config)
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
         folder = tokenizer_source(config)
@@ -305,3 +306,15 @@ def sha256_of(value: Any) -> str:
 
 def run_folder(config: Config) -> Path:
     return Path(config.run.dir).expanduser()
+
+
+def _check_run_folder(config: Config) -> None:
+    """Raise UserError when the run folder is a file, or lies in one."""
+    folder = run_folder(config).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"The run folder cannot be made: '{existing}' is a file.",
+            where=f"run.dir={config.run.dir}",
+            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
+        )

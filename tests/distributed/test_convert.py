@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from launcher.console import make_console
+from tests.commands import assert_one_card, maskwright
 from tests.ranks import tiny_config, train
 from tools.convert import convert
 from trainer.checkpoint.contents import read_probe
-from trainer.errors import EXIT_FINISHED, DamagedError, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
 
 
 @pytest.fixture(scope="module", params=["zero0", "zero1", "zero2", "zero3"])
@@ -98,6 +99,23 @@ def test_a_damaged_or_missing_checkpoint_leaves_no_output(trained: Path, tmp_pat
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
         convert(str(tmp_path), str(tmp_path / "model"), "float32", "5GB", make_console())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("size", ["5", "5TiB", "-5GB", ""])
+def test_a_size_of_weight_files_that_is_none_is_refused_before_any_work(size: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"Not a size: '{size}'"):
+        convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", size, make_console())
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_are_cards_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = maskwright("convert", tmp_path / "run", "--output", tmp_path / "model", "--max-shard-size", "foo")
+    assert_one_card(result, EXIT_USER_MISTAKE, "Not a size: 'foo'", "--max-shard-size foo", "Write 5GB or 500MB")
+    output = tmp_path / "file" / "model"
+    result = maskwright("convert", tmp_path / "run", "--output", output)
+    assert_one_card(result, EXIT_USER_MISTAKE, f"Cannot create '{tmp_path}/file'", f"--output {output}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_output_that_exists_is_never_overwritten(trained: Path, tmp_path: Path) -> None:

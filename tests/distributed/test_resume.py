@@ -181,6 +181,17 @@ def test_latest_is_never_trusted(content: str | None, copy: Config, capsys: pyte
     assert "step 20 of 20" in capsys.readouterr().out
 
 
+def test_a_run_folder_that_is_a_file_is_refused_on_all_ranks(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/run"):
+        assert train(tiny_config(workspace, tmp_path / place), 2) == EXIT_USER_MISTAKE
+        assert f"[run.dir={tmp_path / place}]" in capsys.readouterr().out
+    assert train(tiny_config(workspace, tmp_path / "file"), dry_run=True) == EXIT_USER_MISTAKE
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_row_6_resume_modes_do_what_they_say_and_say_why(
     copy: Config, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,48 @@ def test_a_value_out_of_range_names_key_range_and_value(sections: dict[str, Any]
     assert words in error.problem
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.lr={}", "optimizer.lr"),
+        ("optimizer.betas=[0.9, {}]", "optimizer.betas.1"),
+        ("train.steps={}", "train.steps"),
+        ("run.seed={}", "run.seed"),
+        ("checkpoint.every_minutes={}", "checkpoint.every_minutes"),
+        ("data.train=[{{path: a, weight: {}}}]", "data.train.0.weight"),
+        ("model.overrides.hidden_dropout_prob={}", "model.overrides.hidden_dropout_prob"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_with_its_key(override: str, key: str, value: str, tmp_path: Path):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, "a.yaml", MINIMAL), [override.format(value)])
+    assert caught.value.where == key
+    assert f"Key '{key}' must be a finite number, got {float(value.replace('.', '', value.count('.')))}" in (
+        caught.value.problem
+    )
+
+
+def test_yaml_merge_keys_and_anchors_work(tmp_path: Path):
+    text = """
+run: {dir: runs/a}
+model: {preset: roberta-base, tokenizer: tokenizer}
+data:
+  train:
+    - &first {path: a, weight: 2}
+    - {<<: *first, path: b}
+    - <<: [{weight: 3}, *first]
+      path: c
+train: &length {steps: 10, precision: fp32}
+<<: {batch: {micro_size: 4}, train: {steps: 5}}
+"""
+    config = load_config(write(tmp_path, "a.yaml", text))
+    assert [(source.path, source.weight) for source in config.data.train] == [("a", 2.0), ("b", 2.0), ("c", 3.0)]
+    assert (config.batch.micro_size, config.train.steps) == (4, 10)  # what is written beside a merge wins
+    with pytest.raises(UserError, match="key 'path' appears twice"):
+        load_config(write(tmp_path, "b.yaml", text.replace("path: b", "path: b, path: d")))
+
+
 def test_a_mixture_or_a_single_folder():
     assert [(source.path, source.label) for source in parse_config(with_(), "x").data.train] == [("data", "data")]
     entries = [{"path": "x/a"}, {"path": "y/a", "weight": 3, "name": "b"}]

@@ -56,7 +56,7 @@ def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
         UserError: when there is none.
         DamagedError: when there are some, but none is whole.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if _STEP_FOLDER.match(path.resolve().name):
         if not path.is_dir():
             raise UserError(f"No checkpoint at '{path}'.", where=str(path), remedy=_names_beside(path))

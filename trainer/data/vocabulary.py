@@ -72,6 +72,13 @@ def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTraine
             where=str(folder),
             remedy="Convert it to a PreTrainedTokenizerFast (a folder with tokenizer.json).",
         )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # A model's folder without tokenizer files: transformers makes an empty one of the model's type.
+        raise UserError(
+            f"'{folder}' has no tokenizer of its own: its vocabulary would be empty.",
+            where=str(folder),
+            remedy="Give a folder with tokenizer.json, as `maskwright tokenizer train` writes it.",
+        )
     return tokenizer
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from launcher.command import console_of_results
+from tools.checkpoints import verify_run
 from trainer.checkpoint.find import candidates, locate
 from trainer.checkpoint.manifest import (
     CheckpointManifest,
@@ -130,6 +132,18 @@ def test_a_run_means_its_newest_whole_checkpoint_and_a_folder_means_itself(tmp_p
     (old / "manifest.json").unlink()
     with pytest.raises(DamagedError, match="None of the 2 checkpoints is whole"):
         locate(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shells leave it alone in --resume=~/run, and so do scripts."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_checkpoint(tmp_path / "run", 1)
+    assert locate("~/run")[0] == folder
+    assert locate("~/run/checkpoints/step-00000001")[0] == folder
+    verify_run("~/run", False, console_of_results(False))
+    assert "step-00000001: whole" in capsys.readouterr().out
 
 
 def test_a_resume_of_something_else_is_refused_with_each_difference(tmp_path: Path) -> None:
