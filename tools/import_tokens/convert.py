@@ -80,7 +80,7 @@ class Conversion:
             return None, "it is not a flat file of tokens"
         if _same_bytes(source.dtype) != self.settings.dtype or not source.documents:
             return None, f"its tokens are {source.dtype.name}, those of this vocabulary {self.settings.dtype.name}"
-        link = possible_link(Path(source.path), self.settings.folders["train"], symbolic=bool(self.link))
+        link = possible_link(Path(source.path), self.settings.work_folder, symbolic=bool(self.link))
         if link is None:
             return None, "the file system of the output cannot link to it"
         report = self._report(source, 0, source.documents)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -40,6 +40,14 @@ class ImportSummary:
     linked: int
     counts: Counts
     already_imported: bool
+
+    @classmethod
+    def of(cls, output: Path, manifests: dict[str, Manifest], records: Sequence[ShardRecord]) -> ImportSummary:
+        counts = Counts()
+        for record in records:
+            counts.add(record.counts)
+        linked = sum(bool(record.link) for record in records)
+        return cls(output, manifests, linked, counts, already_imported=False)
 
     @property
     def documents(self) -> int:
@@ -95,14 +103,7 @@ def import_tokens(
     vocabulary = vocabulary_of(loaded, tokenizer)
     cleaner = Cleaner(loaded, vocabulary, strip, special_inside == "skip")
     found = find_sources(inputs, format, field)
-    settings = {
-        "format": found.format,
-        "field": field if found.format == "datasets" else None,
-        "validation_fraction": validation_fraction,
-        "inputs": _hash_of_inputs(found),
-        "strip": sorted(strip),
-        "special_inside": special_inside,
-    }
+    settings = _settings(found, field, validation_fraction, strip, special_inside)
     newest = max(source.mtime_ns for source in found.sources)
     place = Output(Path(output).expanduser(), settings, vocabulary.sha256, newest)
     finished = place.finished()
@@ -115,19 +116,25 @@ def import_tokens(
         conversion = _write_shards(found, place, cleaner, vocabulary, link, console)
         manifests = _manifests(conversion.records, place, vocabulary, found)
         place.commit(manifests)
-    counts = Counts()
-    for record in conversion.records:
-        counts.add(record.counts)
-    linked = sum(bool(record.link) for record in conversion.records)
-    summary = ImportSummary(place.folder, manifests, linked, counts, already_imported=False)
-    notes += [*_describe_conversion(conversion), *cleaner.describe(counts)]
+    summary = ImportSummary.of(place.folder, manifests, conversion.records)
+    notes += [*_describe_conversion(conversion), *cleaner.describe(summary.counts)]
     _print_summary(summary, [note for note in notes if note], place, loaded, console)
     return summary
 
 
-def _hash_of_inputs(found: Found) -> str:
+def _settings(
+    found: Found, field: str, validation_fraction: float, strip: Sequence[str], special_inside: str
+) -> dict[str, Any]:
+    """What the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
     listing = repr([(source.name, source.size, source.documents) for source in found.sources])
-    return xxhash.xxh3_128_hexdigest(listing.encode())
+    return {
+        "format": found.format,
+        "field": field if found.format == "datasets" else None,
+        "validation_fraction": validation_fraction,
+        "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
+        "strip": sorted(strip),
+        "special_inside": special_inside,
+    }
 
 
 def _tokenizer_note(found: Found, given: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -222,7 +229,7 @@ def _no_documents(records: Sequence[ShardRecord]) -> str:
 
 
 def _describe_conversion(conversion: Conversion) -> list[str]:
-    """Which sources were not linked, and why; the first few."""
+    """Which source was not linked, and why, and how many more."""
     if not conversion.converted:
         return []
     name, reason = conversion.converted[0]

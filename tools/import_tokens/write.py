@@ -172,9 +172,9 @@ def link_shard(
     return record
 
 
-def possible_link(source: Path, folder: Path, symbolic: bool) -> str | None:
-    """How a file can be linked into a folder: hard, else (when allowed) by a symbolic link; None when not at all."""
-    probe = folder / ".link"
+def possible_link(source: Path, work_folder: Path, symbolic: bool) -> str | None:
+    """How a file can be linked to from the output: hard, else (when allowed) symbolic; None when not at all."""
+    probe = work_folder / "link"
     for link in (HARD_LINK, SYMBOLIC_LINK) if symbolic else (HARD_LINK,):
         probe.unlink(missing_ok=True)
         try:
