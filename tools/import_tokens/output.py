@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tools.prepare.finalize import SPLITS, TOKENIZER_FOLDER, sync_files
+from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
+from tools.prepare.work_folder import sync_files
 from trainer.data.shards import MANIFEST, Manifest, read_manifest
 from trainer.errors import UserError
 from trainer.files import replace_synced, sync_folder
