@@ -98,7 +98,12 @@ def test_without_the_options_everything_is_as_it_was(tmp_path: Path) -> None:
         "validation_fraction": 0.0,
         "inputs": "007f25258b5f41b6f3a1f6512f404f52",
     }
-    assert manifest["statistics"] == {"text_bytes": 27, "longest_document_tokens": 6, "empty_documents_in_input": 0}
+    assert manifest["statistics"] == {
+        "text_bytes": 27,
+        "longest_document_tokens": 6,
+        "empty_documents_in_input": 0,
+        "refused_documents_in_input": {},
+    }
     named = ["manifest.json", *(f"shard-00000.{suffix}" for suffix in ("doc", "sum", "tok"))]
     assert sorted(path.name for path in (tmp_path / "data").iterdir() if path.is_file()) == named
 
