@@ -16,6 +16,8 @@ from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
 from trainer.data.shards import document_starts, read_manifest
 
+UNIT_BYTES = 16384
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +47,17 @@ def make_job(tokenizer: Path) -> Callable[..., Job]:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of 4 KiB, so that a small input has many."""
     monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 4096)
+
+
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of UNIT_BYTES in this process, for inputs that take several workers some time."""
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
+
+
+def records(job: Job) -> list[str]:
+    """The names of the records of finished units."""
+    return sorted(path.name for path in job.work_folder.glob("unit-*.json"))
 
 
 def quiet_console() -> Console:
