@@ -148,7 +148,7 @@ _DATA_MANIFEST = {
     "shards": "a list: `name`, `tokens`, `documents`, `files` (suffix → bytes, xxh3_128)",
     "sources": "what was read: names relative to what was given, and sizes",
     "settings": "what decided the cut into documents and splits",
-    "statistics": "bytes of text, longest document, empty documents",
+    "statistics": "bytes of text, longest document, empty documents, refused documents by reason",
     "written_by": "the command that wrote it",
 }
 assert _DATA_MANIFEST.keys() == {field.name for field in dataclasses.fields(Manifest)}

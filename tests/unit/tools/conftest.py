@@ -16,6 +16,7 @@ from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
 from trainer.data.shards import document_starts, read_manifest
 
+UNIT_BYTES = 16384
 CHINESE = (
     "我来到北京清华大学。今天天气很好，我们去公园看花。",
     "他说：“你真的吃过饭了吗？”大家都笑了！然后他们坐火车回家。",
@@ -65,6 +66,17 @@ def make_job(tokenizer: Path) -> Callable[..., Job]:
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of 4 KiB, so that a small input has many."""
     monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 4096)
+
+
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of UNIT_BYTES in this process, for inputs that take several workers some time."""
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
+
+
+def records(job: Job) -> list[str]:
+    """The names of the records of finished units."""
+    return sorted(path.name for path in job.work_folder.glob("unit-*.json"))
 
 
 def quiet_console() -> Console:

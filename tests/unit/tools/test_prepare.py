@@ -323,8 +323,9 @@ def test_a_killed_worker_is_reported(tmp_path: Path, tokenizer: Path, monkeypatc
             os.kill(child.pid or 0, signal.SIGKILL)
 
     monkeypatch.setattr("tools.prepare.progress.ReadProgress.update", kill_workers)
-    with pytest.raises(MaskwrightError, match="killed by signal 9"):
+    with pytest.raises(MaskwrightError, match="killed by signal 9") as caught:
         prepare([str(path)], str(tokenizer), str(tmp_path / "data"), workers=1, console=printed)
+    assert f"bytes 0 to {path.stat().st_size:,} of 'text.txt'" in caught.value.where
 
 
 def is_running(pid: int) -> bool:
