@@ -102,7 +102,7 @@ def _block_in_epoch(
     order: SampleOrder, samples: NDArray[np.int64], sources: NDArray[np.int64], blocks: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
     """uint64 [n]: a number for each (source, epoch, block), the same for two samples only if all three are."""
-    _, visits = order._visit(samples.astype(np.uint64))
+    _, visits = order.locate_visits(samples.astype(np.uint64))
     counts = np.array(order.blocks, np.uint64)
     bases = np.cumsum(counts) - counts
     epoch = visits // np.maximum(counts, 1)[sources]

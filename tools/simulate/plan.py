@@ -17,6 +17,7 @@ from trainer.config import DataConfig
 from trainer.config_file import load_config, recipe_names
 from trainer.data.mixture import mixture_order
 from trainer.data.order import SampleOrder
+from trainer.data.quarantine import kept_stretches
 from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.errors import UserError
 
@@ -53,7 +54,7 @@ class SimulatedSource:
     """A data set as its manifest describes it.
 
     Attributes:
-        shard_tokens: int64 [shards].
+        shard_tokens: int64 [shards]; where parts are in quarantine, what is left between them.
         token_bytes: bytes a token.
     """
 
@@ -169,10 +170,11 @@ def _write_paper_manifest(folder: Path, tokens: int, shards: int, dtype: np.dtyp
     (folder / MANIFEST).write_text(manifest.to_json())
 
 
-def _read_source(path: str) -> SimulatedSource:
+def _read_source(path: str, quarantine: Sequence[str] = ()) -> SimulatedSource:
     manifest = read_manifest(split_folder(path, "train"))
-    tokens = np.array([entry.tokens for entry in manifest.shards], np.int64)
-    return SimulatedSource(path, tokens, np.dtype(manifest.dtype).itemsize)
+    # A quarantine leaves out whole MiB, so each stretch that is left begins at a page, as a shard does.
+    lengths = [tokens for _, _, tokens in kept_stretches(manifest, quarantine, path)]
+    return SimulatedSource(path, np.array(lengths, np.int64), np.dtype(manifest.dtype).itemsize)
 
 
 def _over(source: SimulatedSource, options: SimulateOptions) -> SimulatedPlan:
@@ -202,7 +204,7 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
     ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
-    sources = tuple(_read_source(source.path) for source in data.train)
+    sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     epoch_blocks = sum(source.tokens // (data.seq_len - 2) for source in sources)
     total_steps = plan_batch(batch, config.train, data.seq_len, ranks, epoch_blocks).total_steps
     return SimulatedPlan(

@@ -128,7 +128,7 @@ class SampleOrder:
         sources, blocks = np.empty(samples.size, np.int64), np.empty(samples.size, np.int64)
         for start in range(0, samples.size, _PIECE):
             piece = slice(start, start + _PIECE)
-            source, visit = self._visit(samples[piece].astype(np.uint64))
+            source, visit = self.locate_visits(samples[piece].astype(np.uint64))
             sources[piece] = source
             blocks[piece] = self._block(source, visit)
         return sources, blocks
@@ -158,7 +158,7 @@ class SampleOrder:
             "spans": [[span.start, span.size, list(span.places)] for span in self.spans],
         }
 
-    def _visit(self, samples: UInt64s) -> tuple[NDArray[np.intp], UInt64s]:
+    def locate_visits(self, samples: UInt64s) -> tuple[NDArray[np.intp], UInt64s]:
         """Step 1: uint64 [n] sample numbers → source ([n], or [1] when there is one) and visit [n] to it."""
         if len(self.spans) == 1:
             return self._visit_in(self.spans[0], samples)

@@ -94,6 +94,9 @@ class ShardSet:
         Raises:
             DamagedError: when a part that is read differs from its sum, or is not there.
         """
+        if (stretch := self._only_stretch(blocks, payload)) is not None:
+            shard, starts = stretch
+            return self._shard(shard).read(starts, payload)
         out = np.empty((len(blocks), payload), self.dtype)
         for rows, columns, shard, starts in self._stretches(blocks, payload):
             out[rows, columns] = self._shard(shard).read(starts, columns.stop - columns.start)
@@ -124,6 +127,16 @@ class ShardSet:
         lengths = np.minimum(stops[rows], self._ends[segments]) - begins
         offsets = begins - self._starts[segments] + self._offsets[segments]
         return np.stack([rows, self._shards[segments], offsets, lengths], axis=1)
+
+    def _only_stretch(self, blocks: np.ndarray, payload: int) -> tuple[int, NDArray[np.int64]] | None:
+        """Shard and first tokens of blocks that all lie in one segment, as those of a small batch mostly do."""
+        if not len(blocks):
+            return None
+        starts = np.asarray(blocks, np.int64) * payload
+        segment = int(np.searchsorted(self._ends, starts.min(), side="right"))
+        if int(starts.max()) + payload > int(self._ends[segment]):
+            return None
+        return int(self._shards[segment]), starts + int(self._offsets[segment] - self._starts[segment])
 
     def _stretches(self, blocks: np.ndarray, payload: int) -> Iterator[tuple[slice, slice, int, NDArray[np.int64]]]:
         """The pieces, with runs of whole blocks in one shard taken together: (rows, columns, shard, first tokens)."""
