@@ -28,7 +28,7 @@ JOB_FILE = "job.json"
 
 
 def claim_folder(job: Job) -> None:
-    """Create the output with its work folder.
+    """Create the output with its work folder, and nothing else: it may turn out to be another job's.
 
     Raises:
         UserError: when it holds anything that is not an unfinished job, or cannot be created.
@@ -44,8 +44,7 @@ def claim_folder(job: Job) -> None:
             remedy="Choose an --output that is new or empty.",
         )
     try:
-        for folder in (job.work_folder, *job.folders.values()):
-            folder.mkdir(parents=True, exist_ok=True)
+        job.work_folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"Cannot create the output folder: {error.strerror}.",
@@ -55,7 +54,7 @@ def claim_folder(job: Job) -> None:
 
 
 def enter(job: Job, tasks: int | None, console: Console) -> None:
-    """Make the work folder this job's, with its tokenizer; a no-op for all but the first process.
+    """Make the work folder this job's, with a folder for each split and the tokenizer; the first process does it.
 
     Args:
         tasks: how many tasks the job has; None for a run that does all of it. The latter may take the place of an
@@ -65,7 +64,7 @@ def enter(job: Job, tasks: int | None, console: Console) -> None:
         UserError: when the folder is another job's, with the differences.
     """
     path, own = job.work_folder / JOB_FILE, {**_describe(job), "tasks": tasks}
-    content = (json.dumps(own, indent=1, ensure_ascii=False) + "\n").encode()
+    content = (json.dumps(own, ensure_ascii=False) + "\n").encode()
     new = create_synced(path, content)
     if not new and (differs := _differences(found := _read(path), own)):
         if tasks is not None or found["tasks"] is not None:
@@ -75,6 +74,8 @@ def enter(job: Job, tasks: int | None, console: Console) -> None:
         new = True
     if new:
         _remove_foreign_parts(job)
+    for folder in job.folders.values():
+        folder.mkdir(exist_ok=True)
     place_tokenizer(job)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.shard_set import ShardSet
@@ -65,6 +65,7 @@ def three_mebibytes(folder: Path) -> Manifest:
 documents = st.lists(st.lists(st.integers(0, 999), max_size=12), max_size=6)
 
 
+@settings(deadline=None)  # a busy disk syncs slowly
 @given(shards=st.lists(documents, min_size=1, max_size=4), payload=st.integers(1, 40), wide=st.booleans())
 def test_blocks_are_consecutive_views_of_the_stream_across_shards(
     shards: list[list[list[int]]], payload: int, wide: bool, tmp_path_factory: pytest.TempPathFactory

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,9 @@ from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_d
 from tests.unit.tools.test_readers import write_rows, write_texts
 from tools.prepare import prepare
 from tools.prepare.encode import Encoder, split_text
-from tools.prepare.worker import WORK_FOLDER, split_of
+from tools.prepare.inputs import find_inputs
+from tools.prepare.plan import plan_units
+from tools.prepare.worker import WORK_FOLDER, _portable, split_of
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import read_manifest
 from trainer.errors import MaskwrightError, UserError
@@ -326,6 +330,28 @@ def test_a_killed_worker_is_reported(tmp_path: Path, tokenizer: Path, monkeypatc
     with pytest.raises(MaskwrightError, match="killed by signal 9") as caught:
         prepare([str(path)], str(tokenizer), str(tmp_path / "data"), workers=1, console=printed)
     assert f"bytes 0 to {path.stat().st_size:,} of 'text.txt'" in caught.value.where
+
+
+def test_what_a_user_can_mend_in_a_worker_is_no_traceback(tmp_path: Path, small_units) -> None:
+    path = write_text(tmp_path / "text.txt", documents=100, seed=1)
+    unit = plan_units(find_inputs([str(path)]), "line")[1]
+    output = tmp_path / "data"
+    cases = [
+        (MemoryError(), "Not enough memory", unit.describe(), "fewer --workers"),
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full", str(output), "run the same command"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", str(output / ".shard-00001.tok.0123.tmp")),
+            "has been removed",
+            str(output / ".shard-00001.tok.0123.tmp"),
+            "one prepare work in a folder at a time",
+        ),
+    ]
+    for error, problem, where, remedy in cases:
+        shown = pickle.loads(pickle.dumps(_portable(error, str(output / WORK_FOLDER), unit)))
+        assert isinstance(shown, UserError)
+        assert problem in shown.problem and shown.where == where and remedy in shown.remedy
+    elsewhere = _portable(FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere"), str(output), unit)
+    assert isinstance(elsewhere, FileNotFoundError)
 
 
 def is_running(pid: int) -> bool:
