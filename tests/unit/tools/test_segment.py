@@ -47,6 +47,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
     (tmp_path / "own_words.py").write_text(OWN)
     importlib.invalidate_caches()
+    sys.modules.pop("own_words", None)  # another test's
     yield tmp_path / "own_words.py"
     sys.modules.pop("own_words", None)
 
