@@ -155,6 +155,18 @@ def test_text_that_cannot_be_read_stops_all_ranks_with_its_place(
         assert f"rank {rank}: Not valid UTF-8: line 3, byte 6 of 'bad.txt'" in printed
 
 
+def test_the_cause_is_shown_and_not_the_end_of_the_ranks_that_it_stopped(
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 is at work on a unit of its own when rank 1 fails."""
+    (tmp_path / "texts").mkdir()
+    paragraphs = write_text(tmp_path / "block.txt", documents=4000, seed=9).read_bytes() * 9
+    (tmp_path / "texts" / "a.txt").write_bytes(paragraphs)
+    (tmp_path / "texts" / "b.txt").write_bytes(b"\xff\n\n" + paragraphs)
+    assert train(from_text(workspace, tmp_path / "run", tmp_path / "texts"), 2) == EXIT_USER_MISTAKE
+    assert capfd.readouterr().out.count("Not valid UTF-8: line 1, byte 0 of 'b.txt'") == 2
+
+
 def test_text_without_held_out_documents_is_no_validation_data(
     workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,13 +192,13 @@ def test_json_lines_and_a_mixture_of_text_and_data(workspace: Path, tmp_path: Pa
     assert (cached(tmp_path / "run")[0] / MANIFEST).is_file()
 
 
-@pytest.mark.parametrize(
-    ("path", "words"), [("no-such", "is not a prepared data set"), ("empty", "is not a prepared data set")]
-)
+@pytest.mark.parametrize("path", ["no-such", "empty", "unfinished"])
 def test_what_is_neither_text_nor_data(
-    path: str, words: str, workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    path: str, workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "unfinished" / "tokenizer" / "tokenizer.json").write_text("{}")
     config = from_text(workspace, tmp_path / "run", tmp_path / path)
     assert train(config) == EXIT_USER_MISTAKE
-    assert words in capfd.readouterr().out
+    assert "is not a prepared data set" in capfd.readouterr().out

@@ -22,7 +22,7 @@ import xxhash
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import Estimate, estimate_output
 from tools.prepare.inputs import InputFile, find_inputs
-from tools.prepare.job import SPLITS, Job, open_job
+from tools.prepare.job import SPLITS, TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.summary import human_bytes
 from tools.prepare.work_folder import recorded_units
@@ -118,7 +118,8 @@ def _is_raw(path: str, config: Config) -> bool:
         return not Path(path).expanduser().exists()
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if (folder / WORK_FOLDER).exists() or any((folder / name / MANIFEST).exists() for name in ("", *SPLITS)):
+        unfinished = (folder / WORK_FOLDER).exists() or (folder / TOKENIZER_FOLDER / "tokenizer.json").exists()
+        if unfinished or any((folder / name / MANIFEST).exists() for name in ("", *SPLITS)):
             return False
     elif not folder.exists() and not any(character in path for character in "*?["):
         return False
@@ -183,9 +184,10 @@ def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bo
             world, [not thread.is_alive(), bool(errors) and not cancel.is_set(), stop.received]
         )
         if failed or stopped:
+            own = errors[0] if errors and not stopped else None  # before the cancelling adds one that hides the cause
             cancel.set()
             thread.join()
-            distributed.raise_together(world, errors[0] if errors and not stopped else None)
+            distributed.raise_together(world, own)
             return False
         if finished == world.size:
             break
