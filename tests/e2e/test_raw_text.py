@@ -160,7 +160,7 @@ def test_the_cause_is_shown_and_not_the_end_of_the_ranks_that_it_stopped(
 ) -> None:
     """Rank 0 is at work on a unit of its own when rank 1 fails."""
     (tmp_path / "texts").mkdir()
-    paragraphs = write_text(tmp_path / "block.txt", documents=4000, seed=9).read_bytes() * 9
+    paragraphs = write_text(tmp_path / "block.txt", documents=4000, seed=9).read_bytes() * 5  # a unit each
     (tmp_path / "texts" / "a.txt").write_bytes(paragraphs)
     (tmp_path / "texts" / "b.txt").write_bytes(b"\xff\n\n" + paragraphs)
     assert train(from_text(workspace, tmp_path / "run", tmp_path / "texts"), 2) == EXIT_USER_MISTAKE
