@@ -140,7 +140,7 @@ RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run
 
 @checkpoint_app.command("list", cls=Command)
 def checkpoint_list(run: RunFolder, as_json: AsJson = False) -> None:
-    """List what can be resumed.
+    """List what can be resumed, and what cannot and why, by manifests and file sizes.
 
     \b
     Example:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,12 @@ from launcher.console import EXIT_INTERRUPTED, Card, print_card
 from launcher.environment import Membership
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, log_of, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
+from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen
 
 GRACE_S = 15.0
 """After a rank has failed, the others have this long to end by themselves, and again this long after a TERM."""
 POLL_S = 0.1
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_LOCALHOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 4096
 
@@ -108,14 +107,8 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOCALHOST, 0))
-        return probe.getsockname()[1]
-
-
 def local_membership(rank: int, world_size: int, port: int) -> Membership:
-    return Membership("local", rank, world_size, rank, world_size, _LOCALHOST, port)
+    return Membership("local", rank, world_size, rank, world_size, LOCALHOST, port)
 
 
 @contextmanager
@@ -135,16 +128,18 @@ def _received_signals() -> Iterator[deque[signal.Signals]]:
 
 
 def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[RankProcess]:
-    port = free_port()
     threads = max(1, core_count() // process_count)
     die_with_launcher = _make_die_with_launcher()
     ranks: list[RankProcess] = []
+    listener = listen()
+    descriptor, port = listener.fileno(), listener.getsockname()[1]
     try:
         for rank in range(process_count):
             error_file = scratch / f"rank-{rank:05d}.error.json"
             output_file = scratch / f"rank-{rank:05d}.out" if rank else None
             environ = {"OMP_NUM_THREADS": str(threads), **os.environ, ERROR_FILE_VARIABLE: str(error_file)}
             environ |= local_membership(rank, process_count, port).variables()
+            environ[LISTENER_VARIABLE] = "" if rank else str(descriptor)
             output = open(output_file, "wb") if output_file else None
             process = subprocess.Popen(
                 command,
@@ -154,6 +149,7 @@ def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[Ra
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
                 preexec_fn=die_with_launcher,
+                pass_fds=() if rank else (descriptor,),
             )
             if output:
                 output.close()
@@ -162,6 +158,8 @@ def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[Ra
         for rank in ranks:
             rank.kill()
         raise
+    finally:
+        listener.close()  # rank 0 has it
     return ranks
 
 

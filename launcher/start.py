@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.environment import Membership, find_membership
-from launcher.local import free_port, launch, local_membership
+from launcher.local import launch, local_membership
 from launcher.rank import hold_stop_signals, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.errors import UserError
+from trainer.rendezvous import LISTENER_VARIABLE, listen
 
 
 def start_training(
@@ -29,7 +30,9 @@ def start_training(
             config = load_config(config_source, overrides)
             command = _rank_command(config_source, overrides, resume, dry_run)
             return launch(command, process_count or 1, _folder_of_logs(config, dry_run))
-        membership = local_membership(rank=0, world_size=1, port=free_port())
+        listener = listen()
+        membership = local_membership(rank=0, world_size=1, port=listener.getsockname()[1])
+        os.environ[LISTENER_VARIABLE] = str(listener.detach())
     elif process_count not in (None, membership.local_world_size):
         raise UserError(
             f"{membership.started_by} started {membership.local_world_size} ranks on this node, "

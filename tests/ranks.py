@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,45 @@ def _train(config: Config, resume: str, dry_run: bool) -> int:
 
 def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[int]:
     """Call `work(*arguments)` on `world_size` ranks, show what they print, return their exit codes in rank order."""
+    with started_ranks(work, world_size, *arguments) as ranks:
+        return ranks.wait(timeout_s)
+
+
+class Ranks:
+    """Ranks at work; the exit code of one that a signal ended is the signal's number, negative."""
+
+    def __init__(self, processes: list[ForkServerProcess], outputs: list[Path]) -> None:
+        self.processes, self._outputs = processes, outputs
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Exit codes in rank order, when all have ended by themselves; fails when one does not in time."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"a rank did not end in time: {codes}"
+        return [int(code or 0) for code in codes]
+
+    def end_as_the_launcher_does(self) -> list[int]:
+        """Exit codes in rank order, after one rank has failed: the others have GRACE_S to end, and are then killed."""
+        from launcher.local import GRACE_S
+
+        deadline = time.monotonic() + GRACE_S
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+        for process in self.processes:
+            process.join()
+        return [int(process.exitcode or 0) for process in self.processes]
+
+    def output(self) -> str:
+        """What the ranks have printed so far, in rank order."""
+        return "".join(path.read_text(errors="replace") if path.exists() else "" for path in self._outputs)
+
+
+@contextmanager
+def started_ranks(work: Callable[..., int], world_size: int, *arguments: Any) -> Iterator[Ranks]:
+    """Have `work(*arguments)` called on `world_size` ranks; at the end they are killed and what they printed shown."""
     port = free_port()
     scratch = Path(tempfile.mkdtemp(prefix="maskwright-test-"))
     outputs = [scratch / f"rank-{rank}" for rank in range(world_size)]
@@ -54,16 +95,15 @@ def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeou
     ]
     for process in processes:
         process.start()
+    ranks = Ranks(processes, outputs)
     try:
-        for process in processes:
-            process.join(timeout_s)
-        assert all(process.exitcode is not None for process in processes), "a rank did not end in time"
+        yield ranks
     finally:
-        for process, output in zip(processes, outputs, strict=True):
+        for process in processes:
             process.kill()
-            print(output.read_text(errors="replace") if output.exists() else "", end="")
+            process.join()
+        print(ranks.output(), end="")
         shutil.rmtree(scratch)
-    return [int(process.exitcode or 0) for process in processes]
 
 
 def _rank(
@@ -79,6 +119,8 @@ def _rank(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    # As in a rank of a user, who forks its loader workers; here they would come from a fork server of their own.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trainer.checkpoint.find import Candidate, candidates
-from trainer.checkpoint.manifest import find_faults
+from tools.prepare.progress import ReadProgress
+from tools.prepare.summary import human_bytes
+from trainer.checkpoint.find import Candidate, candidates, faults_of, listing
 from trainer.errors import DamagedError, UserError
+
+_SHAPE = ("world_size", "stage", "precision")
 
 
 def list_run(run: str, as_json: bool, console: Console) -> None:
@@ -25,11 +29,12 @@ def list_run(run: str, as_json: bool, console: Console) -> None:
     table = Table("checkpoint", "step", "tokens", "saved", "ranks", "stage", "precision", "size", "state", box=None)
     for row in rows:
         saved = datetime.fromtimestamp(row["saved_at"]).strftime("%Y-%m-%d %H:%M") if row["saved_at"] else ""
-        size = f"{row['bytes'] / 2**20:,.1f} MiB"
-        layout = row["layout"]
-        shape = [str(layout.get(name, "")) for name in ("world_size", "stage", "precision")]
-        table.add_row(row["name"], f"{row['step']:,}", f"{row['tokens']:,}", saved, *shape, size, row["state"])
+        size = human_bytes(row["bytes"]) if row["bytes"] else ""
+        tokens = f"{row['tokens']:,}" if row["tokens"] is not None else ""
+        shape = ["" if row[name] is None else str(row[name]) for name in _SHAPE]
+        table.add_row(row["name"], f"{row['step']:,}", tokens, saved, *shape, size, row["state"])
     console.print(table)
+    console.print("By manifests and file sizes; `maskwright checkpoint verify` reads every byte.")
 
 
 def verify_run(run: str, as_json: bool, console: Console) -> None:
@@ -38,15 +43,22 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
     Raises:
         DamagedError: naming each damaged file.
     """
-    results = {}
-    for candidate in _candidates(run):
-        faults = [candidate.fault] if candidate.manifest is None else find_faults(candidate.folder, candidate.manifest)
-        results[candidate.folder.name] = faults
-        if not as_json:
-            console.print(f"{candidate.folder.name}: {'; '.join(faults) if faults else 'whole'}", markup=False)
+    found = _candidates(run)
+    total = sum(candidate.manifest.bytes for candidate in found if candidate.manifest is not None)
+    results: dict[str, list[str]] = {}
+    before = 0
+    with ReadProgress(console, "Verifying", total) as progress:
+        for candidate in found:
+            faults = faults_of(candidate, on_bytes=partial(_show, progress, before))
+            before += candidate.manifest.bytes if candidate.manifest is not None else 0
+            if faults and not candidate.folder.exists():
+                continue  # the run goes on, and has removed it by now
+            results[candidate.folder.name] = faults
+            if not as_json:
+                console.print(f"{candidate.folder.name}: {'; '.join(faults) if faults else 'whole'}", markup=False)
     if as_json:
         print(json.dumps(results, indent=1))
-    damaged = [f"{name}: {'; '.join(faults)}" for name, faults in results.items() if faults]
+    damaged = [f"{name}: {listing(faults)}" for name, faults in results.items() if faults]
     if damaged:
         raise DamagedError(
             f"{len(damaged)} of {len(results)} checkpoints damaged. {' | '.join(damaged)}",
@@ -55,11 +67,15 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
         )
 
 
+def _show(progress: ReadProgress, before: int, done: int) -> None:
+    progress.update(before + done)
+
+
 def _candidates(run: str) -> list[Candidate]:
     path = Path(run).expanduser()
-    if path.name.startswith("step-") and path.is_dir():
+    if path.resolve().name.startswith("step-") and path.is_dir():
         beside = candidates(path.resolve().parent.parent)
-        found = [candidate for candidate in beside if candidate.folder.name == path.name]
+        found = [candidate for candidate in beside if candidate.folder.name == path.resolve().name]
     else:
         found = candidates(path)
     if not found:
@@ -72,37 +88,17 @@ def _candidates(run: str) -> list[Candidate]:
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
-    manifest = candidate.manifest
-    if manifest is None:
-        empty = {"tokens": 0, "bytes": 0, "layout": {}, "saved_at": None}
-        return {
-            "name": candidate.folder.name,
-            "step": candidate.step,
-            "state": candidate.fault,
-            "valid": False,
-            **empty,
-        }
-    faults = _size_faults(candidate)
+    """What is known of a checkpoint; None where its manifest cannot be read."""
+    manifest, faults = candidate.manifest, faults_of(candidate, read=False)
+    layout = manifest.layout if manifest else {}
     return {
         "name": candidate.folder.name,
-        "step": manifest.step,
-        "tokens": manifest.state["tokens"],
-        "bytes": manifest.bytes,
-        "layout": manifest.layout,
-        "saved_at": manifest.saved_at,
+        "step": candidate.step,
+        "tokens": manifest.state["tokens"] if manifest else None,
+        "saved_at": manifest.saved_at if manifest else None,
+        "bytes": manifest.bytes if manifest else None,
+        **{name: layout.get(name) for name in _SHAPE},
         "valid": not faults,
-        "state": "; ".join(faults) if faults else "valid",
-        "manifest": {key: value for key, value in asdict(manifest).items() if key != "files"},
+        "state": listing(faults) if faults else "valid",
+        "manifest": {key: value for key, value in asdict(manifest).items() if key != "files"} if manifest else None,
     }
-
-
-def _size_faults(candidate: Candidate) -> list[str]:
-    assert candidate.manifest is not None
-    faults = []
-    for name, (size, _) in candidate.manifest.files.items():
-        path = candidate.folder / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{name}: {path.stat().st_size:,} bytes instead of {size:,}")
-    return faults

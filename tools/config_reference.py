@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.config import Config, SourceConfig, StageConfig
+from trainer.config import Config, SourceConfig, StageConfig, keys_of
 from trainer.data.shards import Manifest, ShardEntry
-from trainer.metrics import COUNTERS, EVALUATION_METRICS, SOURCE_METRICS, TRAINING_METRICS
+from trainer.metrics import COUNTERS, EVALUATION_METRICS, EVENT_METRICS, SOURCE_METRICS, TRAINING_METRICS
 from trainer.state import TrainState
 
 _TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
@@ -62,7 +62,8 @@ the manifests' definitions.
 
 Rank 0 writes one JSON object a line to `RUN/metrics.jsonl`, and each name with a `/` as a TensorBoard scalar of the
 same name at the same step. A value that is not finite is `null` there and missing in TensorBoard. A resumed run first
-cuts the file back to the step it resumes from, so each step stands there once.
+cuts the file back to the step it resumes from, so each step stands there once. A rollback does the same, but keeps
+the events of the steps that it takes back, at the step that it goes back to.
 """
 
 RUN_FOLDER = """\
@@ -78,7 +79,9 @@ RUN_FOLDER = """\
 | `logs/rank-00000.log` | all that a rank and its libraries print, tracebacks included; one file a rank |
 | `checkpoints/step-00000500/` | a checkpoint: a folder whose `manifest.json` names every file with size and hash |
 | `checkpoints/latest` | name of the newest one, a convenience; never read on resume |
-| `previous-1/`, … | what an earlier run left here, moved aside by `--resume never` |
+| `lock.json` | who trains here (host, process, SLURM job), renewed every 10 s, removed at the end |
+| `.lock` | empty; carries the record lock by which a second job is refused |
+| `previous-1/`, … | what an earlier run left here, moved aside by `--resume never`, or what a rollback took back |
 
 A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
 `config.yaml` (the run config),
@@ -94,7 +97,7 @@ def config_reference() -> str:
 
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
     single = []
-    for name, field in Config.model_fields.items():
+    for name, field in keys_of(Config).items():
         section = _section_of(field)
         if section is None:
             single.append((name, field))
@@ -102,7 +105,7 @@ def config_reference() -> str:
         parts.append(f"## {name}\n\n" + _table_of_keys(_keys_of(name, section)))
         if name == "data":
             for key, entry in (("data.train", SourceConfig), ("data.stages", StageConfig)):
-                keys = [(name, f) for name, f in entry.model_fields.items()]
+                keys = list(keys_of(entry).items())
                 parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))
     return "\n".join(parts)
@@ -111,7 +114,7 @@ def config_reference() -> str:
 def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     """The keys of a section, those of a section within it in its place."""
     keys = []
-    for key, field in section.model_fields.items():
+    for key, field in keys_of(section).items():
         inner = _section_of(field)
         keys += [(f"{prefix}.{key}", field)] if inner is None else _keys_of(f"{prefix}.{key}", inner)
     return keys
@@ -128,8 +131,11 @@ def metrics_reference() -> str:
         + _table(("name", "meaning"), SOURCE_METRICS.items()),
         "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
         + _table(("name", "meaning"), EVALUATION_METRICS.items()),
+        "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
+        + _table(("name", "meaning"), EVENT_METRICS.items()),
         RUN_FOLDER,
-        "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format` and `version`.\n\n"
+        "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format`, `version` and `checksum` "
+        "(xxh3_128 of the rest, as JSON with sorted keys).\n\n"
         + _table(("field", "meaning"), _attributes(CheckpointManifest)),
         "`state` holds:\n\n" + _table(("field", "meaning"), _attributes(TrainState)),
         "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format`, `version`.\n\n"

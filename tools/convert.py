@@ -8,10 +8,13 @@ the same logits as the weights that went in. The folder appears only when all ho
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import io
 import os
 import re
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +28,9 @@ from tools.model_card import write_model_card
 from trainer.checkpoint.contents import Probe, read_probe
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
+from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
+from trainer.files import sync_files, sync_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels
@@ -55,22 +60,68 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     _check_arguments(target, dtype, max_shard_size)
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
+    _remove_leftovers(target)
     model = _load_into_stock_class(folder, manifest)
     probe = read_probe(folder)
     from_training = _compare_with_training(model, probe, folder)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    name, before = type(model).__name__, _probe_logits(model, probe)
+    _check_space(target, model, DTYPES[dtype])
+    temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
-        after_reload = _write_and_reload(model, folder, temporary, DTYPES[dtype], max_shard_size, probe)
-        write_model_card(temporary, folder, manifest, dtype)
-        _publish(temporary, target)
+        with _full_disk_explained(target):
+            _write(model.to(DTYPES[dtype]), folder, temporary, max_shard_size)
+            write_model_card(temporary, folder, manifest, dtype)
+        del model  # what is compared from here on is a model read back: there need not be two in memory
+        after_reload = _compare_after_reload(temporary, DTYPES[dtype], probe, before)
+        with _full_disk_explained(target):
+            _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    console.print(
-        f"wrote {target}: {type(model).__name__}, load it with AutoModelForMaskedLM.from_pretrained", markup=False
-    )
+    console.print(f"wrote {target}: {name}, load it with AutoModelForMaskedLM.from_pretrained", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
+
+
+def _temporary_prefix(target: Path) -> str:
+    return f".{target.name}.tmp-{socket.gethostname()}-"
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what conversions to the same folder left that were killed on this machine."""
+    for path in target.parent.glob(f"{glob.escape(_temporary_prefix(target))}*"):
+        process = path.name.removeprefix(_temporary_prefix(target))
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_space(target: Path, model: Any, dtype: torch.dtype) -> None:
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(
+            f"The model takes {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free.",
+            where=f"--output {target}",
+            remedy="Free some space, or choose another --output.",
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_explained(target: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, SafetensorError)
+        if not full:
+            raise
+        raise UserError(
+            f"The model could not be written: {error}.",
+            where=f"--output {target}",
+            remedy="Free some space and run the same command again; nothing was left behind.",
+        ) from error
 
 
 def _check_arguments(target: Path, dtype: str, max_shard_size: str) -> None:
@@ -96,13 +147,11 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
     """The stock model with the checkpoint's fp32 weights, strictly loaded, in evaluation mode."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    from trainer.engine import read_weights
-
     with _quiet():
-        weights = read_weights(folder, manifest.layout["stage"])
-    model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / MODEL_FOLDER))
-    model.load_state_dict(weights, strict=True)
-    model.tie_weights()
+        files = ZeroFiles(folder)
+        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / MODEL_FOLDER))
+        model.tie_weights()
+    _fill(model, files)
     not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise DamagedError(
@@ -112,6 +161,26 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
             remedy="Convert an earlier checkpoint: `maskwright checkpoint list`.",
         )
     return model.eval()
+
+
+def _fill(model: Any, files: ZeroFiles) -> None:
+    """Copy parameters and buffers into the model, each of which must be there and no other.
+
+    Raises:
+        DamagedError: naming those that are too many or too few.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    differ = sorted(files.shapes.keys() ^ parameters.keys()) + sorted(files.buffers.keys() - buffers.keys())
+    if differ:
+        raise DamagedError(
+            f"The checkpoint's weights are not those of {type(model).__name__}: {', '.join(differ[:5])}.",
+            where=str(files.folder),
+            remedy="Convert with the transformers version that the checkpoint's manifest names.",
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(files.read_weight(name))
+    for name, value in files.buffers.items():
+        buffers[name].copy_(value)
 
 
 def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
@@ -137,16 +206,19 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
     return difference
 
 
-def _write_and_reload(
-    model: Any, folder: Path, temporary: Path, dtype: torch.dtype, max_shard_size: str, probe: Probe
-) -> float:
-    """Save, load back with plain transformers, and compare; returns the largest difference of a logit."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+def _write(model: Any, folder: Path, temporary: Path, max_shard_size: str) -> None:
+    from transformers import AutoTokenizer
 
-    before = _probe_logits(model, probe)
     with _quiet():
-        model.to(dtype).save_pretrained(temporary, max_shard_size=max_shard_size)
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
         AutoTokenizer.from_pretrained(folder / MODEL_FOLDER).save_pretrained(temporary)
+
+
+def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, before: torch.Tensor) -> float:
+    """Load back with plain transformers; returns the largest difference from the logits before the cast."""
+    from transformers import AutoModelForMaskedLM
+
+    with _quiet():
         loaded, report = AutoModelForMaskedLM.from_pretrained(temporary, output_loading_info=True, dtype=torch.float32)
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:
@@ -192,11 +264,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    """Give the finished folder its name."""
+    """Make the finished folder durable, and give it its name."""
     mask = os.umask(0)
     os.umask(mask)
     for path in temporary.iterdir():
         path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
+    sync_files(temporary)
     if target.is_dir():  # empty: checked at the start
         target.rmdir()
     os.replace(temporary, target)
+    sync_folder(target.parent)

@@ -11,6 +11,7 @@ import yaml
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.config import DataConfig
 from trainer.data.mixture import mixture_order
+from trainer.state import TrainState
 from trainer.tracking.jsonl import read_lines
 
 CURVE_POINTS = 12
@@ -38,10 +39,12 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
 
 
 def _summary(manifest: CheckpointManifest, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+    state = TrainState(**manifest.state)
+    tokens = state.tokens - state.skipped_samples * manifest.data_order["seq_len"]
     rows = [
         ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
         ("steps", f"{manifest.step:,}"),
-        ("tokens seen", f"{manifest.state['tokens']:,}"),
+        ("tokens seen", f"{tokens:,}"),
     ]
     if evaluations:
         last = evaluations[-1]
@@ -97,6 +100,7 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
         ("DeepSpeed", f"ZeRO stage {layout['stage']} on {layout['world_size']} ranks"),
         ("seed", f"{config['run']['seed']}"),
         ("skipped steps", f"{manifest.state['skipped_steps']}"),
+        ("rollbacks", f"{len(TrainState(**manifest.state).rollbacks)}"),
     ]
     return "## Training\n\n" + _table(("", ""), rows)
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from trainer.errors import nearest
@@ -20,7 +21,14 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
+    )
+
+
+def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 class RunConfig(Section):
@@ -229,8 +237,6 @@ class TrainConfig(Section):
     """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None
     """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
-    max_skipped_steps: PositiveInt = 20
-    """Stop with exit code 4 after this many non-finite steps in a row."""
 
     @model_validator(mode="after")
     def one_length(self) -> Self:
@@ -250,9 +256,28 @@ class CheckpointConfig(Section):
     every_minutes: Annotated[float, Field(gt=0.0)] | None = None
     """Also save when so many minutes have passed since the last save."""
     keep_last: PositiveInt = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest whole checkpoints to keep; two at least, whatever is given, as one may be damaged. The
+    one that this start was resumed from is kept as well."""
+    in_background: Annotated[bool, Field(alias="async")] = False
+    """Copy the state to the host's memory, go on training, and write the files in a thread meanwhile, one save at once.
+    Each rank needs free memory as large as its files."""
     keep_every_steps: PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+
+
+class ResilienceConfig(Section):
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop ends with exit code 4. rollback loads the last good checkpoint and goes on behind the data seen since."""
+    max_skipped_steps: PositiveInt = 20
+    """Training has diverged after this many skipped steps in a row."""
+    max_loss_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    """Training has diverged when the loss of a step is above this many times the median of the last steps."""
+    max_grad_norm_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    """Skip a step whose gradient norm, before clipping, is above this many times the median of the last steps."""
+    window: PositiveInt = 100
+    """Applied steps that the two medians are taken over; before there are so many, nothing is above them."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks in the whole run; training that diverges once more ends with exit code 4."""
 
 
 class EvalConfig(Section):
@@ -281,5 +306,6 @@ class Config(Section):
     deepspeed: str = "zero1"
     """A preset in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()

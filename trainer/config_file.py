@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, SourceConfig, StageConfig
+from trainer.config import Config, SourceConfig, StageConfig, keys_of
 from trainer.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+_MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
 _SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig}
 
 
@@ -161,7 +162,9 @@ def _as_user_error(error: ValidationError, source: str) -> UserError:
         path = [str(part) for part in item["loc"]]
         key = ".".join(path)
         keys.append(key)
-        if item["type"] == "extra_forbidden":
+        if key in _MOVED:
+            problems.append(f"Key '{key}' is now '{_MOVED[key]}'.")
+        elif item["type"] == "extra_forbidden":
             hint = nearest(path[-1], _known_keys(path[:-1])) or f" Known here: {', '.join(_known_keys(path[:-1]))}."
             problems.append(f"Unknown key '{key}'.{hint}")
         elif item["type"] == "missing":
@@ -183,8 +186,8 @@ def _known_keys(path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        field = place.model_fields.get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
+        field = keys_of(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
         place = _SECTIONS_IN_LISTS.get(part, annotation) if "list" in str(annotation) else annotation
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
-    return sorted(place.model_fields) if is_section else []
+    return sorted(keys_of(place)) if is_section else []

@@ -149,6 +149,12 @@ def check_preset(preset: Any, where: str) -> None:
     for section, known in _OFFLOAD_KEYS.items():
         for key in _object(zero, section, "zero_optimization.", where):
             _check_known(key, known, f"zero_optimization.{section}.", where)
+        if zero.get(section, {}).get("device") == "nvme":
+            raise UserError(
+                "State that is offloaded to NVMe is not in the checkpoint's tensors, so such a run could not resume.",
+                where=f"{where}: zero_optimization.{section}.device",
+                remedy="Set it to cpu; an encoder's optimizer state fits in the memory of any host.",
+            )
     if zero.get("stage") not in (0, 1, 2, 3):
         raise UserError(
             f"zero_optimization.stage must be 0, 1, 2 or 3, got {zero.get('stage')!r}.",

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.rendezvous import join_group
+
 logger = logging.getLogger(__name__)
 START_TIMEOUT = timedelta(minutes=30)
 
@@ -37,7 +39,11 @@ class World:
 
 
 def start() -> World:
-    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
+    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserError: on rank 0, when another process has the port.
+    """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
@@ -47,7 +53,7 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=START_TIMEOUT)
+    join_group("nccl" if cuda else "gloo", rank, size, START_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if cuda else dist.group.WORLD
     return World(rank, size, local_rank, device, control)
 

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: the one place that knows DeepSpeed's ways. Nothing else imports it.
 
 What it hides: the gradient norm and the non-finite guard at stage 0, float buffers that DeepSpeed casts away,
-checkpoint files written with errors caught and bytes recorded, and the four shapes of a checkpoint.
+and the writing of checkpoint files, which is ours.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 
 from trainer.config import OptimizerConfig
 from trainer.distributed import World
-from trainer.errors import DamagedError, UserError
-from trainer.files import file_hash
+from trainer.errors import UserError
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
+from trainer.partitions import PARAMETER_NAMES, Partitions
+from trainer.snapshot import HostBuffers, Snapshot
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents
@@ -43,40 +44,25 @@ _backend: Any = importlib.import_module("deepspeed.comm.torch")
 _backend.build_shm_op = lambda: None
 
 
-class RecordingCheckpointEngine(TorchCheckpointEngine):
-    """Writes checkpoint files durably and remembers what it wrote, or why it could not.
+class CapturingCheckpointEngine(TorchCheckpointEngine):
+    """Takes what DeepSpeed would write, for us to write when DeepSpeed has left its barriers.
 
-    A failing rank must not raise inside DeepSpeed's save: the others would wait for it in a barrier. The error
-    is kept, and the ranks vote when all of them have returned.
+    A failing rank must not raise inside DeepSpeed's save: the others would wait for it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: dict[str, tuple[int, str]] = {}
-        self.error: BaseException | None = None
+        self.snapshot = Snapshot()
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            Path(path).mkdir(parents=True, exist_ok=exist_ok)
-        except OSError as error:
-            self.error = error
+        """The folder is there."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        if self.error is not None:
-            return
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-            self.written[Path(path).name] = (Path(path).stat().st_size, file_hash(Path(path)))
-        except (OSError, RuntimeError) as error:
-            # torch's writer raises a RuntimeError about positions in the file; the cause is behind it.
-            self.error = error if isinstance(error, OSError) else error.__context__ or error
+        self.snapshot.add(Path(path), state_dict)
 
 
 class TrainingEngine:
-    """A model under DeepSpeed: forward, backward, step, save, load."""
+    """A model under DeepSpeed: forward, backward, step, save."""
 
     def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
         self.world = world
@@ -102,14 +88,17 @@ class TrainingEngine:
         self.device = world.device
         self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
         self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
-        self._recorder = RecordingCheckpointEngine()
-        self._engine.checkpoint_engine = self._recorder
+        self._capturing = CapturingCheckpointEngine()
+        self._host_buffers = HostBuffers()
+        self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
-        self._grad_norm: float | None = None
-        self._discard_step = False
-        if self.stage == 0:
-            adamw.register_step_pre_hook(self._discard_gradients_if_asked)
+        self._grad_norm: float | None = None  # of the last step, where the host has read it
+        self._max_grad_norm: float | None = None
+        self._withheld: bool | None = None  # whether the step under way is; None: not decided yet
+        self._held_back: list[tuple[dict[str, Any], Any]] = []
+        adamw.register_step_pre_hook(self._withhold_parameters)
+        adamw.register_step_post_hook(self._give_parameters_back)
 
     def compile(self) -> None:
         """torch.compile the module; shapes are static."""
@@ -134,17 +123,23 @@ class TrainingEngine:
         return self._positions.logits(output.logits, prediction_index)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a micro-batch; they are averaged over ranks and micro-batches."""
-        self._engine.backward(loss)
+        """Add the gradients of a micro-batch; they are averaged over ranks and micro-batches.
 
-    def step(self, learning_rate: float | None = None) -> bool:
+        Those of a loss that is not finite become NaN, so that the step is skipped on all ranks: the gradients of an
+        infinite cross-entropy may well be finite. The host does not wait for it, and a finite loss keeps every bit.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()))
+
+    def step(self, learning_rate: float | None = None, max_grad_norm: float | None = None) -> bool:
         """End a micro-batch; after the last one of the step, update the weights.
 
         Args:
             learning_rate: of this step; needed at its last micro-batch.
+            max_grad_norm: skip the update when the gradients' global norm is above it; None does not read the norm.
 
         Returns:
-            False when the update was skipped because a gradient was not finite.
+            False when the update was skipped because a gradient was not finite, or the norm above its bound. Weights
+            and optimizer state are then as they were.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -152,17 +147,35 @@ class TrainingEngine:
         assert learning_rate is not None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._grad_norm, self._withheld, self._max_grad_norm = None, None, max_grad_norm
         if self.stage == 0:
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(grads))
-            self._discard_step = not math.isfinite(self._grad_norm)
+            self._decide(torch.nn.utils.get_total_norm(grads))
         self._engine.step()
-        return self._engine.was_step_applied() and not self._discard_step
+        return self._engine.was_step_applied() and not self._withheld
 
-    def _discard_gradients_if_asked(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Without gradients AdamW leaves weights and state alone: the stage-0 form of a skipped step."""
-        if self._discard_step:
-            optimizer.zero_grad(set_to_none=True)
+    def _decide(self, norm: torch.Tensor | float) -> None:
+        self._grad_norm = float(norm)
+        too_large = self._max_grad_norm is not None and self._grad_norm > self._max_grad_norm
+        self._withheld = too_large or not math.isfinite(self._grad_norm)
+
+    def _withhold_parameters(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Without parameters AdamW leaves weights and state alone: a skipped step that DeepSpeed would not skip.
+
+        ZeRO calls it once for each flat partition, when it knows the norm and has waited for it. Gradients are left
+        in place: with offload they are buffers that DeepSpeed uses again.
+        """
+        if self._withheld is None and self._max_grad_norm is not None:
+            self._decide(self._engine.optimizer._global_grad_norm)
+        if self._withheld:
+            self._held_back = [(group, group["params"]) for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["params"] = []
+
+    def _give_parameters_back(self, *_: Any) -> None:
+        for group, parameters in self._held_back:
+            group["params"] = parameters
+        self._held_back = []
 
     @property
     def grad_norm(self) -> float:
@@ -175,6 +188,18 @@ class TrainingEngine:
         """Loss scale of fp16; 1 in other precisions."""
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self._engine.fp16_enabled() else 1.0
 
+    def is_finite(self) -> bool:
+        """Whether this rank's weights, master weights and optimizer state are finite.
+
+        A sum is finite only if all that it adds is: one pass at the speed of memory, without a copy. The flat tensors
+        are not summed whole: what pads them at stage 3 was never written, and may hold anything.
+        """
+        tensors: list[torch.Tensor] = [*self.module.parameters()]
+        for fragment in self.partitions.fragments():
+            tensors.extend(fragment.tensors.values())
+        sums = [tensor.detach().sum(dtype=torch.float32).to(self.device) for tensor in tensors]
+        return bool(torch.stack(sums).isfinite().all())
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Dropout off, no gradients."""
@@ -185,28 +210,50 @@ class TrainingEngine:
         finally:
             self._engine.train()
 
-    def save(self, folder: Path) -> dict[str, tuple[int, str]]:
-        """Write this rank's checkpoint files into `folder`; every rank calls it, and every rank returns.
+    def capture(self, folder: Path, detached: bool) -> Snapshot:
+        """This rank's checkpoint files, to be written into the existing `folder`; every rank calls it.
 
-        Returns:
-            Name → (bytes, xxh3_128) of the files this rank wrote.
+        Those that were captured before have been written.
 
-        Raises:
-            OSError: when this rank could not write. The caller makes the ranks vote.
+        Args:
+            detached: as copies, so that training may go on before they are written.
         """
-        self._recorder.written, self._recorder.error = {}, None
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if self._recorder.error is not None:
-            raise OSError(str(self._recorder.error)) from self._recorder.error
-        return self._recorder.written
+        self._host_buffers.take_back()
+        self._capturing.snapshot = snapshot = Snapshot(self._host_buffers if detached else None)
+        state = {PARAMETER_NAMES: self._parameter_names()} if self.stage == 0 else {}
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        self._capturing.snapshot = Snapshot()
+        return snapshot
 
-    def load(self, folder: Path) -> None:
-        """Load weights and optimizer state written at the same world size and stage."""
-        path, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if path is None:
-            raise DamagedError(
-                "DeepSpeed could not load the checkpoint.", where=str(folder), remedy="See the rank logs."
-            )
+    def _parameter_names(self) -> list[list[str]]:
+        """Of each optimizer group; at stage 0 DeepSpeed records none."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return [
+            [names[id(parameter)] for parameter in group["params"]] for group in self._engine.optimizer.param_groups
+        ]
+
+    @property
+    def partitions(self) -> Partitions:
+        """This rank's share of master weights and optimizer state."""
+        return Partitions(self.module, self._engine.optimizer, self.stage, self.world.rank)
+
+    def set_progress(self, buffers: dict[str, torch.Tensor], counters: dict[str, int], loss_scaler: Any) -> None:
+        """Take over what a checkpoint holds beside weights and optimizer state.
+
+        Args:
+            loss_scaler: DeepSpeed's of an fp16 run; used if this one is in fp16 as well.
+        """
+        own = dict(self.module.named_buffers())
+        for name, value in buffers.items():
+            own[name].copy_(value)
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+        if self._engine.fp16_enabled() and type(loss_scaler) is type(self._engine.optimizer.loss_scaler):
+            self._engine.optimizer.loss_scaler = loss_scaler
+
+    def refresh_forward_weights(self) -> None:
+        """Let the forward pass see master weights that were written from outside; a collective."""
+        self.partitions.refresh_forward_weights()
 
 
 def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
@@ -220,42 +267,3 @@ def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def read_weights(folder: Path, stage: int) -> dict[str, torch.Tensor]:
-    """Full fp32 weights of a checkpoint of any ZeRO stage, on the CPU."""
-    if stage == 0:
-        return _module_state(folder)
-    first_rank = next(folder.glob("*zero_pp_rank_0_*_optim_states.pt"))
-    if "zero_stage" not in torch.load(first_rank, mmap=True, weights_only=False)["optimizer_state_dict"]:
-        return _read_bf16_optimizer_weights(folder)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    assert weights is not None
-    return dict(weights)
-
-
-def _read_bf16_optimizer_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights from BF16_Optimizer's files (stage 1, fp32 accumulation), which DeepSpeed's reader refuses.
-
-    Each rank's file maps parameter names to fragments of its flat fp32 partitions; in rank order the fragments of a
-    name make up the parameter.
-    """
-    module = _module_state(folder)
-    fragments: dict[str, list[torch.Tensor]] = {}
-    ranks = sorted(folder.glob("bf16_zero_pp_rank_*"), key=lambda path: int(path.name.split("_")[4]))
-    for path in ranks:
-        state = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-        for flat, mapping in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
-            for name, place in mapping.items():
-                fragments.setdefault(name, []).append(flat[place.start : place.start + place.numel])
-    weights = {name: torch.cat(parts).view(module[name].shape).float() for name, parts in fragments.items()}
-    by_storage = {module[name].data_ptr(): weight for name, weight in weights.items()}  # tied names share storage
-    return {
-        name: weights.get(name, by_storage.get(tensor.data_ptr(), tensor.float())) for name, tensor in module.items()
-    }
-
-
-def _module_state(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]

@@ -6,6 +6,8 @@ concerns, and what to do about it. Anything else that escapes is a bug and exits
 
 from __future__ import annotations
 
+from pathlib import Path
+
 EXIT_FINISHED = 0
 EXIT_UNEXPECTED = 1
 EXIT_USER_MISTAKE = 2
@@ -75,3 +77,12 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def cannot_write(place: Path, run_dir: Path, error: OSError) -> UserError:
+    """What a user is told when a file or folder of the run cannot be written."""
+    return UserError(
+        f"Cannot write to the run folder: {place}: {error.strerror or error}.",
+        where=f"run.dir={run_dir}",
+        remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
+    )

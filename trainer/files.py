@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 
-def file_hash(path: Path) -> str:
-    """xxh3_128 of a file, hexadecimal."""
+def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
+    """xxh3_128 of a file, hexadecimal; `on_read` is told the bytes of each part that is read."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(1 << 22):
             digest.update(part)
+            if on_read is not None:
+                on_read(len(part))
     return digest.hexdigest()
+
+
+def bytes_hash(content: bytes) -> str:
+    """xxh3_128 of some bytes, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -72,6 +80,17 @@ def sync_and_close(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
+
+
+def sync_files(folder: Path) -> None:
+    """Make the files of a folder durable."""
+    for path in sorted(folder.iterdir()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

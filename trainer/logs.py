@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from trainer.errors import UserError
+from trainer.errors import cannot_write
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -23,22 +23,27 @@ def log_path(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank:05d}.log"
 
 
-@contextmanager
-def rank_log(run_dir: Path, rank: int) -> Iterator[TextIO]:
-    """Send everything this process prints to its log file; yields the stream of the user's console.
+def make_log(run_dir: Path, rank: int) -> Path:
+    """See that this rank can write its log.
 
-    On ranks other than 0 the console is the log file too.
+    Raises:
+        UserError: when it cannot.
     """
     path = log_path(run_dir, rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
     except OSError as error:
-        raise UserError(
-            f"Cannot write to the run folder: {error.strerror}.",
-            where=f"run.dir={run_dir}",
-            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
-        ) from None
+        raise cannot_write(path, run_dir, error) from None
+    return path
+
+
+@contextmanager
+def rank_log(path: Path, rank: int) -> Iterator[TextIO]:
+    """Send everything this process prints to its log file; yields the stream of the user's console.
+
+    On ranks other than 0 the console is the log file too.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,18 @@ import torch
 from trainer import distributed
 from trainer.batch_plan import BatchPlan
 from trainer.checkpoint.commit import Saver
+from trainer.checkpoint.restore import restore
+from trainer.checkpoint.rollback import cannot_go_back, last_good, leave_branch
 from trainer.config import Config
 from trainer.data.order import SampleOrder
 from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergedError, MaskwrightError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.metrics import ThroughputMeter, counters, peak_memory_gib
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.resilience import DivergenceError, DivergenceWatch, end_of
 from trainer.schedule import learning_rate
 from trainer.signals import StopRequest
 from trainer.state import TrainState
@@ -43,7 +48,8 @@ class Loop:
     engine: TrainingEngine
     objective: MaskedLanguageModelling
     order: SampleOrder
-    batches: Iterable[Batch]
+    open_batches: Callable[[TrainState], Iterable[Batch]]
+    """This rank's micro-batches from a state on."""
     evaluator: Evaluator | None
     saver: Saver
     meter: ThroughputMeter
@@ -54,32 +60,51 @@ class Loop:
     """Whether the evaluation of the step to start from, if one is due there, has been reported."""
     last_save_time: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        self.watch = DivergenceWatch(self.config.resilience)
+        self.save_due = False
+        self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
+
     def run(self) -> int:
-        """Train to the last step or to a request to stop; returns the exit code."""
+        """Train to the last step or to a request to stop; returns the exit code.
+
+        Raises:
+            DivergedError: on every rank, when training has diverged and is not to be, or cannot be, rolled back.
+        """
         if not self.evaluated:
             self._evaluate_if_due()  # of the untrained model, which all later ones are compared with, or one cut short
-        steps = self._steps_of_batches()
+        while True:
+            try:
+                return self._train()
+            except DivergenceError as divergence:
+                self._roll_back(divergence)
+
+    def _train(self) -> int:
         self.meter.restart(self.state.tokens)
-        while self.state.step < self.plan.total_steps:
-            micro_batches, predictions, stop, save_due = self._agree(next(steps))
-            if stop:
-                return self._stop()
-            if save_due:
-                self._save()
-            losses = self._train_step(micro_batches, predictions)
-            self._give_up_if_diverged()
-            if self.reporter is not None:
-                self.reporter.step(self.state.step)
-            if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
-                self._log(losses, predictions, micro_batches)
-            self._evaluate_if_due()
-            if self._is_due(self.config.checkpoint.every_steps) and self.state.step < self.plan.total_steps:
-                self._save()
+        with contextlib.closing(self._steps_of_batches()) as steps:  # which ends the loader and its workers
+            while self.state.step < self.plan.total_steps:
+                micro_batches, predictions, stop, clock_says_save = self._agree(next(steps))
+                if stop:
+                    return self._stop()
+                if clock_says_save:
+                    self._save(self.config.checkpoint.in_background)
+                losses = self._train_step(micro_batches, predictions)
+                if self.reporter is not None:
+                    self.reporter.step(self.state.step)
+                if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
+                    self._log(losses, predictions, micro_batches)
+                try:
+                    self._evaluate_if_due()
+                except MaskwrightError:  # on all ranks: damaged validation data
+                    self._finish_save()
+                    raise
+                self._save_if_due()
         self._save_or_fail()
         if self.reporter is not None:
             run_dir = self.saver.run_dir
+            tokens = self.state.tokens - self.state.skipped_samples * self.plan.seq_len
             self.reporter.console.say(
-                f"finished: {self.state.step} steps, {self.state.tokens:,} tokens. "
+                f"finished: {self.state.step} steps, {tokens:,} tokens. "
                 f"The model: maskwright convert {run_dir} --output {run_dir.name}-model"
             )
         return EXIT_FINISHED
@@ -88,7 +113,10 @@ class Loop:
         """One real optimizer step and one evaluation, nothing written; shows that everything fits together."""
         self.meter.restart(self.state.tokens)
         micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
-        values = self._training_values(self._train_step(micro_batches, predictions), predictions, micro_batches)
+        try:
+            values = self._training_values(self._train_step(micro_batches, predictions), predictions, micro_batches)
+        except DivergenceError as divergence:
+            raise end_of(divergence, self.config.resilience, rollbacks=0) from None
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
         if console is not None:
             console.say(f"step 1 of {self.plan.total_steps}  {describe(values, self.plan.total_steps)}")
@@ -97,9 +125,9 @@ class Loop:
             console.say("dry run passed; nothing was saved")
         return EXIT_FINISHED
 
-    def _steps_of_batches(self) -> Iterator[list[Batch] | MaskwrightError]:
+    def _steps_of_batches(self) -> Generator[list[Batch] | MaskwrightError]:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
-        loader = iter(self.batches)
+        loader = iter(self.open_batches(self.state))
         while True:
             start = time.perf_counter()
             try:
@@ -113,18 +141,26 @@ class Loop:
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
         """One small reduction a step: predictions in the global batch, stop or not, save by the clock or not.
 
+        It carries the loss of the step before as well, where that is judged.
+
         Raises:
+            DivergenceError: on every rank, when that loss is above its bound.
             MaskwrightError: on every rank, when one of them could not read its part of the batch. What has been
                 trained is saved first.
         """
         minutes = self.config.checkpoint.every_minutes
         elapsed_minutes = (time.monotonic() - self.last_save_time) / 60
         clock_says_save = self.world.is_main and minutes is not None and elapsed_minutes >= minutes
+        clock_says_save = clock_says_save and self.state.skipped_in_a_row == 0
         error = micro_batches if isinstance(micro_batches, MaskwrightError) else None
         batches = [] if isinstance(micro_batches, MaskwrightError) else micro_batches
         predictions = sum(self.objective.predictions(batch) for batch in batches)
-        votes = [predictions, self.stop.received, clock_says_save, error is not None]
+        loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
+        votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
         totals = distributed.total(self.world, votes)
+        if totals[5] == self.world.size:
+            self._finish_save()
+        self._judge_loss(totals[4])
         if totals[3]:
             self._fail_together(error)
         return batches, totals[0], totals[1] > 0, totals[2] > 0
@@ -134,7 +170,7 @@ class Loop:
         if error is not None:
             error.where = f"{error.where} (rank {self.world.rank})"
         if self.state.step > 0:
-            self._save()
+            self._save(in_background=False)
         distributed.raise_together(self.world, error)
 
     def _train_step(self, micro_batches: list[Batch], predictions: float) -> torch.Tensor:
@@ -145,7 +181,7 @@ class Loop:
         scale = self.world.size * self.plan.accumulation / max(1.0, predictions)
         source_count = len(self.order.blocks)
         loss_sums = torch.zeros(source_count, device=self.engine.device)
-        applied = True
+        applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
             torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
@@ -153,19 +189,73 @@ class Loop:
             losses = self.objective.loss_sums(self.engine.network, moved, source_count)
             self.engine.backward(losses.sum() * scale)
             loss_sums += losses.detach()
-            applied = self.engine.step(rate)
+            if self.watch.needs_loss and number == len(micro_batches) - 1:
+                # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
+                self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
+            applied = self.engine.step(rate, max_grad_norm)
         self.state.advance(self.plan.global_size, self.plan.seq_len, applied)
         if not applied:
-            logger.warning("step %d skipped: a gradient is not finite", step)
+            self.loss_to_judge = None
+            self._report_skip(max_grad_norm)
+        self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
         return loss_sums
 
-    def _give_up_if_diverged(self) -> None:
-        limit = self.config.train.max_skipped_steps
-        if self.state.skipped_in_a_row >= limit:
-            raise DivergedError(
-                f"Gradients were not finite in {limit} steps in a row, up to step {self.state.step}.",
-                where=f"train.max_skipped_steps={limit}",
-                remedy="Lower optimizer.lr or lengthen schedule.warmup_steps, and resume: the last checkpoint is good.",
+    def _judge_loss(self, loss: float) -> None:
+        """Judge the mean loss of the last step, if it is still to be judged."""
+        if self.loss_to_judge is not None:
+            self.loss_to_judge = None
+            self.watch.observe_loss(self.state, loss)
+
+    def _report_skip(self, max_grad_norm: float | None) -> None:
+        norm = self.engine.grad_norm
+        reason = "a loss or a gradient is not finite"
+        if math.isfinite(norm):
+            reason = f"the gradient norm is {norm:.4g}, above {max_grad_norm:.4g}"
+        self._report_event("skip", reason, self.state.samples - self.plan.global_size, self.state.samples)
+
+    def _report_event(self, kind: str, reason: str, first: int, end: int, from_step: int | None = None) -> None:
+        """Report what happened to the samples from `first` up to `end`, at the present step."""
+        step = self.state.step if from_step is None else from_step
+        text = f"{kind} at step {step}: {reason} (samples t = {first:,} to {end - 1:,})"
+        logger.warning("%s", text)
+        if self.reporter is not None:
+            event = {"event": kind, "event/reason": reason, "event/first_sample": first, "event/end_sample": end}
+            self.reporter.event({**counters(self.state), **event, "event/from_step": step}, text)
+
+    def _roll_back(self, divergence: DivergenceError) -> None:
+        """Load the last good checkpoint and go on behind the data consumed since.
+
+        Raises:
+            DivergedError: when that is not wanted, was done too often, or there is no such checkpoint.
+        """
+        settings, run_dir, state = self.config.resilience, self.saver.run_dir, self.state
+        self.loss_to_judge, self.save_due = None, False
+        self._finish_save()
+        self.saver.check_lock()
+        found = None
+        if settings.on_divergence == "rollback" and len(state.rollbacks) < settings.max_rollbacks:
+            found = last_good(self.world, run_dir, state, divergence.onset)
+        if found is None:
+            first = state.samples - (state.step - divergence.onset + 1) * self.plan.global_size
+            self._report_event("diverged", divergence.reason, first, state.samples)
+            raise end_of(divergence, settings, len(state.rollbacks))
+        folder, manifest = found
+        saved = TrainState(**manifest.state)
+        self.state = state.rolled_back_to(saved, divergence.reason)
+        moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
+        restore(self.engine, folder, self.world)
+        self.saver.resumed(folder, saved.step)
+        error = None
+        try:
+            if self.reporter is not None:
+                self.reporter.rewind(saved.step)
+        except OSError as caught:
+            error = cannot_go_back(run_dir, folder, caught)
+        distributed.raise_together(self.world, error)
+        self._report_event("rollback", divergence.reason, saved.samples, state.samples, from_step=state.step)
+        if self.reporter is not None:
+            self.reporter.console.say(
+                f"went back to {folder.name}, on behind these samples; what was left is in {moved}"
             )
 
     def _is_due(self, every_steps: int | None) -> bool:
@@ -191,6 +281,8 @@ class Loop:
             "train/grad_norm": self.engine.grad_norm,
             "train/skipped_steps": self.state.skipped_steps,
             "train/loss_scale": self.engine.loss_scale,
+            "resilience/rollbacks": len(self.state.rollbacks),
+            "resilience/skipped_samples": self.state.skipped_samples,
             "train/epoch": max(self.order.epochs(self.state.samples)),
             **self.meter.read(self.state.tokens),
             "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
@@ -220,17 +312,51 @@ class Loop:
             self.reporter.evaluation({**counters(self.state), **values})
         self.meter.restart(self.state.tokens)
 
-    def _save(self) -> bool:
-        saved = self.saver.save(self.state)
-        self.last_save_time = time.monotonic()
-        self.meter.restart(self.state.tokens)
+    def _save_if_due(self) -> None:
+        """Save by the step; while steps are skipped it is put off: they change nothing, and push out older ones."""
+        self.save_due = self.save_due or self._is_due(self.config.checkpoint.every_steps)
+        if self.save_due and self.state.skipped_in_a_row == 0 and self.state.step < self.plan.total_steps:
+            self._save(self.config.checkpoint.in_background)
+
+    def _save(self, in_background: bool) -> bool:
+        """Save what has been judged, when an earlier save is finished; returns False when that failed.
+
+        Raises:
+            DivergenceError: on every rank, when it is not good.
+        """
+        if self.loss_to_judge is not None:
+            self._judge_loss(distributed.total(self.world, [self.loss_to_judge()])[0])
+        self.save_due = False
+        self._finish_save()
+        with self._saving():
+            if in_background:
+                self.saver.begin(self.state)
+                return True
+            saved = self.saver.save(self.state)
+        self._report_saved(saved)
+        return saved is not None
+
+    def _finish_save(self) -> None:
+        """Commit what is being written in the background, if anything is."""
+        with self._saving():
+            saved = self.saver.finish()
+        self._report_saved(saved)
+
+    def _report_saved(self, saved: Path | None) -> None:
         if saved is not None and self.reporter is not None:
             self.reporter.console.say(f"saved {saved}")
-        return saved is not None
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Time in which training stands still for a save."""
+        start = time.perf_counter()
+        yield
+        self.last_save_time = time.monotonic()
+        self.meter.saved(time.perf_counter() - start)
 
     def _save_or_fail(self) -> None:
         """The save that nothing follows: to end as if it had worked would lose the run."""
-        if not self._save():
+        if not self._save(in_background=False):
             raise MaskwrightError(
                 f"The checkpoint at step {self.state.step} could not be saved, and training ends here.",
                 where=str(self.saver.run_dir),
@@ -245,3 +371,17 @@ class Loop:
                 f"stopped at step {self.state.step} on {name}; the same command goes on from here"
             )
         return EXIT_STOPPED_AFTER_SAVING
+
+
+def _read_later(value: torch.Tensor) -> Callable[[], float]:
+    """Start to copy a scalar to the host; the result waits for that, not for what the device is given afterwards."""
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    copy, done = value.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> float:
+        done.synchronize()
+        return float(copy)
+
+    return read

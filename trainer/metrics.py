@@ -16,7 +16,7 @@ from trainer.state import TrainState
 
 COUNTERS = {
     "step": "optimizer steps done",
-    "samples": "blocks consumed",
+    "samples": "blocks consumed, those passed over by rollbacks included",
     "tokens": "positions consumed: samples × seq_len",
     "time": "seconds since 1970",
 }
@@ -24,12 +24,15 @@ TRAINING_METRICS = {
     "train/loss": "mean cross-entropy over all predicted tokens of the step's global batch, nats",
     "train/learning_rate": "rate of the step",
     "train/grad_norm": "global 2-norm of the gradients before clipping; null when not finite",
-    "train/skipped_steps": "steps skipped so far because a gradient was not finite",
+    "train/skipped_steps": "steps skipped so far because a gradient was not finite or their norm above its bound",
     "train/loss_scale": "loss scale of fp16; 1 in other precisions",
     "train/epoch": "passes over the training data; of a mixture, over the source that is seen most often",
+    "resilience/rollbacks": "returns to a checkpoint so far because training had diverged",
+    "resilience/skipped_samples": "blocks passed over by them",
     "throughput/tokens_per_second": "positions a second over all ranks, since the last line",
     "throughput/mfu": "model FLOP/s over the peak FLOP/s of all devices, since the last line",
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
+    "time/save_seconds": "time that saving stopped training for since the last line, rank 0, seconds",
     "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
 }
 SOURCE_METRICS = {
@@ -41,6 +44,13 @@ EVALUATION_METRICS = {
     "eval/loss": "mean cross-entropy over the fixed masks of the validation blocks, nats",
     "eval/perplexity": "exp(eval/loss)",
     "eval/masked_accuracy": "share of masked tokens predicted right",
+}
+EVENT_METRICS = {
+    "event": "skip (the step changed nothing), rollback (to the checkpoint of `step`) or diverged (the run ends)",
+    "event/reason": "what was seen",
+    "event/first_sample": "first t of the samples concerned",
+    "event/end_sample": "t after the last of them",
+    "event/from_step": "the step in which it happened; `step` is an earlier one if the run has since gone back to that",
 }
 
 
@@ -54,22 +64,31 @@ class ThroughputMeter:
 
     def __init__(self, flops_per_token: float, peak_flops: float) -> None:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._saving = 0.0
         self.restart(0)
 
     def restart(self, tokens: int) -> None:
-        """Begin an interval; evaluation and saving are left out of it by restarting after them."""
+        """Begin an interval; an evaluation is left out of it by restarting after it."""
         self._start, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
 
     def waited(self, seconds: float) -> None:
+        """Count time spent waiting for the loader."""
         self._waited += seconds
+
+    def saved(self, seconds: float) -> None:
+        """Count time in which a save stopped training; it is no part of the interval."""
+        self._saving += seconds
+        self._start += seconds
 
     def read(self, tokens: int) -> dict[str, float]:
         seconds = max(1e-9, time.perf_counter() - self._start)
+        saving, self._saving = self._saving, 0.0
         tokens_per_second = (tokens - self._tokens) / seconds
         return {
             "throughput/tokens_per_second": tokens_per_second,
             "throughput/mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
             "time/data_wait_fraction": min(1.0, self._waited / seconds),
+            "time/save_seconds": saving,
         }
 
 

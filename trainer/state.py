@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 
 @dataclass
@@ -11,10 +12,15 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        samples: blocks consumed; the only state of the data order.
+        samples: blocks consumed, those passed over by a rollback included: the t of the next one, and the only state
+            of the data order.
         tokens: positions consumed (samples × seq_len at the time).
-        skipped_steps: steps whose update was skipped because a gradient was not finite.
+        skipped_steps: steps whose update was skipped because a gradient was not finite, or its norm above the bound.
         skipped_in_a_row: the same, since the last good step.
+        rollbacks: each return to a checkpoint after training had diverged: `step` gone back to, `from_step`,
+            `first_sample` and `end_sample` (exclusive) of the data passed over, `reason`.
+        recent_losses: of the last applied steps, while `resilience.max_loss_ratio` is set.
+        recent_grad_norms: the same for `resilience.max_grad_norm_ratio`.
     """
 
     step: int = 0
@@ -22,6 +28,9 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
+    recent_grad_norms: list[float] = field(default_factory=list)
 
     def advance(self, samples: int, seq_len: int, applied: bool) -> None:
         """Count one optimizer step over `samples` blocks."""
@@ -31,5 +40,29 @@ class TrainState:
         self.skipped_steps += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
-    def to_dict(self) -> dict[str, int]:
+    def rolled_back_to(self, saved: TrainState, reason: str) -> TrainState:
+        """The state to go on with from a checkpoint's weights, behind the data consumed since it was saved.
+
+        Args:
+            saved: the checkpoint's.
+        """
+        record = {
+            "step": saved.step,
+            "from_step": self.step,
+            "first_sample": saved.samples,
+            "end_sample": self.samples,
+            "reason": reason,
+        }
+        return replace(saved, samples=self.samples, tokens=self.tokens, rollbacks=[*self.rollbacks, record])
+
+    @property
+    def skipped_samples(self) -> int:
+        """Blocks passed over by rollbacks; of those that a later, longer rollback passed over as well, each once."""
+        total, reached = 0, 0
+        for first, end in sorted((record["first_sample"], record["end_sample"]) for record in self.rollbacks):
+            total += max(0, end - max(first, reached))
+            reached = max(reached, end)
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)

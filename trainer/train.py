@@ -6,7 +6,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,27 +16,37 @@ import yaml
 
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
-from trainer.checkpoint.contents import take_contents
+from trainer.checkpoint.contents import read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
-from trainer.checkpoint.manifest import Records, read_manifest
-from trainer.checkpoint.resume import DATA_ORDER, check_place, check_resumable, set_aside, set_aside_newer
+from trainer.checkpoint.manifest import RUN_CONFIG, Records, read_manifest
+from trainer.checkpoint.restore import restore
+from trainer.checkpoint.resume import (
+    DATA_ORDER,
+    check_place,
+    check_resumable,
+    describe_layout,
+    set_aside,
+    set_aside_newer,
+)
+from trainer.checkpoint.retention import prepare_folder
 from trainer.config import Config
 from trainer.config_file import dump_config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
-from trainer.deepspeed_config import stage_of
+from trainer.deepspeed_config import ALLOWED_KEYS, stage_of
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, UserError
 from trainer.evaluate import Evaluator
 from trainer.files import replace_synced
 from trainer.inputs import Inputs, open_inputs, run_folder, sha256_of
-from trainer.logs import rank_log
+from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
 from trainer.model.build import BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.objectives.mlm import Batch
+from trainer.run_lock import RunLock, held
 from trainer.signals import StopRequest, stop_requests
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
@@ -68,9 +79,11 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
     with stop_requests() as stop:
         world = distributed.start()
         try:
-            with _output(config, world, dry_run) as stream:
+            with _lock(config, world, dry_run) as lock, _output(config, world, dry_run) as stream:
                 console = TrainingConsole(stream) if world.is_main else None
                 say = console.say if console is not None else _nothing
+                if not dry_run:
+                    _make_ready(run_folder(config), world, lock, say)
                 folders = prepare_text(config, world, stop, say)
                 if folders is None:
                     say(f"stopped on {stop.signal_name or 'a signal to another rank'}; the same command goes on")
@@ -78,19 +91,42 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
                 )
-                return _train(inputs, world, resume, dry_run, stop, console)
+                return _train(inputs, world, resume, dry_run, stop, console, lock)
         finally:
             distributed.stop()
+
+
+def _lock(config: Config, world: World, dry_run: bool) -> AbstractContextManager[RunLock]:
+    """Hold the run folder before anything is written there, logs included; a dry run writes nothing."""
+    say = partial(print, flush=True)  # there is no other console yet
+    return nullcontext(RunLock(run_folder(config), say)) if dry_run else held(world, run_folder(config), say)
 
 
 @contextmanager
 def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
     """Rank logs in the run folder; a dry run leaves none, so its logs lie in a temporary one."""
-    with (
-        tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch,
-        rank_log(Path(scratch) if dry_run else run_folder(config), world.rank) as stream,
-    ):
-        yield stream
+    with tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch:
+        path, error = Path(), None
+        try:
+            path = make_log(Path(scratch) if dry_run else run_folder(config), world.rank)
+        except UserError as caught:
+            error = caught
+        distributed.raise_together(world, error)
+        with rank_log(path, world.rank) as stream:
+            yield stream
+
+
+def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
+    """See that checkpoints can be written, and remove what unfinished saves left."""
+    notes, error = lock.notes, None
+    if world.is_main:
+        try:
+            notes = [*notes, *prepare_folder(run_dir)]
+        except UserError as caught:
+            error = caught
+    distributed.raise_together(world, error)
+    for line in notes:
+        say(line)
 
 
 def _nothing(_line: str) -> None:
@@ -98,18 +134,23 @@ def _nothing(_line: str) -> None:
 
 
 def _train(
-    inputs: Inputs, world: World, resume: str, dry_run: bool, stop: StopRequest, console: TrainingConsole | None
+    inputs: Inputs,
+    world: World,
+    resume: str,
+    dry_run: bool,
+    stop: StopRequest,
+    console: TrainingConsole | None,
+    lock: RunLock,
 ) -> int:
     config, run_dir = inputs.config, run_folder(inputs.config)
+    say = console.say if console is not None else _nothing
 
-    checkpoint = None if dry_run else choose(world, run_dir, resume)
+    checkpoint = None if dry_run else choose(world, run_dir, resume, say)
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
-    if console is not None:
-        console.say(_decision(config, resume, checkpoint, state, dry_run))
+    say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
-        if console is not None:
-            console.say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
+        say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
         return EXIT_FINISHED
 
     built = distributed.build_together(
@@ -120,14 +161,17 @@ def _train(
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
-    if console is not None:
-        for line in (*inputs.describe(), *built.notes):
-            console.say(line)
-        if not dry_run:
-            _settle_run_folder(run_dir, inputs, console, resume, checkpoint, state)
+        if change := describe_layout(manifest.layout, records.layout):
+            say(f"resuming in another layout: {change}, step {state.step:,}")
+    for line in (*inputs.describe(), *built.notes):
+        say(line)
+    if console is not None and not dry_run:
+        _settle_run_folder(run_dir, inputs, console, resume, checkpoint, state)
 
-    meter = _meter(inputs, built, world)
-    engine = _engine(inputs, built, world, checkpoint, console)
+    meter = _meter(inputs, built, world)  # before the engine, as the records are
+    engine = _engine(inputs, built, world, say)
+    if checkpoint:
+        restore(engine, checkpoint, world)
     loop = Loop(
         config=config,
         plan=inputs.plan,
@@ -135,9 +179,9 @@ def _train(
         engine=engine,
         objective=inputs.objective,
         order=inputs.order,
-        batches=_batches(inputs, world, state),
+        open_batches=lambda state: _batches(inputs, world, state),
         evaluator=_evaluator(inputs),
-        saver=_saver(run_dir, inputs, records, engine, world, checkpoint),
+        saver=_saver(run_dir, inputs, records, engine, world, checkpoint, lock),
         meter=meter,
         state=state,
         stop=stop,
@@ -146,9 +190,13 @@ def _train(
     )
     if dry_run:
         return loop.dry_run(console)
+    return _run_with_reports(loop, console, resumed_step=state.step if checkpoint else None)
+
+
+def _run_with_reports(loop: Loop, console: TrainingConsole | None, resumed_step: int | None) -> int:
     if console is not None:
-        resumed_step = state.step if checkpoint else None
-        loop.reporter = Reporter(run_dir, console, inputs.plan.total_steps, resumed_step, config)
+        total_steps = loop.plan.total_steps
+        loop.reporter = Reporter(loop.saver.run_dir, console, total_steps, resumed_step, loop.config)
     try:
         return loop.run()
     finally:
@@ -156,14 +204,10 @@ def _train(
             loop.reporter.close()
 
 
-def _engine(
-    inputs: Inputs, built: BuiltModel, world: World, checkpoint: Path | None, console: TrainingConsole | None
-) -> TrainingEngine:
+def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str], None]) -> TrainingEngine:
     engine = TrainingEngine(built, inputs.ds_config, inputs.config.optimizer, world)
-    if console is not None and engine.document_attention is not None:
-        console.say(engine.document_attention.note)
-    if checkpoint:
-        engine.load(checkpoint)
+    if engine.document_attention is not None:
+        say(engine.document_attention.note)
     if inputs.config.model.compile:
         engine.compile()
     return engine
@@ -194,18 +238,27 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]
 
 
 def _saver(
-    run_dir: Path, inputs: Inputs, records: Records, engine: TrainingEngine, world: World, checkpoint: Path | None
+    run_dir: Path,
+    inputs: Inputs,
+    records: Records,
+    engine: TrainingEngine,
+    world: World,
+    checkpoint: Path | None,
+    lock: RunLock,
 ) -> Saver:
-    own = checkpoint is not None and checkpoint.resolve().parent == checkpoints_folder(run_dir).resolve()
-    return Saver(
+    block = distributed.build_together(world, lambda: read_probe_block(inputs))
+    saver = Saver(
         run_dir=run_dir,
         world=world,
         engine=engine,
         settings=inputs.config.checkpoint,
         records=records,
-        contents=lambda: take_contents(engine, inputs),
-        saved_step=read_manifest(checkpoint).step if checkpoint and own else None,
+        contents=lambda: take_contents(engine, inputs, block),
+        lock_lost=lock.lost,
     )
+    if checkpoint and checkpoint.resolve().parent == checkpoints_folder(run_dir).resolve():
+        saver.resumed(checkpoint, read_manifest(checkpoint).step)
+    return saver
 
 
 def _decision(config: Config, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:
@@ -230,7 +283,7 @@ def _settle_run_folder(
         moved = set_aside_newer(run_dir, state.step)
     if moved is not None:
         console.say(f"moved what this start does not continue to {moved}")
-    _freeze(run_dir, inputs, console, fresh=checkpoint is None)
+    _freeze(run_dir, inputs, console, checkpoint)
 
 
 def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
@@ -279,18 +332,21 @@ def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
     return ThroughputMeter(flops, peak * world.size)
 
 
-def _freeze(run_dir: Path, inputs: Inputs, console: TrainingConsole, fresh: bool) -> None:
-    """Write the resolved inputs at the first start; on a resume say what has changed since."""
-    config_path = run_dir / "config.yaml"
-    if fresh or not config_path.is_file():
+def _freeze(run_dir: Path, inputs: Inputs, console: TrainingConsole, checkpoint: Path | None) -> None:
+    """Write the resolved inputs at the first start; on a resume say what has changed since the checkpoint was saved."""
+    config_path, preset_path = run_dir / "config.yaml", run_dir / "deepspeed.json"
+    if checkpoint is not None:
+        saved = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
+        changes = _changes(saved, inputs.config.model_dump(mode="json"))
+        if saved["deepspeed"] == inputs.config.deepspeed and preset_path.is_file():  # one name: its content may differ
+            frozen = json.loads(preset_path.read_text(encoding="utf-8"))
+            before, now = ({key: given.get(key) for key in ALLOWED_KEYS} for given in (frozen, inputs.ds_config))
+            changes += _changes(before, now)
+        if changes:
+            console.say(f"changed since {checkpoint.name} was saved: {', '.join(changes)}")
+    if checkpoint is None or not config_path.is_file():
         replace_synced(config_path, dump_config(inputs.config).encode())
-        replace_synced(run_dir / "deepspeed.json", (json.dumps(inputs.ds_config, indent=2) + "\n").encode())
-        _freeze_order(run_dir, inputs)
-        return
-    frozen = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-    changes = _changes(frozen, inputs.config.model_dump(mode="json"))
-    if changes:
-        console.say(f"changed since the first start: {', '.join(changes)}")
+        replace_synced(preset_path, (json.dumps(inputs.ds_config, indent=2) + "\n").encode())
     _freeze_order(run_dir, inputs)
 
 

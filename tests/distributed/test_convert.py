@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
-from tests.ranks import tiny_config, train
+from tests.ranks import run_ranks, tiny_config, train
 from tools.convert import convert
 from trainer.checkpoint.contents import read_probe
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
@@ -92,7 +94,7 @@ def test_a_damaged_or_missing_checkpoint_leaves_no_output(trained: Path, tmp_pat
     shutil.copytree(trained, copy)
     victim = next((copy / "checkpoints" / "step-00000020").glob("*states.pt"))
     os.truncate(victim, 100)
-    with pytest.raises(DamagedError, match=r"None of the 1 checkpoints is whole"):
+    with pytest.raises(DamagedError, match=rf"step-00000020: {victim.name}: 100 bytes instead of"):
         convert(str(copy), str(tmp_path / "model"), "float32", "5GB", make_console())
     with pytest.raises(DamagedError, match=victim.name):
         convert(str(victim.parent), str(tmp_path / "model"), "float32", "5GB", make_console())
@@ -144,3 +146,40 @@ def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tm
     with pytest.raises(DamagedError, match="do not give the logits that training recorded"):
         convert(str(copy), str(tmp_path / "model"), "float32", "5GB", make_console())
     assert not (tmp_path / "model").exists()
+
+
+def convert_with_full_disk(run: Path, output: Path) -> int:
+    """Runs in a process of its own: no file may grow above 100 kB, a full disk's nearest relative."""
+    import resource
+    import signal
+
+    from trainer.errors import MaskwrightError
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        convert(str(run), str(output), "float32", "5GB", make_console())
+    except MaskwrightError as error:
+        print(error.problem, flush=True)
+        return error.exit_code
+    return 0
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(convert_with_full_disk, 1, trained, tmp_path / "model") == [EXIT_USER_MISTAKE]
+    assert "The model could not be written: " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(trained: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".model.tmp-{socket.gethostname()}-{ended.pid}"
+    at_work = tmp_path / f".model.tmp-{socket.gethostname()}-{os.getppid()}"
+    for folder in (left, at_work):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [at_work.name, "model"]

@@ -8,24 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.damage import DAMAGES
+from tests.faults import with_dropout
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
-from trainer.checkpoint.find import candidates
-from trainer.checkpoint.manifest import find_faults
+from tests.waiting import rank_processes, wait_for_step
+from trainer.checkpoint.find import candidates, faults_of
 from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
-
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-
-
-def with_dropout(workspace: Path, run_dir: Path, **sections: object) -> Config:
-    base = tiny_config(workspace, run_dir)
-    overrides = {**base.model.overrides, **DROPOUT}
-    return tiny_config(workspace, run_dir, **{"model": {"overrides": overrides}, **sections})  # type: ignore[arg-type]
 
 
 def launch(config: Config, folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -33,21 +26,6 @@ def launch(config: Config, folder: Path, *arguments: str) -> subprocess.Popen[st
     path = write_config(config, folder / "config.yaml")
     command = [sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def rank_processes(launcher: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(child) for child in children]
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    while process.poll() is None:
-        lines = metrics(run_dir)
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.05)
-    output = process.communicate()[0]
-    raise AssertionError(f"the run ended before step {step}:\n{output}")
 
 
 @pytest.mark.timeout(280)
@@ -120,15 +98,19 @@ def finished(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
 
 @pytest.fixture
 def copy(finished: Config, tmp_path: Path) -> Config:
-    shutil.copytree(finished.run.dir, tmp_path / "run")
-    return finished.model_copy(update={"run": finished.run.model_copy(update={"dir": str(tmp_path / "run")})})
+    return copied(finished, tmp_path / "run")
+
+
+def copied(config: Config, run_dir: Path) -> Config:
+    shutil.copytree(config.run.dir, run_dir)
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run_dir)})})
 
 
 def checkpoint(config: Config, step: int) -> Path:
     return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def test_relaunch_after_the_last_step_says_finished_and_changes_nothing(
+def test_fault_21_a_relaunch_after_the_last_step_says_finished_and_changes_nothing(
     copy: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = Path(copy.run.dir)
@@ -139,46 +121,69 @@ def test_relaunch_after_the_last_step_says_finished_and_changes_nothing(
     assert after == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "no manifest"])
-def test_a_damaged_checkpoint_is_stepped_over_and_the_older_one_used(
-    damage: str, copy: Config, finished: Config, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def finished_by_two(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of 20 steps on two ranks with checkpoints at 10 and 20."""
+    config = tiny_config(workspace, tmp_path_factory.mktemp("finished-by-two"), checkpoint={"every_steps": 10})
+    assert train(config, 2) == EXIT_FINISHED
+    return config
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        ("truncated", "mp_rank_00_model_states.pt"),
+        ("empty", "huggingface/config.json"),
+        ("flipped", "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ("deleted", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("flipped", "manifest.json"),
+        ("deleted", "manifest.json"),
+    ],
+)
+def test_fault_03_a_damaged_checkpoint_is_stepped_over_by_all_ranks_and_the_older_one_used(
+    damage: str, name: str, finished_by_two: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    victim = checkpoint(copy, 20) / "mp_rank_00_model_states.pt"
-    if damage == "truncated":
-        os.truncate(victim, victim.stat().st_size // 2)
-    elif damage == "flipped":
-        content = bytearray(victim.read_bytes())
-        content[len(content) // 2] ^= 1
-        victim.write_bytes(content)
-    elif damage == "deleted":
-        victim.unlink()
-    else:
-        victim = checkpoint(copy, 20) / "manifest.json"
-        victim.unlink()
-    assert train(copy) == EXIT_FINISHED
+    config = copied(finished_by_two, tmp_path / "run")
+    DAMAGES[damage](checkpoint(config, 20) / name)
+    assert train(config, 2) == EXIT_FINISHED
     output = capsys.readouterr().out
-    assert "resuming from step-00000010" in output
-    assert "step-00000020" in output
-    assert "manifest" in output if damage == "no manifest" else victim.name in output
-    assert losses(Path(copy.run.dir)) == losses(Path(finished.run.dir))
-    whole = candidates(Path(copy.run.dir))
+    loud = f"CHECKPOINT DAMAGED, an older one is tried: step-00000020: {name}: "
+    assert output.count(f"WARNING: {loud}") == 1, "on the console, not in the logs alone"
+    assert "resuming from step-00000010 at step 10" in output
+    logs = [(tmp_path / "run" / "logs" / f"rank-0000{rank}.log").read_text() for rank in (0, 1)]
+    assert all(loud in log for log in logs)
+    assert losses(tmp_path / "run") == losses(Path(finished_by_two.run.dir))
+    whole = candidates(tmp_path / "run")
     assert [candidate.step for candidate in whole] == [20, 10]
-    assert all(candidate.manifest and not find_faults(candidate.folder, candidate.manifest) for candidate in whole)
+    assert not any(faults_of(candidate) for candidate in whole)
 
 
-def test_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(copy: Config) -> None:
-    for step in (10, 20):
-        (checkpoint(copy, step) / "manifest.json").write_text("{}")
-    assert train(copy) == EXIT_DAMAGED
-    assert len(losses(Path(copy.run.dir))) == 20
+def test_fault_03_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(
+    finished_by_two: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copied(finished_by_two, tmp_path / "run")
+    DAMAGES["flipped"](checkpoint(config, 10) / "mp_rank_00_model_states.pt")
+    DAMAGES["empty"](checkpoint(config, 20) / "manifest.json")
+    assert train(config, 2) == EXIT_DAMAGED
+    output = capsys.readouterr().out
+    for rank in (0, 1):
+        assert f"rank {rank}: None of the 2 checkpoints is whole. step-00000020: manifest.json: " in output
+    assert "step-00000010: mp_rank_00_model_states.pt: content differs from its checksum" in output
+    named = str(checkpoint(config, 10))
+    assert train(config, 2, resume=named) == EXIT_DAMAGED
+    assert "step-00000010: mp_rank_00_model_states.pt: content differs" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) == 20
 
 
-@pytest.mark.parametrize("content", [None, "", "step-00000010", "nonsense"])
-def test_latest_is_never_trusted(content: str | None, copy: Config, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [None, "", "step-00000010", "step-00000030", "nonsense"])
+def test_fault_04_latest_is_never_trusted(
+    content: str | None, copy: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Missing, empty, stale, of a checkpoint that is not there, or anything."""
     latest = checkpoint(copy, 20).parent / "latest"
     latest.unlink() if content is None else latest.write_text(content)
     assert train(copy) == EXIT_FINISHED
-    assert "step 20 of 20" in capsys.readouterr().out
+    assert "resuming from step-00000020 at step 20" in capsys.readouterr().out
 
 
 def test_a_run_folder_that_is_a_file_is_refused_on_all_ranks(
@@ -216,62 +221,6 @@ def test_row_6_resume_modes_do_what_they_say_and_say_why(
     assert "starting afresh (--resume never)" in capsys.readouterr().out
     assert (Path(copy.run.dir) / "previous-2" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
     assert len(losses(Path(copy.run.dir))) == 20
-
-
-def test_another_seed_model_or_layout_is_refused(
-    copy: Config, workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = Path(copy.run.dir)
-    longer = {"train": {"steps": 30}}
-    assert train(tiny_config(workspace, run_dir, run={"seed": 4}, **longer)) == EXIT_USER_MISTAKE
-    assert "seed was 3, now 4" in capsys.readouterr().out
-    overrides = {**copy.model.overrides, "intermediate_size": 96}
-    assert train(tiny_config(workspace, run_dir, model={"overrides": overrides}, **longer)) == EXIT_USER_MISTAKE
-    assert "model was RobertaForMaskedLM" in capsys.readouterr().out
-    overrides = {**copy.model.overrides, "num_attention_heads": 4}  # the same shapes, and another model all the same
-    assert train(tiny_config(workspace, run_dir, model={"overrides": overrides}, **longer)) == EXIT_USER_MISTAKE
-    assert "model was RobertaForMaskedLM" in capsys.readouterr().out
-    assert train(tiny_config(workspace, run_dir, deepspeed="zero2", **longer)) == EXIT_USER_MISTAKE
-    assert "stage was 1, now 2" in capsys.readouterr().out
-
-
-def test_rotation_keeps_the_last_and_those_kept_for_good(workspace: Path, tmp_path: Path) -> None:
-    settings = {"every_steps": 3, "keep_last": 2, "keep_every_steps": 6}
-    assert train(tiny_config(workspace, tmp_path, checkpoint=settings)) == EXIT_FINISHED
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["latest", *(f"step-{step:08d}" for step in (6, 12, 18, 20))]
-
-
-def fail_to_write(config: Config, rank: int) -> int:
-    """Runs on each rank: one cannot write files above 20 kB (as on a nearly full disk) until step 12."""
-    import resource
-
-    from trainer.loop import Loop
-    from trainer.train import run
-
-    original = Loop._train_step
-
-    def step_with_limit(self: Loop, *arguments: object) -> object:
-        result = original(self, *arguments)  # type: ignore[arg-type]
-        if self.world.rank == rank:
-            limit = 20_000 if self.state.step < 12 else resource.RLIM_INFINITY
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return result
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    Loop._train_step = step_with_limit  # type: ignore[method-assign,assignment]
-    return run(config)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_write_fails_the_save_on_all_and_training_goes_on(
-    rank: int, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tiny_config(workspace, tmp_path, checkpoint={"every_steps": 10})
-    assert run_ranks(fail_to_write, 2, config, rank) == [EXIT_FINISHED] * 2
-    assert f"checkpoint at step 10 was not saved (rank {rank}:" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000020"]
-    assert len(losses(tmp_path)) == 20
 
 
 def stop_in_the_evaluation_at_step_10(config: Config) -> int:

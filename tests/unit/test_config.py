@@ -75,6 +75,11 @@ def test_all_mistakes_are_named_at_once():
     assert "Key 'batch.micro_size' must be greater than 0, got 0." in error.problem
 
 
+def test_a_key_that_has_moved_is_named_with_its_new_place() -> None:
+    problem = refusal(with_(train={"max_skipped_steps": 3})).problem
+    assert problem == "Key 'train.max_skipped_steps' is now 'resilience.max_skipped_steps'."
+
+
 @pytest.mark.parametrize(
     ("sections", "where", "words"),
     [

@@ -130,9 +130,10 @@ def test_row_03_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
         ([], "is a JSON object"),
         ({"zero_optimization": 1}, "zero_optimization must be an object, got 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param must be an object, got 'cpu'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "could not resume"),
     ],
 )
-def test_row_01_a_typo_in_a_preset_is_an_error_that_names_the_nearest_key(preset: Any, words: str):
+def test_row_01_a_mistake_in_a_preset_is_an_error_that_names_the_key(preset: Any, words: str):
     with pytest.raises(UserError) as caught:
         check_preset(preset, "my.json")
     assert words in caught.value.problem

@@ -115,7 +115,7 @@ def _train_tokenizer(inputs: Sequence[str], folder: Path, console: Console) -> P
 
 def run_prepare(inputs: list[str], tokenizer: str, scratch: str, workers: int) -> Measurement:
     """One call of the real `prepare`, its worker processes included."""
-    import transformers  # noqa: F401  # imported here, so that it is not timed
+    from transformers import AutoTokenizer  # noqa: F401  # imported here, with torch, so that it is not timed
 
     from tools.prepare import prepare
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
-from tools.prepare.work_folder import sync_files
 from trainer.data.shards import MANIFEST, Manifest, read_manifest
 from trainer.errors import UserError
-from trainer.files import replace_synced, sync_folder
+from trainer.files import replace_synced, sync_files, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,7 +22,7 @@ from tools.prepare.summary import counted, listing, say
 from tools.prepare.worker import record_path
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
-from trainer.files import create_synced, replace_synced, sync_folder, unique_token
+from trainer.files import create_synced, replace_synced, sync_files, sync_folder, unique_token
 
 JOB_FILE = "job.json"
 
@@ -139,17 +139,6 @@ def remove_temporaries(job: Job, units: Sequence[Unit] | None = None) -> None:
         for path in folder.glob(".shard-*.tmp"):
             if names is None or path.name.split(".")[1] in names:
                 path.unlink(missing_ok=True)
-
-
-def sync_files(folder: Path) -> None:
-    """Make the files of a folder durable."""
-    for path in sorted(folder.iterdir()):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_folder(folder)
 
 
 def _describe(job: Job) -> dict[str, Any]:

@@ -40,9 +40,14 @@ class Probe:
     logits: torch.Tensor
 
 
-def take_contents(engine: TrainingEngine, inputs: Inputs) -> Callable[[Path], None]:
+def read_probe_block(inputs: Inputs) -> np.ndarray:
+    """The content of the block that the probe shows; read once, because a rank that cannot read it cannot save."""
+    return inputs.sources[0].read_blocks(np.zeros(1, np.int64), inputs.objective.payload)
+
+
+def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:
     """Take the probe, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder."""
-    probe = take_probe(engine, inputs)
+    probe = take_probe(engine, inputs, block)
 
     def write(folder: Path) -> None:
         config = engine.module.config
@@ -56,17 +61,16 @@ def take_contents(engine: TrainingEngine, inputs: Inputs) -> Callable[[Path], No
     return write
 
 
-def take_probe(engine: TrainingEngine, inputs: Inputs) -> Probe:
+def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Probe:
     """Run the probe through the engine; a collective at ZeRO stage 3."""
     objective, plan = inputs.objective, inputs.plan
-    block = inputs.sources[0].read_blocks(np.zeros(1, np.int64), objective.payload)
     tokens = np.repeat(objective.frame(block), plan.micro_size, axis=0)
     row = np.linspace(0, plan.seq_len - 1, objective.predictions_per_block).astype(np.int64)
     index = (np.arange(plan.micro_size)[:, None] * plan.seq_len + row).reshape(-1)
     input_ids, prediction_index = torch.from_numpy(tokens), torch.from_numpy(index)
     with engine.evaluating():
         logits = engine.network(input_ids.to(engine.device), prediction_index.to(engine.device))
-    return Probe(input_ids, prediction_index, logits[:PROBE_ROWS])
+    return Probe(input_ids, prediction_index, logits[:PROBE_ROWS].cpu())  # a view would keep all of them
 
 
 def read_probe(folder: Path) -> Probe:

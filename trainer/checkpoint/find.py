@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer import distributed
-from trainer.checkpoint.manifest import CheckpointManifest, find_faults, read_manifest
+from trainer.checkpoint.manifest import CheckpointManifest, find_faults, share_files, try_manifest
 from trainer.distributed import World
-from trainer.errors import DamagedError, UserError
+from trainer.errors import DamagedError, MaskwrightError, UserError
 
 logger = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")
+_LISTED_FAULTS = 4
+_TELL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A folder that should be a checkpoint; `fault` says why its manifest cannot be used."""
+    """A folder that should be a checkpoint; `fault` says what is wrong with its manifest."""
 
     folder: Path
     step: int
@@ -43,10 +46,7 @@ def candidates(run_dir: Path) -> list[Candidate]:
 
 
 def _candidate(path: Path, step: int) -> Candidate:
-    try:
-        return Candidate(path, step, read_manifest(path))
-    except DamagedError as error:
-        return Candidate(path, step, None, error.problem)
+    return Candidate(path, step, *try_manifest(path))
 
 
 def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
@@ -56,34 +56,16 @@ def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
         UserError: when there is none.
         DamagedError: when there are some, but none is whole.
     """
-    path = Path(source).expanduser()
-    if _STEP_FOLDER.match(path.resolve().name):
-        if not path.is_dir():
-            raise UserError(f"No checkpoint at '{path}'.", where=str(path), remedy=_names_beside(path))
-        manifest = read_manifest(path)
-        if faults := find_faults(path, manifest):
-            raise _damaged(path, faults)
-        return path, manifest
-    found = candidates(path)
-    if not found:
-        raise UserError(
-            f"'{path}' is neither a checkpoint nor a run folder with one.",
-            where=str(path),
-            remedy="Give the run.dir of a run that has saved, or one of its checkpoints/step-… folders.",
-        )
-    for candidate, manifest, faults in _checked(found):
-        if not faults:
-            return candidate.folder, manifest
-        logger.warning("checkpoint %s is damaged (%s); trying an older one", candidate.folder.name, "; ".join(faults))
-    raise _none_whole(found)
+    return _newest_whole(_meant_by(source), faults_of)
 
 
-def choose(world: World, run_dir: Path, resume: str) -> Path | None:
+def choose(world: World, run_dir: Path, resume: str, say: Callable[[str], None] = logger.info) -> Path | None:
     """Decide what to resume from. Rank 0 lists, every rank checks its share of the files, all agree.
 
     Args:
         resume: auto (newest whole one, or a fresh start when there is none), must (newest whole one),
             never (fresh start), or the path of a checkpoint.
+        say: gets a line now and then, where the check takes long.
 
     Raises:
         UserError: when `must` or a path finds none.
@@ -91,32 +73,9 @@ def choose(world: World, run_dir: Path, resume: str) -> Path | None:
     """
     if resume == "never":
         return None
-    if resume not in ("auto", "must"):
-        folder, error = None, None
-        if world.is_main:
-            try:
-                folder = locate(resume)[0]
-            except Exception as caught:
-                error = caught
-        distributed.raise_together(world, error)
-        return distributed.from_main(world, folder)
-    found, error = [], None
-    if world.is_main:
-        try:
-            found = candidates(run_dir)
-        except OSError as caught:
-            error = caught
-    distributed.raise_together(world, error)
-    found = distributed.from_main(world, found)
-    for candidate in found:
-        faults = _faults_of(world, candidate)
-        if not faults:
-            return candidate.folder
-        logger.warning(
-            "checkpoint %s cannot be used: %s; trying an older one", candidate.folder.name, "; ".join(faults)
-        )
+    found = _together(world, lambda: candidates(run_dir) if resume in ("auto", "must") else _meant_by(resume))
     if found:
-        raise _none_whole(found)
+        return _newest_whole(found, lambda candidate: _faults_by_all(world, candidate, say))[0]
     if resume == "must":
         raise UserError(
             f"--resume must, but '{run_dir}' has no checkpoint.",
@@ -126,36 +85,99 @@ def choose(world: World, run_dir: Path, resume: str) -> Path | None:
     return None
 
 
-def _faults_of(world: World, candidate: Candidate) -> list[str]:
+def newest_before(world: World, run_dir: Path, step: int) -> tuple[Path, CheckpointManifest] | None:
+    """The newest whole checkpoint of an earlier step, the same on every rank; None when there is none."""
+    found = [candidate for candidate in _together(world, lambda: candidates(run_dir)) if candidate.step < step]
+    try:
+        return _newest_whole(found, lambda candidate: _faults_by_all(world, candidate, logger.info)) if found else None
+    except DamagedError:
+        return None
+
+
+def _together(world: World, find: Callable[[], list[Candidate]]) -> list[Candidate]:
+    """What rank 0 finds, on every rank."""
+    found, error = [], None
+    if world.is_main:
+        try:
+            found = find()
+        except (MaskwrightError, OSError) as caught:
+            error = caught
+    distributed.raise_together(world, error)
+    return distributed.from_main(world, found)
+
+
+def faults_of(candidate: Candidate, *, read: bool = True, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+    """Why a checkpoint cannot be used, its manifest or its files. Arguments as of find_faults."""
     if candidate.manifest is None:
         return [candidate.fault]
-    names = list(candidate.manifest.files)[world.rank :: world.size]
-    shares = distributed.gather(world, find_faults(candidate.folder, candidate.manifest, names))
-    return [fault for share in shares for fault in share]
+    return find_faults(candidate.folder, candidate.manifest, read=read, on_bytes=on_bytes)
 
 
-def _checked(found: list[Candidate]) -> Iterator[tuple[Candidate, CheckpointManifest, list[str]]]:
+def listing(faults: list[str]) -> str:
+    """The first few faults and the number of the others, for one line."""
+    more = len(faults) - _LISTED_FAULTS
+    return "; ".join(faults[:_LISTED_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _meant_by(source: str | Path) -> list[Candidate]:
+    """The checkpoints that may be meant, the newest first: one, or those of a run."""
+    path = Path(source).expanduser()
+    match = _STEP_FOLDER.match(path.resolve().name)
+    if match:
+        if not path.is_dir():
+            raise UserError(f"No checkpoint at '{path}'.", where=str(path), remedy=_names_beside(path))
+        return [_candidate(path, int(match.group(1)))]
+    found = candidates(path)
+    if not found:
+        raise UserError(
+            f"'{path}' is neither a checkpoint nor a run folder with one.",
+            where=str(path),
+            remedy="Give the run.dir of a run that has saved, or one of its checkpoints/step-… folders.",
+        )
+    return found
+
+
+def _newest_whole(found: list[Candidate], check: Callable[[Candidate], list[str]]) -> tuple[Path, CheckpointManifest]:
+    """The first whole one of some; each that is stepped over is said loudly, since its steps are trained again."""
+    damage = []
     for candidate in found:
-        if candidate.manifest is None:
-            logger.warning("%s", candidate.fault)
-        else:
-            yield candidate, candidate.manifest, find_faults(candidate.folder, candidate.manifest)
-
-
-def _damaged(folder: Path, faults: list[str]) -> DamagedError:
-    return DamagedError(
-        f"Checkpoint {folder.name} is damaged: {'; '.join(faults)}.",
-        where=str(folder),
-        remedy="Use another one: `maskwright checkpoint list RUN` shows them.",
-    )
-
-
-def _none_whole(found: list[Candidate]) -> DamagedError:
-    return DamagedError(
-        f"None of the {len(found)} checkpoints is whole.",
+        faults = check(candidate)
+        if not faults and candidate.manifest is not None:
+            return candidate.folder, candidate.manifest
+        damage.append(f"{candidate.folder.name}: {listing(faults)}")
+        if len(damage) < len(found):
+            logger.warning("CHECKPOINT DAMAGED, an older one is tried: %s", damage[-1])
+    if len(found) == 1:
+        raise DamagedError(
+            f"Checkpoint {damage[0]}.",
+            where=str(found[0].folder),
+            remedy="Use another one: `maskwright checkpoint list RUN` shows them. To start over, use --resume never.",
+        )
+    raise DamagedError(
+        f"None of the {len(found)} checkpoints is whole. {' | '.join(damage[:_LISTED_FAULTS])}",
         where=str(found[0].folder.parent),
         remedy="`maskwright checkpoint verify RUN` names the damaged files. To start over, use --resume never.",
     )
+
+
+def _faults_by_all(world: World, candidate: Candidate, say: Callable[[str], None]) -> list[str]:
+    """Check a checkpoint on all ranks, each about the same number of bytes; every rank gets all faults."""
+    manifest = candidate.manifest
+    if manifest is None:
+        return [candidate.fault]
+    names = share_files(manifest.files, world.size)[world.rank]
+    share_bytes = sum(manifest.files[name][0] for name in names)
+    last_said = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal last_said
+        if time.monotonic() - last_said >= _TELL_SECONDS:
+            last_said = time.monotonic()
+            share = f" of this rank's share of {manifest.bytes / 2**20:,.0f} MiB" if world.size > 1 else ""
+            say(f"checking {candidate.folder.name}: {done / 2**20:,.0f} of {share_bytes / 2**20:,.0f} MiB{share}")
+
+    faults = find_faults(candidate.folder, manifest, names, on_bytes=tell)
+    return [fault for share in distributed.gather(world, faults) for fault in share]
 
 
 def _names_beside(path: Path) -> str:

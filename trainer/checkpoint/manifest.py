@@ -8,12 +8,17 @@ crash leaves the old checkpoint or the new one, never half of one.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from trainer.errors import DamagedError
-from trainer.files import file_hash, replace_synced
+from trainer.files import bytes_hash, file_hash, replace_synced
 from trainer.state import TrainState
 
 FORMAT = "maskwright-checkpoint"
@@ -22,6 +27,7 @@ MANIFEST = "manifest.json"
 MODEL_FOLDER = "huggingface"  # config.json and tokenizer, inside the checkpoint
 PROBE = "probe.safetensors"
 RUN_CONFIG = "config.yaml"  # of the start that saved it
+HASH_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class CheckpointManifest(Records):
         saved_at: seconds since 1970.
     """
 
-    state: dict[str, int]
+    state: dict[str, Any]
     files: dict[str, tuple[int, str]]
     versions: dict[str, str] = field(default_factory=dict)
     saved_at: float = 0.0
@@ -71,52 +77,131 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}))  # as it is read
+    content["checksum"] = _checksum(content)
     replace_synced(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Of the manifest itself: a digit that flips in it would resume at another place without a word."""
+    return bytes_hash(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read `folder/manifest.json`.
 
     Raises:
-        DamagedError: when it is missing, no JSON, or of another version.
+        DamagedError: when it is missing, no JSON, changed, or of another version.
     """
-    path = folder / MANIFEST
+    manifest, fault = try_manifest(folder)
+    if manifest is None:
+        raise DamagedError(
+            f"Checkpoint {folder.name}: {fault}.",
+            where=str(folder / MANIFEST),
+            remedy="Resume from another one: maskwright checkpoint list.",
+        )
+    return manifest
+
+
+def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str]:
+    """The manifest of a folder, or None and what is wrong with it."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        checksum = raw.pop("checksum", None)  # checkpoints from before it had one have none
+        if checksum is not None and checksum != _checksum(raw):
+            raise ValueError("its content differs from its checksum")
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError("written by another version of maskwright")
         files = {name: (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()}
+        if not files:
+            raise ValueError("it names no files")
         TrainState(**raw["state"])
-        return CheckpointManifest(files=files, **raw)
+        return CheckpointManifest(files=files, **raw), ""
     except FileNotFoundError:
-        problem = "has no manifest"
+        return None, f"{MANIFEST}: missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"has a manifest that cannot be read ({error})"
-    raise DamagedError(
-        f"Checkpoint {folder.name} {problem}.",
-        where=str(path),
-        remedy="Resume from another one: maskwright checkpoint list.",
-    )
+        return None, f"{MANIFEST}: cannot be read ({error})"
 
 
-def find_faults(folder: Path, manifest: CheckpointManifest, names: list[str] | None = None) -> list[str]:
+def find_faults(
+    folder: Path,
+    manifest: CheckpointManifest,
+    names: list[str] | None = None,
+    *,
+    read: bool = True,
+    on_bytes: Callable[[int], None] | None = None,
+) -> list[str]:
     """Compare files with the manifest; one line for each fault, none when they are whole.
+
+    Files are hashed by a few threads: reading and hashing release the interpreter's lock.
 
     Args:
         names: check only these (a rank's share); default all.
+        read: False compares sizes alone, which reads nothing.
+        on_bytes: told how many bytes have been hashed so far, by one thread at a time.
     """
-    faults = []
-    for name in manifest.files if names is None else names:
-        size, digest = manifest.files[name]
-        path = folder / name
+    names = list(manifest.files) if names is None else names
+    counter = _Counter(on_bytes)
+    check = partial(_fault_of, folder, manifest, counter if read else None)
+    if not read:
+        return [fault for name in names if (fault := check(name))]
+    largest_first = sorted(names, key=lambda name: -manifest.files[name][0])
+    with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="hash") as pool:
         try:
-            if not path.is_file():
-                faults.append(f"{name}: missing")
-            elif path.stat().st_size != size:
-                faults.append(f"{name}: {path.stat().st_size:,} bytes instead of {size:,}")
-            elif file_hash(path) != digest:
-                faults.append(f"{name}: content differs from its checksum")
-        except OSError as error:  # a fault like another: one rank must not leave the others waiting
-            faults.append(f"{name}: {error.strerror}")
-    return faults
+            faults = dict(zip(largest_first, pool.map(check, largest_first), strict=True))
+        except BaseException:  # Ctrl-C: leaving the pool waits for its threads, which read until they are told
+            counter.stopped = True
+            raise
+    return [faults[name] for name in names if faults[name]]
+
+
+def share_files(files: Mapping[str, tuple[int, str]], shares: int) -> list[list[str]]:
+    """Divide files into shares of about the same number of bytes: each in turn, from the largest on, to the least.
+
+    A pure function of its arguments, so that ranks need not agree on it. No share is larger than the mean by more than
+    the largest file.
+    """
+    divided: list[list[str]] = [[] for _ in range(shares)]
+    loads = [(0, 0, share) for share in range(shares)]  # bytes, files, share
+    for name, (size, _) in sorted(files.items(), key=lambda item: (-item[1][0], item[0])):
+        held, count, share = heappop(loads)
+        divided[share].append(name)
+        heappush(loads, (held + size, count + 1, share))
+    return divided
+
+
+class _Counter:
+    """Bytes that the threads have read, and whether they are to stop."""
+
+    def __init__(self, on_bytes: Callable[[int], None] | None) -> None:
+        self.stopped = False
+        self._done, self._on_bytes, self._lock = 0, on_bytes, Lock()
+
+    def add(self, count: int) -> None:
+        if self.stopped:
+            raise InterruptedError("stopped")
+        with self._lock:
+            self._done += count
+            try:
+                if self._on_bytes is not None:
+                    self._on_bytes(self._done)
+            except BaseException:
+                self.stopped = True  # the other threads, at once
+                raise
+
+
+def _fault_of(folder: Path, manifest: CheckpointManifest, counter: _Counter | None, name: str) -> str:
+    """What is wrong with one file, or an empty string; its content is read where there is a counter."""
+    size, digest = manifest.files[name]
+    path = folder / name
+    try:
+        if not path.is_file():
+            return f"{name}: missing"
+        found = path.stat().st_size
+        if found != size:
+            return f"{name}: {found:,} bytes instead of {size:,}"
+        if counter is not None and file_hash(path, counter.add) != digest:
+            return f"{name}: content differs from its checksum"
+    except OSError as error:  # a fault like another: one rank must not leave the others waiting
+        return f"{name}: {error.strerror or error}"
+    return ""

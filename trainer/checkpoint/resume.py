@@ -16,7 +16,7 @@ DATA_ORDER = "data_order.json"  # in the run folder
 
 
 def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records, data_order: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model, tokenizer, data order, objective or layout.
+    """Refuse a checkpoint of another model, tokenizer, data order or objective.
 
     Args:
         data_order: of this start; the checkpoint's must be the same for the samples that it has consumed.
@@ -36,13 +36,22 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
             remedy="Restore these settings to resume it, or start a new run in another run.dir. To continue from its "
             "weights on other data, convert it and set model.from_pretrained.",
         )
-    differences = _differences(manifest.layout, current.layout)
-    if differences:
-        raise UserError(
-            f"Checkpoint {folder.name} was saved under another layout: {'; '.join(differences)}.",
-            where=str(folder),
-            remedy="Resume with the saved layout, or convert it and start from its weights with model.from_pretrained.",
-        )
+
+
+def describe_layout(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """How the training state is spread anew over ranks, such as "stage 1 × 8 ranks → stage 3 × 2 ranks".
+
+    Returns:
+        empty when ranks, stage and precision are what they were.
+    """
+    return "" if saved == current else f"{_layout(saved)} → {_layout(current)}"
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    ranks = layout["world_size"]
+    accumulation = layout.get("gradient_accumulation_dtype")
+    accumulated = f", gradients accumulated in {accumulation}" if accumulation else ""
+    return f"stage {layout['stage']} × {ranks:,} rank{'s' if ranks > 1 else ''}, {layout['precision']}{accumulated}"
 
 
 def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +90,19 @@ def set_aside(run_dir: Path) -> Path | None:
     return target
 
 
-def set_aside_newer(run_dir: Path, step: int) -> Path | None:
+def set_aside_newer(run_dir: Path, step: int, always_metrics: bool = False) -> Path | None:
     """Move whole checkpoints after `step`, and a copy of the metrics, into RUN/previous-N: a branch that is left.
 
     Otherwise `--resume auto` would take up the old branch again after a stop.
 
+    Args:
+        always_metrics: copy the metrics even if there is no such checkpoint.
+
     Returns:
-        The folder they went to, or None when there was none.
+        The folder they went to, or None when there was nothing.
     """
     newer = [candidate for candidate in candidates(run_dir) if candidate.step > step and candidate.manifest is not None]
-    if not newer:
+    if not newer and not always_metrics:
         return None
     target = _new_previous_folder(run_dir)
     (target / "checkpoints").mkdir()

@@ -151,10 +151,18 @@ class TrainingBatches:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, ReadFailure):
-                raise batch.error
-            yield batch
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, ReadFailure):
+                    raise batch.error
+                yield batch
+        finally:
+            # The traceback of an error keeps the iterator alive, and Python, as it exits, sends TERM to the workers
+            # and waits for them: they ignore it, so the rank would never end.
+            end_workers = getattr(batches, "_shutdown_workers", None)
+            if end_workers is not None:
+                end_workers()
 
 
 def _by_source(sources: NDArray[np.int64], values: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

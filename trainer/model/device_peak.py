@@ -60,13 +60,15 @@ def matmul_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float =
 
     The size doubles while the rate grows and time is left, from 128 to 8,192 on a GPU and to 2,048 elsewhere.
     """
+    # The library's set-up may take longer than all the rest: the rate would be that of the set-up.
+    _matmul_seconds(torch.ones(128, 128, device=device, dtype=dtype))
     deadline = time.perf_counter() + seconds
     largest = 8192 if device.type == "cuda" else 2048
     best, size = 0.0, 128
     while size <= largest:
         left = torch.ones(size, size, device=device, dtype=dtype)
         rates = []
-        for _ in range(4):  # the first one pays for the library's set-up
+        for _ in range(4):
             elapsed = _matmul_seconds(left)
             rates.append(2 * size**3 / elapsed)
             if time.perf_counter() + 8 * elapsed > deadline:

@@ -64,7 +64,8 @@ class TrainingConsole:
 
 def describe(values: dict[str, Any], total_steps: int) -> str:
     """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
-    tokens_per_step = values["tokens"] / values["step"]
+    trained = 1 - values["resilience/skipped_samples"] / values["samples"]
+    tokens_per_step = values["tokens"] * trained / values["step"]
     seconds_left = (total_steps - values["step"]) * tokens_per_step / values["throughput/tokens_per_second"]
     skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (

@@ -16,10 +16,16 @@ class JsonlWriter:
     Args:
         resumed_step: lines of later steps come from a run that was lost before its next checkpoint; they are
             dropped, since those steps happen again. None for a fresh start, which keeps none.
+        keep_events: keep events of later steps, at the resumed step: after a rollback they do not happen again.
     """
 
-    def __init__(self, path: Path, resumed_step: int | None) -> None:
-        kept = [line for line in read_lines(path) if resumed_step is not None and line["step"] <= resumed_step]
+    def __init__(self, path: Path, resumed_step: int | None, keep_events: bool = False) -> None:
+        kept = []
+        for line in read_lines(path) if resumed_step is not None else ():
+            if line["step"] <= resumed_step:
+                kept.append(line)
+            elif keep_events and "event" in line:
+                kept.append({**line, "step": resumed_step})
         replace_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "ab", buffering=0)
         self._torn = False

@@ -23,11 +23,25 @@ class Reporter:
         self, run_dir: Path, console: TrainingConsole, total_steps: int, resumed_step: int | None, config: Config
     ) -> None:
         self.console = console
-        self._jsonl = JsonlWriter(run_dir / "metrics.jsonl", resumed_step)
+        self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int | None, keep_events: bool = False) -> None:
+        self._jsonl = JsonlWriter(self._run_dir / "metrics.jsonl", resumed_step, keep_events)
         self._tensorboard = None
-        if config.logging.tensorboard:
-            self._tensorboard = TensorBoardWriter(run_dir / "tensorboard", resumed_step, dump_config(config))
-        console.start(resumed_step or 0, total_steps)
+        if self._config.logging.tensorboard:
+            folder = self._run_dir / "tensorboard"
+            self._tensorboard = TensorBoardWriter(folder, resumed_step, dump_config(self._config))
+        self.console.start(resumed_step or 0, self._total_steps)
+
+    def rewind(self, step: int) -> None:
+        """Take back what was reported of the steps after `step`, but for the events: they are done again.
+
+        Raises:
+            OSError: when the disk is full.
+        """
+        self.close()
+        self._open(step, keep_events=True)
 
     def step(self, step: int) -> None:
         """Count a step on the progress bar."""
@@ -44,6 +58,11 @@ class Reporter:
             f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  "
             f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
         )
+
+    def event(self, values: dict[str, Any], line: str) -> None:
+        """Report an event of EVENT_METRICS, and say `line`."""
+        self._write(values)
+        self.console.say(line)
 
     def close(self) -> None:
         self.console.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,7 +22,7 @@ class TensorBoardWriter:
         self._writer: SummaryWriter | None = SummaryWriter(self._folder, purge_step=first_step)
         self._writer.add_text("config", f"```yaml\n{config_text}\n```", first_step)
 
-    def write(self, values: dict[str, float], step: int) -> None:
+    def write(self, values: dict[str, Any], step: int) -> None:
         """Add the values of a step.
 
         Raises:
@@ -30,7 +31,7 @@ class TensorBoardWriter:
         """
         writer, self._writer = self._writer or SummaryWriter(self._folder), None
         for name, value in values.items():
-            if "/" in name and value is not None:
+            if "/" in name and isinstance(value, int | float):
                 writer.add_scalar(name, value, step)
         self._writer = writer
 

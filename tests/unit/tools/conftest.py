@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from tests.conftest import write_text
+from tools.import_tokens import ImportSummary, import_tokens
 from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
 from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
@@ -109,3 +111,32 @@ def read_text_pieces(inputs, documents: str, cuts: list[int]) -> list[str]:
     settings = readers.ReadSettings("text", documents, "text", "")
     pieces = [Piece(whole.file, a, b) for a, b in itertools.pairwise(borders)]
     return [text for piece in pieces for text, _ in readers.read_documents(piece, settings)]
+
+
+Importer = Callable[..., ImportSummary]
+
+
+@pytest.fixture
+def run_import(tokenizer: Path) -> Importer:
+    def run(inputs: Path | list[Path], output: Path, **options) -> ImportSummary:
+        paths = inputs if isinstance(inputs, list) else [inputs]
+        options = {"console": quiet_console(), **options}
+        return import_tokens([str(path) for path in paths], str(tokenizer), str(output), **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> list[list[int]]:
+    """The contents of 60 documents of text."""
+    path = write_text(tmp_path_factory.mktemp("text") / "text.txt", documents=60, seed=5)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return [loaded(text, add_special_tokens=False).input_ids for text in path.read_text().strip().split("\n\n")]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, run_prepare) -> Path:
+    """The same documents, prepared from their text."""
+    path = write_text(tmp_path / "text.txt", documents=60, seed=5)
+    run_prepare([path], tmp_path / "prepared")
+    return tmp_path / "prepared"

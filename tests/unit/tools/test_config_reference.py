@@ -27,7 +27,7 @@ def test_committed_reference_is_up_to_date(name: str, make: Callable[[], str], c
 def test_every_config_key_has_a_row() -> None:
     reference = config_reference()
     keys = [key for name, field in Config.model_fields.items() for key in keys_of(name, field.annotation)]
-    assert {"data.text.format", "deepspeed", "run.dir"} < set(keys)
+    assert {"data.text.format", "deepspeed", "run.dir", "checkpoint.async"} < set(keys)
     for key in keys:
         assert f"| `{key}` |" in reference
 
@@ -35,7 +35,8 @@ def test_every_config_key_has_a_row() -> None:
 def keys_of(name: str, kind: object) -> list[str]:
     if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
         return [name]
-    return [key for inner, field in kind.model_fields.items() for key in keys_of(f"{name}.{inner}", field.annotation)]
+    fields = {field.alias or inner: field for inner, field in kind.model_fields.items()}
+    return [key for inner, field in fields.items() for key in keys_of(f"{name}.{inner}", field.annotation)]
 
 
 def test_bounds_and_defaults_are_shown() -> None:

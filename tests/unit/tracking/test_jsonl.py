@@ -32,6 +32,18 @@ def test_a_resume_drops_the_steps_that_happen_again(tmp_path: Path) -> None:
     assert steps_in(path) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_rollback_keeps_the_events_of_the_steps_it_takes_back_at_the_step_it_goes_back_to(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, None, 1, 2, 3, 4)
+    writer = JsonlWriter(path, 4)
+    writer.write({"step": 4, "event": "skip", "event/from_step": 4})
+    writer.close()
+    JsonlWriter(path, 2, keep_events=True).close()
+    assert [(line["step"], line.get("event/from_step")) for line in read_lines(path)] == [(1, None), (2, None), (2, 4)]
+    write_steps(path, 1)  # a resume from before it: it happens again
+    assert steps_in(path) == [1]
+
+
 def test_a_fresh_start_keeps_none(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, None, 1, 2)

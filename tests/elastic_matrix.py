@@ -1,0 +1,173 @@
+"""Save under one layout, resume under another, compare losses: for tests, and as a table for the documentation.
+
+`python -m tests.elastic_matrix > docs/resume-matrix.md` runs every pair of the twelve layouts, in about ten minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.ranks import losses, run_ranks, tiny_config
+from trainer.config import Config
+from trainer.errors import EXIT_FINISHED
+from trainer.tracking.jsonl import read_lines
+
+SAVED_STEP, LAST_STEP = 5, 15
+
+
+class Layout(NamedTuple):
+    ranks: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.ranks} × ZeRO-{self.stage}"
+
+
+INTRODUCTION = f"""# Resuming in another layout
+
+Made by `python -m tests.elastic_matrix > docs/resume-matrix.md`; `tests/distributed/test_elastic.py` runs a part of it,
+and the same for bf16, fp16 and offload.
+
+A run of {LAST_STEP} steps is saved at step {SAVED_STEP} by each row's layout and resumed from there by each column's,
+with optimizer state, in fp32 without dropout, on CPU over gloo. Each cell is the largest difference of the losses of
+the next {LAST_STEP - SAVED_STEP} steps from those of a run on one rank at stage 1 that was not interrupted, in nats.
+The bound is 1e-5; what there is comes from sums in another order.
+
+"""
+LAYOUTS = tuple(Layout(ranks, stage) for ranks in (1, 2, 3) for stage in (0, 1, 2, 3))
+
+
+def layout_config(workspace: Path, run_dir: Path, layout: Layout, **sections: Any) -> Config:
+    """15 steps that save at the fifth; 12 sequences a step divide among 1, 2 and 3 ranks."""
+    return tiny_config(
+        workspace,
+        run_dir,
+        **{
+            "deepspeed": f"zero{layout.stage}",
+            "batch": {"global_size": 12, "micro_size": 2},
+            "train": {"steps": LAST_STEP},
+            "checkpoint": {"every_steps": SAVED_STEP, "keep_last": 9},
+            **sections,
+        },
+    )
+
+
+def save_all(configs: dict[Layout, Config]) -> dict[Layout, list[float]]:
+    """Run each layout without interruption; returns the losses of all steps."""
+    for ranks, layouts in itertools.groupby(sorted(configs), key=lambda layout: layout.ranks):
+        _run_in_turn(ranks, [configs[layout] for layout in layouts])
+    return {layout: losses(Path(config.run.dir)) for layout, config in configs.items()}
+
+
+def resume_all(
+    saved: dict[Layout, Config], pairs: Iterable[tuple[Layout, Layout]], folder: Path, workspace: Path, **sections: Any
+) -> dict[tuple[Layout, Layout], list[float]]:
+    """Resume the checkpoint of each pair's first layout under its second; returns the losses after it."""
+    configs: dict[tuple[Layout, Layout], Config] = {}
+    for before, after in pairs:
+        run_dir = folder / f"{before.ranks}-{before.stage}-{after.ranks}-{after.stage}"
+        name = f"checkpoints/step-{SAVED_STEP:08d}"
+        shutil.copytree(Path(saved[before].run.dir) / name, run_dir / name)
+        configs[before, after] = layout_config(workspace, run_dir, after, **sections)
+    by_ranks = sorted(configs, key=lambda pair: pair[1].ranks)
+    for ranks, group in itertools.groupby(by_ranks, key=lambda pair: pair[1].ranks):
+        _run_in_turn(ranks, [configs[pair] for pair in group])
+    found = {}
+    for pair, config in configs.items():
+        lines = [line for line in read_lines(Path(config.run.dir) / "metrics.jsonl") if "train/loss" in line]
+        assert [line["step"] for line in lines] == list(range(SAVED_STEP + 1, LAST_STEP + 1))
+        found[pair] = [line["train/loss"] for line in lines]
+    return found
+
+
+def _run_in_turn(ranks: int, configs: Sequence[Config]) -> None:
+    codes = run_ranks(_train_all, ranks, configs, timeout_s=30 + 30 * len(configs))
+    assert codes == [EXIT_FINISHED] * ranks, codes
+
+
+def _train_all(configs: Sequence[Config]) -> int:
+    """Runs on each rank: one process group for all runs, because to import and to start is most of a short run."""
+    from trainer import distributed
+    from trainer.inputs import open_inputs
+    from trainer.run_lock import RunLock
+    from trainer.signals import StopRequest
+    from trainer.tracking.console import TrainingConsole
+    from trainer.train import _train
+
+    world = distributed.start()
+    for config in configs:
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        console = TrainingConsole(sys.stdout) if world.is_main else None
+        lock = RunLock(Path(config.run.dir), print)  # not taken: nobody else trains here
+        code = _train(open_inputs(config, world.size), world, "auto", False, StopRequest(), console, lock)
+        assert code == EXIT_FINISHED, code
+    distributed.stop()
+    return EXIT_FINISHED
+
+
+def reshape(checkpoint: Path, config: Config, ranks: int, target: Path) -> None:
+    """Bring a checkpoint into an engine of `config` on `ranks` ranks, and save it from there without a step."""
+    target.mkdir(parents=True)
+    assert run_ranks(_reshape, ranks, checkpoint, config, target) == [0] * ranks
+
+
+def _reshape(checkpoint: Path, config: Config, target: Path) -> int:
+    """Runs on each rank."""
+    from trainer import distributed
+    from trainer.checkpoint.restore import restore
+    from trainer.engine import TrainingEngine
+    from trainer.inputs import open_inputs
+    from trainer.model.build import build_model
+
+    world = distributed.start()
+    inputs = open_inputs(config, world.size)
+    built = build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
+    engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
+    restore(engine, checkpoint, world)
+    engine.capture(target, detached=False).write()
+    distributed.stop()
+    return 0
+
+
+def table(found: dict[tuple[Layout, Layout], list[float]], reference: list[float]) -> str:
+    """Markdown: the largest difference of a loss from the uninterrupted run's, saved (rows) by resumed (columns)."""
+    lines = [
+        "| saved \\ resumed | " + " | ".join(map(str, LAYOUTS)) + " |",
+        "|---" * (len(LAYOUTS) + 1) + "|",
+    ]
+    for before in LAYOUTS:
+        cells = [f"{difference(found[before, after], reference):.0e}" for after in LAYOUTS]
+        lines.append(f"| **{before}** | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference(resumed: list[float], reference: list[float]) -> float:
+    return max(abs(one - other) for one, other in zip(resumed, reference[SAVED_STEP:], strict=True))
+
+
+def main() -> None:
+    from tests.conftest import make_workspace
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        workspace = Path(scratch) / "workspace"
+        workspace.mkdir()
+        with contextlib.redirect_stdout(sys.stderr):
+            make_workspace(workspace)
+        configs = {layout: layout_config(workspace, Path(scratch) / f"{layout}", layout) for layout in LAYOUTS}
+        with contextlib.redirect_stdout(sys.stderr):
+            reference = save_all(configs)
+            found = resume_all(configs, itertools.product(LAYOUTS, LAYOUTS), Path(scratch) / "resumed", workspace)
+        print(INTRODUCTION + table(found, reference[Layout(1, 1)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Bring a checkpoint of any ZeRO stage and number of ranks into a live engine.
+
+DeepSpeed refuses another number of ranks, and its universal checkpoint another stage. Here each rank reads, of each
+parameter, the elements that it updates itself, straight from the files of whoever wrote them: nothing is reshaped on
+disk, and no rank holds more than its own share.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from trainer import distributed
+from trainer.checkpoint.zero_files import Place, ZeroFiles
+from trainer.distributed import World
+from trainer.engine import TrainingEngine
+
+logger = logging.getLogger(__name__)
+
+
+def restore(engine: TrainingEngine, folder: Path, world: World) -> None:
+    """Load weights, optimizer state, buffers and loss scale; every rank calls it.
+
+    Raises:
+        DamagedError: on every rank, when one of them cannot read what it needs.
+    """
+    start = time.perf_counter()
+    # Each rank looks into a share of the files only, and tells the others what lies where.
+    places = distributed.build_together(world, lambda: _index_share(folder, world))
+    everywhere = [part for share in distributed.gather(world, places) for part in share]
+    distributed.build_together(world, lambda: _read_share(engine, ZeroFiles(folder, everywhere)))
+    engine.refresh_forward_weights()
+    logger.info("restored %s in %.1f s", folder.name, time.perf_counter() - start)
+
+
+def _index_share(folder: Path, world: World) -> list[list[Place]]:
+    files = ZeroFiles(folder, places=())
+    return [files.index(rank) for rank in range(world.rank, files.ranks, world.size)]
+
+
+def _read_share(engine: TrainingEngine, files: ZeroFiles) -> None:
+    partitions = engine.partitions
+    for fragment in partitions.fragments():
+        for kind, tensor in fragment.tensors.items():
+            files.read_into(fragment.name, fragment.begin, tensor, kind)
+    partitions.set_step(files.adam_step)
+    engine.set_progress(files.buffers, files.counters, files.loss_scaler)

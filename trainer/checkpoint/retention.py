@@ -1,0 +1,129 @@
+"""What stays in the folder of checkpoints, what is removed from it, and whether one more fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, faults_of
+from trainer.checkpoint.manifest import Records
+from trainer.config import CheckpointConfig
+from trainer.errors import cannot_write
+from trainer.files import unique_name
+
+logger = logging.getLogger(__name__)
+LEAST_VALID = 2
+"""Checkpoints that are never gone below: the newest may turn out to be damaged."""
+OPTIMIZER_BYTES = 12
+"""A parameter's, in fp32: the master weight and AdamW's two moments."""
+_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def expendable(
+    found: Sequence[Candidate],
+    settings: CheckpointConfig,
+    pinned: Collection[Path],
+    is_valid: Callable[[Candidate], bool],
+) -> list[Path]:
+    """The checkpoints that the settings do not keep.
+
+    Args:
+        found: of a run, newest first.
+        pinned: kept whatever the settings say.
+        is_valid: whether one counts among the last few that are kept; asked of the newest ones only. Those that do not
+            count are no reason to remove another, and are removed like the others once they are older than all of them.
+    """
+    every = settings.keep_every_steps
+    valid, doomed = 0, []
+    for candidate in found:
+        if valid < max(settings.keep_last, LEAST_VALID):
+            valid += is_valid(candidate)
+            continue
+        kept_for_good = candidate.folder in pinned or (every is not None and candidate.step % every == 0)
+        if candidate.manifest is not None and not kept_for_good:
+            doomed.append(candidate.folder)
+    return doomed
+
+
+def is_complete(candidate: Candidate) -> bool:
+    """Whether the manifest can be read and all its files have their sizes: no file is read."""
+    return not faults_of(candidate, read=False)
+
+
+def is_sound(candidate: Candidate) -> bool:
+    """Complete, and saved after a good step.
+
+    One that was saved on request while steps were skipped can be resumed from, but should training diverge, it is none
+    to go back to.
+    """
+    in_trouble = candidate.manifest is not None and candidate.manifest.state.get("skipped_in_a_row", 0) > 0
+    return not in_trouble and is_complete(candidate)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a crash midway does not leave half of one by its name."""
+    doomed = folder.with_name(f".tmp-{folder.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(run_dir: Path) -> list[str]:
+    """Remove what saves and removals that were cut short have left; returns a line for each.
+
+    Raises:
+        OSError: when one cannot be removed.
+    """
+    lines = []
+    for leftover in sorted(checkpoints_folder(run_dir).glob(".tmp-step-*")):
+        size = sum(path.stat().st_size for path in leftover.rglob("*") if path.is_file())
+        shutil.rmtree(leftover)
+        lines.append(f"removed {leftover.name}, {size / 2**20:,.1f} MiB of a checkpoint that was not finished")
+    return lines
+
+
+def prepare_folder(run_dir: Path) -> list[str]:
+    """Before a start: see that checkpoints can be written, and remove leftovers; returns what to tell the user.
+
+    Raises:
+        UserError: when no file can be written there.
+    """
+    checkpoints = checkpoints_folder(run_dir)
+    folder = checkpoints if checkpoints.exists() else run_dir
+    probe = unique_name(folder / "probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(folder, run_dir, error) from None
+    try:
+        return remove_leftovers(run_dir)
+    except OSError as error:  # the next save tries again, and says so
+        return [f"what an unfinished save left cannot be removed: {error}"]
+
+
+def too_little_space(run_dir: Path, records: Records) -> str:
+    """Compare the free space with what a checkpoint takes; empty when it fits.
+
+    That is the size of the newest checkpoint, or, of the first one, what the model says.
+    """
+    sizes = [candidate.manifest.bytes for candidate in candidates(run_dir) if candidate.manifest is not None]
+    free = shutil.disk_usage(run_dir).free
+    needed = sizes[0] if sizes else estimated_bytes(records)
+    if free >= needed:
+        return ""
+    source = "the last one took" if sizes else "one should take"
+    return f"{free / 2**20:,.0f} MiB are free in {run_dir}, {source} {needed / 2**20:,.0f} MiB"
+
+
+def estimated_bytes(records: Records) -> int:
+    """Weights and optimizer state of a checkpoint, without what little is added to them.
+
+    At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
+    and at stage 3 DeepSpeed stores the optimizer's alone.
+    """
+    beside = _WEIGHT_BYTES[records.layout["precision"]] if records.layout["stage"] in (1, 2) else 0
+    return records.model["parameters"] * (OPTIMIZER_BYTES + beside)

@@ -1,0 +1,238 @@
+"""Read the files of a ZeRO checkpoint by parameter, whatever stage and number of ranks wrote them.
+
+Each optimizer file holds flat tensors in which fragments of parameters lie end to end. The index says where; the
+files are mapped into memory, so that reading a fragment touches its own bytes and no others. They are pickles of
+torch: only checkpoints that are trusted may be opened.
+
+    stage 0     one file, parameters whole
+    stage 1, 2  a file a rank; DeepSpeed records the places, and a parameter's fragments lie in the order of the ranks
+    stage 3     a file a rank; each parameter is cut evenly, the last part padded
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import DamagedError
+from trainer.partitions import MOMENTS, PARAMETER_NAMES, WEIGHT
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fragment lies: elements [start, start + length) of a flat tensor of a rank's file.
+
+    Attributes:
+        begin: place of its first element in the flattened parameter.
+        flat: number of the flat tensor in the file.
+    """
+
+    name: str
+    begin: int
+    rank: int
+    flat: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The content of one optimizer file: its flat tensors, by kind; moments of a run without a step are missing."""
+
+    flats: list[dict[str, torch.Tensor]]
+    steps: list[float]
+    loss_scaler: Any = None
+
+
+class ZeroFiles:
+    """A checkpoint's weights and optimizer state by parameter.
+
+    Args:
+        places: of all ranks' files (`index`); default: read now.
+    """
+
+    def __init__(self, folder: Path, places: Iterable[Sequence[Place]] | None = None) -> None:
+        self.folder = folder
+        self._opened: dict[int, _Opened] = {}
+        self._places: dict[str, list[Place]] = {}
+        found = [self.index(rank) for rank in range(self.ranks)] if places is None else places
+        for place in sorted((place for part in found for place in part), key=lambda place: place.rank):
+            self._add(place)
+        if self._places:
+            self._check_complete()
+
+    @cached_property
+    def stage(self) -> int:
+        """ZeRO stage that wrote it; 1 stands for 2 as well, whose files are the same."""
+        if not self._optimizer_files:
+            return 0
+        return 1 if (self.folder / MODEL_FILE).exists() else 3
+
+    @property
+    def ranks(self) -> int:
+        """How many files there are with optimizer state."""
+        return max(1, len(self._optimizer_files))
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each trained parameter."""
+        if self.stage == 0:
+            names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
+            return {name: self._model_state["module"][name].shape for name in names}
+        return {name: torch.Size(shape) for group in self._model_state["param_shapes"] for name, shape in group.items()}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Tensors of the module's state that are not trained, such as running statistics."""
+        return {name: self._model_state["module"][name] for name in self._model_state["buffer_names"]}
+
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler, None where there was none."""
+        return self._open(0).loss_scaler
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """DeepSpeed's own counters."""
+        return {name: self._model_state[name] for name in ("global_steps", "global_samples", "skipped_steps")}
+
+    @property
+    def adam_step(self) -> float:
+        """Number of updates that AdamW has made; 0 when there was none."""
+        return max(self._open(0).steps, default=0.0)
+
+    def index(self, rank: int) -> list[Place]:
+        """Where the fragments in a rank's file lie; `begin` of stages 1 and 2 is found when all are put together."""
+        if self.stage == 0:
+            names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
+            return [Place(name, 0, 0, flat, 0, self.shapes[name].numel()) for flat, name in enumerate(names)]
+        if self.stage == 3:
+            return self._index_even_parts(rank)
+        mappings = self._load(self._optimizer_files[rank])["optimizer_state_dict"]["param_slice_mappings"]
+        return [
+            Place(name, -1, rank, flat, place.start, place.numel)
+            for flat, mapping in enumerate(mappings)
+            for name, place in mapping.items()
+        ]
+
+    @torch.no_grad()
+    def read_into(self, name: str, begin: int, target: torch.Tensor, kind: str = WEIGHT) -> None:
+        """Copy elements [begin, begin + n) of a flattened parameter, or of one of its moments, to `target` [n].
+
+        Raises:
+            DamagedError: when the checkpoint holds no such parameter.
+        """
+        end = begin + target.numel()
+        if name not in self.shapes or end > self.shapes[name].numel():
+            raise self._unreadable(f"it holds no {name} of at least {end:,} elements")
+        for place in self._places[name]:
+            first, last = max(begin, place.begin), min(end, place.begin + place.length)
+            if first >= last:
+                continue
+            flat = self._open(place.rank).flats[place.flat].get(kind)
+            part = target[first - begin : last - begin]
+            if flat is None:
+                part.zero_()  # moments before the first update
+            else:
+                offset = place.start + first - place.begin
+                part.copy_(flat[offset : offset + last - first])
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """A whole parameter, fp32, in its shape."""
+        weight = torch.empty(self.shapes[name].numel())
+        self.read_into(name, 0, weight)
+        return weight.view(self.shapes[name])
+
+    def _add(self, place: Place) -> None:
+        before = self._places.setdefault(place.name, [])
+        if place.begin < 0:
+            begin = before[-1].begin + before[-1].length if before else 0
+            place = Place(place.name, begin, place.rank, place.flat, place.start, place.length)
+        before.append(place)
+
+    def _check_complete(self) -> None:
+        for name, shape in self.shapes.items():
+            length = sum(place.length for place in self._places.get(name, ()))
+            if length != shape.numel():
+                raise self._unreadable(f"{length:,} of {shape.numel():,} elements of {name} are there")
+
+    def _index_even_parts(self, rank: int) -> list[Place]:
+        places, flat, start = [], 0, 0
+        lengths = [weights[WEIGHT].numel() for weights in self._open(rank).flats]
+        for name, shape in self.shapes.items():
+            part = -(-shape.numel() // self.ranks)
+            if start + part > lengths[flat]:
+                flat, start = flat + 1, 0
+            begin = min(rank * part, shape.numel())
+            if length := min(part, shape.numel() - begin):
+                places.append(Place(name, begin, rank, flat, start, length))
+            start += part
+        return places
+
+    @cached_property
+    def _optimizer_files(self) -> list[Path]:
+        """In the order of the ranks."""
+        found = {int(match[1]): path for path in self.folder.iterdir() if (match := _OPTIMIZER_FILE.match(path.name))}
+        if sorted(found) != list(range(len(found))):
+            raise self._unreadable(f"there are optimizer files of the ranks {sorted(found)} only")
+        return [found[rank] for rank in range(len(found))]
+
+    @cached_property
+    def _model_state(self) -> dict[str, Any]:
+        name = MODEL_FILE if self.stage < 3 else f"zero_pp_rank_0_{MODEL_FILE}"
+        return self._load(self.folder / name)
+
+    def _open(self, rank: int) -> _Opened:
+        if rank not in self._opened:
+            self._opened[rank] = self._read_parameters() if self.stage == 0 else self._read_flats(rank)
+        return self._opened[rank]
+
+    def _read_parameters(self) -> _Opened:
+        states, numbers = self._model_state["optimizer"]["state"], range(len(self.shapes))
+        names = list(self.shapes)
+        weights = [self._model_state["module"][name] for name in names]
+        moments = [states.get(number, {}) for number in numbers]
+        return _Opened(
+            [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
+            [float(moment["step"]) for moment in moments if moment],
+        )
+
+    def _read_flats(self, rank: int) -> _Opened:
+        saved = self._load(self._optimizer_files[rank])["optimizer_state_dict"]
+        weights = saved["fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"]
+        states = saved["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]["state"]
+        moments = [states.get(number, {}) for number in range(len(weights))]
+        return _Opened(
+            [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
+            [float(moment["step"]) for moment in moments if moment],
+            saved.get("loss_scaler"),
+        )
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        except FileNotFoundError:
+            raise self._unreadable(f"{path.name} is missing") from None
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+            raise self._unreadable(f"{path.name}: {error}") from error
+
+    def _unreadable(self, problem: str) -> DamagedError:
+        return DamagedError(
+            f"Checkpoint {self.folder.name} cannot be read: {problem}.",
+            where=str(self.folder),
+            remedy="Use another one: `maskwright checkpoint list RUN` shows them.",
+        )
+
+
+def _flat_tensors(weight: torch.Tensor, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors = {WEIGHT: weight, **{kind: moments[kind] for kind in MOMENTS if kind in moments}}
+    return {kind: tensor.view(-1) for kind, tensor in tensors.items()}
