@@ -28,7 +28,9 @@ SECTIONS: dict[str, Any] = {
 
 def train_with(fault: Fault, workspace: Path, folder: Path) -> tuple[int, str]:
     """Exit code and output of `maskwright train` on two ranks, which leaves no process behind (I3)."""
-    config = write_config(tiny_config(workspace, folder / "run", **SECTIONS), folder / "config.yaml")
+    sources = [{"path": str(workspace / "data" / name), "name": name} for name in ("train", "validation")]
+    sections = {**SECTIONS, "data": {**SECTIONS["data"], "train": sources}}
+    config = write_config(tiny_config(workspace, folder / "run", **sections), folder / "config.yaml")
     mark = {"MASKWRIGHT_TEST": uuid.uuid4().hex}
     environment = injecting_environment(folder, [fault])
     process = start_maskwright("train", config, "--nproc-per-node", "2", **environment, **mark)
@@ -40,9 +42,10 @@ def train_with(fault: Fault, workspace: Path, folder: Path) -> tuple[int, str]:
 
 
 SHARD: Point = (("read", r"\.tok$"),)
+SECOND_SOURCE: Point = (("read", r"/validation/.*\.tok$"),)  # a worker has the first open from the rank that forked it
 FAILURES: dict[str, Fault] = {
     "one rank": Fault(1, SHARD, fail),  # before the first save, when it takes the probe
-    "a loader worker": Fault(1, SHARD, fail, in_worker=True),
+    "a loader worker": Fault(1, SECOND_SOURCE, fail, in_worker=True),
 }
 
 
