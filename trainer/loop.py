@@ -9,9 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from trainer import distributed
@@ -26,12 +24,13 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
-from trainer.metrics import ThroughputMeter, counters, peak_memory_gib
+from trainer.metrics import ThroughputMeter, counters
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 from trainer.resilience import DivergenceError, DivergenceWatch, end_of
 from trainer.schedule import learning_rate
 from trainer.signals import StopRequest
 from trainer.state import TrainState
+from trainer.step_metrics import StepMetrics
 from trainer.tracking.console import TrainingConsole, describe
 from trainer.tracking.reporter import Reporter
 
@@ -62,6 +61,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.watch = DivergenceWatch(self.config.resilience)
+        self.step_metrics = StepMetrics(
+            self.config, self.plan, self.world, self.engine, self.objective, self.order, self.meter
+        )
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
@@ -114,7 +116,9 @@ class Loop:
         self.meter.restart(self.state.tokens)
         micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
         try:
-            values = self._training_values(self._train_step(micro_batches, predictions), predictions, micro_batches)
+            values = self.step_metrics.read(
+                self.state, self._train_step(micro_batches, predictions), predictions, micro_batches
+            )
         except DivergenceError as divergence:
             raise end_of(divergence, self.config.resilience, rollbacks=0) from None
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
@@ -262,45 +266,10 @@ class Loop:
         return every_steps is not None and self.state.step % every_steps == 0
 
     def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]) -> None:
-        values = self._training_values(loss_sums, predictions, micro_batches)
+        values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches)
         if self.reporter is not None:
             self.reporter.training(values)
         self.meter.restart(self.state.tokens)
-
-    def _training_values(
-        self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]
-    ) -> dict[str, Any]:
-        """Reduce and read; the only place where the host waits for the device."""
-        totals = distributed.total(self.world, loss_sums.tolist())
-        loss = sum(totals) / max(1.0, predictions)
-        rate = learning_rate(self.state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
-        return {
-            **counters(self.state),
-            "train/loss": loss,
-            "train/learning_rate": rate,
-            "train/grad_norm": self.engine.grad_norm,
-            "train/skipped_steps": self.state.skipped_steps,
-            "train/loss_scale": self.engine.loss_scale,
-            "resilience/rollbacks": len(self.state.rollbacks),
-            "resilience/skipped_samples": self.state.skipped_samples,
-            "train/epoch": max(self.order.epochs(self.state.samples)),
-            **self.meter.read(self.state.tokens),
-            "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
-            **(self._source_values(totals, micro_batches) if len(totals) > 1 else {}),
-        }
-
-    def _source_values(self, loss_totals: list[float], micro_batches: list[Batch]) -> dict[str, Any]:
-        """Loss of the step, epochs and tokens of each source; `loss_totals` are over all ranks."""
-        of_rank = sum(self.objective.predictions_by_source(batch, len(loss_totals)) for batch in micro_batches)
-        predictions = distributed.total(self.world, np.asarray(of_rank).tolist())
-        visits, epochs = self.order.visits(self.state.samples), self.order.epochs(self.state.samples)
-        values: dict[str, Any] = {}
-        for number, source in enumerate(self.config.data.train):
-            loss = loss_totals[number] / predictions[number] if predictions[number] else math.nan
-            values[f"source/{source.label}/loss"] = loss
-            values[f"source/{source.label}/epochs"] = epochs[number]
-            values[f"source/{source.label}/tokens"] = visits[number] * self.plan.seq_len
-        return values
 
     def _evaluate_if_due(self) -> None:
         last = self.state.step == self.plan.total_steps

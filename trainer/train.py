@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
-import yaml
 
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
-from trainer.checkpoint.manifest import RUN_CONFIG, Records, read_manifest
+from trainer.checkpoint.manifest import Records, read_manifest
+from trainer.checkpoint.records import describe_run
 from trainer.checkpoint.restore import restore
-from trainer.checkpoint.resume import (
-    DATA_ORDER,
-    check_place,
-    check_resumable,
-    describe_layout,
-    set_aside,
-    set_aside_newer,
-)
+from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
 from trainer.config import Config
-from trainer.config_file import dump_config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
-from trainer.deepspeed_config import ALLOWED_KEYS, stage_of
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, UserError
 from trainer.evaluate import Evaluator
-from trainer.files import replace_synced
-from trainer.inputs import Inputs, open_inputs, run_folder, sha256_of
+from trainer.inputs import Inputs, open_inputs, run_folder
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
@@ -46,6 +35,7 @@ from trainer.model.build import BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.objectives.mlm import Batch
+from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
 from trainer.signals import StopRequest, stop_requests
 from trainer.state import TrainState
@@ -156,8 +146,7 @@ def _train(
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
     )
-    # Before the engine, which at ZeRO stage 3 leaves no weight in the module to describe.
-    records = Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
+    records = describe_run(inputs, built, world)
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
@@ -166,7 +155,7 @@ def _train(
     for line in (*inputs.describe(), *built.notes):
         say(line)
     if console is not None and not dry_run:
-        _settle_run_folder(run_dir, inputs, console, resume, checkpoint, state)
+        settle(run_dir, inputs, console.say, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     engine = _engine(inputs, built, world, say)
@@ -272,95 +261,8 @@ def _decision(config: Config, resume: str, checkpoint: Path | None, state: Train
     return f"run {name}: starting afresh ({why})"
 
 
-def _settle_run_folder(
-    run_dir: Path, inputs: Inputs, console: TrainingConsole, resume: str, checkpoint: Path | None, state: TrainState
-) -> None:
-    """Before anything is written: move what this start leaves behind, and freeze the resolved inputs."""
-    moved = None
-    if resume == "never":
-        moved = set_aside(run_dir)
-    elif resume not in ("auto", "must"):
-        moved = set_aside_newer(run_dir, state.step)
-    if moved is not None:
-        console.say(f"moved what this start does not continue to {moved}")
-    _freeze(run_dir, inputs, console, checkpoint)
-
-
-def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
-    """What the shape of DeepSpeed's files depends on."""
-    return {
-        "world_size": world.size,
-        "stage": stage_of(inputs.ds_config),
-        "precision": inputs.config.train.precision,
-        "gradient_accumulation_dtype": inputs.config.train.gradient_accumulation_dtype,
-    }
-
-
-def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
-    """What would change the result in silence if it changed over a resume."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
-    # Everything the forward pass depends on; the library's version and the dropouts (a training choice) do not count.
-    fields = {
-        name: value
-        for name, value in built.model.config.to_dict().items()
-        if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
-    }
-    # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
-    attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
-    return {
-        **attention,
-        "tokenizer": inputs.vocabulary.sha256[:16],
-        "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
-        "objective": inputs.config.objective.model_dump(),
-        "seed": inputs.config.run.seed,
-        "seq_len": inputs.config.data.seq_len,
-    }
-
-
-def _model_summary(built: BuiltModel) -> dict[str, Any]:
-    return {
-        "class": type(built.model).__name__,
-        "type": built.model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
-    }
-
-
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
     flops = flops_per_token(built.model, inputs.attended_tokens, inputs.prediction_ratio)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
     return ThroughputMeter(flops, peak * world.size)
-
-
-def _freeze(run_dir: Path, inputs: Inputs, console: TrainingConsole, checkpoint: Path | None) -> None:
-    """Write the resolved inputs at the first start; on a resume say what has changed since the checkpoint was saved."""
-    config_path, preset_path = run_dir / "config.yaml", run_dir / "deepspeed.json"
-    if checkpoint is not None:
-        saved = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
-        changes = _changes(saved, inputs.config.model_dump(mode="json"))
-        if saved["deepspeed"] == inputs.config.deepspeed and preset_path.is_file():  # one name: its content may differ
-            frozen = json.loads(preset_path.read_text(encoding="utf-8"))
-            before, now = ({key: given.get(key) for key in ALLOWED_KEYS} for given in (frozen, inputs.ds_config))
-            changes += _changes(before, now)
-        if changes:
-            console.say(f"changed since {checkpoint.name} was saved: {', '.join(changes)}")
-    if checkpoint is None or not config_path.is_file():
-        replace_synced(config_path, dump_config(inputs.config).encode())
-        replace_synced(preset_path, (json.dumps(inputs.ds_config, indent=2) + "\n").encode())
-    _freeze_order(run_dir, inputs)
-
-
-def _freeze_order(run_dir: Path, inputs: Inputs) -> None:
-    """Record the data order; on a resume it may have grown by what lies ahead."""
-    order = inputs.data_order(with_shards=True)
-    content = json.dumps({**order, "sha256": sha256_of(order)}, indent=1) + "\n"
-    path = run_dir / DATA_ORDER
-    if not path.is_file() or path.read_text(encoding="utf-8") != content:
-        replace_synced(path, content.encode())
-
-
-def _changes(before: Any, after: Any, prefix: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = sorted({*before, *after})
-        return [line for name in names for line in _changes(before.get(name), after.get(name), f"{prefix}{name}.")]
-    return [] if before == after else [f"{prefix[:-1]} {before} → {after}"]
