@@ -14,7 +14,7 @@ from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.ranks import metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates
-from trainer.checkpoint.retention import OPTIMIZER_BYTES, estimated_bytes
+from trainer.checkpoint.retention import estimated_bytes
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 from trainer.run_lock import GUARD, RECORD, RunLock
