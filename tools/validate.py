@@ -5,6 +5,7 @@ from __future__ import annotations
 from tools.prepare.on_demand import look_up
 from trainer.config import Config
 from trainer.inputs import describe_unprepared, open_inputs
+from trainer.micro_size import foresee
 
 
 def validate(config: Config, world_size: int) -> list[str]:
@@ -18,5 +19,7 @@ def validate(config: Config, world_size: int) -> list[str]:
     """
     found = look_up(config)
     if not found.estimates:
-        return open_inputs(config, world_size, folders=found.folders).describe()
-    return [*found.notes, *describe_unprepared(config, world_size, found.folders, found.estimates)]
+        lines = open_inputs(config, world_size, folders=found.folders).describe()
+    else:
+        lines = [*found.notes, *describe_unprepared(config, world_size, found.folders, found.estimates)]
+    return [*lines, *foresee(config, world_size)]

@@ -19,6 +19,8 @@ class BatchPlan:
     accumulation: int
     seq_len: int
     total_steps: int
+    micro_size_is_open: bool = False
+    """With batch.micro_size: auto, before it is found: micro_size is then 1, which stands for any."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -30,31 +32,49 @@ class BatchPlan:
         return self.micro_size * self.accumulation
 
     def describe(self) -> str:
+        divided = f"{self.micro_size} micro × {self.world_size} ranks × {self.accumulation} accumulation"
+        if self.micro_size_is_open:
+            divided = f"micro × {self.world_size} ranks × accumulation, of {self.rank_size} sequences a rank"
         return (
-            f"{self.global_size} sequences a step = {self.micro_size} micro × {self.world_size} ranks × "
-            f"{self.accumulation} accumulation; {self.tokens_per_step:,} tokens a step, {self.total_steps:,} steps"
+            f"{self.global_size} sequences a step = {divided}; "
+            f"{self.tokens_per_step:,} tokens a step, {self.total_steps:,} steps"
         )
 
 
-def plan_batch(batch: BatchConfig, train: TrainConfig, seq_len: int, world_size: int, epoch_blocks: int) -> BatchPlan:
+def micro_sizes(global_size: int, world_size: int) -> list[int]:
+    """Every micro-batch that a global batch divides into over the ranks, ascending; empty when there is none."""
+    return [size for size in range(1, global_size // world_size + 1) if global_size % (size * world_size) == 0]
+
+
+def plan_batch(
+    batch: BatchConfig,
+    train: TrainConfig,
+    seq_len: int,
+    world_size: int,
+    epoch_blocks: int,
+    micro_size: int | None = None,
+) -> BatchPlan:
     """Derive accumulation and the number of steps.
 
     Args:
         epoch_blocks: blocks in one pass over the training data, for `train.epochs`.
+        micro_size: what `batch.micro_size: auto` stands for; None where it is not found yet.
 
     Raises:
         UserError: when the global batch does not divide into micro-batches over the ranks.
     """
-    per_pass = batch.micro_size * world_size
+    is_open = batch.micro_size == "auto" and micro_size is None
+    size = (micro_size or 1) if batch.micro_size == "auto" else batch.micro_size
+    per_pass = size * world_size
     if batch.global_size % per_pass:
-        fitting = [size for size in range(1, batch.global_size + 1) if batch.global_size % (size * world_size) == 0]
+        fitting = micro_sizes(batch.global_size, world_size)
         below, above = batch.global_size // per_pass * per_pass, -(-batch.global_size // per_pass) * per_pass
-        sizes = " or ".join(str(size) for size in (below, above) if size)
+        sizes = " or ".join(str(multiple) for multiple in (below, above) if multiple)
         micro = f", or batch.micro_size to one of {fitting}" if fitting else ""
         raise UserError(
-            f"batch.global_size {batch.global_size} does not divide into micro-batches of {batch.micro_size} "
+            f"batch.global_size {batch.global_size} does not divide into micro-batches of {size} "
             f"on {world_size} rank{'s' if world_size > 1 else ''} "
-            f"({batch.micro_size} × {world_size} = {per_pass} sequences a pass).",
+            f"({size} × {world_size} = {per_pass} sequences a pass).",
             where=f"batch.global_size={batch.global_size}, batch.micro_size={batch.micro_size}, ranks={world_size}",
             remedy=f"Set batch.global_size to {sizes}{micro}.",
         )
@@ -67,9 +87,10 @@ def plan_batch(batch: BatchConfig, train: TrainConfig, seq_len: int, world_size:
         total_steps = max(1, math.ceil(train.epochs * epoch_blocks / batch.global_size))
     return BatchPlan(
         global_size=batch.global_size,
-        micro_size=batch.micro_size,
+        micro_size=size,
         world_size=world_size,
         accumulation=batch.global_size // per_pass,
         seq_len=seq_len,
         total_steps=total_steps,
+        micro_size_is_open=is_open,
     )

@@ -109,13 +109,18 @@ class Inputs:
 
 
 def open_inputs(
-    config: Config, world_size: int, check_sizes: bool = True, folders: Mapping[str, Path] | None = None
+    config: Config,
+    world_size: int,
+    check_sizes: bool = True,
+    folders: Mapping[str, Path] | None = None,
+    micro_size: int | None = None,
 ) -> Inputs:
     """Open and check everything but the weights.
 
     Args:
         check_sizes: compare the size of every data file with its manifest; one rank does it for all.
         folders: where the data of a path in the config lie, when it is raw text that has been prepared.
+        micro_size: what `batch.micro_size: auto` stands for, where it is known.
 
     Raises:
         UserError: with the key, file or value, and the remedy.
@@ -124,7 +129,7 @@ def open_inputs(
     base = _Base.of(config)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
-    order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
+    order, plan = _arrange(config, world_size, base, [source.tokens for source in sources], micro_size)
     return Inputs(
         config=config,
         plan=plan,
@@ -179,12 +184,26 @@ class _Base:
         _check_run_folder(config)
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
-        folder = tokenizer_source(config)
-        tokenizer = load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
+        folder, tokenizer = _tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
         build_config(config.model, vocabulary, config.data.seq_len)
         objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
         return cls(preset, folder, tokenizer, vocabulary, objective)
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    """What training needs to know of the run's tokenizer.
+
+    Raises:
+        UserError: when there is none, or it lacks a token.
+    """
+    folder, tokenizer = _tokenizer(config)
+    return vocabulary_of(tokenizer, folder)
+
+
+def _tokenizer(config: Config) -> tuple[str, Any]:
+    folder = tokenizer_source(config)
+    return folder, load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
 
 
 def tokenizer_source(config: Config) -> str:
@@ -194,11 +213,13 @@ def tokenizer_source(config: Config) -> str:
     return folder
 
 
-def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[SampleOrder, BatchPlan]:
+def _arrange(
+    config: Config, world_size: int, base: _Base, tokens: Sequence[int], micro_size: int | None = None
+) -> tuple[SampleOrder, BatchPlan]:
     """Order and batch arithmetic over sources of so many tokens."""
     blocks = [count // base.objective.payload for count in tokens]
     order = mixture_order(config.data, blocks, tokens, config.run.seed)
-    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks))
+    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks), micro_size)
     check_epochs(config.data, order, plan.total_steps * plan.global_size)
     return order, plan
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import read_probe_block, take_contents
@@ -31,7 +29,9 @@ from trainer.inputs import Inputs, open_inputs, run_folder
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
-from trainer.model.build import BuiltModel, build_model
+from trainer.micro_size import settle_micro_size
+from trainer.micro_trial import largest_by_trial
+from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.objectives.mlm import Batch
@@ -44,7 +44,6 @@ from trainer.tracking.jsonl import read_lines
 from trainer.tracking.reporter import Reporter
 
 logger = logging.getLogger(__name__)
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 PrepareText = Callable[[Config, World, StopRequest, Callable[[str], None]], Mapping[str, Path] | None]
@@ -78,8 +77,9 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
                 if folders is None:
                     say(f"stopped on {stop.signal_name or 'a signal to another rank'}; the same command goes on")
                     return EXIT_STOPPED_AFTER_SAVING
+                micro_size = settle_micro_size(config, world, say, largest_by_trial, remember=not dry_run)
                 inputs = distributed.build_together(
-                    world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
+                    world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
                 return _train(inputs, world, resume, dry_run, stop, console, lock)
         finally:

@@ -203,7 +203,8 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     config = load_config(config_source, overrides)
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
-    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
+    micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
+    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     epoch_blocks = sum(source.tokens // (data.seq_len - 2) for source in sources)
     total_steps = plan_batch(batch, config.train, data.seq_len, ranks, epoch_blocks).total_steps

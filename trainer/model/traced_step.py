@@ -80,7 +80,8 @@ class StepTracer:
     """
 
     def __init__(self, model: PreTrainedModel, device_type: DeviceType, document_attention: bool = False) -> None:
-        self._model, self._device_type = model, device_type
+        self._model = model
+        self._device_type: DeviceType = device_type
         self._documents = DocumentAttention(model, META) if document_attention else None
         self._positions = install(model)
 
@@ -235,8 +236,6 @@ class _KernelsOf(TorchFunctionMode):
         )[0]
 
 
-def _cuda_dropout(
-    states: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
+def _cuda_dropout(states: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """One kernel and a mask of a byte an element; elsewhere the mask is of the states' own type."""
     return torch.native_dropout(states, p, training)[0] if training and p > 0 else states
