@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.bench_commands import bench_app
-from launcher.command import AsJson, Command, console_of_results
+from launcher.command import AsJson, Command, ConfigSource, Overrides, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.plan_command import plan
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -19,16 +20,6 @@ app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer.")
 app.add_typer(data_app, name="data", help="Look at prepared data, verify it, or simulate a run over it.")
 app.add_typer(bench_app, name="bench", help="Measure speed, side by side with others.")
 app.add_typer(checkpoint_app, name="checkpoint", help="List the checkpoints of a run, or verify them.")
-
-ConfigSource = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Config keys to override, such as batch.micro_size=4.", show_default=False
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,6 +62,7 @@ def demo(
 
 
 app.command(cls=Command)(prepare)
+app.command(cls=Command)(plan)
 
 
 @app.command(cls=Command)

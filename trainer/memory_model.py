@@ -26,6 +26,10 @@ from trainer.config import TrainConfig
 OPTIMIZER_BYTES = 12  # a parameter: AdamW's two moments and the master weight, in fp32
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a parameter in a training precision."""
+GPU_SHARE = 0.9
+"""Of a GPU's memory, for torch's tensors: fragmentation, NCCL's buffers and kernels' workspaces come on top."""
+CPU_SHARE = 0.5
+"""Of a machine's available memory: the rest is for the page cache, loader workers, and whoever works there."""
 FLATTENED_AT_ONCE = 500_000_000  # elements: how much stage 0 reduces in one piece
 
 
@@ -42,7 +46,6 @@ class ZeroSettings:
     prefetch_bucket_size: int
     param_persistence_threshold: int
     max_reuse_distance: int
-    overlaps: bool
     offloads_optimizer: bool
     offloads_weights: bool
 
@@ -60,7 +63,6 @@ class ZeroSettings:
             prefetch_bucket_size=int(zero.get("prefetch_bucket_size", 5e7)),
             param_persistence_threshold=int(zero.get("param_persistence_threshold", 1e5)),
             max_reuse_distance=int(zero.get("max_reuse_distance", 1e9)),
-            overlaps=overlaps,
             offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") == "cpu",
             offloads_weights=zero.get("offload_param", {}).get("device", "none") == "cpu",
         )

@@ -24,11 +24,10 @@ from trainer.errors import UserError
 from trainer.files import replace_synced
 from trainer.host_memory import available_bytes
 from trainer.inputs import load_vocabulary, run_folder
+from trainer.memory_model import CPU_SHARE
 from trainer.model.footprint import Footprint
 
 RECORD = "micro_size.json"
-CPU_SHARE = 0.5
-"""Of the machine's available memory: the rest is for the page cache, loader workers, and whoever works there."""
 Trial = Callable[[Config, Vocabulary, World, Sequence[int]], int | None]
 """(config, vocabulary, world, ascending sizes) → the largest that fits on every rank; a collective."""
 

@@ -15,12 +15,11 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import compose, load_preset
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
+from trainer.memory_model import GPU_SHARE
 from trainer.model.build import build_model
 from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
 
 logger = logging.getLogger(__name__)
-GPU_SHARE = 0.9
-"""Of the GPU's free memory: fragmentation, NCCL's buffers and kernels' workspaces come on top of torch's tensors."""
 _ACCUMULATION = 3  # micro-batches of a trial step: one that makes gradients, one that adds to them, one that reduces
 
 
