@@ -113,21 +113,21 @@ def rank_memory(
     train: TrainConfig,
     zero: ZeroSettings,
     passes: PassPeaks,
-    whole_buckets: bool = True,
+    on_cpu: bool = False,
 ) -> RankMemory:
     """The memory of a rank.
 
     Args:
         parameters: elements of all trained parameters, tied ones once.
         accumulation: micro-batches a step.
-        whole_buckets: count buckets as they are allocated; on CPU only what is written into takes memory.
+        on_cpu: memory that is allocated and not yet written takes no room there, so a bucket grows as gradients come.
     """
     part, weight = -(-parameters // world_size), WEIGHT_BYTES[train.precision]
     whole = weight * parameters
     fp32_gradients = train.gradient_accumulation_dtype == "fp32"
     accumulates = accumulation > 1
     bucket = weight * zero.buckets * zero.reduce_bucket_size
-    bucket = bucket if whole_buckets else min(bucket, whole)
+    bucket = min(bucket, whole) if on_cpu else bucket
     own_gradients = (4 if fp32_gradients else weight) * part
     in_update = 2 * weight * part + (0 if weight == 4 else 4 * part)
     if zero.stage == 0:
@@ -141,12 +141,18 @@ def rank_memory(
         gradients = whole + 4 * parameters
         activations = max(0, with_gradients - whole)
         memory = RankMemory(whole, OPTIMIZER_BYTES * part, gradients, 0, activations, gradients + flat)
-    elif zero.stage == 1 and accumulates:
-        activations = max(0, passes.adding - whole)
-        memory = RankMemory(whole, OPTIMIZER_BYTES * part, whole, bucket, activations, in_update)
     elif zero.stage in (1, 2):
-        gradients = own_gradients * (2 if accumulates and not fp32_gradients else 1)
-        memory = RankMemory(whole, OPTIMIZER_BYTES * part, gradients, bucket, passes.activations, in_update)
+        kept = own_gradients if zero.stage == 2 and accumulates else 0  # of earlier micro-batches
+        if zero.stage == 1 and accumulates:
+            gradients, of_pass = whole, max(0, passes.adding - whole)
+        elif on_cpu:
+            gradients, of_pass = kept, passes.with_gradients
+        else:
+            gradients = own_gradients * (2 if kept and not fp32_gradients else 1)
+            of_pass = passes.activations
+        # At the end of a pass there are the last bucket and, while it is reduced, a copy.
+        in_update = max(in_update, kept + 2 * bucket)
+        memory = RankMemory(whole, OPTIMIZER_BYTES * part, gradients, 0 if on_cpu else bucket, of_pass, in_update)
     else:
         arriving = weight * min(parameters, zero.prefetch_bucket_size)
         weights, buckets = whole + weight * part, bucket + arriving

@@ -13,8 +13,8 @@ of that. With N parameters and g micro-batches a step:
 
 Stages 1 and 2 all-reduce whole buckets, although each rank keeps a part only (`use_multi_rank_bucket_allreduce`).
 Stage 3 gathers weights for the forward pass and keeps them for the backward pass where that comes within
-`max_reuse_distance` elements, which for models below half of it (500 M parameters) is always; small weights
-(`param_persistence_threshold`) stay gathered, and are sent once a step.
+`max_reuse_distance` elements, which for models up to half of it (500 M parameters) is always; beyond that the figure is
+about right, not exact. Small weights (`param_persistence_threshold`) stay gathered, and are sent once a step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Wire:
     gradients: int
     weights: int
     bytes_per_element: int
+    is_exact: bool = True
 
     @property
     def elements(self) -> int:
@@ -51,9 +52,11 @@ def wire_of(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: in
     total = sum(parameter_sizes)
     if zero.stage == 3:
         small = sum(size for size in parameter_sizes if size <= zero.param_persistence_threshold)
-        again = max(0, total - zero.max_reuse_distance // 2)
-        gradients, weights = accumulation * total, accumulation * (total - small + again) + small
+        large = total - small
+        again = min(large, max(0, total - zero.max_reuse_distance // 2))
+        gradients, weights = accumulation * total, accumulation * (large + again) + small
     else:
         gradients = 2 * total * (accumulation if zero.stage == 2 else 1)
         weights = total if zero.stage else 0
-    return Wire(gradients, weights, WEIGHT_BYTES[precision])
+    is_exact = zero.stage < 3 or total <= zero.max_reuse_distance // 2
+    return Wire(gradients, weights, WEIGHT_BYTES[precision], is_exact)

@@ -69,7 +69,7 @@ class Footprint:
             self.config.train,
             zero or self.zero,
             self.step(micro_size).peaks,
-            whole_buckets=self.device_type == "cuda",
+            on_cpu=self.device_type == "cpu",
         )
 
     def largest(
