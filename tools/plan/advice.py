@@ -29,15 +29,17 @@ def best_of_each_stage(layouts: Layouts, world_size: int) -> dict[int, Layout | 
     return best
 
 
-def recommend(best: dict[int, Layout | None]) -> Recommendation:
-    """The lowest stage that is not beaten by more than 10 %, with its largest micro-batch."""
+def recommend(best: dict[int, Layout | None], configured: int) -> Recommendation:
+    """The largest micro-batch of the configured stage or, where that is beaten by more than 10 %, of the lowest that
+    is not."""
     fitting = [layout for layout in best.values() if layout is not None]
     if not fitting:
         return Recommendation(
             None, "nothing fits: use activation checkpointing, a shorter data.seq_len or a smaller model"
         )
     fastest = min(layout.time.seconds for layout in fitting)
-    chosen = next(layout for layout in fitting if layout.time.seconds <= _SAME * fastest)
+    good = [layout for layout in fitting if layout.time.seconds <= _SAME * fastest]
+    chosen = next((layout for layout in good if layout.stage == configured), good[0])
     reason = [f"micro-batch {chosen.micro_size} is the largest that divides and fits"]
     too_large = [str(stage) for stage, layout in best.items() if layout is None]
     if too_large:
@@ -47,7 +49,7 @@ def recommend(best: dict[int, Layout | None]) -> Recommendation:
             time = other.time.seconds / chosen.time.seconds
             sends = other.wire.elements / max(1, chosen.wire.elements)
             reason.append(
-                f"stage {other.stage} at its own largest takes {time:.2f} × the time, sends {sends:.2g} × as much"
+                f"stage {other.stage} with its own largest takes {time:.2f} × the time and sends {sends:.2g} × as much"
             )
     return Recommendation(chosen, "; ".join(reason))
 
@@ -67,20 +69,21 @@ def scale(layouts: Layouts, stage: int, largest: int, world_sizes: tuple[int, ..
 def when_nodes_double(layouts: Layouts, layout: Layout) -> list[str]:
     """What happens with twice the ranks, and what gives way first as they go on doubling."""
     global_size = layouts.config.batch.global_size
-    lines, current = [], layout
+    lines, current, shrunk = [], layout, False
     for doublings in range(1, 13):
         world_size = layout.world_size * 2**doublings
         (doubled,) = scale(layouts, layout.stage, layout.micro_size, (world_size,))
         if doubled is None:
             lines.append(
-                f"{world_size:,} GPUs: the global batch of {global_size:,} does not divide; it would have to grow, and "
-                "the learning rate with it"
+                f"{world_size:,} ranks: the global batch of {global_size:,} does not divide; it would have to grow, "
+                "and the learning rate with it"
             )
             break
         gain = current.time.seconds / doubled.time.seconds
         shrinks = doubled.micro_size < current.micro_size
-        if doublings == 1 or shrinks or gain < _POOR_GAIN:
+        if doublings == 1 or (shrinks and not shrunk) or gain < _POOR_GAIN:
             lines.append(_doubled(doubled, gain, shrinks))
+        shrunk = shrunk or shrinks
         if gain < _POOR_GAIN:
             break
         current = doubled
@@ -91,6 +94,6 @@ def _doubled(layout: Layout, gain: float, shrinks: bool) -> str:
     micro = f"the micro-batch falls to {layout.micro_size}" if shrinks else f"micro-batch {layout.micro_size}"
     verdict = ", no longer worth it" if gain < _POOR_GAIN else ""
     return (
-        f"{layout.world_size:,} GPUs: {gain:.2f} × as fast as half as many{verdict}; {micro}, accumulation "
+        f"{layout.world_size:,} ranks: {gain:.2f} × as fast as half as many{verdict}; {micro}, accumulation "
         f"{layout.accumulation}, {layout.time.traffic_share:.0%} of a step is traffic"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -14,41 +15,50 @@ from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
 
 GIB = 2**30
-_LABEL_WIDTH = 13
+_LABEL_WIDTH, _WIDTH = 12, 118
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
     """The page."""
-    for title, lines in _sections(plan):
+    for title, lines, table in _sections(plan):
         console.print()
         console.print(title, style="bold")
         for label, text in lines:
-            console.print(f"  {label:<{_LABEL_WIDTH}}{text}")
-        for table in _tables(plan).get(title, ()):
+            _print_line(label, text, console)
+        if table is not None:
             console.print(table)
     console.print()
-    console.print("The dict that DeepSpeed gets", style="bold")
-    console.print("  " + json.dumps(plan.ds_config, indent=1).replace("\n", "\n  "))
+    console.print("What DeepSpeed gets", style="bold")
+    _print_line("", json.dumps(plan.ds_config), console)
     console.print()
-    console.print(
-        "exact: arithmetic, tested against real runs. modelled: tested against measured memory on CPU; times are"
-    )
-    console.print(
-        "a roofline, at best: launches, Python, stragglers and overlap are not in it. docs/plan.md has formulas."
-    )
+    _print_line("exact", "arithmetic; tests compare it with real runs.", console)
+    _print_line("modelled", _MODELLED, console)
+    _print_line("formulas", "docs/plan.md", console)
 
 
-RUN, STEP, MEMORY, ADVICE, SCALE = (
-    "Run",
-    "Step",
-    "Memory of a GPU, GiB",
-    "Advice",
-    "The same batch on 1 to 1,024 GPUs (modelled)",
+_MODELLED = (
+    "memory is tested against measured memory on CPU, at every stage; on a GPU it is not measured yet. Times are a "
+    "roofline, what is possible at best: launches, Python, stragglers, latency and overlap are not in them. `--bench "
+    "FILE` puts a measurement in the place of the roofline."
 )
 
 
-def _sections(plan: RunPlan) -> list[tuple[str, list[tuple[str, str]]]]:
-    return [(RUN, _run(plan)), (STEP, _step(plan)), (MEMORY, []), (ADVICE, _advice(plan)), (SCALE, [])]
+def _print_line(label: str, text: str, console: Console) -> None:
+    first = f"  {label:<{_LABEL_WIDTH}}"
+    lines = textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+    for line in lines or [first]:
+        console.print(line)
+
+
+def _sections(plan: RunPlan) -> list[tuple[str, list[tuple[str, str]], Table | None]]:
+    unit = plan.unit
+    return [
+        ("Run", _run(plan), None),
+        ("Step", _step(plan), None),
+        (f"Memory of a {unit}, GiB", [], _memory_table(plan)),
+        ("Advice", _advice(plan), None),
+        (f"The same batch on 1 to 1,024 {unit}s (modelled)", [], _scale_table(plan)),
+    ]
 
 
 def _run(plan: RunPlan) -> list[tuple[str, str]]:
@@ -95,30 +105,32 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
     if plan.measured is not None:
         parts = f"passes and update {_ms(time.passes)}, traffic {_ms(time.traffic)} (modelled)"
     days = plan.days(chosen)
-    saves = plan.checkpoint
+    saves, speed = plan.checkpoint, chosen.tokens_per_second
     lines = [
         ("time", f"{_ms(time.seconds)}: {parts} ({word})"),
         (
             "speed",
-            f"{_tokens(chosen.tokens_per_second)} tokens/s, {_tokens(chosen.tokens_per_second / plan.world_size)} a GPU "
-            f"({word})",
+            f"{_tokens(speed)} tokens/s, {_tokens(speed / plan.world_size)} a {plan.unit} ({word})",
         ),
     ]
     if days is not None:
-        lines.append(("run", f"{_duration(days * 86_400)}, {_count(days * 24 * plan.world_size)} GPU hours ({word})"))
+        lines.append(
+            ("run", f"{_duration(days * 86_400)}, {days * 24 * plan.world_size:,.3g} {plan.unit} hours ({word})")
+        )
     sent = chosen.wire.sent_bytes(plan.world_size)
     lines += [
         (
             "wire",
-            f"each GPU sends {_bytes(sent)} a step: {chosen.wire.elements / plan.footprint.parameters:.3g} × the "
-            "parameters (exact)",
+            f"each {plan.unit} sends {_bytes(sent)} a step: {chosen.wire.elements / plan.footprint.parameters:.3g} × "
+            f"the parameters × {chosen.wire.bytes_per_element} bytes × (ranks − 1) / ranks "
+            f"({'exact' if chosen.wire.is_exact else 'modelled'})",
         ),
         (
             "checkpoint",
             f"{_bytes(saves.bytes)} each (exact to a few MB), {_duration(saves.stall_seconds)} of stall: {saves.basis}"
             + (f"; {saves.count:,} in the run" if saves.count else ""),
         ),
-        ("reckoned with", plan.time_basis),
+        ("figures", plan.time_basis),
     ]
     if plan.measured is not None:
         lines.append(("", f"traffic and memory: {plan.device.basis}"))
@@ -155,10 +167,6 @@ def _advice(plan: RunPlan) -> list[tuple[str, str]]:
     return lines
 
 
-def _tables(plan: RunPlan) -> dict[str, list[Table]]:
-    return {MEMORY: [_memory_table(plan)], SCALE: [_scale_table(plan)]}
-
-
 def _memory_table(plan: RunPlan) -> Table:
     headings = ["stage", "weights", "optimizer", "gradients", "buckets", "activations", "logits", "peak", "fits"]
     table = _table([*headings, "sends a step", "step", "largest micro"])
@@ -186,33 +194,35 @@ def _memory_table(plan: RunPlan) -> Table:
     host = plan.chosen.memory.host
     offloaded = f"; {host / GIB:.2f} GiB of each rank's state in host memory" if host else ""
     table.caption = (
-        f"  * as configured, micro-batch {plan.chosen.micro_size}. States are exact, activations and logits modelled "
-        f"(eager). Usable: {usable:.1f} of {whole:.1f} GiB{offloaded}."
+        f"  * as configured; micro-batch {plan.chosen.micro_size}. Modelled, without torch.compile. "
+        f"Usable: {usable:.1f} of {whole:.1f} GiB{offloaded}."
     )
     table.caption_justify = "left"
     return table
 
 
 def _scale_table(plan: RunPlan) -> Table:
-    table = _table(["GPUs", "nodes", "micro × acc.", "GiB", "step", "traffic", "tokens/s", "efficiency", "days"])
+    table = _table(
+        [f"{plan.unit}s", "nodes", "micro × acc.", "GiB", "step", "traffic", "tokens/s", "efficiency", "run"]
+    )
     one = next((layout for layout in plan.table if layout is not None), None)
     for count, layout in zip(GPU_COUNTS, plan.table, strict=True):
         nodes = -(-count // plan.options.gpus_per_node)
         if layout is None or one is None:
-            table.add_row(f"{count:,}", f"{nodes:,}", "the batch does not divide", *[""] * 6)
-            continue
+            table.caption, table.caption_justify = "  Beyond these the global batch does not divide.", "left"
+            break
         efficiency = layout.tokens_per_second / count / (one.tokens_per_second / one.world_size)
         days = plan.days(layout)
         table.add_row(
             f"{count:,}",
             f"{nodes:,}",
             f"{layout.micro_size} × {layout.accumulation}",
-            f"{layout.memory.peak / GIB:.1f}{'' if layout.fits else ' NO'}",
+            f"{layout.memory.peak / GIB:.2f}{'' if layout.fits else ' NO'}",
             _ms(layout.time.seconds),
             f"{layout.time.traffic_share:.0%}",
             _tokens(layout.tokens_per_second),
             f"{efficiency:.0%}",
-            "" if days is None else f"{days:,.2f}" if days < 100 else f"{days:,.0f}",
+            "" if days is None else _duration(days * 86_400),
         )
     return table
 
@@ -285,14 +295,14 @@ def _layout_json(plan: RunPlan, layout: Layout) -> dict[str, Any]:
             **asdict(layout.memory),
             "logits": plan.footprint.step(layout.micro_size).logits_bytes,
             "peak": layout.memory.peak,
-            "basis": "states exact, activations modelled",
+            "basis": "modelled",
         },
         "fits": layout.fits,
         "wire": {
             "gradient_elements": layout.wire.gradients,
             "weight_elements": layout.wire.weights,
             "sent_bytes_per_rank": layout.wire.sent_bytes(layout.world_size),
-            "basis": "exact",
+            "basis": "exact" if layout.wire.is_exact else "modelled",
         },
         "step_seconds": {**asdict(layout.time), "total": layout.time.seconds, "basis": word},
         "tokens_per_second": layout.tokens_per_second,

@@ -79,6 +79,11 @@ class RunPlan:
         return self.options.nodes * self.options.gpus_per_node
 
     @property
+    def unit(self) -> str:
+        """What a rank runs on."""
+        return "GPU" if self.device.kind == "cuda" else "rank"
+
+    @property
     def time_basis(self) -> str:
         return self.measured.basis if self.measured is not None else self.device.basis
 
@@ -122,7 +127,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         chosen=chosen,
         by_stage={stage: layouts.layout(world_size, micro_size, zero) for stage, zero in layouts.stages.items()},
         best=best,
-        recommendation=recommend(best),
+        recommendation=recommend(best, own.stage),
         doubling=when_nodes_double(layouts, chosen),
         table=scale(layouts, own.stage, micro_size),
         checkpoint=_checkpoint(config, facts, footprint, chosen, options),

@@ -31,6 +31,12 @@ from trainer.objectives.mlm import Documents
 META = torch.device("meta")
 _LOOKUPS = ("embedding", "index_select", "index", "gather")  # read no more of a table than they return
 _WITHOUT_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_ATEN = torch.ops.aten
+# The CPU's flash kernels, which torch's counter does not know, take what CUDA's take.
+_COUNTED_AS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -178,7 +184,8 @@ def _storage_id(tensor: torch.Tensor) -> int:
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    count = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    count = flop_registry.get(_COUNTED_AS.get(packet, packet))
     return int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
 
 
@@ -222,16 +229,15 @@ class _KernelsOf(TorchFunctionMode):
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         mask = attn_mask.to(query.dtype) if attn_mask is not None else None
-        aten = torch.ops.aten
         if not self._is_cuda:
-            return aten._scaled_dot_product_flash_attention_for_cpu(
+            return _ATEN._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
             )[0]
         if mask is None and query.dtype in (torch.bfloat16, torch.float16):
-            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+            return _ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         if mask is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])
-        return aten._scaled_dot_product_efficient_attention(
+        return _ATEN._scaled_dot_product_efficient_attention(
             query, key, value, mask, True, dropout_p, is_causal, scale=scale
         )[0]
 
