@@ -104,7 +104,9 @@ class StepTracer:
             with self._positions.select(index):
                 output = model(input_ids=input_ids, **inputs)
             logits = self._positions.logits(output.logits, index)
-            functional.cross_entropy(logits.float(), index, reduction="sum").backward()
+            loss = functional.cross_entropy(logits.float(), index, reduction="sum")
+            # Not loss.backward(): within it `_KernelsOf` would not see what activation checkpointing computes again.
+            torch.autograd.backward([loss])
 
         table = model.get_input_embeddings().weight
         assert isinstance(table, torch.Tensor)
