@@ -32,9 +32,7 @@ class Footprint:
             model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
         self.config, self.zero = config, ZeroSettings.of(preset)
         self.device_type: DeviceType = device_type
-        self.model = meta_model(
-            model_config, COMPUTE_DTYPES[config.train.precision], config.model.activation_checkpointing
-        )
+        self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
         self.predictions_per_block = predictions_per_block(config.objective.mask_ratio, config.data.seq_len - 2)
         self._traced: dict[int, TracedStep] = {}
 
@@ -51,8 +49,10 @@ class Footprint:
         """A forward and backward pass of a micro-batch."""
         if micro_size not in self._traced:
             if not self._traced:
-                attends_within = self.config.model.document_attention
-                self._tracer = StepTracer(self.model, self.device_type, attends_within)
+                settings = self.config.model
+                self._tracer = StepTracer(
+                    self.model, self.device_type, settings.document_attention, settings.activation_checkpointing
+                )
             self._traced[micro_size] = self._tracer.trace(
                 micro_size, self.config.data.seq_len, self.predictions_per_block
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,12 +69,10 @@ class TracedStep:
         return sum(count * flops for (flops, _), count in self.kernels.items())
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, activation_checkpointing: bool = False) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config as it is trained, without storage."""
     with META:
         model = AutoModelForMaskedLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
@@ -85,11 +84,21 @@ class StepTracer:
         document_attention: with the block mask, the larger of the two ways to keep attention within documents.
     """
 
-    def __init__(self, model: PreTrainedModel, device_type: DeviceType, document_attention: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device_type: DeviceType,
+        document_attention: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
         self._model = model
         self._device_type: DeviceType = device_type
         self._documents = DocumentAttention(model, META) if document_attention else None
         self._positions = install(model)
+        if activation_checkpointing:
+            # A backward pass leaves function modes behind, so what it computes again gets its own.
+            contexts = {"context_fn": lambda: (nullcontext(), _KernelsOf(device_type))}
+            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
     def trace(self, micro_size: int, seq_len: int, predictions_per_block: int) -> TracedStep:
         """One micro-batch of `micro_size` blocks of `seq_len`; a few tenths of a second, whatever the sizes."""
@@ -104,9 +113,7 @@ class StepTracer:
             with self._positions.select(index):
                 output = model(input_ids=input_ids, **inputs)
             logits = self._positions.logits(output.logits, index)
-            loss = functional.cross_entropy(logits.float(), index, reduction="sum")
-            # Not loss.backward(): within it `_KernelsOf` would not see what activation checkpointing computes again.
-            torch.autograd.backward([loss])
+            functional.cross_entropy(logits.float(), index, reduction="sum").backward()
 
         table = model.get_input_embeddings().weight
         assert isinstance(table, torch.Tensor)

@@ -18,7 +18,7 @@ def tracer(
     tmp_path, model_type, device_type="cpu", dtype=torch.float32, documents=False, checkpointing=False, **changes
 ):
     config = build_config(write_config(tmp_path, model_type, **changes), vocabulary(), SEQ_LEN)
-    return StepTracer(meta_model(config, dtype, checkpointing), device_type, documents)
+    return StepTracer(meta_model(config, dtype), device_type, documents, checkpointing)
 
 
 @pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
