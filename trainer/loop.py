@@ -95,11 +95,11 @@ class Loop:
                         return self._stop()
                     if clock_says_save:
                         self._save(self.config.checkpoint.in_background)
-                    losses = self._train_step(shape, micro_batches, predictions)
+                    losses = self._train_step(micro_batches, predictions, shape)
                 if self.reporter is not None:
                     self.reporter.step(self.state.step)
                 if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
-                    self._log(shape, losses, predictions, micro_batches)
+                    self._log(losses, predictions, micro_batches, shape)
                 try:
                     self._evaluate_if_due()
                 except MaskwrightError:  # on all ranks: damaged validation data
@@ -122,8 +122,8 @@ class Loop:
         shape = self.plan.shape_at(self.state.samples)
         micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
         try:
-            losses = self._train_step(shape, micro_batches, predictions)
-            values = self.step_metrics.read(self.state, shape, losses, predictions, micro_batches)
+            losses = self._train_step(micro_batches, predictions, shape)
+            values = self.step_metrics.read(self.state, losses, predictions, micro_batches, shape)
         except DivergenceError as divergence:
             raise end_of(divergence, self.config.resilience, rollbacks=0) from None
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
@@ -184,7 +184,7 @@ class Loop:
             self._save(in_background=False)
         distributed.raise_together(self.world, error)
 
-    def _train_step(self, shape: StepShape, micro_batches: list[Batch], predictions: float) -> torch.Tensor:
+    def _train_step(self, micro_batches: list[Batch], predictions: float, shape: StepShape) -> torch.Tensor:
         """One optimizer step; returns this rank's sums of cross-entropies of each source, on the device."""
         step = self.state.step + 1
         rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
@@ -212,7 +212,7 @@ class Loop:
         self.meter.trained(shape.tokens, shape.phase)
         if not applied:
             self.loss_to_judge = None
-            self._report_skip(shape, max_grad_norm)
+            self._report_skip(max_grad_norm, shape)
         self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
         return loss_sums
 
@@ -222,7 +222,7 @@ class Loop:
             self.loss_to_judge = None
             self.watch.observe_loss(self.state, loss)
 
-    def _report_skip(self, shape: StepShape, max_grad_norm: float | None) -> None:
+    def _report_skip(self, max_grad_norm: float | None, shape: StepShape) -> None:
         norm = self.engine.grad_norm
         reason = "a loss or a gradient is not finite"
         if math.isfinite(norm):
@@ -276,8 +276,8 @@ class Loop:
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
 
-    def _log(self, shape: StepShape, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]) -> None:
-        values = self.step_metrics.read(self.state, shape, loss_sums, predictions, micro_batches)
+    def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch], shape: StepShape) -> None:
+        values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches, shape)
         if self.reporter is not None:
             self.reporter.training(values)
         self.meter.restart()

@@ -36,19 +36,19 @@ class StepMetrics:
     def read(
         self,
         state: TrainState,
-        shape: StepShape,
         loss_sums: torch.Tensor,
         predictions: float,
         micro_batches: list[Batch],
+        shape: StepShape,
     ) -> dict[str, Any]:
         """Reduce and read; the only place where the host waits for the device.
 
         Args:
             state: after the step.
-            shape: of the step.
             loss_sums: of this rank's cross-entropies in the step, by source, nats.
             predictions: in the global batch.
             micro_batches: of this rank in the step.
+            shape: of the step.
         """
         totals = distributed.total(self.world, loss_sums.tolist())
         loss = sum(totals) / max(1.0, predictions)
