@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,22 +118,30 @@ class Loop:
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole | None) -> int:
-        """One real optimizer step and one evaluation, nothing written; shows that everything fits together."""
+        """A real optimizer step of each phase and one evaluation, nothing written; shows that everything fits."""
+        for phase in self.order.phases:
+            self.state = TrainState(samples=phase.first_sample)
+            values = self._dry_step()
+            if console is not None:
+                of_phase = f" of {phase.seq_len} tokens a block" if len(self.order.phases) > 1 else ""
+                console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {describe(values, self.plan)}")
+        evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
+        if console is not None:
+            if evaluation is not None:
+                console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
+            console.say("dry run passed; nothing was saved")
+        return EXIT_FINISHED
+
+    def _dry_step(self) -> dict[str, Any]:
+        """One step from the present sample on; returns its training line."""
         self.meter.restart()
         shape = self.plan.shape_at(self.state.samples)
         micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
         try:
             losses = self._train_step(micro_batches, predictions, shape)
-            values = self.step_metrics.read(self.state, losses, predictions, micro_batches, shape)
+            return self.step_metrics.read(self.state, losses, predictions, micro_batches, shape)
         except DivergenceError as divergence:
             raise end_of(divergence, self.config.resilience, rollbacks=0) from None
-        evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
-        if console is not None:
-            console.say(f"step 1 of {self.plan.total_steps}  {describe(values, self.plan)}")
-            if evaluation is not None:
-                console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
-            console.say("dry run passed; nothing was saved")
-        return EXIT_FINISHED
 
     def _steps_of_batches(self) -> Generator[list[Batch] | MaskwrightError]:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""

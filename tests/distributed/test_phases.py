@@ -28,6 +28,8 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import open_inputs
+from trainer.model.build import build_model
+from trainer.model.flops import flops_per_token
 from trainer.schedule import learning_rate
 
 # 8 sequences up to sample 50, 16 up to sample 100, then 24; blocks of 16 tokens up to sample 240, then of 32. The step
@@ -77,6 +79,12 @@ def test_the_steps_are_those_that_the_config_asks_for_and_the_metrics_say_so(cle
     short, long = (open_inputs(clean, 2).order.orders[phase].blocks[0] for phase in (0, 1))
     passes = [min(240, line["samples"]) / short + max(0, line["samples"] - 240) / long for line in lines]
     assert [line["train/epoch"] for line in lines] == pytest.approx(passes)
+    inputs = open_inputs(clean, 2)
+    model = build_model(clean.model, inputs.vocabulary, clean.data.seq_len, 0).model
+    flops = {length: flops_per_token(model, length, round(0.15 * (length - 2)) / length) for length in (16, 32)}
+    used = [line["throughput/mfu"] / line["throughput/tokens_per_second"] for line in lines]
+    assert [each / used[0] for each in used] == pytest.approx([flops[length] / flops[16] for length in LENGTHS])
+    assert flops[32] / flops[16] > 1.01
 
 
 @pytest.mark.timeout(280)
@@ -183,6 +191,48 @@ def test_no_block_is_lost_or_doubled_in_either_phase_for_any_batches(workspace: 
     assert min(len(short) / order.orders[0].blocks[0], len(long) / order.orders[1].blocks[0]) > 2
 
 
+def spike_in_step_12(config: Config) -> int:
+    """Runs on each rank: the loss of the data of step 12 is seven times what it is."""
+    from trainer.loop import Loop
+    from trainer.train import run
+
+    original = Loop._train_step
+
+    def step(self: Loop, *arguments: Any) -> object:
+        loss_sums, first = self.objective.loss_sums, self.state.samples
+
+        def high(*inputs: Any) -> Any:
+            value = loss_sums(*inputs)
+            return value + 6 * value.detach() if first == STARTS[11] else value
+
+        object.__setattr__(self.objective, "loss_sums", high)
+        try:
+            return original(self, *arguments)
+        finally:
+            object.__setattr__(self.objective, "loss_sums", loss_sums)
+
+    Loop._train_step = step  # type: ignore[method-assign,assignment]
+    return run(config)
+
+
+def test_a_rollback_goes_on_with_the_sizes_of_the_samples_it_goes_on_with(
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 10 to 12 are done again with later data: step 10 then has the 24 sequences of sample 152, and not 16."""
+    resilience = {"on_divergence": "rollback", "max_loss_ratio": 3, "window": 3}
+    config = growing(tiny_config, workspace, tmp_path / "run", resilience=resilience)
+    assert run_ranks(spike_in_step_12, 2, config) == [EXIT_FINISHED] * 2
+    said = capfd.readouterr().out
+    assert f"(samples t = {STARTS[9]} to {STARTS[12] - 1})" in said and "went back to step-00000009" in said
+    sizes = [*SIZES[:9], *SIZES[12:], *[24] * 3]
+    lines = [line for line in metrics(tmp_path / "run") if "train/loss" in line]
+    assert [line["batch/global_size"] for line in lines] == sizes
+    assert [line["batch/seq_len"] for line in lines] == [*LENGTHS[:9], *LENGTHS[12:], *[32] * 3]
+    trained = sum(size * line["batch/seq_len"] for size, line in zip(sizes, lines, strict=True))
+    assert f"finished: 20 steps, {trained:,} tokens" in said
+    assert lines[-1]["resilience/skipped_samples"] == STARTS[12] - STARTS[9]
+
+
 CHANGES: dict[str, tuple[int, dict[str, Any], str]] = {
     "a phase that is over may not end elsewhere": (
         18,
@@ -270,6 +320,7 @@ def test_validate_a_dry_run_the_simulation_and_the_model_card_show_the_changing_
 
     assert train(config, 2, dry_run=True) == EXIT_FINISHED
     said = capfd.readouterr().out
+    assert all(f"step 1 of 20 of {length} tokens a block  loss " in said for length in (16, 32))
     assert "dry run passed" in said and "evaluation  loss" in said and not (tmp_path / "run").exists()
 
     path = write_config(config, tmp_path / "config.yaml")
