@@ -148,6 +148,18 @@ def one_rank(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     return config
 
 
+def test_attention_within_documents_in_every_phase(workspace: Path, tmp_path: Path) -> None:
+    one, two = (
+        growing(tiny_config, workspace, tmp_path / name, model={"document_attention": True}) for name in ("one", "two")
+    )
+    assert (train(one), train(two, 2)) == (EXIT_FINISHED, EXIT_FINISHED)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    inputs = open_inputs(one, 1)
+    short, long = inputs.attended_tokens
+    assert 8 < short < 16 and 16 < long < 32
+    assert f"a token attends to {short:.0f} of 16 and then {long:.0f} of 32 on average" in inputs.describe()[-1]
+
+
 def take_checkpoint(config: Config, target: Config, step: int) -> None:
     """Let a run go on from a checkpoint of another one."""
     name = f"checkpoints/step-{step:08d}"
