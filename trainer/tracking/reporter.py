@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.config_file import dump_config
 from trainer.metrics import as_json
@@ -20,10 +21,10 @@ class Reporter:
     """Rank 0's reports of one run."""
 
     def __init__(
-        self, run_dir: Path, console: TrainingConsole, total_steps: int, resumed_step: int | None, config: Config
+        self, run_dir: Path, console: TrainingConsole, plan: BatchPlan, resumed_step: int | None, config: Config
     ) -> None:
         self.console = console
-        self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
+        self._run_dir, self._plan, self._config = run_dir, plan, config
         self._open(resumed_step)
 
     def _open(self, resumed_step: int | None, keep_events: bool = False) -> None:
@@ -32,7 +33,7 @@ class Reporter:
         if self._config.logging.tensorboard:
             folder = self._run_dir / "tensorboard"
             self._tensorboard = TensorBoardWriter(folder, resumed_step, dump_config(self._config))
-        self.console.start(resumed_step or 0, self._total_steps)
+        self.console.start(resumed_step or 0, self._plan)
 
     def rewind(self, step: int) -> None:
         """Take back what was reported of the steps after `step`, but for the events: they are done again.
