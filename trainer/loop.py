@@ -313,7 +313,7 @@ class Loop:
 
     def _report_saved(self, saved: Path | None) -> None:
         if saved is not None and self.reporter is not None:
-            self.reporter.console.say(f"saved {saved}")
+            self.reporter.saved(saved)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -334,10 +334,9 @@ class Loop:
 
     def _stop(self) -> int:
         self._save_or_fail()
-        name = self.stop.signal_name or "a signal to another rank"
         if self.reporter is not None:
             self.reporter.console.say(
-                f"stopped at step {self.state.step} on {name}; the same command goes on from here"
+                f"stopped at step {self.state.step} on {self.stop.reason}; the same command goes on from here"
             )
         return EXIT_STOPPED_AFTER_SAVING
 

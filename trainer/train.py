@@ -34,6 +34,7 @@ from trainer.metrics import ThroughputMeter
 from trainer.model.build import BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
+from trainer.node import node_name
 from trainer.objectives.mlm import Batch
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
@@ -42,6 +43,7 @@ from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
 from trainer.tracking.reporter import Reporter
+from trainer.tracking.status import StatusWriter
 
 logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,19 +71,25 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
     with stop_requests() as stop:
         world = distributed.start()
         try:
-            with _lock(config, world, dry_run) as lock, _output(config, world, dry_run) as stream:
+            with (
+                _lock(config, world, dry_run) as lock,
+                _output(config, world, dry_run) as stream,
+                _status(config, world, dry_run) as status,
+            ):
                 console = TrainingConsole(stream) if world.is_main else None
                 say = console.say if console is not None else _nothing
                 if not dry_run:
                     _make_ready(run_folder(config), world, lock, say)
                 folders = prepare_text(config, world, stop, say)
                 if folders is None:
-                    say(f"stopped on {stop.signal_name or 'a signal to another rank'}; the same command goes on")
+                    say(f"stopped on {stop.reason}; the same command goes on")
+                    if status is not None:
+                        status.ended(EXIT_STOPPED_AFTER_SAVING, stop.reason)
                     return EXIT_STOPPED_AFTER_SAVING
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
                 )
-                return _train(inputs, world, resume, dry_run, stop, console, lock)
+                return _train(inputs, world, resume, dry_run, stop, console, status, lock)
         finally:
             distributed.stop()
 
@@ -104,6 +112,18 @@ def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
         distributed.raise_together(world, error)
         with rank_log(path, world.rank) as stream:
             yield stream
+
+
+@contextmanager
+def _status(config: Config, world: World, dry_run: bool) -> Iterator[StatusWriter | None]:
+    """RUN/status.json, on rank 0; every rank calls it. A dry run has none."""
+    nodes = list(dict.fromkeys(distributed.gather(world, node_name())))
+    if dry_run or not world.is_main:
+        yield None
+        return
+    status = StatusWriter(run_folder(config), nodes, world.size)
+    with status.until_the_end():
+        yield status
 
 
 def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
@@ -130,6 +150,7 @@ def _train(
     dry_run: bool,
     stop: StopRequest,
     console: TrainingConsole | None,
+    status: StatusWriter | None,
     lock: RunLock,
 ) -> int:
     config, run_dir = inputs.config, run_folder(inputs.config)
@@ -141,6 +162,8 @@ def _train(
     say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
         say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
+        if status is not None:
+            status.take_back()
         return EXIT_FINISHED
 
     built = distributed.build_together(
@@ -152,6 +175,8 @@ def _train(
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
+    if status is not None:
+        status.start(state, inputs.plan.total_steps, checkpoint.name if checkpoint else "", is_new=resume == "never")
     for line in (*inputs.describe(), *built.notes):
         say(line)
     if console is not None and not dry_run:
@@ -179,15 +204,20 @@ def _train(
     )
     if dry_run:
         return loop.dry_run(console)
-    return _run_with_reports(loop, console, resumed_step=state.step if checkpoint else None)
+    return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
 
 
-def _run_with_reports(loop: Loop, console: TrainingConsole | None, resumed_step: int | None) -> int:
-    if console is not None:
+def _run_with_reports(
+    loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
+) -> int:
+    if console is not None and status is not None:
         total_steps = loop.plan.total_steps
-        loop.reporter = Reporter(loop.saver.run_dir, console, total_steps, resumed_step, loop.config)
+        loop.reporter = Reporter(loop.saver.run_dir, console, status, total_steps, resumed_step, loop.config)
     try:
-        return loop.run()
+        code = loop.run()
+        if status is not None:
+            status.ended(code, "" if code == EXIT_FINISHED else loop.stop.reason, loop.state)
+        return code
     finally:
         if loop.reporter is not None:
             loop.reporter.close()

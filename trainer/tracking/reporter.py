@@ -1,4 +1,4 @@
-"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard and the console."""
+"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard, the console and status.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from trainer.config import Config
 from trainer.config_file import dump_config
 from trainer.metrics import as_json
-from trainer.tracking.console import TrainingConsole
+from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
+from trainer.tracking.status import StatusWriter
 from trainer.tracking.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -20,9 +21,15 @@ class Reporter:
     """Rank 0's reports of one run."""
 
     def __init__(
-        self, run_dir: Path, console: TrainingConsole, total_steps: int, resumed_step: int | None, config: Config
+        self,
+        run_dir: Path,
+        console: TrainingConsole,
+        status: StatusWriter,
+        total_steps: int,
+        resumed_step: int | None,
+        config: Config,
     ) -> None:
-        self.console = console
+        self.console, self.status = console, status
         self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
         self._open(resumed_step)
 
@@ -49,7 +56,15 @@ class Reporter:
 
     def training(self, values: dict[str, Any]) -> None:
         """Report a training line (names in trainer.metrics)."""
-        self.console.training_line(self._write(values))
+        values = self._write(values)
+        self.console.training_line(values)
+        self.status.progress(
+            state="training",
+            **{name: values[name] for name in ("step", "samples", "tokens")},
+            train_loss=values["train/loss"],
+            tokens_per_second=values["throughput/tokens_per_second"],
+            eta_seconds=seconds_left(values, self._total_steps),
+        )
 
     def evaluation(self, values: dict[str, Any]) -> None:
         """Report an evaluation line."""
@@ -58,6 +73,11 @@ class Reporter:
             f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  "
             f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
         )
+
+    def saved(self, folder: Path) -> None:
+        """Report a checkpoint."""
+        self.status.progress(last_checkpoint=folder.name)
+        self.console.say(f"saved {folder}")
 
     def event(self, values: dict[str, Any], line: str) -> None:
         """Report an event of EVENT_METRICS, and say `line`."""
