@@ -64,6 +64,15 @@ class RankProcess:
         if self.process.returncode is None:
             os.kill(self.process.pid, number)  # not Popen.send_signal: that could take its exit status
 
+    def is_stopped(self) -> bool:
+        """Whether it stands still by SIGSTOP or the like: it cannot end by itself then, nor by TERM."""
+        if self.process.returncode is not None:
+            return False
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except OSError:  # no such file system, or gone
+            return False
+
     def terminate(self) -> None:
         self.ended_by_launcher = True
         self.send(signal.SIGTERM)
@@ -194,6 +203,10 @@ def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: f
         now = time.monotonic()
         if failed_at is None and any(rank.failed for rank in ranks):
             failed_at = now
+        if failed_at is not None:
+            for rank in ranks:
+                if rank.is_stopped():
+                    rank.kill()
         if failed_at is not None and now >= failed_at + 2 * grace_s:
             for rank in ranks:
                 rank.kill()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from launcher.environment import Membership, find_membership
 from launcher.local import launch, local_membership
-from launcher.rank import hold_stop_signals, run_rank
+from launcher.rank import hold_stop_signals, report_and_end, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.errors import UserError
@@ -48,15 +49,16 @@ def _train_here(
 ) -> int:
     os.environ.update(membership.variables())
     config = load_config(config_source, overrides)
+    run_dir = _folder_of_logs(config, dry_run)
     hold_stop_signals()
 
     def work() -> int:
         from tools.prepare.on_demand import prepare_raw_text
         from trainer.train import run
 
-        return run(config, resume, dry_run, prepare_raw_text)
+        return run(config, resume, dry_run, prepare_raw_text, give_up=partial(report_and_end, run_dir=run_dir))
 
-    return run_rank(work, _folder_of_logs(config, dry_run))
+    return run_rank(work, run_dir)
 
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:

@@ -28,6 +28,13 @@ STEP_INTERVAL_S = 2.0
 """Progress within training is written this often at most; another state at once."""
 
 State = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "diverged", "failed"]
+_STATES: dict[str, State] = {
+    "prepare": "starting",
+    "start": "starting",
+    "data": "training",
+    "evaluate": "evaluating",
+    "save": "saving",
+}
 ENDED: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
 
 
@@ -155,6 +162,12 @@ class StatusWriter:
         changes: dict[str, Any] = {"restarts": 0} if is_new else {}
         changes |= {} if checkpoint else {"train_loss": None}
         self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state))
+
+    def entered(self, phase: str) -> None:
+        """A phase of the run begins (trainer.liveness.phases)."""
+        state = _STATES.get(phase)
+        if state is not None and state != self._status.state:
+            self.set(state=state)
 
     def take_back(self) -> None:
         """This start has changed nothing: the status of before stands."""
