@@ -35,13 +35,17 @@ class Heartbeat:
     """A sign of life.
 
     Attributes:
+        rank: whose.
         time: when it was given, seconds since 1970, by that machine's clock.
         beat: its number; it tells whether a rank lives without comparing clocks.
         interval_seconds: from one to the next.
         step: optimizer steps done.
-        phase: see `trainer.liveness.phases`.
+        phase: prepare, start, data, step, evaluate, save or ended.
         position: signs of progress so far; the lowest of all ranks is the one that the others wait for.
         phase_seconds: since the last sign of progress.
+        node: the machine, as the scheduler calls it.
+        host: as it calls itself.
+        pid: the process there.
     """
 
     rank: int
