@@ -24,6 +24,7 @@ from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 STATUS = "status.json"
+AT_ONCE = "a second Ctrl-C: at once, without saving"
 STEP_INTERVAL_S = 2.0
 """Progress within training is written this often at most; another state at once."""
 
@@ -185,7 +186,7 @@ class StatusWriter:
         try:
             yield
         except KeyboardInterrupt:
-            self.set(state="stopped", reason="a second Ctrl-C: at once, without saving", eta_seconds=None)
+            self.set(state="stopped", reason=AT_ONCE, eta_seconds=None)
             raise
         except BaseException as error:
             reason = error.problem if isinstance(error, MaskwrightError) else f"{type(error).__name__}: {error}"
