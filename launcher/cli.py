@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.bench_commands import bench_app
-from launcher.command import AsJson, Command, console_of_results
+from launcher.command import AsJson, Command, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.look_commands import status
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -153,7 +154,7 @@ def train(
     return start_training(config, overrides or [], resume, dry_run, options)
 
 
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
+app.command(cls=Command)(status)
 
 
 @checkpoint_app.command("list", cls=Command)
