@@ -25,7 +25,7 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
 from trainer.logs import make_log, rank_log
@@ -38,7 +38,8 @@ from trainer.node import node_name
 from trainer.objectives.mlm import Batch
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
-from trainer.signals import StopRequest, stop_requests
+from trainer.signals import StopRequest, stop_requests, time_to_stop
+from trainer.starts import record_start
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
@@ -80,6 +81,8 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
                 say = console.say if console is not None else _nothing
                 if not dry_run:
                     _make_ready(run_folder(config), world, lock, say)
+                    if world.is_main:  # whose clock decides
+                        stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
                 folders = prepare_text(config, world, stop, say)
                 if folders is None:
                     say(f"stopped on {stop.reason}; the same command goes on")
@@ -165,6 +168,8 @@ def _train(
         if status is not None:
             status.take_back()
         return EXIT_FINISHED
+    if not dry_run:
+        _count_start(config, world, state, say)
 
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
@@ -205,6 +210,17 @@ def _train(
     if dry_run:
         return loop.dry_run(console)
     return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
+
+
+def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
+    """Record this start, and end a job whose starts lead nowhere."""
+    error = None
+    try:
+        if world.is_main:
+            say(record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts))
+    except MaskwrightError as caught:
+        error = caught
+    distributed.raise_together(world, error)
 
 
 def _run_with_reports(
