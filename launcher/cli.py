@@ -10,6 +10,7 @@ from launcher.bench_commands import bench_app
 from launcher.command import AsJson, Command, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.slurm_commands import submit
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -133,6 +134,9 @@ def train(
     from launcher.start import start_training
 
     return start_training(config, overrides or [], process_count, resume, dry_run)
+
+
+app.command(cls=Command)(submit)
 
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
