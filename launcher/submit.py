@@ -111,6 +111,8 @@ def submit(asked: Submission, console: Console) -> None:
     site, site_path = find_site(asked.site, os.environ)
     jobs = _Jobs(asked, config, site)
     jobs.check()
+    if not asked.dry_run:
+        jobs.check_folder()
     from tools.validate import validate
 
     world_size = asked.nodes * asked.ranks_per_node
@@ -120,7 +122,6 @@ def submit(asked: Submission, console: Console) -> None:
     if asked.dry_run:
         sys.stdout.write(jobs.train_script() + (f"\n{jobs.convert_script()}" if asked.convert else ""))
         return
-    jobs.check_folder()
     jobs.write()
     numbers, conversion = jobs.queue()
     ranks = f"{asked.nodes} nodes × {asked.ranks_per_node} ranks = {world_size} ranks"
@@ -180,7 +181,7 @@ class _Jobs:
             known = json.loads((self.folder / JOBS).read_text(encoding="utf-8"))["train"]
         except (OSError, ValueError, KeyError):
             known = []
-        for number, state in queued_jobs().items():
+        for number, state in sorted(queued_jobs().items()):
             if number in known:
                 raise UserError(
                     f"Job {number} of this run folder is {state.lower()}.",

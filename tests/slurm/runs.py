@@ -8,10 +8,22 @@ import subprocess
 from pathlib import Path
 
 from tests.commands import maskwright
-from tests.ranks import metrics
+from tests.ranks import metrics, tiny_config
 from tests.slurm.cluster import SlurmCluster
+from trainer.config import Config
 
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
+
+
+def long_steps(workspace: Path, run_dir: Path, steps: int = 60) -> Config:
+    """Steps that take some tenths of a second, so that there is time to strike at one."""
+    return tiny_config(
+        workspace,
+        run_dir,
+        train={"steps": steps},
+        batch={"global_size": 64, "micro_size": 2},
+        checkpoint={"every_steps": 5},
+    )
 
 
 def write_site(path: Path, **keys: object) -> Path:

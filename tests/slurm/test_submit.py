@@ -10,22 +10,10 @@ from transformers import AutoModelForMaskedLM
 
 from tests.ranks import losses, tiny_config, train, write_config
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.runs import job_logs, signal_job, submit, wait_for_training, write_site
-from trainer.config import Config
+from tests.slurm.runs import job_logs, long_steps, signal_job, submit, wait_for_training, write_site
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 from trainer.starts import read_starts
 from trainer.tracking.status import read_status
-
-
-def long_steps(workspace: Path, run_dir: Path, steps: int = 60) -> Config:
-    """Steps that take some tenths of a second, so that there is time to strike at one."""
-    return tiny_config(
-        workspace,
-        run_dir,
-        train={"steps": steps},
-        batch={"global_size": 64, "micro_size": 2},
-        checkpoint={"every_steps": 5},
-    )
 
 
 def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
@@ -59,20 +47,28 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     status = read_status(run_dir)
     assert status is not None and (status.state, status.restarts, status.job_id) == ("finished", 3, str(job))
     AutoModelForMaskedLM.from_pretrained(run_dir / "model")
-    assert "not every node answers" in (run_dir / f"node-failures-{job}.txt").read_text()
+    assert "not every node answers" in (run_dir / f"false-starts-{job}.txt").read_text()
 
 
 def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(workspace, tmp_path / "run", train={"steps": 10_000}, resilience={"max_idle_starts": 2})
+    config = tiny_config(
+        workspace,
+        tmp_path / "run",
+        data={"validation": str(workspace / "data")},  # evaluated before the first step: time for a signal
+        eval={"every_steps": 1_000},
+        train={"steps": 10_000},
+        resilience={"max_idle_starts": 2},
+    )
     run_dir = Path(config.run.dir)
     site = write_site(tmp_path / "site.yaml")
     job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site)
     log = run_dir / "logs" / f"slurm-{job}.log"
-    for restart in range(2):  # signalled before the ranks are there, which then save at their first step
-        line = f"restart {restart} on"
-        cluster.wait_for(lambda line=line: log.exists() and line in log.read_text(), line, seconds=60)
+    for restart in range(2):
+        cluster.wait_for(
+            lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}", seconds=60
+        )
         signal_job(cluster, job, "USR1")
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("FAILED", EXIT_UNEXPECTED, 2), log.read_text()
