@@ -347,6 +347,12 @@ class ResilienceConfig(Section):
     """Applied steps that the two medians are taken over; before there are so many, nothing is above them."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks in the whole run; training that diverges once more ends with exit code 4."""
+    stop_before_end_seconds: Annotated[int, Field(gt=0, le=65_535)] = 300
+    """So long before the time limit of a SLURM job the run saves and stops, to be requeued: a step, a batch of an
+    evaluation, a save and a minute have to fit."""
+    max_idle_starts: PositiveInt | None = 3
+    """A SLURM job ends (exit code 1, no requeue) when so many starts of it in a row began at the step where it stands
+    again: what it does is lost each time. null goes on for ever."""
 
 
 class EvalConfig(Section):

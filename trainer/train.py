@@ -27,7 +27,7 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
 from trainer.liveness.phases import Phases
@@ -45,7 +45,8 @@ from trainer.objectives.mlm import Batch
 from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
-from trainer.signals import StopRequest, stop_requests
+from trainer.signals import StopRequest, stop_requests, time_to_stop
+from trainer.starts import record_start
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
@@ -95,6 +96,8 @@ def run(
                 say = console.say if console is not None else _nothing
                 if not dry_run:
                     _make_ready(run_folder(config), world, lock, say)
+                    if world.is_main:  # whose clock decides
+                        stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
                 with phases.within("prepare"):
                     folders = prepare_text(config, world, stop, say)
                 if folders is None:
@@ -203,6 +206,8 @@ def _train(
         if status is not None:
             status.take_back()
         return EXIT_FINISHED
+    if not dry_run:
+        _count_start(config, world, state, say)
 
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
@@ -248,6 +253,17 @@ def _train(
     if dry_run:
         return loop.dry_run(console)
     return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
+
+
+def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
+    """Record this start, and end a job whose starts lead nowhere."""
+    error = None
+    try:
+        if world.is_main:
+            say(record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts))
+    except MaskwrightError as caught:
+        error = caught
+    distributed.raise_together(world, error)
 
 
 def _run_with_reports(
