@@ -65,7 +65,7 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
 
     Args:
         resume: auto, must, never, or the path of a checkpoint.
-        dry_run: do one real step and one evaluation, and save nothing.
+        dry_run: do one real step of each phase and one evaluation, and save nothing.
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
     """
     with stop_requests() as stop:
