@@ -25,6 +25,9 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
+from trainer.liveness.own_time import OwnTime
+from trainer.liveness.phases import Phases
+from trainer.liveness.watchdog import Limits
 from trainer.metrics import ThroughputMeter, counters
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 from trainer.profiling import StepProfiler
@@ -56,6 +59,8 @@ class Loop:
     meter: ThroughputMeter
     state: TrainState
     stop: StopRequest
+    phases: Phases
+    """Told what this rank is doing."""
     reporter: Reporter | None
     profiler: StepProfiler
     evaluated: bool
@@ -67,6 +72,7 @@ class Loop:
         self.step_metrics = StepMetrics(
             self.config, self.plan, self.world, self.engine, self.objective, self.order, self.meter
         )
+        self.own_time = OwnTime(self.world.device)
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
@@ -97,6 +103,7 @@ class Loop:
                     if clock_says_save:
                         self._save(self.config.checkpoint.in_background)
                     losses = self._train_step(micro_batches, predictions, shape)
+                self._step_is_done()
                 if self.reporter is not None:
                     self.reporter.step(self.state.step)
                 if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
@@ -147,6 +154,7 @@ class Loop:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
         loader = iter(self.open_batches(self.state))
         while True:
+            self.phases.enter("data")
             start = time.perf_counter()
             try:
                 with self.profiler.range("data"):
@@ -156,6 +164,8 @@ class Loop:
                 yield error
                 return
             self.meter.waited(time.perf_counter() - start)
+            self.own_time.read_data(time.perf_counter() - start)
+            self.phases.progress()
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
@@ -178,6 +188,7 @@ class Loop:
         loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
         votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
         totals = distributed.total(self.world, votes)
+        self.phases.enter("step")
         if totals[5] == self.world.size:
             self._finish_save()
         self._judge_loss(totals[4])
@@ -208,7 +219,8 @@ class Loop:
             torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
             with self.profiler.range("forward"):
                 moved = self.objective.to_device(batch, self.engine.device)
-                losses = self.objective.loss_sums(self.engine.network, moved, source_count)
+                with self.own_time.forward():
+                    losses = self.objective.loss_sums(self.engine.network, moved, source_count)
             with self.profiler.range("backward"):
                 self.engine.backward(losses.sum() * scale)
             loss_sums += losses.detach()
@@ -217,6 +229,7 @@ class Loop:
                 self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
             with self.profiler.range("optimizer"):
                 applied = self.engine.step(rate, max_grad_norm)
+            self.phases.progress()
         self.state.advance(shape.global_size, shape.seq_len, applied)
         self.meter.trained(shape.tokens, shape.phase)
         if not applied:
@@ -224,6 +237,12 @@ class Loop:
             self._report_skip(max_grad_norm, shape)
         self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
         return loss_sums
+
+    def _step_is_done(self) -> None:
+        if not self.phases.is_started:  # what only a start does, such as compiling, is done
+            limits = Limits.of(self.config.watchdog)
+            distributed.set_timeouts(limits.of_decisions, limits.of_gradients)
+        self.phases.at_step(self.state.step)
 
     def _judge_loss(self, loss: float) -> None:
         """Judge the mean loss of the last step, if it is still to be judged."""
@@ -267,7 +286,8 @@ class Loop:
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
         moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
-        restore(self.engine, folder, self.world)
+        with self.phases.within("start"):
+            restore(self.engine, folder, self.world)
         self.saver.resumed(folder, saved.step)
         error = None
         try:
@@ -287,8 +307,10 @@ class Loop:
 
     def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch], shape: StepShape) -> None:
         values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches, shape)
+        own_times = distributed.table(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)
+            self.reporter.own_times(own_times)
         self.meter.restart()
 
     def _evaluate_if_due(self) -> None:
@@ -296,10 +318,16 @@ class Loop:
         if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
             return
         # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
-        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received and not last)
+        with self.phases.within("evaluate"):
+            values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})
         self.meter.restart()
+
+    def _stops_evaluation(self, last: bool) -> bool:
+        """Whether it is to be cut short; asked before each of its batches."""
+        self.phases.progress()
+        return self.stop.received and not last
 
     def _save_if_due(self) -> None:
         """Save by the step; while steps are skipped it is put off: they change nothing, and push out older ones."""
@@ -333,13 +361,14 @@ class Loop:
 
     def _report_saved(self, saved: Path | None) -> None:
         if saved is not None and self.reporter is not None:
-            self.reporter.console.say(f"saved {saved}")
+            self.reporter.saved(saved)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Time in which training stands still for a save."""
         start = time.perf_counter()
-        yield
+        with self.phases.within("save"):
+            yield
         self.last_save_time = time.monotonic()
         self.meter.saved(time.perf_counter() - start)
 
@@ -354,10 +383,9 @@ class Loop:
 
     def _stop(self) -> int:
         self._save_or_fail()
-        name = self.stop.signal_name or "a signal to another rank"
         if self.reporter is not None:
             self.reporter.console.say(
-                f"stopped at step {self.state.step} on {name}; the same command goes on from here"
+                f"stopped at step {self.state.step} on {self.stop.reason}; the same command goes on from here"
             )
         return EXIT_STOPPED_AFTER_SAVING
 

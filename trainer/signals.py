@@ -24,6 +24,11 @@ class StopRequest:
     def received(self) -> bool:
         return self.signal_name is not None
 
+    @property
+    def reason(self) -> str:
+        """Why all ranks stop, as this one knows it."""
+        return self.signal_name or "a signal to another rank"
+
     def handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt

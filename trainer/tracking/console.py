@@ -65,17 +65,21 @@ class TrainingConsole:
             self._progress = None
 
 
+def seconds_left(values: dict[str, Any], plan: BatchPlan) -> float:
+    """Time to the last step at the speed of a training line."""
+    tokens_left = plan.tokens_ahead(values["samples"], plan.total_steps - values["step"])
+    return tokens_left / values["throughput/tokens_per_second"]
+
+
 def describe(values: dict[str, Any], plan: BatchPlan) -> str:
     """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
-    tokens_left = plan.tokens_ahead(values["samples"], plan.total_steps - values["step"])
-    seconds_left = tokens_left / values["throughput/tokens_per_second"]
     skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
         f"loss {_number(values['train/loss'], '.4f')}  lr {values['train/learning_rate']:.2e}  "
         f"grad_norm {_number(values['train/grad_norm'], '.3f')}  "
         f"{values['throughput/tokens_per_second']:,.0f} tokens/s  mfu {values['throughput/mfu']:.1%}  "
         f"wait {values['time/data_wait_fraction']:.1%}  peak {values['memory/peak_gib']:.2f} GiB{skipped}  "
-        f"eta {timedelta(seconds=round(seconds_left))}"
+        f"eta {timedelta(seconds=round(seconds_left(values, plan)))}"
     )
 
 

@@ -24,6 +24,7 @@ COMMANDS = [
     ("train",),
     ("bench", "loader"),
     ("bench", "prepare"),
+    ("status",),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("convert",),
