@@ -136,7 +136,7 @@ def train(
             "resume; PATH is a checkpoint.",
         ),
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run one real step and save nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do a step of each phase; save nothing.")] = False,
 ) -> int:
     """Train. The same command resumes a run that was stopped.
 

@@ -79,7 +79,7 @@ def run(
 
     Args:
         resume: auto, must, never, or the path of a checkpoint.
-        dry_run: do one real step and one evaluation, and save nothing.
+        dry_run: do one real step of each phase and one evaluation, and save nothing.
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
         give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
