@@ -10,7 +10,7 @@ from launcher.bench_commands import bench_app
 from launcher.command import AsJson, Command, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
-from launcher.look_commands import status
+from launcher.look_commands import doctor, status
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -155,6 +155,7 @@ def train(
 
 
 app.command(cls=Command)(status)
+app.command(cls=Command)(doctor)
 
 
 @checkpoint_app.command("list", cls=Command)
