@@ -10,6 +10,7 @@ from launcher.bench_commands import bench_app
 from launcher.command import AsJson, Command, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.look_commands import doctor, status
 from launcher.look_commands import status
 from launcher.slurm_commands import submit
 
@@ -157,6 +158,7 @@ def train(
 
 app.command(cls=Command)(submit)
 app.command(cls=Command)(status)
+app.command(cls=Command)(doctor)
 
 
 @checkpoint_app.command("list", cls=Command)

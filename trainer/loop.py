@@ -345,12 +345,14 @@ class Loop:
             self._judge_loss(distributed.total(self.world, [self.loss_to_judge()])[0])
         self.save_due = False
         self._finish_save()
+        is_saved = self.saver.saved_step == self.state.step
         with self._saving():
             if in_background:
                 self.saver.begin(self.state)
                 return True
             saved = self.saver.save(self.state)
-        self._report_saved(saved)
+        if not is_saved:
+            self._report_saved(saved)
         return saved is not None
 
     def _finish_save(self) -> None:

@@ -29,6 +29,12 @@ def listen() -> socket.socket:
     return listener
 
 
+def free_port() -> int:
+    """A port that is free now; for what can do without handing a socket over."""
+    with listen() as listener:
+        return listener.getsockname()[1]
+
+
 def listen_for_nodes(port: int) -> socket.socket:
     """A socket that listens on this port of all the machine's addresses.
 

@@ -25,6 +25,7 @@ COMMANDS = [
     ("bench", "loader"),
     ("bench", "prepare"),
     ("status",),
+    ("doctor",),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("convert",),
