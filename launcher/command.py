@@ -77,6 +77,7 @@ Overrides = Annotated[
         metavar="KEY=VALUE", help="Config keys to override, such as batch.micro_size=4.", show_default=False
     ),
 ]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

@@ -18,8 +18,8 @@ def validate(config: Config, world_size: int) -> list[str]:
         DamagedError: when a data file is missing or has another size than recorded.
     """
     found = look_up(config)
+    micro_size, lines = foresee(config, world_size)
     if not found.estimates:
-        lines = open_inputs(config, world_size, folders=found.folders).describe()
-    else:
-        lines = [*found.notes, *describe_unprepared(config, world_size, found.folders, found.estimates)]
-    return [*lines, *foresee(config, world_size)]
+        return [*open_inputs(config, world_size, folders=found.folders, micro_size=micro_size).describe(), *lines]
+    described = describe_unprepared(config, world_size, found.folders, found.estimates, micro_size)
+    return [*found.notes, *described, *lines]

@@ -28,8 +28,8 @@ from trainer.memory_model import CPU_SHARE
 from trainer.model.footprint import Footprint
 
 RECORD = "micro_size.json"
-Trial = Callable[[Config, Vocabulary, World, Sequence[int]], int | None]
-"""(config, vocabulary, world, ascending sizes) → the largest that fits on every rank; a collective."""
+Trial = Callable[[Config, Vocabulary, World, int, Sequence[int]], int | None]
+"""(config, vocabulary, world, tokens a block, ascending sizes) → the largest that fits on every rank; a collective."""
 
 
 def settle_micro_size(
@@ -42,7 +42,7 @@ def settle_micro_size(
     """
     if config.batch.micro_size != "auto":
         return None
-    sizes = micro_sizes(config.batch.global_size, world.size)
+    sizes = micro_sizes(config.data, config.batch, world.size)
     if not sizes:
         return None  # which open_inputs refuses, with the remedy
     layout = layout_of(config, world.size, _device_name(world.device))
@@ -55,7 +55,7 @@ def settle_micro_size(
         say(f"micro-batch: searching anew: {_what_differs(records[-1]['layout'], layout)}")
     vocabulary = distributed.build_together(world, lambda: load_vocabulary(config))
     if world.device.type == "cuda":
-        size, how = trial(config, vocabulary, world, sizes), "by trial steps"
+        size, how = trial(config, vocabulary, world, longest_blocks(config), sizes), "by trial steps"
     else:
         size, how = _by_model(config, vocabulary, world, sizes)
     if size is None:
@@ -66,25 +66,34 @@ def settle_micro_size(
     return size
 
 
-def foresee(config: Config, world_size: int) -> list[str]:
-    """For `validate`: what auto will do, or would do on this machine; no line when the config has a number."""
-    if config.batch.micro_size != "auto":
-        return []
-    sizes = micro_sizes(config.batch.global_size, world_size)
+def foresee(config: Config, world_size: int) -> tuple[int | None, list[str]]:
+    """For `validate`: what auto will be, or would be on this machine, and a line on it; nothing for a number.
+
+    Returns:
+        None for the number where only a trial on GPUs can tell.
+    """
+    sizes = micro_sizes(config.data, config.batch, world_size)
+    if config.batch.micro_size != "auto" or not sizes:
+        return None, []
     for record in reversed(read_records(config)):
-        if record["layout"] == layout_of(config, world_size, record["layout"]["device"]):
-            return [f"micro-batch: {record['micro_size']}, as in the first start on {record['layout']['device']}"]
+        device = record["layout"]["device"]
+        if record["layout"] == layout_of(config, world_size, device):
+            return record["micro_size"], [f"micro-batch: {record['micro_size']}, as in the first start on {device}"]
+    trial = f"micro-batch: auto, one of {_listed(sizes)}: on GPUs it is found by trial steps when training starts"
     if torch.cuda.is_available():
-        return [f"micro-batch: auto, one of {_listed(sizes)}: found by trial steps when training starts"]
-    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu")
+        return None, [f"{trial}; 1 stands for it above"]
+    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu", longest_blocks(config))
     budget = _cpu_budget(config, world_size)
     size = footprint.largest(sizes, world_size, budget)
-    here = f"none fits into the {budget / 2**30:.1f} GiB a rank of this machine"
-    if size is not None:
-        here = f"{size} on this machine's CPU ({_fit(footprint, size, world_size, budget)})"
-    return [
-        f"micro-batch: auto, one of {_listed(sizes)}: {here}; on GPUs it is found by trial steps when training starts"
-    ]
+    if size is None:
+        return None, [f"{trial}; on this machine's CPU none fits into {budget / 2**30:.1f} GiB a rank"]
+    return size, [f"{trial}; on this machine's CPU it is {size} ({_fit(footprint, size, world_size, budget)})"]
+
+
+def longest_blocks(config: Config) -> int:
+    """Tokens of the longest blocks that `batch.micro_size` is for."""
+    own = [phase.seq_len for phase in config.data.phases if phase.micro_size is None]
+    return max(config.data.seq_len, *own) if own else config.data.seq_len
 
 
 def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
@@ -92,10 +101,10 @@ def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
     return {
         "ranks": world_size,
         "device": device,
-        "global_size": config.batch.global_size,
+        "sizes": micro_sizes(config.data, config.batch, world_size),
         "memory_gib": config.batch.memory_gib,
         "model": config.model.model_dump(mode="json"),
-        "seq_len": config.data.seq_len,
+        "seq_len": longest_blocks(config),
         "mask_ratio": config.objective.mask_ratio,
         "precision": config.train.precision,
         "gradient_accumulation_dtype": config.train.gradient_accumulation_dtype,
@@ -121,7 +130,7 @@ def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Seque
     """Each rank takes the memory that it sees; the least of them decides, so that all come to the same."""
     budget = min(distributed.gather(world, _cpu_budget(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))))
     footprint = distributed.build_together(
-        world, lambda: Footprint(config, vocabulary, load_preset(config.deepspeed), "cpu")
+        world, lambda: Footprint(config, vocabulary, load_preset(config.deepspeed), "cpu", longest_blocks(config))
     )
     size = footprint.largest(sizes, world.size, budget)
     return size, _fit(footprint, size or sizes[0], world.size, budget)

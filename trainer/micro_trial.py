@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 _ACCUMULATION = 3  # micro-batches of a trial step: one that makes gradients, one that adds to them, one that reduces
 
 
-def largest_by_trial(config: Config, vocabulary: Vocabulary, world: World, sizes: Sequence[int]) -> int | None:
+def largest_by_trial(
+    config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int]
+) -> int | None:
     """Try ascending micro-batches until one does not fit on some rank; a collective.
 
     The allocator of every rank gets the same limit, the least that any of them could have: so the same allocations fail
@@ -37,7 +39,7 @@ def largest_by_trial(config: Config, vocabulary: Vocabulary, world: World, sizes
     limit_memory(config, world)
     trial = largest = None
     try:
-        trial = _Trial.start(config, vocabulary, world)
+        trial = _Trial.start(config, vocabulary, world, seq_len)
         if trial is not None:
             largest = _last_that_fits(trial, sizes)
     finally:
@@ -74,10 +76,9 @@ def limit_memory(config: Config, world: World) -> None:
 class _Trial:
     """An engine that is thrown away, and batches of made-up tokens."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, world: World) -> None:
-        seq_len = config.data.seq_len
+    def __init__(self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int) -> None:
         plan = BatchPlan(_ACCUMULATION * world.size, 1, world.size, _ACCUMULATION, seq_len, total_steps=1)
-        built = build_model(config.model, vocabulary, seq_len, config.run.seed)
+        built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)
         self.world = world
         self.engine = TrainingEngine(
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
@@ -88,11 +89,11 @@ class _Trial:
         self._documents = config.model.document_attention
 
     @classmethod
-    def start(cls, config: Config, vocabulary: Vocabulary, world: World) -> _Trial | None:
+    def start(cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int) -> _Trial | None:
         """None on every rank when not even the engine fits on one of them."""
         trial = None
         try:
-            trial = cls(config, vocabulary, world)
+            trial = cls(config, vocabulary, world, seq_len)
         except torch.OutOfMemoryError as error:
             logger.info("the engine alone does not fit: %s", error)
         return trial if _all_agree(world, trial is not None) else None
@@ -100,6 +101,7 @@ class _Trial:
     def fits(self, micro_size: int) -> bool:
         """Whether every rank has done a step of such micro-batches; every rank calls it."""
         # The reduction of the last micro-batch follows the vote: with stages 0 and 1, only there ranks wait for others.
+        self.engine.begin_step(micro_size, _ACCUMULATION)
         for micro_batches in (_ACCUMULATION - 1, 1):
             done = True
             try:

@@ -74,8 +74,9 @@ def test_what_validate_a_dry_run_and_a_budget_too_small_say(workspace: Path, tmp
     path = write_config(auto_config(workspace, tmp_path / "run", budget), tmp_path / "my.yaml")
     validated = maskwright("validate", path, "--nproc-per-node", "2")
     assert validated.returncode == EXIT_FINISHED, validated.stderr
-    assert "micro × 2 ranks × accumulation, of 8 sequences a rank" in validated.stdout
-    assert "micro-batch: auto, one of 1, 2, 4, 8: 2 on this machine's CPU (modelled: " in validated.stdout
+    assert "16 sequences a step = 2 micro × 2 ranks × 4 accumulation" in validated.stdout
+    assert "micro-batch: auto, one of 1, 2, 4, 8: on GPUs it is found by trial" in validated.stdout
+    assert "on this machine's CPU it is 2 (modelled: " in validated.stdout
     tried = maskwright("train", path, "--nproc-per-node", "2", "--dry-run")
     assert tried.returncode == EXIT_FINISHED, tried.stderr
     assert "micro-batch: 2, the largest of 1, 2, 4, 8 that fits" in tried.stdout + tried.stderr
@@ -97,7 +98,7 @@ def _step_after_trial(config: Config, folder: Path, failing_ranks: tuple[int, ..
     vocabulary, found = load_vocabulary(config), None
     if failing_ranks is not None:
         hook = torch.nn.modules.module.register_module_forward_pre_hook(_run_out(world.rank in failing_ranks))
-        found = largest_by_trial(config, vocabulary, world, [1, 2, 4, 8])
+        found = largest_by_trial(config, vocabulary, world, config.data.seq_len, [1, 2, 4, 8])
         hook.remove()
     plan = BatchPlan(4, 2, world.size, 1, config.data.seq_len, total_steps=1)
     built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)

@@ -54,6 +54,10 @@ def recommend(best: dict[int, Layout | None], configured: int) -> Recommendation
     return Recommendation(chosen, "; ".join(reason))
 
 
+def _sizes(layouts: Layouts, world_size: int) -> list[int]:
+    return micro_sizes(layouts.config.data, layouts.config.batch, world_size)
+
+
 def scale(layouts: Layouts, stage: int, largest: int, world_sizes: tuple[int, ...] = GPU_COUNTS) -> list[Layout | None]:
     """A stage at each number of GPUs with the largest micro-batch up to `largest` that divides; None where none does.
 
@@ -61,7 +65,7 @@ def scale(layouts: Layouts, stage: int, largest: int, world_sizes: tuple[int, ..
     """
     zero, rows = layouts.stages[stage], []
     for world_size in world_sizes:
-        sizes = [size for size in micro_sizes(layouts.config.batch.global_size, world_size) if size <= largest]
+        sizes = [size for size in _sizes(layouts, world_size) if size <= largest]
         rows.append(layouts.layout(world_size, sizes[-1], zero) if sizes else None)
     return rows
 

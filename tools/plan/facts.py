@@ -14,6 +14,7 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs import load_vocabulary, open_inputs
+from trainer.phases import lay_out
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
 
@@ -42,7 +43,7 @@ class Facts:
     @property
     def total_tokens(self) -> int:
         """Positions that the run trains on."""
-        return self.plan.total_steps * self.plan.tokens_per_step
+        return self.plan.tokens_ahead(0, self.plan.total_steps)
 
 
 def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -> Facts:
@@ -58,16 +59,18 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     unknown: list[str] = []
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
-    payload = config.data.seq_len - 2
-    blocks = None if tokens is None else [count // payload for count in tokens]
-    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks or ()))
+    phases = lay_out(config.data, config.batch)
+    blocks = [[count // (phase.seq_len - 2) for count in tokens or ()] for phase in phases]
+    plan = plan_batch(config.batch, config.train, phases, world_size, [sum(counts) for counts in blocks])
     facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))
-    facts.steps_known = config.train.epochs is None or blocks is not None
-    if tokens is not None and blocks is not None:
+    facts.steps_known = config.train.epochs is None or tokens is not None
+    if tokens is not None:
         facts.tokens = sum(tokens)
-        order = mixture_order(config.data, blocks, tokens, config.run.seed)
-        epochs = order.epochs(plan.total_steps * plan.global_size)
+        order = mixture_order(config.data, phases, blocks, tokens, config.run.seed)
+        epochs = order.epochs(plan.end_sample)
         facts.epochs = {source.label: passes for source, passes in zip(config.data.train, epochs, strict=True)}
+    if plan.earlier:
+        unknown.append("earlier steps: smaller batches and shorter blocks are reckoned at the speed of full steps")
     if config.model.document_attention:
         _attended(facts, world_size)
     return facts
@@ -103,7 +106,7 @@ def _tokens_of_sources(config: Config, unknown: list[str]) -> list[int] | None:
 
 def _attended(facts: Facts, world_size: int) -> None:
     try:
-        facts.attended_tokens = open_inputs(facts.config, world_size).attended_tokens
+        facts.attended_tokens = open_inputs(facts.config, world_size).attended_tokens[-1]
     except MaskwrightError:
         facts.unknown.append(
             f"documents: their lengths are not known; FLOPs are counted for {facts.config.data.seq_len:,} tokens each"

@@ -92,7 +92,7 @@ class Layouts:
 
     def largest_micro_size(self, world_size: int, zero: ZeroSettings) -> int | None:
         """The largest that divides the batch and fits."""
-        sizes = micro_sizes(self.config.batch.global_size, world_size)
+        sizes = micro_sizes(self.config.data, self.config.batch, world_size)
         return self.footprint.largest(sizes, world_size, self.device.usable_bytes, zero)
 
     def layout(self, world_size: int, micro_size: int, zero: ZeroSettings) -> Layout:

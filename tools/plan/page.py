@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.plan.advice import GPU_COUNTS
+from tools.plan.facts import Facts
 from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
 
@@ -96,6 +97,12 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
         epochs = ", ".join(f"{passes:.2f} epochs of {name}" for name, passes in facts.epochs.items())
         lines.append(("data", f"{facts.tokens:,} tokens; {epochs}"))
     return [*lines, *(("not known", text) for text in facts.unknown)]
+
+
+def _length(facts: Facts) -> str:
+    steps, each = facts.plan.total_steps, facts.plan.tokens_per_step
+    how = f"{steps:,} steps, up to {each:,} tokens each:" if facts.plan.earlier else f"{steps:,} steps × {each:,} ="
+    return f"{how} {facts.total_tokens:,} tokens (exact)"
 
 
 def _step(plan: RunPlan) -> list[tuple[str, str]]:

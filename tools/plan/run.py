@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.deepspeed_config import compose, load_preset
 from trainer.memory_model import checkpoint_bytes
 from trainer.model.footprint import Footprint
+from trainer.phases import lay_out, with_micro_size
 
 STORAGE_GB_S = 1.0
 """Assumed where it is not given: what all ranks together write to the run folder, in GB a second."""
@@ -92,7 +93,7 @@ class RunPlan:
         if not self.facts.steps_known:
             return None
         saves = self.checkpoint.count * self.checkpoint.stall_seconds
-        return (self.facts.plan.total_steps * layout.time.seconds + saves) / 86_400
+        return (self.facts.total_tokens / layout.tokens_per_second + saves) / 86_400
 
 
 def make_plan(config: Config, options: PlanOptions) -> RunPlan:
@@ -116,7 +117,9 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     if micro_size == "auto":
         micro_size = largest.micro_size if largest is not None else 1
     chosen = layouts.layout(world_size, micro_size, own)
-    settled = plan_batch(config.batch, config.train, config.data.seq_len, world_size, 1, micro_size)
+    batch = with_micro_size(config.batch, micro_size)
+    phases = lay_out(config.data, batch)
+    settled = plan_batch(batch, config.train, phases, world_size, [1] * len(phases))  # its steps do not matter here
     return RunPlan(
         facts=facts,
         options=options,

@@ -21,19 +21,28 @@ class Footprint:
     Args:
         preset: of DeepSpeed.
         device_type: where it will be trained.
+        seq_len: tokens a block; None for those of `data.seq_len`.
 
     Raises:
         UserError: as `build_config`.
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, preset: dict[str, Any], device_type: DeviceType) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        preset: dict[str, Any],
+        device_type: DeviceType,
+        seq_len: int | None = None,
+    ) -> None:
         model_config = build_config(config.model, vocabulary, config.data.seq_len)
         if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
             model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
         self.config, self.zero = config, ZeroSettings.of(preset)
         self.device_type: DeviceType = device_type
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
-        self.predictions_per_block = predictions_per_block(config.objective.mask_ratio, config.data.seq_len - 2)
+        self.seq_len = seq_len or config.data.seq_len
+        self.predictions_per_block = predictions_per_block(config.objective.mask_ratio, self.seq_len - 2)
         self._traced: dict[int, TracedStep] = {}
 
     @cached_property
@@ -53,9 +62,7 @@ class Footprint:
                 self._tracer = StepTracer(
                     self.model, self.device_type, settings.document_attention, settings.activation_checkpointing
                 )
-            self._traced[micro_size] = self._tracer.trace(
-                micro_size, self.config.data.seq_len, self.predictions_per_block
-            )
+            self._traced[micro_size] = self._tracer.trace(micro_size, self.seq_len, self.predictions_per_block)
         return self._traced[micro_size]
 
     def memory(
