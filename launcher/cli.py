@@ -11,7 +11,6 @@ from launcher.command import AsJson, Command, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
-from launcher.look_commands import status
 from launcher.slurm_commands import submit
 
 app = typer.Typer(
