@@ -68,6 +68,7 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

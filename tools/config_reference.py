@@ -21,8 +21,10 @@ from pydantic.fields import FieldInfo
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, SourceConfig, StageConfig, keys_of
 from trainer.data.shards import Manifest, ShardEntry
+from trainer.liveness.heartbeat import Heartbeat
 from trainer.metrics import COUNTERS, EVALUATION_METRICS, EVENT_METRICS, SOURCE_METRICS, TRAINING_METRICS
 from trainer.state import TrainState
+from trainer.tracking.status import Status
 
 _TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
 _BOUNDS = (
@@ -79,6 +81,8 @@ RUN_FOLDER = """\
 | `logs/rank-00000.log` | all that a rank and its libraries print, tracebacks included; one file a rank |
 | `checkpoints/step-00000500/` | a checkpoint: a folder whose `manifest.json` names every file with size and hash |
 | `checkpoints/latest` | name of the newest one, a convenience; never read on resume |
+| `status.json` | where the run stands, described below; `maskwright status` shows it |
+| `heartbeats/rank-00000.json` | a sign of life of each rank, described below; one file a rank, written over |
 | `lock.json` | who trains here (host, process, SLURM job), renewed every 10 s, removed at the end |
 | `.lock` | empty; carries the record lock by which a second job is refused |
 | `previous-1/`, … | what an earlier run left here, moved aside by `--resume never`, or what a rollback took back |
@@ -134,6 +138,10 @@ def metrics_reference() -> str:
         "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
         + _table(("name", "meaning"), EVENT_METRICS.items()),
         RUN_FOLDER,
+        "## Status\n\n`status.json`, replaced as a whole by rank 0.\n\n"
+        + _table(("field", "meaning"), _attributes(Status)),
+        "## Heartbeats\n\n`heartbeats/rank-*.json`, written over every second, in large runs less often.\n\n"
+        + _table(("field", "meaning"), _attributes(Heartbeat)),
         "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format`, `version` and `checksum` "
         "(xxh3_128 of the rest, as JSON with sorted keys).\n\n"
         + _table(("field", "meaning"), _attributes(CheckpointManifest)),

@@ -300,6 +300,31 @@ class LoggingConfig(Section):
     """Write the metrics to RUN/tensorboard as well."""
 
 
+Minutes = Annotated[float, Field(gt=0.0)] | None
+
+
+class WatchdogConfig(Section):
+    """Limits are on time without a sign of progress (a batch read, a micro-batch done), not on a phase as a whole."""
+
+    start_minutes: Minutes = 60.0
+    """End the run (exit code 1) when it makes no progress for so long before its first step is done: reading inputs
+    and a checkpoint, building, compiling. All stacks go to the ranks' logs, and the ranks that are behind are named.
+    null: never, here and below."""
+    data_minutes: Minutes = 30.0
+    """The same while any rank waits for data."""
+    step_minutes: Minutes = 30.0
+    """The same within a step."""
+    evaluate_minutes: Minutes = 30.0
+    """The same within an evaluation."""
+    save_minutes: Minutes = 60.0
+    """The same within a save, which counts as a whole: the time in which the slowest rank writes its files."""
+    straggler_minutes: Minutes = 10.0
+    """Time between two looks for ranks that hold up the others; null never looks. A line on the console, no more."""
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.5
+    """A straggler takes this many times the median rank's time to read its data, or for its forward passes, and loses
+    at least 5 % of all time with it."""
+
+
 class Config(Section):
     run: RunConfig
     model: ModelConfig
@@ -315,3 +340,4 @@ class Config(Section):
     resilience: ResilienceConfig = ResilienceConfig()
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()

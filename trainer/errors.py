@@ -71,6 +71,12 @@ class DivergedError(MaskwrightError):
     title = "Diverged"
 
 
+class HangError(MaskwrightError):
+    """A phase of the run makes no progress: a rank, its machine or the network is stuck."""
+
+    title = "Stuck"
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ' Did you mean X?' for the closest known name, or an empty string."""
     import difflib

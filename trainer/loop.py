@@ -24,6 +24,9 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
+from trainer.liveness.own_time import OwnTime
+from trainer.liveness.phases import Phases
+from trainer.liveness.watchdog import Limits
 from trainer.metrics import ThroughputMeter, counters
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 from trainer.resilience import DivergenceError, DivergenceWatch, end_of
@@ -54,6 +57,8 @@ class Loop:
     meter: ThroughputMeter
     state: TrainState
     stop: StopRequest
+    phases: Phases
+    """Told what this rank is doing."""
     reporter: Reporter | None
     evaluated: bool
     """Whether the evaluation of the step to start from, if one is due there, has been reported."""
@@ -64,6 +69,7 @@ class Loop:
         self.step_metrics = StepMetrics(
             self.config, self.plan, self.world, self.engine, self.objective, self.order, self.meter
         )
+        self.own_time = OwnTime(self.world.device)
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
@@ -91,6 +97,7 @@ class Loop:
                 if clock_says_save:
                     self._save(self.config.checkpoint.in_background)
                 losses = self._train_step(micro_batches, predictions)
+                self._step_is_done()
                 if self.reporter is not None:
                     self.reporter.step(self.state.step)
                 if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
@@ -133,6 +140,7 @@ class Loop:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
         loader = iter(self.open_batches(self.state))
         while True:
+            self.phases.enter("data")
             start = time.perf_counter()
             try:
                 micro_batches = [next(loader) for _ in range(self.plan.accumulation)]
@@ -140,6 +148,8 @@ class Loop:
                 yield error
                 return
             self.meter.waited(time.perf_counter() - start)
+            self.own_time.read_data(time.perf_counter() - start)
+            self.phases.progress()
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
@@ -162,6 +172,7 @@ class Loop:
         loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
         votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
         totals = distributed.total(self.world, votes)
+        self.phases.enter("step")
         if totals[5] == self.world.size:
             self._finish_save()
         self._judge_loss(totals[4])
@@ -190,19 +201,27 @@ class Loop:
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
             torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
             moved = self.objective.to_device(batch, self.engine.device)
-            losses = self.objective.loss_sums(self.engine.network, moved, source_count)
+            with self.own_time.forward():
+                losses = self.objective.loss_sums(self.engine.network, moved, source_count)
             self.engine.backward(losses.sum() * scale)
             loss_sums += losses.detach()
             if self.watch.needs_loss and number == len(micro_batches) - 1:
                 # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
                 self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
             applied = self.engine.step(rate, max_grad_norm)
+            self.phases.progress()
         self.state.advance(self.plan.global_size, self.plan.seq_len, applied)
         if not applied:
             self.loss_to_judge = None
             self._report_skip(max_grad_norm)
         self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
         return loss_sums
+
+    def _step_is_done(self) -> None:
+        if not self.phases.is_started:  # what only a start does, such as compiling, is done
+            limits = Limits.of(self.config.watchdog)
+            distributed.set_timeouts(limits.of_decisions, limits.of_gradients)
+        self.phases.at_step(self.state.step)
 
     def _judge_loss(self, loss: float) -> None:
         """Judge the mean loss of the last step, if it is still to be judged."""
@@ -247,7 +266,8 @@ class Loop:
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
         moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
-        restore(self.engine, folder, self.world)
+        with self.phases.within("start"):
+            restore(self.engine, folder, self.world)
         self.saver.resumed(folder, saved.step)
         error = None
         try:
@@ -267,8 +287,10 @@ class Loop:
 
     def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]) -> None:
         values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches)
+        own_times = distributed.table(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)
+            self.reporter.own_times(own_times)
         self.meter.restart(self.state.tokens)
 
     def _evaluate_if_due(self) -> None:
@@ -276,10 +298,16 @@ class Loop:
         if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
             return
         # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
-        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received and not last)
+        with self.phases.within("evaluate"):
+            values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})
         self.meter.restart(self.state.tokens)
+
+    def _stops_evaluation(self, last: bool) -> bool:
+        """Whether it is to be cut short; asked before each of its batches."""
+        self.phases.progress()
+        return self.stop.received and not last
 
     def _save_if_due(self) -> None:
         """Save by the step; while steps are skipped it is put off: they change nothing, and push out older ones."""
@@ -319,7 +347,8 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """Time in which training stands still for a save."""
         start = time.perf_counter()
-        yield
+        with self.phases.within("save"):
+            yield
         self.last_save_time = time.monotonic()
         self.meter.saved(time.perf_counter() - start)
 

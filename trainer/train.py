@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -25,9 +26,13 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
+from trainer.liveness.phases import Phases
+from trainer.liveness.stragglers import StragglerWatch
+from trainer.liveness.watch import watched
+from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
@@ -44,7 +49,7 @@ from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
 from trainer.tracking.reporter import Reporter
-from trainer.tracking.status import StatusWriter
+from trainer.tracking.status import StatusWriter, change_status
 
 logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,21 +66,29 @@ def no_raw_text(
     return {}
 
 
-def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_text: PrepareText = no_raw_text) -> int:
+def run(
+    config: Config,
+    resume: str = "auto",
+    dry_run: bool = False,
+    prepare_text: PrepareText = no_raw_text,
+    give_up: Callable[[HangError], None] = end_at_once,
+) -> int:
     """Train as the rank that RANK and WORLD_SIZE name; returns the exit code.
 
     Args:
         resume: auto, must, never, or the path of a checkpoint.
         dry_run: do one real step and one evaluation, and save nothing.
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
+        give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
     with stop_requests() as stop:
-        world = distributed.start()
+        world = distributed.start(Limits.of(config.watchdog).of_start)
         try:
             with (
                 _lock(config, world, dry_run) as lock,
                 _output(config, world, dry_run) as stream,
                 _status(config, world, dry_run) as status,
+                _watched(config, world, dry_run, status, give_up) as phases,
             ):
                 console = TrainingConsole(stream) if world.is_main else None
                 say = console.say if console is not None else _nothing
@@ -83,7 +96,8 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
                     _make_ready(run_folder(config), world, lock, say)
                     if world.is_main:  # whose clock decides
                         stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
-                folders = prepare_text(config, world, stop, say)
+                with phases.within("prepare"):
+                    folders = prepare_text(config, world, stop, say)
                 if folders is None:
                     say(f"stopped on {stop.reason}; the same command goes on")
                     if status is not None:
@@ -92,7 +106,7 @@ def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_tex
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
                 )
-                return _train(inputs, world, resume, dry_run, stop, console, status, lock)
+                return _train(inputs, world, resume, dry_run, stop, phases, console, status, lock)
         finally:
             distributed.stop()
 
@@ -129,6 +143,26 @@ def _status(config: Config, world: World, dry_run: bool) -> Iterator[StatusWrite
         yield status
 
 
+@contextmanager
+def _watched(
+    config: Config, world: World, dry_run: bool, status: StatusWriter | None, give_up: Callable[[HangError], None]
+) -> Iterator[Phases]:
+    """This rank's phases, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
+    phases = Phases(on_enter=status.entered if status is not None else None)
+    if dry_run:
+        yield phases
+        return
+    run_dir = run_folder(config)
+
+    def end(error: HangError, is_first: bool) -> None:
+        if is_first:  # rank 0 may be the one that is stuck
+            change_status(run_dir, state="failed", reason=error.problem, eta_seconds=None)
+        give_up(error)
+
+    with watched(run_dir, world.rank, world.size, phases, config.watchdog, end):
+        yield phases
+
+
 def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
     """See that checkpoints can be written, and remove what unfinished saves left."""
     notes, error = lock.notes, None
@@ -152,6 +186,7 @@ def _train(
     resume: str,
     dry_run: bool,
     stop: StopRequest,
+    phases: Phases,
     console: TrainingConsole | None,
     status: StatusWriter | None,
     lock: RunLock,
@@ -162,6 +197,7 @@ def _train(
     checkpoint = None if dry_run else choose(world, run_dir, resume, say)
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
+    phases.at_step(state.step, is_started=False)
     say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
         say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
@@ -189,6 +225,8 @@ def _train(
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     engine = _engine(inputs, built, world, say)
+    limits = Limits.of(config.watchdog)
+    distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
     if checkpoint:
         restore(engine, checkpoint, world)
     loop = Loop(
@@ -204,6 +242,7 @@ def _train(
         meter=meter,
         state=state,
         stop=stop,
+        phases=phases,
         reporter=None,
         evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
     )
@@ -226,9 +265,11 @@ def _count_start(config: Config, world: World, state: TrainState, say: Callable[
 def _run_with_reports(
     loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
 ) -> int:
+    stragglers = _straggler_watch(loop)
     if console is not None and status is not None:
-        total_steps = loop.plan.total_steps
-        loop.reporter = Reporter(loop.saver.run_dir, console, status, total_steps, resumed_step, loop.config)
+        loop.reporter = Reporter(
+            loop.saver.run_dir, console, status, stragglers, loop.plan.total_steps, resumed_step, loop.config
+        )
     try:
         code = loop.run()
         if status is not None:
@@ -237,6 +278,14 @@ def _run_with_reports(
     finally:
         if loop.reporter is not None:
             loop.reporter.close()
+
+
+def _straggler_watch(loop: Loop) -> StragglerWatch | None:
+    """Where it is wanted; every rank calls it."""
+    settings, nodes = loop.config.watchdog, distributed.gather(loop.world, node_name())
+    if settings.straggler_minutes is None:
+        return None
+    return StragglerWatch(settings.straggler_minutes * 60, settings.straggler_ratio, nodes, time.monotonic())
 
 
 def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str], None]) -> TrainingEngine:

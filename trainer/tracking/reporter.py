@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
 from trainer.config_file import dump_config
+from trainer.liveness.stragglers import StragglerWatch
 from trainer.metrics import as_json
 from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
@@ -25,11 +27,12 @@ class Reporter:
         run_dir: Path,
         console: TrainingConsole,
         status: StatusWriter,
+        stragglers: StragglerWatch | None,
         total_steps: int,
         resumed_step: int | None,
         config: Config,
     ) -> None:
-        self.console, self.status = console, status
+        self.console, self.status, self._stragglers = console, status, stragglers
         self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
         self._open(resumed_step)
 
@@ -59,7 +62,6 @@ class Reporter:
         values = self._write(values)
         self.console.training_line(values)
         self.status.progress(
-            state="training",
             **{name: values[name] for name in ("step", "samples", "tokens")},
             train_loss=values["train/loss"],
             tokens_per_second=values["throughput/tokens_per_second"],
@@ -83,6 +85,12 @@ class Reporter:
         """Report an event of EVENT_METRICS, and say `line`."""
         self._write(values)
         self.console.say(line)
+
+    def own_times(self, seconds: list[list[float]]) -> None:
+        """Say, now and then, which ranks hold up the others (seconds of each as in trainer.liveness.stragglers)."""
+        if self._stragglers is not None and (line := self._stragglers.add(seconds, time.monotonic())):
+            logger.info("%s", line)
+            self.console.say(line)
 
     def close(self) -> None:
         self.console.stop()

@@ -24,10 +24,18 @@ from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)
 STATUS = "status.json"
+AT_ONCE = "a second Ctrl-C: at once, without saving"
 STEP_INTERVAL_S = 2.0
 """Progress within training is written this often at most; another state at once."""
 
 State = Literal["starting", "training", "evaluating", "saving", "finished", "stopped", "diverged", "failed"]
+_STATES: dict[str, State] = {
+    "prepare": "starting",
+    "start": "starting",
+    "data": "training",
+    "evaluate": "evaluating",
+    "save": "saving",
+}
 ENDED: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
 
 
@@ -156,6 +164,12 @@ class StatusWriter:
         changes |= {} if checkpoint else {"train_loss": None}
         self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state))
 
+    def entered(self, phase: str) -> None:
+        """A phase of the run begins (trainer.liveness.phases)."""
+        state = _STATES.get(phase)
+        if state is not None and state != self._status.state:
+            self.set(state=state)
+
     def take_back(self) -> None:
         """This start has changed nothing: the status of before stands."""
         if self._before is not None:
@@ -172,7 +186,7 @@ class StatusWriter:
         try:
             yield
         except KeyboardInterrupt:
-            self.set(state="stopped", reason="a second Ctrl-C: at once, without saving", eta_seconds=None)
+            self.set(state="stopped", reason=AT_ONCE, eta_seconds=None)
             raise
         except BaseException as error:
             reason = error.problem if isinstance(error, MaskwrightError) else f"{type(error).__name__}: {error}"

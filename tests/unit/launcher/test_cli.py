@@ -24,6 +24,8 @@ COMMANDS = [
     ("train",),
     ("bench", "loader"),
     ("bench", "prepare"),
+    ("status",),
+    ("doctor",),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),
     ("convert",),
