@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from tests.commands import maskwright
 from tests.ranks import metrics, tiny_config
@@ -15,15 +16,14 @@ from trainer.config import Config
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 
 
-def long_steps(workspace: Path, run_dir: Path, steps: int = 60) -> Config:
-    """Steps that take some tenths of a second, so that there is time to strike at one."""
-    return tiny_config(
-        workspace,
-        run_dir,
-        train={"steps": steps},
-        batch={"global_size": 64, "micro_size": 2},
-        checkpoint={"every_steps": 5},
-    )
+def long_steps(workspace: Path, run_dir: Path, **sections: Any) -> Config:
+    """60 steps that take some tenths of a second, so that there is time to strike at one."""
+    slow = {
+        "train": {"steps": 60},
+        "batch": {"global_size": 64, "micro_size": 2},
+        "checkpoint": {"every_steps": 5},
+    }
+    return tiny_config(workspace, run_dir, **{**slow, **sections})
 
 
 def write_site(path: Path, **keys: object) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,32 @@ def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
     (conversion,) = cluster.wait(job + 1)
     assert conversion.state == "CANCELLED", "there is nothing to convert"
     assert not os.path.exists(run_dir / "model")
+
+
+def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config, repaired = tiny_config(workspace, tmp_path / "run", train={"steps": 5}), tmp_path / "repaired"
+    run_dir = Path(config.run.dir)
+    command = tmp_path / "maskwright"  # which cannot write on n2
+    command.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 0\n'
+        f'exec {sys.executable} -m launcher "$@"\n'
+    )
+    command.chmod(0o755)
+    site = write_site(tmp_path / "site.yaml", command=str(command))
+    arguments = (write_config(config, tmp_path / "config.yaml"), "--exclude-bad-nodes")
+    job = submit(cluster, *arguments, site=site)
+    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 1, "a requeue", seconds=90)
+    shown = cluster.run("scontrol", "show", "job", str(job))
+    assert "ExcNodeList=n2" in shown, job_logs(run_dir)
+    found = json.loads((run_dir / "preflight.json").read_text())
+    assert found["bad_nodes"] == ["n2"] and not found["ok"]
+    assert "preflight: n2 will be excluded" in (run_dir / f"false-starts-{job}.txt").read_text()
+    assert not (run_dir / "starts.jsonl").exists(), "the ranks have not been started"
+
+    repaired.touch()
+    cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=")
+    (end,) = cluster.wait(job)
+    assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", EXIT_FINISHED, 1), job_logs(run_dir)
+    assert len(losses(run_dir)) == 5
