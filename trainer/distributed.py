@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import mark_origin
+from trainer.host_memory import keep_freed_memory
 from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     join_group("nccl" if cuda else "gloo", rank, size, START_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if cuda else dist.group.WORLD
     return World(rank, size, local_rank, device, control)
