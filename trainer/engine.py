@@ -23,6 +23,7 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
+from trainer.optimizer import build_optimizer
 from trainer.partitions import PARAMETER_NAMES, Partitions
 from trainer.snapshot import HostBuffers, Snapshot
 
@@ -262,16 +263,3 @@ class TrainingEngine:
     def refresh_forward_weights(self) -> None:
         """Let the forward pass see master weights that were written from outside; a collective."""
         self.partitions.refresh_forward_weights()
-
-
-def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the usual groups: biases and norm weights (one-dimensional parameters) are not decayed.
-
-    Fused, as torch offers it on CUDA and CPU; under ZeRO it runs over flat partitions either way.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
