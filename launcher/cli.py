@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.bench_commands import bench_app
-from launcher.command import AsJson, Command, RunFolder, console_of_results
+from launcher.command import AsJson, Command, ConfigSource, Overrides, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
+from launcher.plan_command import plan
 from launcher.slurm_commands import submit
 
 app = typer.Typer(
@@ -21,16 +22,6 @@ app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer.")
 app.add_typer(data_app, name="data", help="Look at prepared data, verify it, or simulate a run over it.")
 app.add_typer(bench_app, name="bench", help="Measure speed, side by side with others.")
 app.add_typer(checkpoint_app, name="checkpoint", help="List the checkpoints of a run, or verify them.")
-
-ConfigSource = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Config keys to override, such as batch.micro_size=4.", show_default=False
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,6 +64,7 @@ def demo(
 
 
 app.command(cls=Command)(prepare)
+app.command(cls=Command)(plan)
 
 
 @app.command(cls=Command)

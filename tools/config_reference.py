@@ -83,6 +83,7 @@ RUN_FOLDER = """\
 | `config.yaml` | the resolved config, every default spelled out; frozen at the first start |
 | `deepspeed.json` | the whole dict that DeepSpeed gets; frozen at the first start |
 | `data_order.json` | all that decides which tokens sample t holds, with its sha256; frozen at the first start |
+| `micro_size.json` | with `batch.micro_size: auto`: the micro-batch found for each layout of ranks |
 | `metrics.jsonl` | the lines described above |
 | `profile/steps-00000011-00000013/` | with `train.profile`: a trace of these steps for each rank that was asked for |
 | `tensorboard/` | the same as scalars, and the config as text (`logging.tensorboard: false` leaves it out) |

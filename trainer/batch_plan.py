@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from trainer.config import BatchConfig, TrainConfig, WarmupConfig
+from trainer.config import BatchConfig, DataConfig, TrainConfig, WarmupConfig
 from trainer.errors import UserError
 from trainer.phases import Phase, Phases
 
@@ -164,6 +164,18 @@ class BatchPlan:
             return _FOR_EVER
         steps = -(-(stretch.end - sample) // shape.global_size)
         return steps if stretch.limit is None else min(steps, (stretch.limit - sample) // shape.global_size)
+
+
+def micro_sizes(data: DataConfig, batch: BatchConfig, world_size: int) -> list[int]:
+    """What `micro_size: auto` may be, ascending: all that every batch of the run divides into over the ranks.
+
+    Those of a phase with a micro_size of its own do not count. Empty when there is none, which `plan_batch` refuses.
+    """
+    batches = [batch.global_size]
+    if batch.warmup is not None:
+        batches += [batch.warmup.start_size, batch.warmup.increment or batch.warmup.start_size]
+    batches += [phase.global_size or batch.global_size for phase in data.phases if phase.micro_size is None]
+    return _fitting_micro_sizes(math.gcd(*batches), world_size)
 
 
 def plan_batch(

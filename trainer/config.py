@@ -224,6 +224,16 @@ class ObjectiveConfig(Section):
         return self
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
+    if value < 1:
+        raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
+    return value
+
+
 class WarmupConfig(Section):
     start_size: PositiveInt
     """Sequences of the first steps. It and the increment must divide by micro_size × ranks."""
@@ -236,8 +246,13 @@ class WarmupConfig(Section):
 class BatchConfig(Section):
     global_size: PositiveInt = 256
     """Sequences an optimizer step, over all ranks."""
-    micro_size: PositiveInt = 8
-    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide."""
+    micro_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
+    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide. auto
+    takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
+    and masks do not depend on it, dropout does."""
+    memory_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """With micro_size: auto, the memory that a rank may take. Default: 90 % of what is free on its GPU; on CPU, half of
+    what is available on the machine, divided among its ranks."""
     warmup: WarmupConfig | None = None
     """Begin with smaller batches. Sizes depend on the tokens consumed, not on ranks. Default: global_size from the
     first step on."""

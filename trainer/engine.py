@@ -103,6 +103,10 @@ class TrainingEngine:
         """torch.compile the module; shapes are static."""
         self._engine.compile(compile_kwargs={"dynamic": False})
 
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""
+        self._engine.destroy()
+
     def network(
         self, input_ids: torch.Tensor, prediction_index: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:

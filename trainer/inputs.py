@@ -29,7 +29,7 @@ from trainer.description import describe_run
 from trainer.errors import UserError
 from trainer.model.build import build_config
 from trainer.objectives.mlm import MaskedLanguageModelling
-from trainer.phases import Phases, lay_out
+from trainer.phases import Phases, lay_out, with_micro_size
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
@@ -112,19 +112,24 @@ class Inputs:
 
 
 def open_inputs(
-    config: Config, world_size: int, check_sizes: bool = True, folders: Mapping[str, Path] | None = None
+    config: Config,
+    world_size: int,
+    check_sizes: bool = True,
+    folders: Mapping[str, Path] | None = None,
+    micro_size: int | None = None,
 ) -> Inputs:
     """Open and check everything but the weights.
 
     Args:
         check_sizes: compare the size of every data file with its manifest; one rank does it for all.
         folders: where the data of a path in the config lie, when it is raw text that has been prepared.
+        micro_size: what `batch.micro_size: auto` stands for; None where it is not known, and 1 stands for any.
 
     Raises:
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
-    base = _Base.of(config)
+    base = _Base.of(config, micro_size)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
@@ -143,18 +148,23 @@ def open_inputs(
 
 
 def describe_unprepared(
-    config: Config, world_size: int, folders: Mapping[str, Path], estimated_tokens: Mapping[str, int]
+    config: Config,
+    world_size: int,
+    folders: Mapping[str, Path],
+    estimated_tokens: Mapping[str, int],
+    micro_size: int | None = None,
 ) -> list[str]:
     """What `Inputs.describe` will say, from estimates, when some paths are raw text that is not prepared yet.
 
     Args:
         folders: as for `open_inputs`, of the paths that are prepared.
         estimated_tokens: of the other paths.
+        micro_size: as for `open_inputs`.
 
     Raises:
         UserError: as `open_inputs`.
     """
-    base = _Base.of(config)
+    base = _Base.of(config, micro_size)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders)
     tokens = [
         estimated_tokens[source.path]
@@ -179,17 +189,31 @@ class _Base:
     objectives: tuple[MaskedLanguageModelling, ...]
 
     @classmethod
-    def of(cls, config: Config) -> _Base:
+    def of(cls, config: Config, micro_size: int | None = None) -> _Base:
         _check_run_folder(config)
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
-        folder = tokenizer_source(config)
-        tokenizer = load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
+        folder, tokenizer = _tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
         build_config(config.model, vocabulary, config.data.seq_len)
-        phases = lay_out(config.data, config.batch)
+        phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives)
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    """What training needs to know of the run's tokenizer.
+
+    Raises:
+        UserError: when there is none, or it lacks a token.
+    """
+    folder, tokenizer = _tokenizer(config)
+    return vocabulary_of(tokenizer, folder)
+
+
+def _tokenizer(config: Config) -> tuple[str, Any]:
+    folder = tokenizer_source(config)
+    return folder, load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
 
 
 def tokenizer_source(config: Config) -> str:

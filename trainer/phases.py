@@ -64,21 +64,31 @@ class Phases:
         raise AssertionError("the last phase has no end")
 
 
+def with_micro_size(batch: BatchConfig, micro_size: int | None) -> BatchConfig:
+    """`batch` with a number in the place of `micro_size: auto`; unchanged where there is none to put."""
+    return (
+        batch
+        if batch.micro_size != "auto" or micro_size is None
+        else batch.model_copy(update={"micro_size": micro_size})
+    )
+
+
 def lay_out(data: DataConfig, batch: BatchConfig) -> Phases:
-    """The phases that a config asks for.
+    """The phases that a config asks for; `micro_size: auto` counts as 1, which stands for any.
 
     A phase is a whole number of its full steps: it ends with the first of them, counted from its start, that reaches
     `until_tokens`. Neither ranks nor a batch warm-up move the end.
     """
     laid: list[Phase] = []
     sample = token = 0
+    micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
     for settings in data.phases:
         size = settings.global_size or batch.global_size
         steps = max(0, -(-(settings.until_tokens - token) // (size * settings.seq_len)))
         end = sample + steps * size
-        laid.append(Phase(settings.seq_len, size, settings.micro_size or batch.micro_size, sample, end))
+        laid.append(Phase(settings.seq_len, size, settings.micro_size or micro_size, sample, end))
         sample, token = end, token + steps * size * settings.seq_len
-    return Phases((*laid, Phase(data.seq_len, batch.global_size, batch.micro_size, sample, None)))
+    return Phases((*laid, Phase(data.seq_len, batch.global_size, micro_size, sample, None)))
 
 
 def tokens_before(phases: Sequence[tuple[int, int]], samples: int) -> int:

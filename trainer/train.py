@@ -12,8 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import read_probe_block, take_contents
@@ -37,7 +35,9 @@ from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
-from trainer.model.build import BuiltModel, build_model
+from trainer.micro_size import settle_micro_size
+from trainer.micro_trial import largest_by_trial
+from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.node import node_name
@@ -54,7 +54,6 @@ from trainer.tracking.reporter import Reporter
 from trainer.tracking.status import StatusWriter, change_status
 
 logger = logging.getLogger(__name__)
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 PrepareText = Callable[[Config, World, StopRequest, Callable[[str], None]], Mapping[str, Path] | None]
@@ -105,8 +104,9 @@ def run(
                     if status is not None:
                         status.ended(EXIT_STOPPED_AFTER_SAVING, stop.reason)
                     return EXIT_STOPPED_AFTER_SAVING
+                micro_size = settle_micro_size(config, world, say, largest_by_trial, remember=not dry_run)
                 inputs = distributed.build_together(
-                    world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
+                    world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
                 return _train(inputs, world, resume, dry_run, stop, phases, console, status, lock)
         finally:

@@ -71,7 +71,7 @@ def test_row_01_an_unknown_key_is_an_error_that_names_the_nearest(raw: dict[str,
 
 def test_an_unknown_key_like_no_other_lists_what_is_known():
     problem = refusal(with_(batch={"zzz": 1})).problem
-    assert "Unknown key 'batch.zzz'. Known here: global_size, micro_size, warmup." in problem
+    assert "Unknown key 'batch.zzz'. Known here: global_size, memory_gib, micro_size, warmup." in problem
 
 
 def test_all_mistakes_are_named_at_once():

@@ -215,7 +215,8 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     config = load_config(config_source, overrides)
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
-    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
+    micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
+    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     phases = lay_out(data, batch)
     epoch_blocks = [sum(source.tokens // (phase.seq_len - 2) for source in sources) for phase in phases]
