@@ -11,6 +11,7 @@ from launcher.command import AsJson, Command, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
+from launcher.slurm_commands import submit
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -154,6 +155,7 @@ def train(
     return start_training(config, overrides or [], resume, dry_run, options)
 
 
+app.command(cls=Command)(submit)
 app.command(cls=Command)(status)
 app.command(cls=Command)(doctor)
 

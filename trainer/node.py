@@ -14,3 +14,8 @@ def node_name() -> str:
 def job_id() -> str:
     """The SLURM job that this process belongs to; empty outside SLURM."""
     return os.environ.get("SLURM_JOB_ID", "")
+
+
+def restart_count() -> int:
+    """How often SLURM has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
@@ -26,7 +27,7 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
 from trainer.liveness.phases import Phases
@@ -41,9 +42,11 @@ from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.node import node_name
 from trainer.objectives.mlm import Batch
+from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
-from trainer.signals import StopRequest, stop_requests
+from trainer.signals import StopRequest, stop_requests, time_to_stop
+from trainer.starts import record_start
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
@@ -93,6 +96,8 @@ def run(
                 say = console.say if console is not None else _nothing
                 if not dry_run:
                     _make_ready(run_folder(config), world, lock, say)
+                    if world.is_main:  # whose clock decides
+                        stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
                 with phases.within("prepare"):
                     folders = prepare_text(config, world, stop, say)
                 if folders is None:
@@ -201,6 +206,8 @@ def _train(
         if status is not None:
             status.take_back()
         return EXIT_FINISHED
+    if not dry_run:
+        _count_start(config, world, state, say)
 
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
@@ -209,6 +216,7 @@ def _train(
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
+        inputs.plan.end_of(state.samples, inputs.plan.total_steps - state.step)
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
     if status is not None:
@@ -239,6 +247,7 @@ def _train(
         stop=stop,
         phases=phases,
         reporter=None,
+        profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
         evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
     )
     if dry_run:
@@ -246,14 +255,23 @@ def _train(
     return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
 
 
+def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
+    """Record this start, and end a job whose starts lead nowhere."""
+    error = None
+    try:
+        if world.is_main:
+            say(record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts))
+    except MaskwrightError as caught:
+        error = caught
+    distributed.raise_together(world, error)
+
+
 def _run_with_reports(
     loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
 ) -> int:
     stragglers = _straggler_watch(loop)
     if console is not None and status is not None:
-        loop.reporter = Reporter(
-            loop.saver.run_dir, console, status, stragglers, loop.plan.total_steps, resumed_step, loop.config
-        )
+        loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, loop.plan, resumed_step, loop.config)
     try:
         code = loop.run()
         if status is not None:
@@ -285,24 +303,31 @@ def _evaluator(inputs: Inputs) -> Evaluator | None:
     config = inputs.config
     if inputs.validation is None:
         return None
-    return Evaluator(inputs.validation, inputs.objective, config.eval.samples, config.model.document_attention)
+    micro_size = inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
+    return Evaluator(
+        inputs.validation, inputs.objective, config.eval.samples, micro_size, config.model.document_attention
+    )
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
     return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
 
-def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:
-    return TrainingBatches(
-        inputs.order,
-        inputs.plan,
-        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed, inputs.config.model.document_attention),
-        rank=world.rank,
-        first_sample=state.samples,
-        steps=inputs.plan.total_steps - state.step,
-        workers=inputs.config.data.workers,
-        pin_memory=world.device.type == "cuda",
-    )
+def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]:
+    """This rank's micro-batches from a state on; each phase of the run has blocks, and a loader, of its own."""
+    config, runs = inputs.config, inputs.plan.runs(state.samples, inputs.plan.total_steps - state.step)
+    for phase, runs_of_phase in groupby(runs, key=lambda run: run.shape.phase):
+        first, *others = runs_of_phase
+        yield from TrainingBatches(
+            inputs.order,
+            inputs.plan,
+            MaskedBlocks(inputs.sources, inputs.objectives[phase], config.run.seed, config.model.document_attention),
+            rank=world.rank,
+            first_sample=first.first_sample,
+            steps=first.steps + sum(run.steps for run in others),
+            workers=config.data.workers,
+            pin_memory=world.device.type == "cuda",
+        )
 
 
 def _saver(
@@ -341,7 +366,12 @@ def _decision(config: Config, resume: str, checkpoint: Path | None, state: Train
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    flops = flops_per_token(built.model, inputs.attended_tokens, inputs.prediction_ratio)
+    attended = zip(inputs.objectives, inputs.attended_tokens, strict=True)
+    flops = [
+        flops_per_token(built.model, tokens, objective.predictions_per_block / objective.seq_len)
+        for objective, tokens in attended
+    ]
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
-    logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
+    counted = ", then ".join(f"{each:.4g}" for each in flops)
+    logger.info("model: %s training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", counted, peak, label)
     return ThroughputMeter(flops, peak * world.size)
