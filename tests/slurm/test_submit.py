@@ -89,9 +89,9 @@ def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
 ) -> None:
     config, repaired = tiny_config(workspace, tmp_path / "run", train={"steps": 5}), tmp_path / "repaired"
     run_dir = Path(config.run.dir)
-    command = tmp_path / "maskwright"  # which cannot write on n2
+    command = tmp_path / "maskwright"  # which cannot write more than some kilobytes on n2
     command.write_text(
-        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 0\n'
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 100\n'
         f'exec {sys.executable} -m launcher "$@"\n'
     )
     command.chmod(0o755)
