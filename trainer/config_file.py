@@ -10,7 +10,8 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -205,6 +206,8 @@ def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:
             continue
         field = keys_of(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
+        if isinstance(annotation, UnionType):  # a section that may be left out
+            annotation = next((kind for kind in get_args(annotation) if kind is not NoneType), None)
         place = _SECTIONS_IN_LISTS.get(part, annotation) if "list" in str(annotation) else annotation
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
     return sorted(keys_of(place)) if is_section else []
