@@ -2,6 +2,8 @@
 PYTHON ?= python3
 DIR ?=
 ARGS ?=
+# Test processes; they often wait for ranks and jobs of their own, so one more than there are cores.
+TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -13,7 +15,7 @@ AT_LEAST_3_11 := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 help:
 	@echo "make setup   make $(VENV) with the pinned dependencies (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    the whole path on a small corpus, on CPU, about 5 minutes (DIR=folder: where)"
-	@echo "make test    the whole test suite (ARGS='-k order': some of it)"
+	@echo "make test    the whole test suite (ARGS='-k order': some of it; TEST_WORKERS=1: one test at a time)"
 	@echo "make check   lint, format, types, import rules, shell scripts"
 	@echo "make clean   remove $(VENV) and all caches"
 
@@ -33,7 +35,7 @@ demo: setup
 	$(VENV)/bin/maskwright demo $(if $(DIR),--dir '$(DIR)')
 
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -290,17 +290,18 @@ def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:
     return max(first.process.returncode, EXIT_UNEXPECTED)
 
 
-def _order_of_failure(rank: RankProcess, report: ErrorReport | None) -> tuple[int, float]:
+def _order_of_failure(rank: RankProcess, report: ErrorReport | None) -> tuple[int, bool, float]:
     """Sort key; ranks wait for each other, so one failure makes others fail, and the earliest is the cause.
 
     A rank killed by a signal left no report, and its peers then report lost connections: it counts as of when it was
-    last seen alive. One that left with neither counts only when there is nothing better, one that we ended last.
+    last seen alive. An error that arose on another rank is that rank's to tell, with its traceback. A rank that left
+    with neither counts only when there is nothing better, one that we ended last.
     """
     if report is not None:
-        return 0, report.timestamp
+        return 0, not report.is_own, report.timestamp
     if rank.ended_by_launcher:
-        return 2, rank.last_seen_alive
-    return (0 if rank.process.returncode < 0 else 1), rank.last_seen_alive
+        return 2, False, rank.last_seen_alive
+    return (0 if rank.process.returncode < 0 else 1), False, rank.last_seen_alive
 
 
 def _tell_status(run_dir: Path | None, ranks: list[RankProcess], state: str, reason: str) -> None:

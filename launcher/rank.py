@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launcher.console import Card, exit_code, print_card
-from trainer.errors import MaskwrightError
+from trainer.errors import MaskwrightError, origin_of
 
 ERROR_FILE_VARIABLE = "MASKWRIGHT_ERROR_FILE"
 INTERRUPTED = "KeyboardInterrupt"
@@ -33,6 +33,9 @@ class ErrorReport:
     timestamp: float
     """When the error reached the top of the rank: seconds since the epoch."""
     rank: int
+    """Where the error arose; the rank that reports may be another one, on which it was raised as well."""
+    is_own: bool
+    """Whether it arose on the rank that reports."""
     kind: str
     """Class of the exception."""
     exit_code: int
@@ -133,13 +136,15 @@ def print_report(report: ErrorReport) -> None:
 
 
 def _describe(error: BaseException, run_dir: Path | None) -> ErrorReport:
-    rank = int(os.environ["RANK"])
+    own_rank = int(os.environ["RANK"])
+    rank = origin_of(error, own_rank)
     log = log_of(run_dir, rank)
     expected = isinstance(error, MaskwrightError)
     card = Card.of(error) if expected else _unexpected_card(error, rank, log)
     return ErrorReport(
         timestamp=time.time(),
         rank=rank,
+        is_own=rank == own_rank,
         kind=type(error).__name__,
         exit_code=exit_code(error),
         title=card.title,
@@ -171,9 +176,9 @@ def _tell_torchrun(error: BaseException) -> None:
 
 def _print_own(report: ErrorReport) -> None:
     """Rank 0 speaks in full, the others in one line, and with a traceback only if it would be lost otherwise."""
-    if report.rank == 0:
+    if os.environ["RANK"] == "0":
         print_report(report)
-    elif not report.is_interrupt:
+    elif report.is_own and not report.is_interrupt:  # else rank 0 has it, too
         line = f"[rank {report.rank}] {report.problem}"
         if not report.traceback:
             line += f" {report.remedy}"

@@ -98,11 +98,12 @@ def run_maskwright(steps: int, document_attention: bool) -> dict[str, float]:
     from trainer.deepspeed_config import compose, load_preset
     from trainer.engine import TrainingEngine
     from trainer.model.build import build_model
+    from trainer.phases import lay_out
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29871")
     config, vocabulary = _config(document_attention), _vocabulary()
     world = distributed.start()
-    plan = plan_batch(config.batch, config.train, SEQ_LEN, 1, 1)
+    plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), 1, [1])
     built = build_model(config.model, vocabulary, SEQ_LEN, seed=0)
     engine = TrainingEngine(built, compose(config, load_preset("zero1"), plan), config.optimizer, world)
     objective = MaskedLanguageModelling(config.objective, vocabulary, SEQ_LEN)

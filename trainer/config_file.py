@@ -10,18 +10,17 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, SourceConfig, StageConfig, keys_of
+from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig, keys_of, section_in
 from trainer.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 _MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
-_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig}
+_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig, "phases": PhaseConfig}
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -206,8 +205,6 @@ def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:
             continue
         field = keys_of(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
-        if isinstance(annotation, UnionType):  # a section that may be left out
-            annotation = next((kind for kind in get_args(annotation) if kind is not NoneType), None)
-        place = _SECTIONS_IN_LISTS.get(part, annotation) if "list" in str(annotation) else annotation
+        place = _SECTIONS_IN_LISTS.get(part) if "list" in str(annotation) else section_in(annotation)
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
     return sorted(keys_of(place)) if is_section else []

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from trainer.errors import mark_origin
 from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
@@ -124,9 +125,10 @@ def gather(world: World, value: Any) -> list[Any]:
 
 def raise_together(world: World, error: Exception | None) -> None:
     """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left."""
-    errors = [found for found in gather(world, error) if found is not None]
-    if errors:
-        raise errors[0]
+    for rank, found in enumerate(gather(world, error)):
+        if found is not None:
+            mark_origin(found, rank)
+            raise found
 
 
 def build_together(world: World, build: Callable[[], Any]) -> Any:

@@ -77,6 +77,16 @@ class HangError(MaskwrightError):
     title = "Stuck"
 
 
+def mark_origin(error: Exception, rank: int) -> None:
+    """Note on which rank an error arose that is raised on others as well."""
+    error.__dict__["origin_rank"] = rank
+
+
+def origin_of(error: BaseException, rank: int) -> int:
+    """The rank on which an error arose that was raised on `rank`."""
+    return error.__dict__.get("origin_rank", rank)
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ' Did you mean X?' for the closest known name, or an empty string."""
     import difflib

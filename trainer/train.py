@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
@@ -41,6 +42,7 @@ from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.node import node_name
 from trainer.objectives.mlm import Batch
+from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
 from trainer.signals import StopRequest, stop_requests, time_to_stop
@@ -214,6 +216,7 @@ def _train(
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
+        inputs.plan.end_of(state.samples, inputs.plan.total_steps - state.step)
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
     if status is not None:
@@ -244,6 +247,7 @@ def _train(
         stop=stop,
         phases=phases,
         reporter=None,
+        profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
         evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
     )
     if dry_run:
@@ -267,9 +271,7 @@ def _run_with_reports(
 ) -> int:
     stragglers = _straggler_watch(loop)
     if console is not None and status is not None:
-        loop.reporter = Reporter(
-            loop.saver.run_dir, console, status, stragglers, loop.plan.total_steps, resumed_step, loop.config
-        )
+        loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, loop.plan, resumed_step, loop.config)
     try:
         code = loop.run()
         if status is not None:
@@ -301,24 +303,31 @@ def _evaluator(inputs: Inputs) -> Evaluator | None:
     config = inputs.config
     if inputs.validation is None:
         return None
-    return Evaluator(inputs.validation, inputs.objective, config.eval.samples, config.model.document_attention)
+    micro_size = inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
+    return Evaluator(
+        inputs.validation, inputs.objective, config.eval.samples, micro_size, config.model.document_attention
+    )
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
     return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
 
-def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:
-    return TrainingBatches(
-        inputs.order,
-        inputs.plan,
-        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed, inputs.config.model.document_attention),
-        rank=world.rank,
-        first_sample=state.samples,
-        steps=inputs.plan.total_steps - state.step,
-        workers=inputs.config.data.workers,
-        pin_memory=world.device.type == "cuda",
-    )
+def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]:
+    """This rank's micro-batches from a state on; each phase of the run has blocks, and a loader, of its own."""
+    config, runs = inputs.config, inputs.plan.runs(state.samples, inputs.plan.total_steps - state.step)
+    for phase, runs_of_phase in groupby(runs, key=lambda run: run.shape.phase):
+        first, *others = runs_of_phase
+        yield from TrainingBatches(
+            inputs.order,
+            inputs.plan,
+            MaskedBlocks(inputs.sources, inputs.objectives[phase], config.run.seed, config.model.document_attention),
+            rank=world.rank,
+            first_sample=first.first_sample,
+            steps=first.steps + sum(run.steps for run in others),
+            workers=config.data.workers,
+            pin_memory=world.device.type == "cuda",
+        )
 
 
 def _saver(
@@ -357,7 +366,12 @@ def _decision(config: Config, resume: str, checkpoint: Path | None, state: Train
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    flops = flops_per_token(built.model, inputs.attended_tokens, inputs.prediction_ratio)
+    attended = zip(inputs.objectives, inputs.attended_tokens, strict=True)
+    flops = [
+        flops_per_token(built.model, tokens, objective.predictions_per_block / objective.seq_len)
+        for objective, tokens in attended
+    ]
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
-    logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
+    counted = ", then ".join(f"{each:.4g}" for each in flops)
+    logger.info("model: %s training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", counted, peak, label)
     return ThroughputMeter(flops, peak * world.size)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.config_file import dump_config
 from trainer.liveness.stragglers import StragglerWatch
@@ -28,12 +29,12 @@ class Reporter:
         console: TrainingConsole,
         status: StatusWriter,
         stragglers: StragglerWatch | None,
-        total_steps: int,
+        plan: BatchPlan,
         resumed_step: int | None,
         config: Config,
     ) -> None:
         self.console, self.status, self._stragglers = console, status, stragglers
-        self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
+        self._run_dir, self._plan, self._config = run_dir, plan, config
         self._open(resumed_step)
 
     def _open(self, resumed_step: int | None, keep_events: bool = False) -> None:
@@ -42,7 +43,7 @@ class Reporter:
         if self._config.logging.tensorboard:
             folder = self._run_dir / "tensorboard"
             self._tensorboard = TensorBoardWriter(folder, resumed_step, dump_config(self._config))
-        self.console.start(resumed_step or 0, self._total_steps)
+        self.console.start(resumed_step or 0, self._plan)
 
     def rewind(self, step: int) -> None:
         """Take back what was reported of the steps after `step`, but for the events: they are done again.
@@ -65,7 +66,7 @@ class Reporter:
             **{name: values[name] for name in ("step", "samples", "tokens")},
             train_loss=values["train/loss"],
             tokens_per_second=values["throughput/tokens_per_second"],
-            eta_seconds=seconds_left(values, self._total_steps),
+            eta_seconds=seconds_left(values, self._plan),
         )
 
     def evaluation(self, values: dict[str, Any]) -> None:

@@ -123,6 +123,33 @@ def test_row_12_the_first_cause_is_shown_not_its_echo(folder: Path, capfd: pytes
     assert "Connection closed" not in shown
 
 
+def test_row_12_an_error_that_all_ranks_raise_is_shown_by_the_one_it_arose_on(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = launch_script(
+        folder,
+        """
+        from trainer.errors import mark_origin
+        def fail_here():
+            raise ValueError("the true cause")
+        try:
+            fail_here()
+        except ValueError as caught:
+            error = caught if rank == 1 else ValueError("the true cause")  # it comes without its traceback
+        mark_origin(error, 1)
+        if rank == 1:
+            wait_for("reported")
+        else:
+            import atexit
+            atexit.register(note, "reported")
+        report(error)
+        """,
+    )
+    shown = capfd.readouterr().err
+    assert code == 1
+    assert "fail_here" in shown and "where:  rank 1" in shown
+
+
 def test_row_12_the_log_of_the_failing_rank_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = folder / "logs" / "rank-00001.log"
     log.parent.mkdir()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, run_rank
-from trainer.errors import UserError
+from trainer.errors import UserError, mark_origin
 
 BATCH_ERROR = UserError("batch does not divide", where="batch.global_size", remedy="Set it to 8.")
 
@@ -90,6 +90,19 @@ def test_without_a_launcher_other_ranks_print_one_line(as_rank, capsys: pytest.C
     as_rank(3)
     assert run_rank(raising(BATCH_ERROR), None) == 2
     assert capsys.readouterr().err == "[rank 3] batch does not divide Set it to 8.\n"
+
+
+def test_without_a_launcher_an_error_of_all_ranks_is_said_once(as_rank, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for rank in range(3):
+        as_rank(rank)
+        error = ValueError("boom")
+        mark_origin(error, 1)
+        run_rank(raising(error), None)
+        shown[rank] = capsys.readouterr().err
+    assert "where:  rank 1" in shown[0]
+    assert shown[1].startswith("[rank 1] ValueError: boom")
+    assert shown[2] == ""
 
 
 def test_a_traceback_that_is_in_the_log_is_pointed_to_else_printed(
