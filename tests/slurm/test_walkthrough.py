@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import AutoModelForMaskedLM
 
 from tests.conftest import write_text
-from tests.ranks import losses
+from tests.ranks import metrics
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.runs import job_logs, submitted, write_site
+from tests.slurm.runs import submitted, write_site
 
 ROOT = Path(__file__).parents[2]
 SECTION = re.compile(r"^## A first run on your cluster\n(.*?)^## ", re.MULTILINE | re.DOTALL)
@@ -72,5 +72,5 @@ def test_the_first_run_of_the_readme_works_word_for_word(cluster: SlurmCluster, 
         said += run_block(body, tmp_path, variables)
     assert submitted(said) and "--- settings of this run ---" in said, said
     assert "finished" in said and "TensorBoard 2" in said, said
-    assert len(losses(tmp_path / "runs" / "first")) > 0, job_logs(tmp_path / "runs" / "first")
+    assert metrics(tmp_path / "runs" / "first")[-1]["step"] == 40, said
     AutoModelForMaskedLM.from_pretrained(tmp_path / "first-model")
