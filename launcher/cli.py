@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.bench_commands import bench_app
-from launcher.command import AsJson, Command, console_of_results
+from launcher.command import AsJson, Command, ConfigSource, Overrides, RunFolder, console_of_results
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.look_commands import doctor, status
+from launcher.plan_command import plan
+from launcher.slurm_commands import submit
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -19,16 +22,6 @@ app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer.")
 app.add_typer(data_app, name="data", help="Look at prepared data, verify it, or simulate a run over it.")
 app.add_typer(bench_app, name="bench", help="Measure speed, side by side with others.")
 app.add_typer(checkpoint_app, name="checkpoint", help="List the checkpoints of a run, or verify them.")
-
-ConfigSource = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE", help="Config keys to override, such as batch.micro_size=4.", show_default=False
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,6 +64,7 @@ def demo(
 
 
 app.command(cls=Command)(prepare)
+app.command(cls=Command)(plan)
 
 
 @app.command(cls=Command)
@@ -110,6 +104,22 @@ def train(
             show_default="1",
         ),
     ] = None,
+    node_count: Annotated[
+        int | None,
+        typer.Option("--nnodes", metavar="K", min=1, help="Machines, without SLURM: run the command on each of them."),
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(metavar="I", min=0, help="Which of them this is, from 0.", show_default=False)
+    ] = None,
+    master_address: Annotated[
+        str | None, typer.Option("--master-addr", metavar="A", help="Node 0, as all of them reach it.")
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="P", min=1, max=65535, help="A free port of node 0, the same on all.", show_default="29500"
+        ),
+    ] = None,
     resume: Annotated[
         str,
         typer.Option(
@@ -118,7 +128,7 @@ def train(
             "resume; PATH is a checkpoint.",
         ),
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run one real step and save nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do a step of each phase; save nothing.")] = False,
 ) -> int:
     """Train. The same command resumes a run that was stopped.
 
@@ -128,14 +138,18 @@ def train(
     Examples:
       maskwright train my.yaml --nproc-per-node 8
       maskwright train my.yaml optimizer.lr=3e-4 run.dir=runs/lower --dry-run
+      maskwright train my.yaml --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr node0
       srun --ntasks-per-node 8 maskwright train roberta-base
     """
-    from launcher.start import start_training
+    from launcher.start import ProcessOptions, start_training
 
-    return start_training(config, overrides or [], process_count, resume, dry_run)
+    options = ProcessOptions(process_count, node_count, node_rank, master_address, master_port)
+    return start_training(config, overrides or [], resume, dry_run, options)
 
 
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
+app.command(cls=Command)(submit)
+app.command(cls=Command)(status)
+app.command(cls=Command)(doctor)
 
 
 @checkpoint_app.command("list", cls=Command)

@@ -68,6 +68,16 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+ConfigSource = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Config keys to override, such as batch.micro_size=4.", show_default=False
+    ),
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder (run.dir of its config).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

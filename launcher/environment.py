@@ -40,15 +40,23 @@ class Membership:
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list such as `gpu[03-06,11]`, as SLURM itself expands it."""
+    """The first host of a SLURM node list such as `gpu[03-06,11]`."""
+    return hosts(node_list)[0]
+
+
+def hosts(node_list: str) -> list[str]:
+    """The hosts of a SLURM node list, as SLURM itself expands it; at least one."""
     try:
         result = subprocess.run(
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
         )
-        return result.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        found = result.stdout.split()
+        if not found:
+            raise OSError("it printed nothing")
+        return found
+    except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
-            f"`scontrol show hostnames` did not give the first host of '{node_list}': {error}",
+            f"`scontrol show hostnames` did not give the hosts of '{node_list}': {error}",
             where="MASTER_ADDR",
             remedy="Export MASTER_ADDR before srun: the name of the job's first node, as the others reach it.",
         ) from None

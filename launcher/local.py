@@ -1,4 +1,4 @@
-"""Several ranks on this machine: started together, watched, and ended together.
+"""The ranks of this machine: started together, watched, and ended together.
 
 A rank lives in its own session, so that a Ctrl-C on the terminal reaches the launcher alone, which forwards it to
 each rank exactly once. The kernel kills the ranks if the launcher dies (PR_SET_PDEATHSIG), and a rank's loader
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,8 @@ from launcher.console import EXIT_INTERRUPTED, Card, print_card
 from launcher.environment import Membership
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, log_of, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
-from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen
+from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
+from trainer.tracking.status import AT_ONCE, change_status, read_status
 
 GRACE_S = 15.0
 """After a rank has failed, the others have this long to end by themselves, and again this long after a TERM."""
@@ -64,6 +66,15 @@ class RankProcess:
         if self.process.returncode is None:
             os.kill(self.process.pid, number)  # not Popen.send_signal: that could take its exit status
 
+    def is_stopped(self) -> bool:
+        """Whether it stands still by SIGSTOP or the like: it cannot end by itself then, nor by TERM."""
+        if self.process.returncode is not None:
+            return False
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except OSError:  # no such file system, or gone
+            return False
+
     def terminate(self) -> None:
         self.ended_by_launcher = True
         self.send(signal.SIGTERM)
@@ -80,14 +91,36 @@ class RankProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def launch(command: Sequence[str], process_count: int, run_dir: Path | None, grace_s: float = GRACE_S) -> int:
+@dataclass(frozen=True)
+class Nodes:
+    """This machine among several, each of which has a launcher that starts equally many ranks.
+
+    Attributes:
+        master_address: of the first one, as all reach it.
+        master_port: where its rank 0 meets the others.
+    """
+
+    count: int
+    index: int
+    master_address: str
+    master_port: int
+
+
+def launch(
+    command: Sequence[str],
+    process_count: int,
+    run_dir: Path | None,
+    grace_s: float = GRACE_S,
+    nodes: Nodes | None = None,
+) -> int:
     """Run `command` once a rank, with RANK, WORLD_SIZE and the like set, and return the exit code of the whole.
 
-    That is 0 or 75 when every rank ended with one of them (75 if any did), 130 after a second Ctrl-C, else that of
-    the rank that failed first, whose error is shown. A death by signal counts as 1.
+    Of several nodes these are the ranks of this one. The code is 0 or 75 when every rank ended with one of them (75 if
+    any did), 130 after a second Ctrl-C, else that of the rank that failed first, whose error is shown. A death by
+    signal counts as 1.
     """
     with tempfile.TemporaryDirectory(prefix="maskwright-") as scratch, _received_signals() as received:
-        ranks = _start(command, process_count, Path(scratch))
+        ranks = _start(command, process_count, Path(scratch), nodes)
         try:
             interrupted = _watch(ranks, received, grace_s)
         finally:
@@ -95,11 +128,15 @@ def launch(command: Sequence[str], process_count: int, run_dir: Path | None, gra
                 rank.kill()
         if interrupted:
             print("Interrupted.", file=sys.stderr)
+            _tell_status(run_dir, ranks, state="stopped", reason=AT_ONCE)
             return EXIT_INTERRUPTED
         codes = {rank.process.returncode for rank in ranks}
         if codes <= {EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING}:
             return max(codes)
-        return _show_first_cause(ranks, run_dir)
+        code = _show_first_cause(ranks, run_dir)
+        if nodes is not None:
+            print("If it only lost another rank, the cause is with the launcher of that one's node.", file=sys.stderr)
+        return code
 
 
 def core_count() -> int:
@@ -127,19 +164,19 @@ def _received_signals() -> Iterator[deque[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[RankProcess]:
+def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nodes | None) -> list[RankProcess]:
     threads = max(1, core_count() // process_count)
     die_with_launcher = _make_die_with_launcher()
     ranks: list[RankProcess] = []
-    listener = listen()
-    descriptor, port = listener.fileno(), listener.getsockname()[1]
+    listener, memberships = _places(process_count, nodes)
     try:
-        for rank in range(process_count):
+        for membership in memberships:
+            rank = membership.rank
             error_file = scratch / f"rank-{rank:05d}.error.json"
             output_file = scratch / f"rank-{rank:05d}.out" if rank else None
             environ = {"OMP_NUM_THREADS": str(threads), **os.environ, ERROR_FILE_VARIABLE: str(error_file)}
-            environ |= local_membership(rank, process_count, port).variables()
-            environ[LISTENER_VARIABLE] = "" if rank else str(descriptor)
+            environ |= membership.variables()
+            environ[LISTENER_VARIABLE] = "" if rank or listener is None else str(listener.fileno())
             output = open(output_file, "wb") if output_file else None
             process = subprocess.Popen(
                 command,
@@ -149,7 +186,7 @@ def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[Ra
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
                 preexec_fn=die_with_launcher,
-                pass_fds=() if rank else (descriptor,),
+                pass_fds=() if rank or listener is None else (listener.fileno(),),
             )
             if output:
                 output.close()
@@ -159,8 +196,35 @@ def _start(command: Sequence[str], process_count: int, scratch: Path) -> list[Ra
             rank.kill()
         raise
     finally:
-        listener.close()  # rank 0 has it
+        if listener is not None:
+            listener.close()  # rank 0 has it
     return ranks
+
+
+def _places(process_count: int, nodes: Nodes | None) -> tuple[socket.socket | None, list[Membership]]:
+    """The socket for rank 0, where that is on this node, and the places of the ranks of this node.
+
+    Raises:
+        UserError: when another process has the port.
+    """
+    if nodes is None:
+        listener = listen()
+        port = listener.getsockname()[1]
+        return listener, [local_membership(rank, process_count, port) for rank in range(process_count)]
+    listener = listen_for_nodes(nodes.master_port) if nodes.index == 0 else None
+    memberships = [
+        Membership(
+            started_by="local",
+            rank=nodes.index * process_count + local_rank,
+            world_size=nodes.count * process_count,
+            local_rank=local_rank,
+            local_world_size=process_count,
+            master_address=nodes.master_address,
+            master_port=nodes.master_port,
+        )
+        for local_rank in range(process_count)
+    ]
+    return listener, memberships
 
 
 def _make_die_with_launcher() -> Callable[[], None]:
@@ -194,6 +258,10 @@ def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: f
         now = time.monotonic()
         if failed_at is None and any(rank.failed for rank in ranks):
             failed_at = now
+        if failed_at is not None:
+            for rank in ranks:
+                if rank.is_stopped():
+                    rank.kill()
         if failed_at is not None and now >= failed_at + 2 * grace_s:
             for rank in ranks:
                 rank.kill()
@@ -214,8 +282,11 @@ def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:
     report = reports[first.rank]
     if report is not None:
         print_report(report)
+        if report.exit_code == EXIT_UNEXPECTED:  # rank 0 may have told what it met itself
+            _tell_status(run_dir, ranks, state="failed", reason=report.problem)
         return report.exit_code
-    _show_silent_end(first, log_of(run_dir, first.rank))
+    problem = _show_silent_end(first, log_of(run_dir, first.rank))
+    _tell_status(run_dir, ranks, state="failed", reason=problem)
     return max(first.process.returncode, EXIT_UNEXPECTED)
 
 
@@ -233,8 +304,16 @@ def _order_of_failure(rank: RankProcess, report: ErrorReport | None) -> tuple[in
     return (0 if rank.process.returncode < 0 else 1), False, rank.last_seen_alive
 
 
-def _show_silent_end(rank: RankProcess, log: str) -> None:
-    """A rank that left no report: what it printed last, and how it ended."""
+def _tell_status(run_dir: Path | None, ranks: list[RankProcess], state: str, reason: str) -> None:
+    """Write into RUN/status.json how the ranks ended, if it is rank 0 of these that it speaks of."""
+    status = read_status(run_dir) if run_dir is not None else None
+    owner = (socket.gethostname(), next((rank.process.pid for rank in ranks if rank.rank == 0), None))
+    if run_dir is not None and status is not None and (status.host, status.pid) == owner:
+        change_status(run_dir, state=state, reason=reason, eta_seconds=None)
+
+
+def _show_silent_end(rank: RankProcess, log: str) -> str:
+    """A rank that left no report: what it printed last, and how it ended, which is returned."""
     if rank.output_file:
         sys.stderr.write(_tail(rank.output_file))
     code = rank.process.returncode
@@ -249,6 +328,7 @@ def _show_silent_end(rank: RankProcess, log: str) -> None:
             else "Read what it printed above, and its log."
         )
     print_card(Card("Unexpected end", problem, describe_rank(rank.rank, log), remedy))
+    return problem
 
 
 def _signal_name(number: int) -> str:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from launcher.console import Card, exit_code, print_card
 from trainer.errors import MaskwrightError, origin_of
@@ -104,14 +105,24 @@ def run_rank(work: Callable[[], int], run_dir: Path | None) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        report = _describe(error, run_dir)
-        report_file = os.environ.get(ERROR_FILE_VARIABLE)
-        if report_file:
-            report.write(Path(report_file))
-        else:
-            _tell_torchrun(error)
-            _print_own(report)
-        return report.exit_code
+        return _report(error, run_dir)
+
+
+def report_and_end(error: BaseException, run_dir: Path | None) -> NoReturn:
+    """Report an error and end the process from any thread, whatever the others are stuck in."""
+    os._exit(_report(error, run_dir))
+
+
+def _report(error: BaseException, run_dir: Path | None) -> int:
+    """Tell whoever collects reports, or print; returns the exit code."""
+    report = _describe(error, run_dir)
+    report_file = os.environ.get(ERROR_FILE_VARIABLE)
+    if report_file:
+        report.write(Path(report_file))
+    else:
+        _tell_torchrun(error)
+        _print_own(report)
+    return report.exit_code
 
 
 def print_report(report: ErrorReport) -> None:

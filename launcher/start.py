@@ -3,21 +3,89 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launcher.environment import Membership, find_membership
-from launcher.local import launch, local_membership
-from launcher.rank import hold_stop_signals, run_rank
+from launcher.local import Nodes, launch, local_membership
+from launcher.rank import hold_stop_signals, report_and_end, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.errors import UserError
 from trainer.rendezvous import LISTENER_VARIABLE, listen
 
+DEFAULT_MASTER_PORT = 29500  # torchrun's
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """What `maskwright train` was told about processes; None where it was told nothing.
+
+    Attributes:
+        process_count: ranks a node.
+        node_count, node_rank: nodes, and this one's number among them.
+        master_address, master_port: where rank 0 is, on node 0.
+    """
+
+    process_count: int | None = None
+    node_count: int | None = None
+    node_rank: int | None = None
+    master_address: str | None = None
+    master_port: int | None = None
+
+    @property
+    def of_nodes(self) -> dict[str, int | str]:
+        """The options about several nodes that were given."""
+        values = {
+            "--nnodes": self.node_count,
+            "--node-rank": self.node_rank,
+            "--master-addr": self.master_address,
+            "--master-port": self.master_port,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def nodes(self) -> Nodes | None:
+        """This node among the others; None when it is the only one.
+
+        Raises:
+            UserError: when an option is missing, or they contradict each other.
+        """
+        given = self.of_nodes
+        if not given:
+            return None
+        missing = [name for name in ("--nnodes", "--node-rank", "--master-addr") if name not in given]
+        if missing:
+            raise UserError(
+                f"{' and '.join(given)} given, but not {' and '.join(missing)}.",
+                where=", ".join(missing),
+                remedy="On each of K nodes: --nnodes K --node-rank I (from 0) --master-addr NODE0, and the same "
+                "--nproc-per-node.",
+            )
+        assert self.node_count is not None and self.node_rank is not None and self.master_address is not None
+        if self.node_rank >= self.node_count:
+            raise UserError(
+                f"There is no node {self.node_rank} of {self.node_count}: they are numbered from 0.",
+                where="--node-rank",
+                remedy=f"Give a number from 0 to {self.node_count - 1}, another one on each node.",
+            )
+        port = self.master_port or DEFAULT_MASTER_PORT
+        try:
+            socket.getaddrinfo(self.master_address, port)
+        except OSError as error:
+            raise UserError(
+                f"'{self.master_address}' is no name or address of a machine: {error.strerror}.",
+                where="--master-addr",
+                remedy="Give the name or the address of node 0 as this machine reaches it.",
+            ) from None
+        return Nodes(self.node_count, self.node_rank, self.master_address, port)
+
 
 def start_training(
-    config_source: str, overrides: Sequence[str], process_count: int | None, resume: str, dry_run: bool
+    config_source: str, overrides: Sequence[str], resume: str, dry_run: bool, options: ProcessOptions
 ) -> int:
     """Train, in this process or in ranks of its own, and return the exit code.
 
@@ -25,14 +93,25 @@ def start_training(
         UserError: for a mistake in the config or in how the ranks were started, before any process is.
     """
     membership = find_membership(os.environ)
+    process_count = options.process_count
     if membership is None:
-        if (process_count or 1) > 1:
+        nodes = options.nodes()
+        if (process_count or 1) > 1 or nodes is not None:
             config = load_config(config_source, overrides)
             command = _rank_command(config_source, overrides, resume, dry_run)
-            return launch(command, process_count or 1, _folder_of_logs(config, dry_run))
+            if nodes is not None:
+                _say_place(nodes, process_count or 1)
+            return launch(command, process_count or 1, _folder_of_logs(config, dry_run), nodes=nodes)
         listener = listen()
         membership = local_membership(rank=0, world_size=1, port=listener.getsockname()[1])
         os.environ[LISTENER_VARIABLE] = str(listener.detach())
+    elif options.of_nodes:
+        raise UserError(
+            f"{membership.started_by} started these ranks and says where they meet; {' and '.join(options.of_nodes)} "
+            f"would say it again.",
+            where=", ".join(options.of_nodes),
+            remedy=f"Leave it out: {membership.started_by} starts the ranks.",
+        )
     elif process_count not in (None, membership.local_world_size):
         raise UserError(
             f"{membership.started_by} started {membership.local_world_size} ranks on this node, "
@@ -43,20 +122,30 @@ def start_training(
     return _train_here(membership, config_source, overrides, resume, dry_run)
 
 
+def _say_place(nodes: Nodes, process_count: int) -> None:
+    first = nodes.index * process_count
+    place = f"{nodes.master_address}:{nodes.master_port}"
+    waits = f"they meet at {place}" if nodes.index == 0 else f"the console is that of node 0, they meet at {place}"
+    print(
+        f"node {nodes.index} of {nodes.count}: ranks {first} to {first + process_count - 1}; {waits}", file=sys.stderr
+    )
+
+
 def _train_here(
     membership: Membership, config_source: str, overrides: Sequence[str], resume: str, dry_run: bool
 ) -> int:
     os.environ.update(membership.variables())
     config = load_config(config_source, overrides)
+    run_dir = _folder_of_logs(config, dry_run)
     hold_stop_signals()
 
     def work() -> int:
         from tools.prepare.on_demand import prepare_raw_text
         from trainer.train import run
 
-        return run(config, resume, dry_run, prepare_raw_text)
+        return run(config, resume, dry_run, prepare_raw_text, give_up=partial(report_and_end, run_dir=run_dir))
 
-    return run_rank(work, _folder_of_logs(config, dry_run))
+    return run_rank(work, run_dir)
 
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:

@@ -14,6 +14,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,19 +144,20 @@ class _Watch:
         self._steps = [(kind, re.compile(pattern)) for kind, pattern in fault.point]
         self._fault, self._pid = fault, pid
         self._last_path = ""
-        self._busy = False
+        self._busy: set[int] = set()  # threads: an event of one is not lost because another's is looked at
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        if not self._steps or self._busy or (os.getpid() == self._pid) == self._fault.in_worker:
+        thread = threading.get_ident()
+        if not self._steps or thread in self._busy or (os.getpid() == self._pid) == self._fault.in_worker:
             return
-        self._busy = True  # what is done here raises events as well
+        self._busy.add(thread)  # what is done here raises events as well
         try:
             if self._is_met(event, arguments):
                 self._steps.pop(0)
                 if not self._steps:
                     self._fault.action()
         finally:
-            self._busy = False
+            self._busy.discard(thread)
 
     def _is_met(self, event: str, arguments: tuple) -> bool:
         kind, pattern = self._steps[0]

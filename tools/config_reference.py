@@ -19,10 +19,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.config import Config, SourceConfig, StageConfig, keys_of
+from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig, keys_of, section_in
 from trainer.data.shards import Manifest, ShardEntry
-from trainer.metrics import COUNTERS, EVALUATION_METRICS, EVENT_METRICS, SOURCE_METRICS, TRAINING_METRICS
+from trainer.liveness.heartbeat import Heartbeat
+from trainer.metrics import (
+    BATCH_METRICS,
+    COUNTERS,
+    EVALUATION_METRICS,
+    EVENT_METRICS,
+    SOURCE_METRICS,
+    TRAINING_METRICS,
+)
 from trainer.state import TrainState
+from trainer.tracking.status import Status
 
 _TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
 _BOUNDS = (
@@ -74,11 +83,15 @@ RUN_FOLDER = """\
 | `config.yaml` | the resolved config, every default spelled out; frozen at the first start |
 | `deepspeed.json` | the whole dict that DeepSpeed gets; frozen at the first start |
 | `data_order.json` | all that decides which tokens sample t holds, with its sha256; frozen at the first start |
+| `micro_size.json` | with `batch.micro_size: auto`: the micro-batch found for each layout of ranks |
 | `metrics.jsonl` | the lines described above |
+| `profile/steps-00000011-00000013/` | with `train.profile`: a trace of these steps for each rank that was asked for |
 | `tensorboard/` | the same as scalars, and the config as text (`logging.tensorboard: false` leaves it out) |
 | `logs/rank-00000.log` | all that a rank and its libraries print, tracebacks included; one file a rank |
 | `checkpoints/step-00000500/` | a checkpoint: a folder whose `manifest.json` names every file with size and hash |
 | `checkpoints/latest` | name of the newest one, a convenience; never read on resume |
+| `status.json` | where the run stands, described below; `maskwright status` shows it |
+| `heartbeats/rank-00000.json` | a sign of life of each rank, described below; one file a rank, written over |
 | `lock.json` | who trains here (host, process, SLURM job), renewed every 10 s, removed at the end |
 | `.lock` | empty; carries the record lock by which a second job is refused |
 | `previous-1/`, … | what an earlier run left here, moved aside by `--resume never`, or what a rollback took back |
@@ -98,13 +111,17 @@ def config_reference() -> str:
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
     single = []
     for name, field in keys_of(Config).items():
-        section = _section_of(field)
+        section = section_in(field.annotation)
         if section is None:
             single.append((name, field))
             continue
         parts.append(f"## {name}\n\n" + _table_of_keys(_keys_of(name, section)))
         if name == "data":
-            for key, entry in (("data.train", SourceConfig), ("data.stages", StageConfig)):
+            for key, entry in (
+                ("data.train", SourceConfig),
+                ("data.phases", PhaseConfig),
+                ("data.stages", StageConfig),
+            ):
                 keys = list(keys_of(entry).items())
                 parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))
@@ -112,11 +129,13 @@ def config_reference() -> str:
 
 
 def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """The keys of a section, those of a section within it in its place."""
+    """The keys of a section, those of a section within it in its place, after it if it may be left out."""
     keys = []
     for key, field in keys_of(section).items():
-        inner = _section_of(field)
-        keys += [(f"{prefix}.{key}", field)] if inner is None else _keys_of(f"{prefix}.{key}", inner)
+        inner = section_in(field.annotation)
+        if inner is not field.annotation:
+            keys.append((f"{prefix}.{key}", field))
+        keys += _keys_of(f"{prefix}.{key}", inner) if inner is not None else []
     return keys
 
 
@@ -127,6 +146,8 @@ def metrics_reference() -> str:
         "## Every line\n\n" + _table(("name", "meaning"), COUNTERS.items()),
         "## Training lines\n\nEvery `logging.every_steps` steps, and at the first and the last step.\n\n"
         + _table(("name", "meaning"), TRAINING_METRICS.items()),
+        "In a run whose batches or blocks change their size (`batch.warmup`, `data.phases`), also:\n\n"
+        + _table(("name", "meaning"), BATCH_METRICS.items()),
         "In a run that mixes several sources, also for each of them:\n\n"
         + _table(("name", "meaning"), SOURCE_METRICS.items()),
         "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
@@ -134,6 +155,10 @@ def metrics_reference() -> str:
         "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
         + _table(("name", "meaning"), EVENT_METRICS.items()),
         RUN_FOLDER,
+        "## Status\n\n`status.json`, replaced as a whole by rank 0.\n\n"
+        + _table(("field", "meaning"), _attributes(Status)),
+        "## Heartbeats\n\n`heartbeats/rank-*.json`, written over every second, in large runs less often.\n\n"
+        + _table(("field", "meaning"), _attributes(Heartbeat)),
         "## Checkpoint manifest\n\n`checkpoints/step-*/manifest.json`; also `format`, `version` and `checksum` "
         "(xxh3_128 of the rest, as JSON with sorted keys).\n\n"
         + _table(("field", "meaning"), _attributes(CheckpointManifest)),
@@ -159,11 +184,6 @@ _DATA_MANIFEST = {
 }
 assert _DATA_MANIFEST.keys() == {field.name for field in dataclasses.fields(Manifest)}
 assert {field.name for field in dataclasses.fields(ShardEntry)} == {"name", "tokens", "documents", "files"}
-
-
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _table_of_keys(fields: list[tuple[str, FieldInfo]]) -> str:
@@ -192,6 +212,8 @@ def _describe_annotation(annotation: Any) -> str:
         return f"[{'; '.join(_describe_annotation(argument) for argument in arguments)}]"
     if origin is dict:
         return "mapping"
+    if section_in(annotation) is not None:
+        return "a section, or null"
     if arguments:  # X | None
         return " or ".join(_describe_annotation(argument) for argument in arguments)
     return _TYPE_NAMES[annotation]

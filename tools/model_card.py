@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
-from trainer.config import DataConfig
+from trainer.config import BatchConfig, DataConfig
 from trainer.data.mixture import mixture_order
+from trainer.data.order_changes import phases_of
+from trainer.phases import lay_out, tokens_before
 from trainer.state import TrainState
 from trainer.tracking.jsonl import read_lines
 
@@ -40,7 +42,8 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
 
 def _summary(manifest: CheckpointManifest, dtype: str, evaluations: list[dict[str, Any]]) -> str:
     state = TrainState(**manifest.state)
-    tokens = state.tokens - state.skipped_samples * manifest.data_order["seq_len"]
+    lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases_of(manifest.data_order)]
+    tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
     rows = [
         ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
         ("steps", f"{manifest.step:,}"),
@@ -64,9 +67,10 @@ def _use() -> str:
 
 
 def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
-    recorded = manifest.data_order["sources"]
-    data, blocks = DataConfig.model_validate(config["data"]), [source["blocks"] for source in recorded]
-    order = mixture_order(data, blocks, [source["tokens"] for source in recorded], config["run"]["seed"])
+    recorded, blocks = manifest.data_order["sources"], [phase["blocks"] for phase in phases_of(manifest.data_order)]
+    data, batch = DataConfig.model_validate(config["data"]), BatchConfig.model_validate(config["batch"])
+    tokens = [source["tokens"] for source in recorded]
+    order = mixture_order(data, lay_out(data, batch), blocks, tokens, config["run"]["seed"])
     rows = [
         (source["name"], f"{source['tokens']:,}", f"{source['documents']:,}", f"{passes:.2f}")
         for source, passes in zip(recorded, order.epochs(manifest.state["samples"]), strict=True)
@@ -86,9 +90,9 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
             "objective",
             f"{objective['name']}, {objective['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit",
         ),
-        ("sequence length", f"{config['data']['seq_len']}"),
+        ("sequence length", _seq_len(manifest)),
         ("attention", _attention(config)),
-        ("batch", f"{config['batch']['global_size']} sequences"),
+        ("batch", _batch(config)),
         (
             "optimizer",
             f"{optimizer['name']}, betas {optimizer['betas']}, eps {optimizer['eps']:g}, "
@@ -103,6 +107,27 @@ def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
         ("rollbacks", f"{len(TrainState(**manifest.state).rollbacks)}"),
     ]
     return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _seq_len(manifest: CheckpointManifest) -> str:
+    """Of each phase that the training has reached."""
+    phases = [phase for phase in phases_of(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]]
+    lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases]
+    return ", ".join(
+        f"{seq_len}" + (f" from token {tokens_before(lengths, first):,} on" if first else "")
+        for first, seq_len in lengths
+    )
+
+
+def _batch(config: dict[str, Any]) -> str:
+    batch = BatchConfig.model_validate(config["batch"])
+    phases = DataConfig.model_validate(config["data"]).phases
+    sizes = "".join(
+        f", {phase.global_size} up to token {phase.until_tokens:,}" for phase in phases if phase.global_size is not None
+    )
+    warmup = batch.warmup
+    grown = f", grown from {warmup.start_size} over the first {warmup.tokens:,} tokens" if warmup is not None else ""
+    return f"{batch.global_size} sequences{sizes}{grown}"
 
 
 def _attention(config: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tools.prepare.on_demand import look_up
 from trainer.config import Config
 from trainer.inputs import describe_unprepared, open_inputs
+from trainer.micro_size import foresee
 
 
 def validate(config: Config, world_size: int) -> list[str]:
@@ -17,6 +18,8 @@ def validate(config: Config, world_size: int) -> list[str]:
         DamagedError: when a data file is missing or has another size than recorded.
     """
     found = look_up(config)
+    micro_size, lines = foresee(config, world_size)
     if not found.estimates:
-        return open_inputs(config, world_size, folders=found.folders).describe()
-    return [*found.notes, *describe_unprepared(config, world_size, found.folders, found.estimates)]
+        return [*open_inputs(config, world_size, folders=found.folders, micro_size=micro_size).describe(), *lines]
+    described = describe_unprepared(config, world_size, found.folders, found.estimates, micro_size)
+    return [*found.notes, *described, *lines]

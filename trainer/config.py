@@ -7,7 +7,9 @@ reads a config from YAML and the command line.
 from __future__ import annotations
 
 import math
+import typing
 from pathlib import PurePath
+from types import UnionType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -29,6 +31,12 @@ class Section(BaseModel):
 def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, alone or as `Section | None`; None where it holds none."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 class RunConfig(Section):
@@ -120,13 +128,27 @@ class StageConfig(Section):
     """Weight of each source by name from there on; a source that is left out has none."""
 
 
+class PhaseConfig(Section):
+    seq_len: Annotated[int, Field(ge=8, le=32768)]
+    """Tokens a block until then; at most data.seq_len."""
+    until_tokens: PositiveInt
+    """Where the phase ends, counted as `tokens` in the metrics; rounded up to whole steps of its global batch."""
+    micro_size: PositiveInt | None = None
+    """Sequences a rank in one forward pass until then; shorter ones leave room for more. Default: batch.micro_size."""
+    global_size: PositiveInt | None = None
+    """Sequences an optimizer step until then. Default: batch.global_size."""
+
+
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
     """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
     validation: str | None = None
     """Held-out folder. Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
-    """Tokens a block, with the two special tokens at its ends."""
+    """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """Earlier phases of the run with shorter blocks, each up to a given token; after them seq_len. A phase cuts the
+    same data anew, in an order of its own. A resume may change what lies ahead."""
     temperature: Annotated[float, Field(gt=0.0)] | None = None
     """Weigh sources by tokens^(1/temperature) (arXiv:1907.05019): 1 by size, larger towards equal shares."""
     stages: list[StageConfig] = Field(default_factory=list)
@@ -156,6 +178,15 @@ class DataConfig(Section):
             raise ValueError("has both temperature and weights in train: leave one of them out")
         if self.temperature is None and not any(source.weight != 0 for source in self.train):
             raise ValueError("train needs at least one source with a weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def phases_fit(self) -> Self:
+        for before, phase in zip([None, *self.phases], self.phases, strict=False):
+            if before is not None and phase.until_tokens <= before.until_tokens:
+                raise ValueError(f"phases must ascend: until_tokens {phase.until_tokens} after {before.until_tokens}")
+            if phase.seq_len > self.seq_len:
+                raise ValueError(f"phases must not have longer blocks than seq_len {self.seq_len}, got {phase.seq_len}")
         return self
 
     @model_validator(mode="after")
@@ -193,11 +224,52 @@ class ObjectiveConfig(Section):
         return self
 
 
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
+    if value < 1:
+        raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
+    return value
+
+
+class WarmupConfig(Section):
+    start_size: PositiveInt
+    """Sequences of the first steps. It and the increment must divide by micro_size × ranks."""
+    increment: PositiveInt | None = None
+    """Sequences by which the batch grows, each size for an equal share of the tokens. Default: start_size."""
+    tokens: PositiveInt
+    """When the batch has grown to its global_size, counted as `tokens` in the metrics."""
+
+
 class BatchConfig(Section):
     global_size: PositiveInt = 256
     """Sequences an optimizer step, over all ranks."""
-    micro_size: PositiveInt = 8
-    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide."""
+    micro_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
+    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide. auto
+    takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
+    and masks do not depend on it, dropout does."""
+    memory_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """With micro_size: auto, the memory that a rank may take. Default: 90 % of what is free on its GPU; on CPU, half of
+    what is available on the machine, divided among its ranks."""
+    warmup: WarmupConfig | None = None
+    """Begin with smaller batches. Sizes depend on the tokens consumed, not on ranks. Default: global_size from the
+    first step on."""
+
+    @model_validator(mode="after")
+    def warmup_fits(self) -> Self:
+        if self.warmup is None:
+            return self
+        start, increment = self.warmup.start_size, self.warmup.increment or self.warmup.start_size
+        if start >= self.global_size:
+            raise ValueError(f"warmup.start_size must be below global_size {self.global_size}, got {start}")
+        if (self.global_size - start) % increment:
+            raise ValueError(
+                f"warmup does not lead from start_size {start} to global_size {self.global_size} in steps of "
+                f"{increment} (warmup.increment; default: start_size)"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -226,6 +298,15 @@ class ScheduleConfig(Section):
     """Final learning rate over peak (linear, cosine, wsd)."""
 
 
+class ProfileConfig(Section):
+    start: PositiveInt
+    """First step that is profiled; the first steps of a start are slower than the others."""
+    steps: PositiveInt = 3
+    """How many steps. A trace has some MB a step."""
+    all_ranks: bool = False
+    """A trace of each rank; else of rank 0 alone."""
+
+
 class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Length in optimizer steps. Give exactly one of steps, tokens, epochs."""
@@ -237,6 +318,9 @@ class TrainConfig(Section):
     """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None
     """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
+    profile: ProfileConfig | None = None
+    """Write a trace of some steps by torch.profiler to RUN/profile, for TensorBoard's profiler or Perfetto. Default:
+    none, at no cost."""
 
     @model_validator(mode="after")
     def one_length(self) -> Self:
@@ -278,6 +362,12 @@ class ResilienceConfig(Section):
     """Applied steps that the two medians are taken over; before there are so many, nothing is above them."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks in the whole run; training that diverges once more ends with exit code 4."""
+    stop_before_end_seconds: Annotated[int, Field(gt=0, le=65_535)] = 300
+    """So long before the time limit of a SLURM job the run saves and stops, to be requeued: a step, a batch of an
+    evaluation, a save and a minute have to fit."""
+    max_idle_starts: PositiveInt | None = 3
+    """A SLURM job ends (exit code 1, no requeue) when so many starts of it in a row began at the step where it stands
+    again: what it does is lost each time. null goes on for ever."""
 
 
 class EvalConfig(Section):
@@ -292,6 +382,31 @@ class LoggingConfig(Section):
     """Steps between two lines in metrics.jsonl, in TensorBoard and, off a terminal, on the console."""
     tensorboard: bool = True
     """Write the metrics to RUN/tensorboard as well."""
+
+
+Minutes = Annotated[float, Field(gt=0.0)] | None
+
+
+class WatchdogConfig(Section):
+    """Limits are on time without a sign of progress (a batch read, a micro-batch done), not on a phase as a whole."""
+
+    start_minutes: Minutes = 60.0
+    """End the run (exit code 1) when it makes no progress for so long before its first step is done: reading inputs
+    and a checkpoint, building, compiling. All stacks go to the ranks' logs, and the ranks that are behind are named.
+    null: never, here and below."""
+    data_minutes: Minutes = 30.0
+    """The same while any rank waits for data."""
+    step_minutes: Minutes = 30.0
+    """The same within a step."""
+    evaluate_minutes: Minutes = 30.0
+    """The same within an evaluation."""
+    save_minutes: Minutes = 60.0
+    """The same within a save, which counts as a whole: the time in which the slowest rank writes its files."""
+    straggler_minutes: Minutes = 10.0
+    """Time between two looks for ranks that hold up the others; null never looks. A line on the console, no more."""
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.5
+    """A straggler takes this many times the median rank's time to read its data, or for its forward passes, and loses
+    at least 5 % of all time with it."""
 
 
 class Config(Section):
@@ -309,3 +424,4 @@ class Config(Section):
     resilience: ResilienceConfig = ResilienceConfig()
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()

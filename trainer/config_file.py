@@ -10,17 +10,18 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, SourceConfig, StageConfig, keys_of
+from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig, keys_of, section_in
 from trainer.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 _MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
-_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig}
+_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig, "phases": PhaseConfig}
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -37,10 +38,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(raw: dict[str, Any], source: str) -> Config:
     """Validate a plain dict; `source` is named in the error."""
+    return validate_section(Config, raw, source, "docs/config.md")
+
+
+def validate_section(section: type[SectionType], raw: Any, source: str, described_in: str) -> SectionType:
+    """Validate a plain dict as a section, or as all of a file; `source` and `described_in` are named in the error."""
     try:
-        return Config.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        raise _as_user_error(error, source) from None
+        raise _as_user_error(error, section, source, described_in) from None
 
 
 def dump_config(config: Config) -> str:
@@ -73,18 +79,28 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise UserError(f"`extends` goes round in a circle: {chain}.", where=str(path), remedy="Break the circle.")
+    raw = read_mapping(path, example="trainer/recipes/demo.yaml")
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    base = _read_with_parents(find_config(str(parent), relative_to=path.parent), (*seen, path))
+    return _merge(base, raw)
+
+
+def read_mapping(path: Path, example: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping, or nothing.
+
+    Raises:
+        UserError: when it does not; `example` is a file that does.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"Not valid YAML: {error}", where=str(path), remedy="Correct the file.") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise UserError("A config is a mapping of sections.", where=str(path), remedy="See trainer/recipes/demo.yaml.")
-    parent = raw.pop("extends", None)
-    if parent is None:
-        return raw
-    base = _read_with_parents(find_config(str(parent), relative_to=path.parent), (*seen, path))
-    return _merge(base, raw)
+        raise UserError("A config is a mapping of sections.", where=str(path), remedy=f"See {example}.")
+    return raw
 
 
 # Where exactly one of several keys may be set, setting one in a child replaces the parent's choice.
@@ -156,7 +172,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _as_user_error(error: ValidationError, source: str) -> UserError:
+def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, described_in: str) -> UserError:
     problems, keys = [], []
     for item in error.errors():
         path = [str(part) for part in item["loc"]]
@@ -165,7 +181,8 @@ def _as_user_error(error: ValidationError, source: str) -> UserError:
         if key in _MOVED:
             problems.append(f"Key '{key}' is now '{_MOVED[key]}'.")
         elif item["type"] == "extra_forbidden":
-            hint = nearest(path[-1], _known_keys(path[:-1])) or f" Known here: {', '.join(_known_keys(path[:-1]))}."
+            known = _known_keys(root, path[:-1])
+            hint = nearest(path[-1], known) or f" Known here: {', '.join(known)}."
             problems.append(f"Unknown key '{key}'.{hint}")
         elif item["type"] == "missing":
             problems.append(f"Key '{key}' is missing.")
@@ -177,17 +194,17 @@ def _as_user_error(error: ValidationError, source: str) -> UserError:
     return UserError(
         " ".join(dict.fromkeys(problems)),
         where=", ".join(dict.fromkeys(keys)),
-        remedy=f"Correct it in {source} or on the command line; every key is described in docs/config.md.",
+        remedy=f"Correct it in {source} or on the command line; every key is described in {described_in}.",
     )
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    place: Any = Config
+def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:
+    place: Any = root
     for part in path:
         if part.isdigit():
             continue
         field = keys_of(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
-        place = _SECTIONS_IN_LISTS.get(part, annotation) if "list" in str(annotation) else annotation
+        place = _SECTIONS_IN_LISTS.get(part) if "list" in str(annotation) else section_in(annotation)
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
     return sorted(keys_of(place)) if is_section else []

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from trainer.errors import mark_origin
 from trainer.host_memory import keep_freed_memory
@@ -22,6 +23,11 @@ from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT = timedelta(minutes=30)
+_NCCL_DEFAULTS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, and do not wait for communicators that may be stuck
+    "TORCH_FR_BUFFER_SIZE": "2000",  # the last collectives of each rank, which a timeout writes out:
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,11 @@ class World:
         return self.rank == 0
 
 
-def start() -> World:
+def start(timeout: timedelta = START_TIMEOUT) -> World:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        timeout: of the meeting, and of each collective until `set_timeouts`.
 
     Raises:
         UserError: on rank 0, when another process has the port.
@@ -55,16 +64,39 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        for name, value in _NCCL_DEFAULTS.items():
+            os.environ.setdefault(name, value)
     else:
         keep_freed_memory()
-    join_group("nccl" if cuda else "gloo", rank, size, START_TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=START_TIMEOUT) if cuda else dist.group.WORLD
+    join_group("nccl" if cuda else "gloo", rank, size, timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     return World(rank, size, local_rank, device, control)
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def set_timeouts(decisions: timedelta, gradients: timedelta) -> None:
+    """Set how long a collective may take from now on, in all groups, DeepSpeed's own included; every rank calls it.
+
+    Args:
+        decisions: over gloo.
+        gradients: over NCCL.
+    """
+    if dist.is_initialized():
+        groups = distributed_c10d._world.pg_map.items()
+        for group, (backend, _) in groups:
+            distributed_c10d._set_pg_timeout(gradients if backend == "nccl" else decisions, group)
+
+
+def table(world: World, values: Sequence[float]) -> list[list[float]]:
+    """Each rank's values, by rank: `gather` for some numbers, without pickling."""
+    flat = [0.0] * (world.size * len(values))
+    flat[world.rank * len(values) : (world.rank + 1) * len(values)] = values
+    flat = total(world, flat)
+    return [flat[first : first + len(values)] for first in range(0, len(flat), len(values))]
 
 
 def total(world: World, values: Sequence[float]) -> list[float]:

@@ -70,8 +70,6 @@ class TrainingEngine:
     def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
         self.world = world
         self.stage: int = ds_config["zero_optimization"]["stage"]
-        self.accumulation: int = ds_config["gradient_accumulation_steps"]
-        self.micro_size: int = ds_config["train_micro_batch_size_per_gpu"]
         accelerator = get_accelerator()
         assert accelerator is not None
         if ds_config["fp16"]["enabled"] and not accelerator.is_fp16_supported():
@@ -110,6 +108,10 @@ class TrainingEngine:
         """torch.compile the module; shapes are static."""
         self._engine.compile(compile_kwargs={"dynamic": False})
 
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""
+        self._engine.destroy()
+
     def network(
         self, input_ids: torch.Tensor, prediction_index: torch.Tensor, documents: Documents | None = None
     ) -> torch.Tensor:
@@ -127,6 +129,16 @@ class TrainingEngine:
         with self._positions.select(prediction_index):
             output = self._engine(input_ids=input_ids, **inputs)
         return self._positions.logits(output.logits, prediction_index)
+
+    def begin_step(self, micro_size: int, accumulation: int) -> None:
+        """Say how many micro-batches the next step has, and of how many sequences; they may differ from step to step.
+
+        DeepSpeed ends a step where the number of micro-batches so far divides by the accumulation. That holds with
+        another accumulation only if the count begins anew.
+        """
+        self._engine.set_train_micro_batch_size(micro_size)
+        self._engine.set_train_batch_size(micro_size * accumulation * self.world.size)
+        self._engine.micro_steps = 0
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a micro-batch; they are averaged over ranks and micro-batches.

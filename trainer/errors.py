@@ -71,6 +71,12 @@ class DivergedError(MaskwrightError):
     title = "Diverged"
 
 
+class HangError(MaskwrightError):
+    """A phase of the run makes no progress: a rank, its machine or the network is stuck."""
+
+    title = "Stuck"
+
+
 def mark_origin(error: Exception, rank: int) -> None:
     """Note on which rank an error arose that is raised on others as well."""
     error.__dict__["origin_rank"] = rank

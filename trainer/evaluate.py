@@ -25,13 +25,19 @@ class Evaluator:
     """Loss, perplexity and accuracy over `samples` validation blocks (all of them, when there are fewer).
 
     Args:
+        micro_size: blocks a rank in one forward pass.
         document_attention: evaluate with attention within documents, as the model is trained.
     """
 
     def __init__(
-        self, data: ShardSet, objective: MaskedLanguageModelling, samples: int, document_attention: bool
+        self,
+        data: ShardSet,
+        objective: MaskedLanguageModelling,
+        samples: int,
+        micro_size: int,
+        document_attention: bool,
     ) -> None:
-        self.data, self.objective = data, objective
+        self.data, self.objective, self.micro_size = data, objective, micro_size
         self.borders = DocumentBorders(data) if document_attention else None
         available = data.block_count(objective.payload)
         self.samples = min(samples, available)
@@ -42,7 +48,7 @@ class Evaluator:
         self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """Evaluate; every rank calls it. None when a rank was asked to stop meanwhile."""
-        micro_size = engine.micro_size
+        micro_size = self.micro_size
         passes = math.ceil(self.samples / (micro_size * world.size))  # the same on all ranks: ZeRO-3 gathers in step
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         with engine.evaluating():

@@ -18,16 +18,18 @@ import numpy as np
 from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import Config, DataConfig
 from trainer.data.borders import DocumentBorders, positions_in_documents
-from trainer.data.mixture import check_epochs, describe_mixture, mixture_order
+from trainer.data.mixture import check_epochs, mixture_order
 from trainer.data.open_shard import ReadSettings
-from trainer.data.order import SampleOrder
+from trainer.data.run_order import RunOrder
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import split_folder
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.deepspeed_config import check_precision, compose, load_preset, stage_of
+from trainer.description import describe_run
 from trainer.errors import UserError
 from trainer.model.build import build_config
 from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.phases import Phases, lay_out, with_micro_size
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
@@ -43,85 +45,91 @@ class Inputs:
     vocabulary: Vocabulary
     sources: list[ShardSet]
     validation: ShardSet | None
-    order: SampleOrder
-    objective: MaskedLanguageModelling
+    order: RunOrder
+    objectives: tuple[MaskedLanguageModelling, ...]
+    """Of each phase."""
     tokenizer_note: str
     """How the tokenizer differs from the one of the checkpoint to continue from; empty when it does not."""
 
     @property
-    def epoch_blocks(self) -> int:
-        """Blocks in one pass over all sources."""
-        return sum(source.block_count(self.objective.payload) for source in self.sources)
-
-    @property
-    def prediction_ratio(self) -> float:
-        """Predicted positions over all positions of a block."""
-        return self.objective.predictions_per_block / self.plan.seq_len
+    def objective(self) -> MaskedLanguageModelling:
+        """The last phase's, with which is evaluated."""
+        return self.objectives[-1]
 
     @cached_property
-    def attended_tokens(self) -> float:
-        """How many tokens a token attends to on average, itself included.
+    def attended_tokens(self) -> tuple[float, ...]:
+        """How many tokens a token attends to on average in each phase, itself included.
 
-        All of its block or, with document attention, what the block holds of its document: a mean over the run's
+        All of its block or, with document attention, what the block holds of its document: a mean over the phase's
         first blocks.
         """
         if not self.config.model.document_attention:
-            return float(self.plan.seq_len)
-        sources, blocks = self.order.locate(np.arange(_COUNTED_BLOCKS))
+            return tuple(float(phase.seq_len) for phase in self.order.phases)
+        return tuple(self._attended_in_documents(number) for number in range(len(self.order.phases)))
+
+    def _attended_in_documents(self, phase: int) -> float:
+        objective = self.objectives[phase]
+        sources, blocks = self.order.orders[phase].locate(np.arange(_COUNTED_BLOCKS))
         attended = 0
         for source in np.unique(sources).tolist():
             borders = DocumentBorders(self.sources[source])
-            starts = borders.document_starts(blocks[sources == source], self.objective.payload)
-            positions = positions_in_documents(self.objective.frame_starts(starts))
+            starts = borders.document_starts(blocks[sources == source], objective.payload)
+            positions = positions_in_documents(objective.frame_starts(starts))
             attended += int((2 * positions + 1).sum())  # over a document of n tokens that is n²
-        return attended / (_COUNTED_BLOCKS * self.plan.seq_len)
+        return attended / (_COUNTED_BLOCKS * objective.seq_len)
 
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
         """What decides which tokens sample t holds, for checkpoints and, shards and all, for RUN/data_order.json."""
-        described = self.order.describe()
-        blocks = described.pop("blocks")
         sources = []
-        for settings, source, count in zip(self.config.data.train, self.sources, blocks, strict=True):
+        for settings, source in zip(self.config.data.train, self.sources, strict=True):
             record = {
                 "name": settings.label,
                 "tokens": source.tokens,
                 "documents": source.manifest.documents,
-                "blocks": count,
                 "fingerprint": source.fingerprint,
                 "quarantine": settings.quarantine,
             }
             if with_shards:
                 record["shards"] = source.manifest.shard_identities()
             sources.append(record)
-        return {**described, "seq_len": self.plan.seq_len, "payload": self.objective.payload, "sources": sources}
+        described = self.order.describe()
+        for phase, objective in zip(described["phases"], self.objectives, strict=True):
+            phase["payload"] = objective.payload
+        return {**described, "sources": sources}
 
     def describe(self) -> list[str]:
         """The run in a few lines."""
         available = None if self.validation is None else self.validation.block_count(self.objective.payload)
-        tokens = sum(source.tokens for source in self.sources)
+        tokens = [source.tokens for source in self.sources]
         lines = describe_run(self.config, self.plan, self.order, stage_of(self.ds_config), tokens, available)
         if self.config.model.document_attention:
-            lines.append(
-                f"attention: within documents; a token attends to {self.attended_tokens:,.0f} of "
-                f"{self.plan.seq_len:,} on average"
+            attended = " and then ".join(
+                f"{attended:,.0f} of {phase.seq_len:,}"
+                for attended, phase in zip(self.attended_tokens, self.order.phases, strict=True)
             )
+            lines.append(f"attention: within documents; a token attends to {attended} on average")
         return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
 
 
 def open_inputs(
-    config: Config, world_size: int, check_sizes: bool = True, folders: Mapping[str, Path] | None = None
+    config: Config,
+    world_size: int,
+    check_sizes: bool = True,
+    folders: Mapping[str, Path] | None = None,
+    micro_size: int | None = None,
 ) -> Inputs:
     """Open and check everything but the weights.
 
     Args:
         check_sizes: compare the size of every data file with its manifest; one rank does it for all.
         folders: where the data of a path in the config lie, when it is raw text that has been prepared.
+        micro_size: what `batch.micro_size: auto` stands for; None where it is not known, and 1 stands for any.
 
     Raises:
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
-    base = _Base.of(config)
+    base = _Base.of(config, micro_size)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
@@ -132,26 +140,31 @@ def open_inputs(
         tokenizer=base.tokenizer,
         vocabulary=base.vocabulary,
         sources=sources,
-        validation=_open_validation(config, base.objective, opener),
+        validation=_open_validation(config, base.objectives[-1], opener),
         order=order,
-        objective=base.objective,
+        objectives=base.objectives,
         tokenizer_note=_tokenizer_note(config, base.tokenizer),
     )
 
 
 def describe_unprepared(
-    config: Config, world_size: int, folders: Mapping[str, Path], estimated_tokens: Mapping[str, int]
+    config: Config,
+    world_size: int,
+    folders: Mapping[str, Path],
+    estimated_tokens: Mapping[str, int],
+    micro_size: int | None = None,
 ) -> list[str]:
     """What `Inputs.describe` will say, from estimates, when some paths are raw text that is not prepared yet.
 
     Args:
         folders: as for `open_inputs`, of the paths that are prepared.
         estimated_tokens: of the other paths.
+        micro_size: as for `open_inputs`.
 
     Raises:
         UserError: as `open_inputs`.
     """
-    base = _Base.of(config)
+    base = _Base.of(config, micro_size)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders)
     tokens = [
         estimated_tokens[source.path]
@@ -161,7 +174,7 @@ def describe_unprepared(
     ]
     order, plan = _arrange(config, world_size, base, tokens)
     stage = stage_of(compose(config, base.preset, plan))
-    return describe_run(config, plan, order, stage, sum(tokens), None)
+    return describe_run(config, plan, order, stage, tokens, None)
 
 
 @dataclass(frozen=True)
@@ -172,19 +185,35 @@ class _Base:
     tokenizer_folder: str
     tokenizer: Any
     vocabulary: Vocabulary
-    objective: MaskedLanguageModelling
+    phases: Phases
+    objectives: tuple[MaskedLanguageModelling, ...]
 
     @classmethod
-    def of(cls, config: Config) -> _Base:
+    def of(cls, config: Config, micro_size: int | None = None) -> _Base:
         _check_run_folder(config)
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
-        folder = tokenizer_source(config)
-        tokenizer = load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
+        folder, tokenizer = _tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
         build_config(config.model, vocabulary, config.data.seq_len)
-        objective = MaskedLanguageModelling(config.objective, vocabulary, config.data.seq_len)
-        return cls(preset, folder, tokenizer, vocabulary, objective)
+        phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
+        objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
+        return cls(preset, folder, tokenizer, vocabulary, phases, objectives)
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    """What training needs to know of the run's tokenizer.
+
+    Raises:
+        UserError: when there is none, or it lacks a token.
+    """
+    folder, tokenizer = _tokenizer(config)
+    return vocabulary_of(tokenizer, folder)
+
+
+def _tokenizer(config: Config) -> tuple[str, Any]:
+    folder = tokenizer_source(config)
+    return folder, load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
 
 
 def tokenizer_source(config: Config) -> str:
@@ -194,36 +223,13 @@ def tokenizer_source(config: Config) -> str:
     return folder
 
 
-def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[SampleOrder, BatchPlan]:
+def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[RunOrder, BatchPlan]:
     """Order and batch arithmetic over sources of so many tokens."""
-    blocks = [count // base.objective.payload for count in tokens]
-    order = mixture_order(config.data, blocks, tokens, config.run.seed)
-    plan = plan_batch(config.batch, config.train, config.data.seq_len, world_size, sum(blocks))
-    check_epochs(config.data, order, plan.total_steps * plan.global_size)
+    blocks = [[count // objective.payload for count in tokens] for objective in base.objectives]
+    order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
+    plan = plan_batch(config.batch, config.train, base.phases, world_size, [sum(counts) for counts in blocks])
+    check_epochs(config.data, order, plan.end_sample)
     return order, plan
-
-
-def describe_run(
-    config: Config, plan: BatchPlan, order: SampleOrder, stage: int, tokens: int, validation_blocks: int | None
-) -> list[str]:
-    """A run in a few lines: data, batch, engine, validation."""
-    epochs = order.epochs(plan.total_steps * plan.global_size)
-    only = f"; {epochs[0]:.2f} epochs" if len(epochs) == 1 else f" from {len(epochs)} sources"
-    lines = [f"data: {tokens:,} tokens in {sum(order.blocks):,} blocks of {plan.seq_len}{only}"]
-    if len(epochs) > 1:
-        lines += describe_mixture(config.data, order, epochs)
-    lines += [
-        f"batch: {plan.describe()}",
-        f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}",
-    ]
-    if validation_blocks is not None:
-        lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
-    if config.schedule.warmup_steps > plan.total_steps:
-        lines.append(
-            f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
-            "reaches its peak"
-        )
-    return lines
 
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:

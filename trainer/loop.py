@@ -9,23 +9,28 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer import distributed
-from trainer.batch_plan import BatchPlan
+from trainer.batch_plan import BatchPlan, StepShape
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.rollback import cannot_go_back, last_good, leave_branch
 from trainer.config import Config
-from trainer.data.order import SampleOrder
 from trainer.data.permutation import KeyPurpose, fold_key
+from trainer.data.run_order import RunOrder
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
+from trainer.liveness.own_time import OwnTime
+from trainer.liveness.phases import Phases
+from trainer.liveness.watchdog import Limits
 from trainer.metrics import ThroughputMeter, counters
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.profiling import StepProfiler
 from trainer.resilience import DivergenceError, DivergenceWatch, end_of
 from trainer.schedule import learning_rate
 from trainer.signals import StopRequest
@@ -46,7 +51,7 @@ class Loop:
     world: World
     engine: TrainingEngine
     objective: MaskedLanguageModelling
-    order: SampleOrder
+    order: RunOrder
     open_batches: Callable[[TrainState], Iterable[Batch]]
     """This rank's micro-batches from a state on."""
     evaluator: Evaluator | None
@@ -54,7 +59,10 @@ class Loop:
     meter: ThroughputMeter
     state: TrainState
     stop: StopRequest
+    phases: Phases
+    """Told what this rank is doing."""
     reporter: Reporter | None
+    profiler: StepProfiler
     evaluated: bool
     """Whether the evaluation of the step to start from, if one is due there, has been reported."""
     last_save_time: float = field(default_factory=time.monotonic)
@@ -64,6 +72,7 @@ class Loop:
         self.step_metrics = StepMetrics(
             self.config, self.plan, self.world, self.engine, self.objective, self.order, self.meter
         )
+        self.own_time = OwnTime(self.world.device)
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
@@ -82,19 +91,23 @@ class Loop:
                 self._roll_back(divergence)
 
     def _train(self) -> int:
-        self.meter.restart(self.state.tokens)
-        with contextlib.closing(self._steps_of_batches()) as steps:  # which ends the loader and its workers
+        self.meter.restart()
+        # Closing ends the loader and its workers, and writes a trace that is begun.
+        with contextlib.closing(self.profiler), contextlib.closing(self._steps_of_batches()) as steps:
             while self.state.step < self.plan.total_steps:
-                micro_batches, predictions, stop, clock_says_save = self._agree(next(steps))
-                if stop:
-                    return self._stop()
-                if clock_says_save:
-                    self._save(self.config.checkpoint.in_background)
-                losses = self._train_step(micro_batches, predictions)
+                with self.profiler.step(self.state.step + 1):
+                    shape = self.plan.shape_at(self.state.samples)
+                    micro_batches, predictions, stop, clock_says_save = self._agree(next(steps))
+                    if stop:
+                        return self._stop()
+                    if clock_says_save:
+                        self._save(self.config.checkpoint.in_background)
+                    losses = self._train_step(micro_batches, predictions, shape)
+                self._step_is_done()
                 if self.reporter is not None:
                     self.reporter.step(self.state.step)
                 if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
-                    self._log(losses, predictions, micro_batches)
+                    self._log(losses, predictions, micro_batches, shape)
                 try:
                     self._evaluate_if_due()
                 except MaskwrightError:  # on all ranks: damaged validation data
@@ -104,7 +117,7 @@ class Loop:
         self._save_or_fail()
         if self.reporter is not None:
             run_dir = self.saver.run_dir
-            tokens = self.state.tokens - self.state.skipped_samples * self.plan.seq_len
+            tokens = self.state.tokens - self.state.skipped_tokens(self.order.phases.tokens)
             self.reporter.console.say(
                 f"finished: {self.state.step} steps, {tokens:,} tokens. "
                 f"The model: maskwright convert {run_dir} --output {run_dir.name}-model"
@@ -112,34 +125,47 @@ class Loop:
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole | None) -> int:
-        """One real optimizer step and one evaluation, nothing written; shows that everything fits together."""
-        self.meter.restart(self.state.tokens)
-        micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
-        try:
-            values = self.step_metrics.read(
-                self.state, self._train_step(micro_batches, predictions), predictions, micro_batches
-            )
-        except DivergenceError as divergence:
-            raise end_of(divergence, self.config.resilience, rollbacks=0) from None
+        """A real optimizer step of each phase and one evaluation, nothing written; shows that everything fits."""
+        for phase in self.order.phases:
+            self.state = TrainState(samples=phase.first_sample)
+            values = self._dry_step()
+            if console is not None:
+                of_phase = f" of {phase.seq_len} tokens a block" if len(self.order.phases) > 1 else ""
+                console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {describe(values, self.plan)}")
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
         if console is not None:
-            console.say(f"step 1 of {self.plan.total_steps}  {describe(values, self.plan.total_steps)}")
             if evaluation is not None:
                 console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
             console.say("dry run passed; nothing was saved")
         return EXIT_FINISHED
 
+    def _dry_step(self) -> dict[str, Any]:
+        """One step from the present sample on; returns its training line."""
+        self.meter.restart()
+        shape = self.plan.shape_at(self.state.samples)
+        micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
+        try:
+            losses = self._train_step(micro_batches, predictions, shape)
+            return self.step_metrics.read(self.state, losses, predictions, micro_batches, shape)
+        except DivergenceError as divergence:
+            raise end_of(divergence, self.config.resilience, rollbacks=0) from None
+
     def _steps_of_batches(self) -> Generator[list[Batch] | MaskwrightError]:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
         loader = iter(self.open_batches(self.state))
         while True:
+            self.phases.enter("data")
             start = time.perf_counter()
             try:
-                micro_batches = [next(loader) for _ in range(self.plan.accumulation)]
+                with self.profiler.range("data"):
+                    accumulation = self.plan.shape_at(self.state.samples).accumulation
+                    micro_batches = [next(loader) for _ in range(accumulation)]
             except MaskwrightError as error:
                 yield error
                 return
             self.meter.waited(time.perf_counter() - start)
+            self.own_time.read_data(time.perf_counter() - start)
+            self.phases.progress()
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
@@ -162,6 +188,7 @@ class Loop:
         loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
         votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
         totals = distributed.total(self.world, votes)
+        self.phases.enter("step")
         if totals[5] == self.world.size:
             self._finish_save()
         self._judge_loss(totals[4])
@@ -177,32 +204,45 @@ class Loop:
             self._save(in_background=False)
         distributed.raise_together(self.world, error)
 
-    def _train_step(self, micro_batches: list[Batch], predictions: float) -> torch.Tensor:
+    def _train_step(self, micro_batches: list[Batch], predictions: float, shape: StepShape) -> torch.Tensor:
         """One optimizer step; returns this rank's sums of cross-entropies of each source, on the device."""
         step = self.state.step + 1
         rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
         # DeepSpeed averages over ranks and micro-batches; this makes it the mean over all predictions.
-        scale = self.world.size * self.plan.accumulation / max(1.0, predictions)
-        source_count = len(self.order.blocks)
+        scale = self.world.size * shape.accumulation / max(1.0, predictions)
+        self.engine.begin_step(shape.micro_size, shape.accumulation)
+        source_count = self.order.source_count
         loss_sums = torch.zeros(source_count, device=self.engine.device)
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
             torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
-            moved = self.objective.to_device(batch, self.engine.device)
-            losses = self.objective.loss_sums(self.engine.network, moved, source_count)
-            self.engine.backward(losses.sum() * scale)
+            with self.profiler.range("forward"):
+                moved = self.objective.to_device(batch, self.engine.device)
+                with self.own_time.forward():
+                    losses = self.objective.loss_sums(self.engine.network, moved, source_count)
+            with self.profiler.range("backward"):
+                self.engine.backward(losses.sum() * scale)
             loss_sums += losses.detach()
             if self.watch.needs_loss and number == len(micro_batches) - 1:
                 # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
                 self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
-            applied = self.engine.step(rate, max_grad_norm)
-        self.state.advance(self.plan.global_size, self.plan.seq_len, applied)
+            with self.profiler.range("optimizer"):
+                applied = self.engine.step(rate, max_grad_norm)
+            self.phases.progress()
+        self.state.advance(shape.global_size, shape.seq_len, applied)
+        self.meter.trained(shape.tokens, shape.phase)
         if not applied:
             self.loss_to_judge = None
-            self._report_skip(max_grad_norm)
+            self._report_skip(max_grad_norm, shape)
         self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
         return loss_sums
+
+    def _step_is_done(self) -> None:
+        if not self.phases.is_started:  # what only a start does, such as compiling, is done
+            limits = Limits.of(self.config.watchdog)
+            distributed.set_timeouts(limits.of_decisions, limits.of_gradients)
+        self.phases.at_step(self.state.step)
 
     def _judge_loss(self, loss: float) -> None:
         """Judge the mean loss of the last step, if it is still to be judged."""
@@ -210,12 +250,12 @@ class Loop:
             self.loss_to_judge = None
             self.watch.observe_loss(self.state, loss)
 
-    def _report_skip(self, max_grad_norm: float | None) -> None:
+    def _report_skip(self, max_grad_norm: float | None, shape: StepShape) -> None:
         norm = self.engine.grad_norm
         reason = "a loss or a gradient is not finite"
         if math.isfinite(norm):
             reason = f"the gradient norm is {norm:.4g}, above {max_grad_norm:.4g}"
-        self._report_event("skip", reason, self.state.samples - self.plan.global_size, self.state.samples)
+        self._report_event("skip", reason, self.state.samples - shape.global_size, self.state.samples)
 
     def _report_event(self, kind: str, reason: str, first: int, end: int, from_step: int | None = None) -> None:
         """Report what happened to the samples from `first` up to `end`, at the present step."""
@@ -240,14 +280,14 @@ class Loop:
         if settings.on_divergence == "rollback" and len(state.rollbacks) < settings.max_rollbacks:
             found = last_good(self.world, run_dir, state, divergence.onset)
         if found is None:
-            first = state.samples - (state.step - divergence.onset + 1) * self.plan.global_size
-            self._report_event("diverged", divergence.reason, first, state.samples)
+            self._report_event("diverged", divergence.reason, state.begun_at, state.samples)
             raise end_of(divergence, settings, len(state.rollbacks))
         folder, manifest = found
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
         moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
-        restore(self.engine, folder, self.world)
+        with self.phases.within("start"):
+            restore(self.engine, folder, self.world)
         self.saver.resumed(folder, saved.step)
         error = None
         try:
@@ -265,21 +305,29 @@ class Loop:
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
 
-    def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]) -> None:
-        values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches)
+    def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch], shape: StepShape) -> None:
+        values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches, shape)
+        own_times = distributed.table(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)
-        self.meter.restart(self.state.tokens)
+            self.reporter.own_times(own_times)
+        self.meter.restart()
 
     def _evaluate_if_due(self) -> None:
         last = self.state.step == self.plan.total_steps
         if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
             return
         # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
-        values = self.evaluator.run(self.engine, self.world, lambda: self.stop.received and not last)
+        with self.phases.within("evaluate"):
+            values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})
-        self.meter.restart(self.state.tokens)
+        self.meter.restart()
+
+    def _stops_evaluation(self, last: bool) -> bool:
+        """Whether it is to be cut short; asked before each of its batches."""
+        self.phases.progress()
+        return self.stop.received and not last
 
     def _save_if_due(self) -> None:
         """Save by the step; while steps are skipped it is put off: they change nothing, and push out older ones."""
@@ -297,12 +345,14 @@ class Loop:
             self._judge_loss(distributed.total(self.world, [self.loss_to_judge()])[0])
         self.save_due = False
         self._finish_save()
+        is_saved = self.saver.saved_step == self.state.step
         with self._saving():
             if in_background:
                 self.saver.begin(self.state)
                 return True
             saved = self.saver.save(self.state)
-        self._report_saved(saved)
+        if not is_saved:
+            self._report_saved(saved)
         return saved is not None
 
     def _finish_save(self) -> None:
@@ -313,13 +363,14 @@ class Loop:
 
     def _report_saved(self, saved: Path | None) -> None:
         if saved is not None and self.reporter is not None:
-            self.reporter.console.say(f"saved {saved}")
+            self.reporter.saved(saved)
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         """Time in which training stands still for a save."""
         start = time.perf_counter()
-        yield
+        with self.phases.within("save"):
+            yield
         self.last_save_time = time.monotonic()
         self.meter.saved(time.perf_counter() - start)
 
@@ -334,10 +385,9 @@ class Loop:
 
     def _stop(self) -> int:
         self._save_or_fail()
-        name = self.stop.signal_name or "a signal to another rank"
         if self.reporter is not None:
             self.reporter.console.say(
-                f"stopped at step {self.state.step} on {name}; the same command goes on from here"
+                f"stopped at step {self.state.step} on {self.stop.reason}; the same command goes on from here"
             )
         return EXIT_STOPPED_AFTER_SAVING
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from trainer.state import TrainState
 COUNTERS = {
     "step": "optimizer steps done",
     "samples": "blocks consumed, those passed over by rollbacks included",
-    "tokens": "positions consumed: samples × seq_len",
+    "tokens": "positions consumed: samples × seq_len, that of their phase",
     "time": "seconds since 1970",
 }
 TRAINING_METRICS = {
@@ -34,6 +35,10 @@ TRAINING_METRICS = {
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
     "time/save_seconds": "time that saving stopped training for since the last line, rank 0, seconds",
     "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
+}
+BATCH_METRICS = {
+    "batch/global_size": "sequences of the step",
+    "batch/seq_len": "tokens a sequence of the step",
 }
 SOURCE_METRICS = {
     "source/NAME/loss": "the same as train/loss, over the blocks of one source; null when the batch has none",
@@ -58,18 +63,23 @@ class ThroughputMeter:
     """Speed and waiting since the last line.
 
     Args:
-        flops_per_token: training FLOPs a position.
+        flops_per_token: training FLOPs a position, in each phase of the run.
         peak_flops: FLOP/s of all devices together.
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+    def __init__(self, flops_per_token: Sequence[float], peak_flops: float) -> None:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._saving = 0.0
-        self.restart(0)
+        self.restart()
 
-    def restart(self, tokens: int) -> None:
+    def restart(self) -> None:
         """Begin an interval; an evaluation is left out of it by restarting after it."""
-        self._start, self._tokens, self._waited = time.perf_counter(), tokens, 0.0
+        self._start, self._tokens, self._flops, self._waited = time.perf_counter(), 0, 0.0, 0.0
+
+    def trained(self, tokens: int, phase: int) -> None:
+        """Count the positions of a step."""
+        self._tokens += tokens
+        self._flops += tokens * self._flops_per_token[phase]
 
     def waited(self, seconds: float) -> None:
         """Count time spent waiting for the loader."""
@@ -80,13 +90,12 @@ class ThroughputMeter:
         self._saving += seconds
         self._start += seconds
 
-    def read(self, tokens: int) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         seconds = max(1e-9, time.perf_counter() - self._start)
         saving, self._saving = self._saving, 0.0
-        tokens_per_second = (tokens - self._tokens) / seconds
         return {
-            "throughput/tokens_per_second": tokens_per_second,
-            "throughput/mfu": tokens_per_second * self._flops_per_token / self._peak_flops,
+            "throughput/tokens_per_second": self._tokens / seconds,
+            "throughput/mfu": self._flops / seconds / self._peak_flops,
             "time/data_wait_fraction": min(1.0, self._waited / seconds),
             "time/save_seconds": saving,
         }

@@ -29,6 +29,30 @@ def listen() -> socket.socket:
     return listener
 
 
+def free_port() -> int:
+    """A port that is free now; for what can do without handing a socket over."""
+    with listen() as listener:
+        return listener.getsockname()[1]
+
+
+def listen_for_nodes(port: int) -> socket.socket:
+    """A socket that listens on this port of all the machine's addresses.
+
+    Raises:
+        UserError: when another process has the port.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+    except OSError as error:
+        raise UserError(
+            f"Port {port} of this machine, where the ranks are to meet, cannot be used: {error.strerror}.",
+            where=f"--master-port {port}",
+            remedy="Give another --master-port, the same one on all nodes.",
+        ) from None
+
+
 def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     """Start the process group.
 

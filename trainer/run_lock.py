@@ -25,6 +25,7 @@ from trainer import distributed
 from trainer.distributed import World
 from trainer.errors import MaskwrightError, UserError, cannot_write
 from trainer.files import create_synced, sync_folder, unique_name, unique_token, write_synced
+from trainer.node import job_id, restart_count
 
 logger = logging.getLogger(__name__)
 GUARD, RECORD = ".lock", "lock.json"
@@ -316,7 +317,7 @@ def _lock(file: int) -> bool | None:
 
 
 def _this_process(record_lock: bool) -> Holder:
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = job_id()
     return Holder(
         token=unique_token(),
         host=socket.gethostname(),
@@ -326,7 +327,7 @@ def _this_process(record_lock: bool) -> Holder:
         ticks=_start_ticks(os.getpid()) or 0,
         since=time.time(),
         slurm_job=f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}" if job else "",
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        restarts=restart_count(),
         record_lock=record_lock,
     )
 

@@ -1,4 +1,4 @@
-"""Requests to stop: USR1 (the scheduler's early warning), TERM and Ctrl-C.
+"""Requests to stop: USR1 (the scheduler's early warning), TERM, Ctrl-C, and the end of the job's time.
 
 A handler only sets a flag; ranks look at it at a step boundary and agree on one step to save and stop at.
 A second Ctrl-C stops at once.
@@ -6,7 +6,9 @@ A second Ctrl-C stops at once.
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,15 +16,28 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
+JOB_END = "SLURM_JOB_END_TIME"
+"""When SLURM will end the job, seconds since 1970. Newer SLURM sets it; for others slurm/train.sbatch does."""
+
+
 class StopRequest:
     """What has been asked for: the name of the first signal received, or None."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.due_at: float | None = None
+        """Stop without a signal from then on, seconds since 1970: signals get lost."""
 
     @property
     def received(self) -> bool:
+        if self.signal_name is None and self.due_at is not None and time.time() >= self.due_at:
+            self.signal_name = "the approaching end of the job's time"
         return self.signal_name is not None
+
+    @property
+    def reason(self) -> str:
+        """Why all ranks stop, as this one knows it."""
+        return self.signal_name or "a signal to another rank"
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -44,6 +59,18 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def time_to_stop(lead_seconds: float) -> float | None:
+    """When to stop by oneself, to leave a SLURM job so many seconds; seconds since 1970, None without a time limit.
+
+    A job that has less than twice as long to live goes on for half of that: one that stopped at its start would be
+    requeued for nothing.
+    """
+    end, now = os.environ.get(JOB_END, ""), time.time()
+    if not end.isdecimal() or int(end) <= now:
+        return None
+    return int(end) - min(lead_seconds, (int(end) - now) / 2)
 
 
 def ignore_stop_signals() -> None:

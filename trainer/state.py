@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ class TrainState:
         tokens: positions consumed (samples × seq_len at the time).
         skipped_steps: steps whose update was skipped because a gradient was not finite, or its norm above the bound.
         skipped_in_a_row: the same, since the last good step.
+        begun_at: the t with which the last step began or, when it was skipped, the first of those skipped in a row.
         rollbacks: each return to a checkpoint after training had diverged: `step` gone back to, `from_step`,
             `first_sample` and `end_sample` (exclusive) of the data passed over, `reason`.
         recent_losses: of the last applied steps, while `resilience.max_loss_ratio` is set.
@@ -28,12 +30,15 @@ class TrainState:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    begun_at: int = 0
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     recent_grad_norms: list[float] = field(default_factory=list)
 
     def advance(self, samples: int, seq_len: int, applied: bool) -> None:
         """Count one optimizer step over `samples` blocks."""
+        if applied or self.skipped_in_a_row == 0:
+            self.begun_at = self.samples
         self.step += 1
         self.samples += samples
         self.tokens += samples * seq_len
@@ -56,13 +61,28 @@ class TrainState:
         return replace(saved, samples=self.samples, tokens=self.tokens, rollbacks=[*self.rollbacks, record])
 
     @property
-    def skipped_samples(self) -> int:
-        """Blocks passed over by rollbacks; of those that a later, longer rollback passed over as well, each once."""
-        total, reached = 0, 0
+    def skipped_ranges(self) -> list[tuple[int, int]]:
+        """The samples passed over by rollbacks, as [first, end); none twice, whatever later rollbacks passed over."""
+        ranges: list[tuple[int, int]] = []
+        reached = 0
         for first, end in sorted((record["first_sample"], record["end_sample"]) for record in self.rollbacks):
-            total += max(0, end - max(first, reached))
-            reached = max(reached, end)
-        return total
+            if end > max(first, reached):
+                ranges.append((max(first, reached), end))
+                reached = end
+        return ranges
+
+    @property
+    def skipped_samples(self) -> int:
+        """Blocks passed over by rollbacks."""
+        return sum(end - first for first, end in self.skipped_ranges)
+
+    def skipped_tokens(self, tokens: Callable[[int], int]) -> int:
+        """Positions passed over by rollbacks.
+
+        Args:
+            tokens: samples → positions of the first so many samples of the run.
+        """
+        return sum(tokens(end) - tokens(first) for first, end in self.skipped_ranges)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from trainer import distributed
-from trainer.batch_plan import BatchPlan
+from trainer.batch_plan import BatchPlan, StepShape
 from trainer.config import Config
-from trainer.data.order import SampleOrder
+from trainer.data.run_order import RunOrder
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.metrics import ThroughputMeter, counters, peak_memory_gib
@@ -23,18 +23,23 @@ from trainer.state import TrainState
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Fills TRAINING_METRICS and SOURCE_METRICS of trainer.metrics; every rank calls it."""
+    """Fills TRAINING_METRICS, BATCH_METRICS and SOURCE_METRICS of trainer.metrics; every rank calls it."""
 
     config: Config
     plan: BatchPlan
     world: World
     engine: TrainingEngine
     objective: MaskedLanguageModelling
-    order: SampleOrder
+    order: RunOrder
     meter: ThroughputMeter
 
     def read(
-        self, state: TrainState, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch]
+        self,
+        state: TrainState,
+        loss_sums: torch.Tensor,
+        predictions: float,
+        micro_batches: list[Batch],
+        shape: StepShape,
     ) -> dict[str, Any]:
         """Reduce and read; the only place where the host waits for the device.
 
@@ -43,6 +48,7 @@ class StepMetrics:
             loss_sums: of this rank's cross-entropies in the step, by source, nats.
             predictions: in the global batch.
             micro_batches: of this rank in the step.
+            shape: of the step.
         """
         totals = distributed.total(self.world, loss_sums.tolist())
         loss = sum(totals) / max(1.0, predictions)
@@ -57,20 +63,24 @@ class StepMetrics:
             "resilience/rollbacks": len(state.rollbacks),
             "resilience/skipped_samples": state.skipped_samples,
             "train/epoch": max(self.order.epochs(state.samples)),
-            **self.meter.read(state.tokens),
+            **self.meter.read(),
             "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
+            **(self._batch_values(shape) if self.plan.earlier else {}),
             **(self._source_values(state, totals, micro_batches) if len(totals) > 1 else {}),
         }
+
+    def _batch_values(self, shape: StepShape) -> dict[str, Any]:
+        return {"batch/global_size": shape.global_size, "batch/seq_len": shape.seq_len}
 
     def _source_values(self, state: TrainState, loss_totals: list[float], micro_batches: list[Batch]) -> dict[str, Any]:
         """Loss of the step, epochs and tokens of each source; `loss_totals` are over all ranks."""
         of_rank = sum(self.objective.predictions_by_source(batch, len(loss_totals)) for batch in micro_batches)
         predictions = distributed.total(self.world, np.asarray(of_rank).tolist())
-        visits, epochs = self.order.visits(state.samples), self.order.epochs(state.samples)
+        tokens, epochs = self.order.source_tokens(state.samples), self.order.epochs(state.samples)
         values: dict[str, Any] = {}
         for number, source in enumerate(self.config.data.train):
             loss = loss_totals[number] / predictions[number] if predictions[number] else math.nan
             values[f"source/{source.label}/loss"] = loss
             values[f"source/{source.label}/epochs"] = epochs[number]
-            values[f"source/{source.label}/tokens"] = visits[number] * self.plan.seq_len
+            values[f"source/{source.label}/tokens"] = tokens[number]
         return values

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO
-
-import torch
 
 from trainer import distributed
 from trainer.checkpoint.commit import Saver
@@ -25,26 +25,35 @@ from trainer.config import Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
+from trainer.liveness.phases import Phases
+from trainer.liveness.stragglers import StragglerWatch
+from trainer.liveness.watch import watched
+from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
 from trainer.metrics import ThroughputMeter
-from trainer.model.build import BuiltModel, build_model
+from trainer.micro_size import settle_micro_size
+from trainer.micro_trial import largest_by_trial
+from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
+from trainer.node import node_name
 from trainer.objectives.mlm import Batch
+from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
-from trainer.signals import StopRequest, stop_requests
+from trainer.signals import StopRequest, stop_requests, time_to_stop
+from trainer.starts import record_start
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
 from trainer.tracking.reporter import Reporter
+from trainer.tracking.status import StatusWriter, change_status
 
 logger = logging.getLogger(__name__)
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 PrepareText = Callable[[Config, World, StopRequest, Callable[[str], None]], Mapping[str, Path] | None]
@@ -58,30 +67,48 @@ def no_raw_text(
     return {}
 
 
-def run(config: Config, resume: str = "auto", dry_run: bool = False, prepare_text: PrepareText = no_raw_text) -> int:
+def run(
+    config: Config,
+    resume: str = "auto",
+    dry_run: bool = False,
+    prepare_text: PrepareText = no_raw_text,
+    give_up: Callable[[HangError], None] = end_at_once,
+) -> int:
     """Train as the rank that RANK and WORLD_SIZE name; returns the exit code.
 
     Args:
         resume: auto, must, never, or the path of a checkpoint.
-        dry_run: do one real step and one evaluation, and save nothing.
+        dry_run: do one real step of each phase and one evaluation, and save nothing.
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
+        give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
     with stop_requests() as stop:
-        world = distributed.start()
+        world = distributed.start(Limits.of(config.watchdog).of_start)
         try:
-            with _lock(config, world, dry_run) as lock, _output(config, world, dry_run) as stream:
+            with (
+                _lock(config, world, dry_run) as lock,
+                _output(config, world, dry_run) as stream,
+                _status(config, world, dry_run) as status,
+                _watched(config, world, dry_run, status, give_up) as phases,
+            ):
                 console = TrainingConsole(stream) if world.is_main else None
                 say = console.say if console is not None else _nothing
                 if not dry_run:
                     _make_ready(run_folder(config), world, lock, say)
-                folders = prepare_text(config, world, stop, say)
+                    if world.is_main:  # whose clock decides
+                        stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
+                with phases.within("prepare"):
+                    folders = prepare_text(config, world, stop, say)
                 if folders is None:
-                    say(f"stopped on {stop.signal_name or 'a signal to another rank'}; the same command goes on")
+                    say(f"stopped on {stop.reason}; the same command goes on")
+                    if status is not None:
+                        status.ended(EXIT_STOPPED_AFTER_SAVING, stop.reason)
                     return EXIT_STOPPED_AFTER_SAVING
+                micro_size = settle_micro_size(config, world, say, largest_by_trial, remember=not dry_run)
                 inputs = distributed.build_together(
-                    world, lambda: open_inputs(config, world.size, check_sizes=world.is_main, folders=folders)
+                    world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
-                return _train(inputs, world, resume, dry_run, stop, console, lock)
+                return _train(inputs, world, resume, dry_run, stop, phases, console, status, lock)
         finally:
             distributed.stop()
 
@@ -104,6 +131,38 @@ def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
         distributed.raise_together(world, error)
         with rank_log(path, world.rank) as stream:
             yield stream
+
+
+@contextmanager
+def _status(config: Config, world: World, dry_run: bool) -> Iterator[StatusWriter | None]:
+    """RUN/status.json, on rank 0; every rank calls it. A dry run has none."""
+    nodes = list(dict.fromkeys(distributed.gather(world, node_name())))
+    if dry_run or not world.is_main:
+        yield None
+        return
+    status = StatusWriter(run_folder(config), nodes, world.size)
+    with status.until_the_end():
+        yield status
+
+
+@contextmanager
+def _watched(
+    config: Config, world: World, dry_run: bool, status: StatusWriter | None, give_up: Callable[[HangError], None]
+) -> Iterator[Phases]:
+    """This rank's phases, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
+    phases = Phases(on_enter=status.entered if status is not None else None)
+    if dry_run:
+        yield phases
+        return
+    run_dir = run_folder(config)
+
+    def end(error: HangError, is_first: bool) -> None:
+        if is_first:  # rank 0 may be the one that is stuck
+            change_status(run_dir, state="failed", reason=error.problem, eta_seconds=None)
+        give_up(error)
+
+    with watched(run_dir, world.rank, world.size, phases, config.watchdog, end):
+        yield phases
 
 
 def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
@@ -129,7 +188,9 @@ def _train(
     resume: str,
     dry_run: bool,
     stop: StopRequest,
+    phases: Phases,
     console: TrainingConsole | None,
+    status: StatusWriter | None,
     lock: RunLock,
 ) -> int:
     config, run_dir = inputs.config, run_folder(inputs.config)
@@ -138,10 +199,15 @@ def _train(
     checkpoint = None if dry_run else choose(world, run_dir, resume, say)
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
+    phases.at_step(state.step, is_started=False)
     say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
         say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
+        if status is not None:
+            status.take_back()
         return EXIT_FINISHED
+    if not dry_run:
+        _count_start(config, world, state, say)
 
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
@@ -150,8 +216,11 @@ def _train(
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
+        inputs.plan.end_of(state.samples, inputs.plan.total_steps - state.step)
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
+    if status is not None:
+        status.start(state, inputs.plan.total_steps, checkpoint.name if checkpoint else "", is_new=resume == "never")
     for line in (*inputs.describe(), *built.notes):
         say(line)
     if console is not None and not dry_run:
@@ -159,6 +228,8 @@ def _train(
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     engine = _engine(inputs, built, world, say)
+    limits = Limits.of(config.watchdog)
+    distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
     if checkpoint:
         restore(engine, checkpoint, world)
     loop = Loop(
@@ -174,23 +245,49 @@ def _train(
         meter=meter,
         state=state,
         stop=stop,
+        phases=phases,
         reporter=None,
+        profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
         evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
     )
     if dry_run:
         return loop.dry_run(console)
-    return _run_with_reports(loop, console, resumed_step=state.step if checkpoint else None)
+    return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
 
 
-def _run_with_reports(loop: Loop, console: TrainingConsole | None, resumed_step: int | None) -> int:
-    if console is not None:
-        total_steps = loop.plan.total_steps
-        loop.reporter = Reporter(loop.saver.run_dir, console, total_steps, resumed_step, loop.config)
+def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
+    """Record this start, and end a job whose starts lead nowhere."""
+    error = None
     try:
-        return loop.run()
+        if world.is_main:
+            say(record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts))
+    except MaskwrightError as caught:
+        error = caught
+    distributed.raise_together(world, error)
+
+
+def _run_with_reports(
+    loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
+) -> int:
+    stragglers = _straggler_watch(loop)
+    if console is not None and status is not None:
+        loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, loop.plan, resumed_step, loop.config)
+    try:
+        code = loop.run()
+        if status is not None:
+            status.ended(code, "" if code == EXIT_FINISHED else loop.stop.reason, loop.state)
+        return code
     finally:
         if loop.reporter is not None:
             loop.reporter.close()
+
+
+def _straggler_watch(loop: Loop) -> StragglerWatch | None:
+    """Where it is wanted; every rank calls it."""
+    settings, nodes = loop.config.watchdog, distributed.gather(loop.world, node_name())
+    if settings.straggler_minutes is None:
+        return None
+    return StragglerWatch(settings.straggler_minutes * 60, settings.straggler_ratio, nodes, time.monotonic())
 
 
 def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str], None]) -> TrainingEngine:
@@ -206,24 +303,31 @@ def _evaluator(inputs: Inputs) -> Evaluator | None:
     config = inputs.config
     if inputs.validation is None:
         return None
-    return Evaluator(inputs.validation, inputs.objective, config.eval.samples, config.model.document_attention)
+    micro_size = inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
+    return Evaluator(
+        inputs.validation, inputs.objective, config.eval.samples, micro_size, config.model.document_attention
+    )
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
     return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
 
 
-def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterable[Batch]:
-    return TrainingBatches(
-        inputs.order,
-        inputs.plan,
-        MaskedBlocks(inputs.sources, inputs.objective, inputs.config.run.seed, inputs.config.model.document_attention),
-        rank=world.rank,
-        first_sample=state.samples,
-        steps=inputs.plan.total_steps - state.step,
-        workers=inputs.config.data.workers,
-        pin_memory=world.device.type == "cuda",
-    )
+def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]:
+    """This rank's micro-batches from a state on; each phase of the run has blocks, and a loader, of its own."""
+    config, runs = inputs.config, inputs.plan.runs(state.samples, inputs.plan.total_steps - state.step)
+    for phase, runs_of_phase in groupby(runs, key=lambda run: run.shape.phase):
+        first, *others = runs_of_phase
+        yield from TrainingBatches(
+            inputs.order,
+            inputs.plan,
+            MaskedBlocks(inputs.sources, inputs.objectives[phase], config.run.seed, config.model.document_attention),
+            rank=world.rank,
+            first_sample=first.first_sample,
+            steps=first.steps + sum(run.steps for run in others),
+            workers=config.data.workers,
+            pin_memory=world.device.type == "cuda",
+        )
 
 
 def _saver(
@@ -262,7 +366,12 @@ def _decision(config: Config, resume: str, checkpoint: Path | None, state: Train
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    flops = flops_per_token(built.model, inputs.attended_tokens, inputs.prediction_ratio)
+    attended = zip(inputs.objectives, inputs.attended_tokens, strict=True)
+    flops = [
+        flops_per_token(built.model, tokens, objective.predictions_per_block / objective.seq_len)
+        for objective, tokens in attended
+    ]
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
-    logger.info("model: %.4g training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", flops, peak, label)
+    counted = ", then ".join(f"{each:.4g}" for each in flops)
+    logger.info("model: %s training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", counted, peak, label)
     return ThroughputMeter(flops, peak * world.size)

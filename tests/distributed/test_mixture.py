@@ -80,20 +80,20 @@ def test_every_block_once_a_source_and_epoch_over_a_resume_with_another_global_b
     assert [line["samples"] for line in metrics(tmp_path / "run")] == [*range(8, 81, 8), *range(96, 161, 16)]
 
     order = open_inputs(second, 2).order
-    assert order.spans[-1].start == CHANGE_AT
+    assert order.orders[0].spans[-1].start == CHANGE_AT
     assert sorted(sample for sample, _, _ in reads) == list(range(160))
     assert order.epochs(160)[1] > 1, "the small source begins anew"
-    for number, visits in enumerate(order.visits(160)):
+    for number, visits in enumerate(order.orders[0].visits(160)):
         times = Counter(block for _, source, block in reads if source == number)
-        whole, begun = divmod(visits, order.blocks[number])
-        counts = Counter(times[block] for block in range(order.blocks[number]))
-        assert counts == +Counter({whole: order.blocks[number] - begun, whole + 1: begun})
+        whole, begun = divmod(visits, order.orders[0].blocks[number])
+        counts = Counter(times[block] for block in range(order.orders[0].blocks[number]))
+        assert counts == +Counter({whole: order.orders[0].blocks[number] - begun, whole + 1: begun})
 
     values = metrics(tmp_path / "run")[-1]
     for number, name in enumerate(("large", "small")):
-        visits = order.visits(160)[number]
+        visits = order.orders[0].visits(160)[number]
         assert values[f"source/{name}/tokens"] == visits * 32
-        assert values[f"source/{name}/epochs"] == visits / order.blocks[number]
+        assert values[f"source/{name}/epochs"] == visits / order.orders[0].blocks[number]
 
 
 def test_the_losses_of_the_sources_make_up_the_loss(uninterrupted: Path, workspace: Path):
@@ -122,7 +122,7 @@ def test_weights_are_added_for_what_lies_ahead_and_refused_for_the_past(
     assert train(ahead) == EXIT_FINISHED
     lines = metrics(run_dir)
     assert [line["source/large/tokens"] for line in lines[-3:]] == [lines[STOP_AT - 1]["source/large/tokens"]] * 3
-    assert yaml.safe_load((run_dir / "data_order.json").read_text())["spans"][-1][0] == 80
+    assert yaml.safe_load((run_dir / "data_order.json").read_text())["phases"][0]["spans"][-1][0] == 80
 
 
 def test_a_source_that_is_seen_too_often_is_refused_with_the_numbers(workspace: Path, tmp_path: Path):
@@ -146,7 +146,7 @@ def test_temperature_weighs_by_size(workspace: Path, tmp_path: Path):
 
     def places(temperature: float) -> tuple[int, ...]:
         data = {"train": sources, "stages": [], "temperature": temperature, "mixture_block": 10_000}
-        return open_inputs(mixed(workspace, tmp_path, data=data), 1).order.spans[0].places
+        return open_inputs(mixed(workspace, tmp_path, data=data), 1).order.orders[0].spans[0].places
 
     large, small = (source.tokens for source in open_inputs(mixed(workspace, tmp_path), 1).sources)
     assert places(1.0)[1] == round(10_000 * small / (large + small))

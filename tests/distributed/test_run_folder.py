@@ -14,9 +14,10 @@ from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.ranks import metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates
-from trainer.checkpoint.retention import OPTIMIZER_BYTES, estimated_bytes
+from trainer.checkpoint.retention import estimated_bytes
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
+from trainer.memory_model import OPTIMIZER_BYTES
 from trainer.run_lock import GUARD, RECORD, RunLock
 
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.batch_plan import BatchPlan, plan_batch
-from trainer.config import BatchConfig, TrainConfig
+from trainer.config import BatchConfig, DataConfig, TrainConfig
 from trainer.errors import UserError
+from trainer.phases import lay_out
 
 
 def plan(
@@ -20,7 +21,8 @@ def plan(
     **length: float,
 ) -> BatchPlan:
     batch = BatchConfig(global_size=global_size, micro_size=micro_size)
-    return plan_batch(batch, TrainConfig.model_validate(length or {"steps": 10}), seq_len, world_size, epoch_blocks)
+    phases = lay_out(DataConfig.model_validate({"train": "data", "seq_len": seq_len}), batch)
+    return plan_batch(batch, TrainConfig.model_validate(length or {"steps": 10}), phases, world_size, [epoch_blocks])
 
 
 sizes = st.integers(1, 64)

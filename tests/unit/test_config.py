@@ -55,6 +55,12 @@ def write(folder: Path, name: str, text: str | dict[str, Any]) -> Path:
         (with_(data={"train": [{"path": "a"}, {"path": "b", "wieght": 2}]}), "data.train.1.wieght", "weight"),
         (with_(schedule={"warm_up_steps": 5}), "schedule.warm_up_steps", "warmup_steps"),
         (with_(train={"step": 5}), "train.step", "steps"),
+        (
+            with_(data={"train": "a", "phases": [{"seq_len": 8, "until_token": 9}]}),
+            "data.phases.0.until_token",
+            "until_tokens",
+        ),
+        (with_(batch={"warmup": {"start_sise": 8}}), "batch.warmup.start_sise", "start_size"),
     ],
 )
 def test_row_01_an_unknown_key_is_an_error_that_names_the_nearest(raw: dict[str, Any], key: str, suggestion: str):
@@ -65,7 +71,7 @@ def test_row_01_an_unknown_key_is_an_error_that_names_the_nearest(raw: dict[str,
 
 def test_an_unknown_key_like_no_other_lists_what_is_known():
     problem = refusal(with_(batch={"zzz": 1})).problem
-    assert "Unknown key 'batch.zzz'. Known here: global_size, micro_size." in problem
+    assert "Unknown key 'batch.zzz'. Known here: global_size, memory_gib, micro_size, warmup." in problem
 
 
 def test_all_mistakes_are_named_at_once():

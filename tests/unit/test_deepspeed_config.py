@@ -23,6 +23,7 @@ from trainer.deepspeed_config import (
     stage_of,
 )
 from trainer.errors import UserError
+from trainer.phases import lay_out
 
 PRESETS = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
@@ -38,7 +39,7 @@ def composed(preset: str, **train: Any) -> dict[str, Any]:
         "deepspeed": preset,
     }
     config = parse_config(raw, "test")
-    plan = plan_batch(config.batch, config.train, config.data.seq_len, 2, 100)
+    plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), 2, [100])
     return compose(config, load_preset(preset), plan)
 
 

@@ -22,6 +22,15 @@ def after(steps: int, watch: DivergenceWatch, norm: float = 1.0, loss: float = 2
     return state
 
 
+def test_where_the_last_step_or_the_first_skipped_in_a_row_began() -> None:
+    state = TrainState()
+    begun = []
+    for samples, applied in ((8, True), (8, True), (16, False), (24, False), (24, True), (24, False)):
+        state.advance(samples, 32, applied)
+        begun.append(state.begun_at)
+    assert begun == [0, 8, 16, 16, 56, 80]
+
+
 def skip(state: TrainState, watch: DivergenceWatch) -> None:
     state.advance(8, 32, False)
     watch.observe_step(state, math.nan)

@@ -122,9 +122,10 @@ class EngineStepper:
         from trainer.batch_plan import plan_batch
         from trainer.deepspeed_config import compose, load_preset
         from trainer.engine import TrainingEngine
+        from trainer.phases import lay_out
 
         self._world = distributed.start()
-        plan = plan_batch(config.batch, config.train, work.seq_len, self._world.size, 1)
+        plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])
         preset = compose(config, load_preset(config.deepspeed), plan)
         self.engine = TrainingEngine(model_of(work, config), preset, config.optimizer, self._world)
         if variant.compiled:

@@ -6,7 +6,7 @@ out is counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from tools.simulate.distinct import distinct
 from tools.simulate.plan import SimulatedPlan
+from trainer.batch_plan import StepRun
 from trainer.data.order import SampleOrder, rank_share
+from trainer.data.run_order import RunOrder
 
 SAMPLES_AT_ONCE = 1 << 16  # located and compared together
 OWN_CALLS_A_STEP = 4  # ranks that find their share themselves, in turn; at the first step all do
@@ -46,7 +48,7 @@ class Exactness:
         return not (self.misplaced or self.differing_shares or self.repeated_blocks)
 
 
-def check_exactness(plan: SimulatedPlan, order: SampleOrder, progress: Callable[[int], None]) -> Exactness:
+def check_exactness(plan: SimulatedPlan, order: RunOrder, progress: Callable[[int], None]) -> Exactness:
     """Go through the steps of a plan.
 
     In each step every sample of the global batch is to be in the share of one rank. All ranks' shares are cut from
@@ -57,21 +59,31 @@ def check_exactness(plan: SimulatedPlan, order: SampleOrder, progress: Callable[
         progress: called with the steps done.
     """
     found = Exactness()
-    seen = SeenNumbers()
-    size, chunks = plan.global_size, 0
-    together = max(1, SAMPLES_AT_ONCE // size)
-    for first in range(0, plan.steps, together):
-        steps = range(first, min(plan.steps, first + together))
-        start = plan.first_sample + first * size
-        samples = np.arange(start, start + len(steps) * size)
-        sources, blocks = order.locate(samples)
-        found.repeated_blocks += seen.add(_block_in_epoch(order, samples, sources, blocks))
-        for step, part in zip(steps, np.split(np.arange(len(samples)), len(steps)), strict=True):
-            _check_shares(found, plan, step, samples[part], sources[part], blocks[part])
-            chunks += _distinct_chunks(order, sources[part], blocks[part])
-        progress(steps.stop)
+    done = chunks = 0
+    seen: dict[int, SeenNumbers] = {}  # of each phase, whose blocks are others than those of the next
+    for run in plan.batch.runs(plan.first_sample, plan.steps):
+        size, phase = run.shape.global_size, run.shape.phase
+        of_phase, begin = order.orders[phase], order.phases[phase].first_sample
+        for start, steps in _pieces(run):
+            samples = np.arange(start, start + steps * size)
+            sources, blocks = order.locate(samples)
+            numbers = _block_in_epoch(of_phase, samples - begin, sources, blocks)
+            found.repeated_blocks += seen.setdefault(phase, SeenNumbers()).add(numbers)
+            for step, part in enumerate(np.split(np.arange(len(samples)), steps), done):
+                _check_shares(found, plan, step, samples[part], sources[part], blocks[part])
+                chunks += _distinct_chunks(of_phase, sources[part], blocks[part])
+            done += steps
+            progress(done)
     found.chunks_a_batch = chunks / plan.steps
     return found
+
+
+def _pieces(run: StepRun) -> Iterator[tuple[int, int]]:
+    """(first sample, steps) of about SAMPLES_AT_ONCE samples each."""
+    size = run.shape.global_size
+    together = max(1, SAMPLES_AT_ONCE // size)
+    for first in range(0, run.steps, together):
+        yield run.first_sample + first * size, min(together, run.steps - first)
 
 
 def _check_shares(

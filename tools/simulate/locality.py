@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tools.simulate.distinct import distinct
 from tools.simulate.plan import SimulatedPlan, SimulatedSource
-from trainer.data.order import SampleOrder, rank_share
+from trainer.data.order import rank_share
+from trainer.data.run_order import RunOrder
 
 PAGE_BYTES = 4096
 MOST_READERS = 4096
@@ -36,42 +37,51 @@ class Locality:
     worst: float
 
 
-def measure_locality(plan: SimulatedPlan, order: SampleOrder) -> tuple[list[Locality], int]:
+def measure_locality(plan: SimulatedPlan, order: RunOrder) -> tuple[list[Locality], int]:
     """Pages over bytes used for 1, 2, 4, … readers, as far as they divide the global batch.
+
+    Of a run whose steps differ those where the simulation starts count, as if there were no others.
 
     Returns:
         the table, and the number of samples that it is over.
     """
     samples = _samples_of_a_window(plan, order)
     first, last = pages_of_samples(plan, order, samples)
-    block_bytes = plan.payload * plan.sources[0].token_bytes  # one tokenizer, so one size of token
+    size, phase = samples.shape[1], plan.phases.number_at(plan.first_sample)
+    block_bytes = plan.payload(phase) * plan.sources[0].token_bytes  # one tokenizer, so one size of token
     found = []
     readers = 1
     while readers <= MOST_READERS:
-        if plan.global_size % readers == 0:
+        if size % readers == 0:
             pages = _pages_a_reader(first, last, readers)
             ratios = pages * PAGE_BYTES / (first.size // readers * block_bytes)
-            found.append(Locality(readers, plan.global_size // readers, float(ratios.mean()), float(ratios.max())))
+            found.append(Locality(readers, size // readers, float(ratios.mean()), float(ratios.max())))
         readers *= 2
     return found, first.size
 
 
-def _samples_of_a_window(plan: SimulatedPlan, order: SampleOrder) -> NDArray[np.int64]:
-    """int64 [steps, global batch]: whole steps within the window where the simulation starts.
+def _samples_of_a_window(plan: SimulatedPlan, order: RunOrder) -> NDArray[np.int64]:
+    """int64 [steps, global batch]: whole steps within the window where the simulation starts, and within its phase.
 
     With several sources the windows do not end together; a stretch as long as the largest is taken.
     """
-    window = min(max(plan.blocks), order.chunk_blocks * order.window_chunks)
-    start = plan.first_sample
+    number = plan.phases.number_at(plan.first_sample)
+    of_phase, phase = order.orders[number], order.phases[number]
+    size = plan.batch.shape_at(plan.first_sample).global_size
+    window = min(max(of_phase.blocks), of_phase.chunk_blocks * of_phase.window_chunks)
+    start = plan.first_sample - phase.first_sample
     if len(plan.sources) == 1:
-        in_epoch = start % plan.blocks[0]
+        in_epoch = start % of_phase.blocks[0]
         start -= in_epoch % window
-    steps = max(1, min(window, MOST_SAMPLES) // plan.global_size)
-    return start + np.arange(steps * plan.global_size).reshape(steps, plan.global_size)
+    most = (
+        MOST_SAMPLES if phase.end_sample is None else min(MOST_SAMPLES, phase.end_sample - phase.first_sample - start)
+    )
+    steps = max(1, min(window, most) // size)
+    return phase.first_sample + start + np.arange(steps * size).reshape(steps, size)
 
 
 def pages_of_samples(
-    plan: SimulatedPlan, order: SampleOrder, samples: NDArray[np.int64]
+    plan: SimulatedPlan, order: RunOrder, samples: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and last page of the blocks of samples.
 
@@ -83,13 +93,13 @@ def pages_of_samples(
         of `rank_share`, so that equal slices are the shares of ranks.
     """
     first, last = np.empty_like(samples), np.empty_like(samples)
-    tables = _PageTables(plan.sources)
+    tables, payload = _PageTables(plan.sources), plan.payload(plan.phases.number_at(int(samples[0, 0])))
     for step, batch in enumerate(samples):
         sources, blocks = order.locate(batch)
         by_address = rank_share(batch, sources, blocks, 0, 1)
-        start = blocks[by_address] * plan.payload
+        start = blocks[by_address] * payload
         first[step] = tables.pages(sources[by_address], start)
-        last[step] = tables.pages(sources[by_address], start + plan.payload - 1)
+        last[step] = tables.pages(sources[by_address], start + payload - 1)
     return first, last
 
 

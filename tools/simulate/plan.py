@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from trainer.batch_plan import plan_batch
-from trainer.config import DataConfig
+from trainer.batch_plan import BatchPlan, Stretch, plan_batch
+from trainer.config import BatchConfig, DataConfig
 from trainer.config_file import load_config, recipe_names
 from trainer.data.mixture import mixture_order
-from trainer.data.order import SampleOrder
 from trainer.data.quarantine import kept_stretches
+from trainer.data.run_order import RunOrder
 from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.errors import UserError
+from trainer.phases import Phases, lay_out
 
 MOST_RANKS = 4096  # simulated without being asked
 USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's
@@ -73,9 +74,10 @@ class SimulatedPlan:
 
     Attributes:
         data: what decides the order; its sources are those of `sources`, in the same order.
-        global_size: sequences a step; divides by `ranks`.
+        global_size: sequences a step, after the steps of `earlier`; divides by `ranks`.
         steps: how many are simulated, from `first_sample` on.
         total_steps: the length of the run, for its epochs.
+        earlier: steps of other sizes.
     """
 
     data: DataConfig
@@ -86,6 +88,7 @@ class SimulatedPlan:
     steps: int
     total_steps: int
     first_sample: int
+    earlier: tuple[Stretch, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_size % self.ranks:
@@ -97,22 +100,31 @@ class SimulatedPlan:
             )
 
     @property
-    def payload(self) -> int:
-        """Content tokens a block."""
-        return self.data.seq_len - 2
+    def phases(self) -> Phases:
+        return lay_out(self.data, BatchConfig(global_size=self.global_size))
 
     @property
-    def blocks(self) -> tuple[int, ...]:
+    def batch(self) -> BatchPlan:
+        """The steps of the run, each rank's sequences in one micro-batch."""
+        sizes = (self.global_size, self.global_size // self.ranks, self.ranks, 1, self.data.seq_len, self.total_steps)
+        return BatchPlan(*sizes, self.earlier, len(self.data.phases))
+
+    def payload(self, phase: int) -> int:
+        """Content tokens a block."""
+        return self.phases[phase].seq_len - 2
+
+    def blocks(self, phase: int) -> tuple[int, ...]:
         """Whole blocks of each source."""
-        return tuple(source.tokens // self.payload for source in self.sources)
+        return tuple(source.tokens // self.payload(phase) for source in self.sources)
 
     @property
     def end_sample(self) -> int:
         """Where the run ends, or the simulated steps, whichever is later."""
-        return max(self.total_steps * self.global_size, self.first_sample + self.steps * self.global_size)
+        return max(self.batch.end_sample, self.batch.end_of(self.first_sample, self.steps))
 
-    def order(self) -> SampleOrder:
-        return mixture_order(self.data, self.blocks, [source.tokens for source in self.sources], self.seed)
+    def order(self) -> RunOrder:
+        blocks = [self.blocks(phase) for phase in range(len(self.phases))]
+        return mixture_order(self.data, self.phases, blocks, [source.tokens for source in self.sources], self.seed)
 
 
 def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
@@ -203,19 +215,22 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     config = load_config(config_source, overrides)
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
-    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // batch.micro_size))
+    micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
+    ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
-    epoch_blocks = sum(source.tokens // (data.seq_len - 2) for source in sources)
-    total_steps = plan_batch(batch, config.train, data.seq_len, ranks, epoch_blocks).total_steps
+    phases = lay_out(data, batch)
+    epoch_blocks = [sum(source.tokens // (phase.seq_len - 2) for source in sources) for phase in phases]
+    plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks)
     return SimulatedPlan(
         data=data,
         sources=sources,
         seed=config.run.seed,
         ranks=ranks,
         global_size=batch.global_size,
-        steps=options.steps or min(USUAL_STEPS, total_steps),
-        total_steps=total_steps,
+        steps=options.steps or min(USUAL_STEPS, plan.total_steps),
+        total_steps=plan.total_steps,
         first_sample=options.first_sample,
+        earlier=plan.earlier,
     )
 
 

@@ -51,7 +51,8 @@ class Simulation:
         facts = {
             "sources": [self._describe_source(number) for number in range(len(plan.sources))],
             "tokens": sum(source.tokens for source in plan.sources),
-            "blocks": sum(plan.blocks),
+            "blocks": sum(plan.blocks(len(plan.phases) - 1)),
+            "phases": [self._describe_phase(number) for number in range(len(plan.phases))],
             **{name: getattr(plan.data, name) for name in _DATA_FIELDS},
             **{name: getattr(plan, name) for name in _PLAN_FIELDS},
             "cold_sample": self.cold_sample,
@@ -83,13 +84,10 @@ class Simulation:
         plan, found = self.plan, self.exactness
         shards = sum(len(source.shard_tokens) for source in plan.sources)
         tokens = sum(source.tokens for source in plan.sources)
-        window = plan.data.chunk_blocks * plan.data.window_chunks
-        chunks = sum(-(-blocks // plan.data.chunk_blocks) for blocks in plan.blocks)
-        windows = sum(-(-blocks // window) for blocks in plan.blocks)
-        consumed = plan.end_sample * plan.data.seq_len
-        lines = [
+        consumed = plan.phases.tokens(plan.end_sample)
+        return [
             ("data", f"{tokens:,} tokens in {shards:,} shards of {len(plan.sources):,} source(s)"),
-            ("blocks", f"{sum(plan.blocks):,} of {plan.payload} tokens, {chunks:,} chunks, {windows:,} windows"),
+            *(("blocks", self._blocks_line(number)) for number in range(len(plan.phases))),
             ("run", f"to sample {plan.end_sample:,}: {consumed:,} tokens, {self._epochs()}"),
             (
                 "cold start",
@@ -101,7 +99,22 @@ class Simulation:
             ("peak memory", f"{self.peak_bytes / 1e6:.0f} MB beyond the imports (manifests, order and these checks)"),
             ("machine", machine_line(self.machine)),
         ]
-        return lines
+
+    def _blocks_line(self, number: int) -> str:
+        data, blocks, phase = self.plan.data, self.plan.blocks(number), self.plan.phases[number]
+        chunks = sum(-(-count // data.chunk_blocks) for count in blocks)
+        windows = sum(-(-count // (data.chunk_blocks * data.window_chunks)) for count in blocks)
+        until = "" if phase.end_sample is None else f", up to sample {phase.end_sample:,}"
+        return f"{sum(blocks):,} of {self.plan.payload(number)} tokens, {chunks:,} chunks, {windows:,} windows{until}"
+
+    def _describe_phase(self, number: int) -> dict[str, Any]:
+        phase = self.plan.phases[number]
+        return {
+            "seq_len": phase.seq_len,
+            "first_sample": phase.first_sample,
+            "end_sample": phase.end_sample,
+            "blocks": sum(self.plan.blocks(number)),
+        }
 
     def _describe_source(self, number: int) -> dict[str, Any]:
         source = self.plan.sources[number]
@@ -109,7 +122,7 @@ class Simulation:
             "name": source.name,
             "tokens": source.tokens,
             "shards": len(source.shard_tokens),
-            "blocks": self.plan.blocks[number],
+            "blocks": self.plan.blocks(len(self.plan.phases) - 1)[number],
             "epochs": self.epochs[number],
         }
 

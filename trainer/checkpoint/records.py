@@ -44,7 +44,7 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
         "objective": inputs.config.objective.model_dump(),
         "seed": inputs.config.run.seed,
-        "seq_len": inputs.config.data.seq_len,
+        "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
     }
 
 

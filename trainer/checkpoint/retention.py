@@ -13,13 +13,11 @@ from trainer.checkpoint.manifest import Records
 from trainer.config import CheckpointConfig
 from trainer.errors import cannot_write
 from trainer.files import unique_name
+from trainer.memory_model import checkpoint_bytes
 
 logger = logging.getLogger(__name__)
 LEAST_VALID = 2
 """Checkpoints that are never gone below: the newest may turn out to be damaged."""
-OPTIMIZER_BYTES = 12
-"""A parameter's, in fp32: the master weight and AdamW's two moments."""
-_WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def expendable(
@@ -120,10 +118,5 @@ def too_little_space(run_dir: Path, records: Records) -> str:
 
 
 def estimated_bytes(records: Records) -> int:
-    """Weights and optimizer state of a checkpoint, without what little is added to them.
-
-    At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
-    and at stage 3 DeepSpeed stores the optimizer's alone.
-    """
-    beside = _WEIGHT_BYTES[records.layout["precision"]] if records.layout["stage"] in (1, 2) else 0
-    return records.model["parameters"] * (OPTIMIZER_BYTES + beside)
+    """What a checkpoint of this run should take."""
+    return checkpoint_bytes(records.model["parameters"], records.layout["stage"], records.layout["precision"])

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from trainer.batch_plan import BatchPlan
 from trainer.data.borders import DocumentBorders
 from trainer.data.order import SampleOrder, rank_share
+from trainer.data.run_order import RunOrder
 from trainer.data.shard_set import ShardSet
 from trainer.errors import MaskwrightError
 from trainer.signals import ignore_stop_signals
@@ -32,10 +33,11 @@ _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
 class MicroBatches(Sampler[np.ndarray]):
     """This rank's micro-batches of `steps` steps from `first_sample` on, as int64 [micro_size, 3]: t, source, block.
 
-    The blocks of the step after the one handed out are announced to the kernel, which has them read meanwhile.
+    All of them are of one phase. The blocks of the step after the one handed out are announced to the kernel, which
+    has them read meanwhile.
     """
 
-    order: SampleOrder
+    order: RunOrder | SampleOrder
     plan: BatchPlan
     sources: list[ShardSet]
     payload: int
@@ -49,22 +51,24 @@ class MicroBatches(Sampler[np.ndarray]):
         while share is not None:
             following = next(shares, None)
             if following is not None:
-                self._advise(following)
-            yield from share.reshape(self.plan.accumulation, self.plan.micro_size, 3)
+                self._advise(following.reshape(-1, 3))
+            yield from share
             share = following
 
     def _shares(self) -> Iterator[NDArray[np.int64]]:
-        """int64 [rank_size, 3] of each step."""
-        size = self.plan.global_size
-        located_steps = max(1, _LOCATED_AT_ONCE // size)
-        for first_step in range(0, self.steps, located_steps):
-            steps = min(located_steps, self.steps - first_step)
-            start = self.first_sample + first_step * size
-            samples = np.arange(start, start + steps * size, dtype=np.int64)
-            places = np.stack([samples, *self.order.locate(samples)], axis=1)
-            for step in places.reshape(steps, size, 3):
-                numbers, sources, blocks = step.T
-                yield step[rank_share(numbers, sources, blocks, self.rank, self.plan.world_size)]
+        """int64 [accumulation, micro_size, 3] of each step."""
+        for run in self.plan.runs(self.first_sample, self.steps):
+            shape, size = run.shape, run.shape.global_size
+            located_steps = max(1, _LOCATED_AT_ONCE // size)
+            for first_step in range(0, run.steps, located_steps):
+                steps = min(located_steps, run.steps - first_step)
+                start = run.first_sample + first_step * size
+                samples = np.arange(start, start + steps * size, dtype=np.int64)
+                places = np.stack([samples, *self.order.locate(samples)], axis=1)
+                for step in places.reshape(steps, size, 3):
+                    numbers, sources, blocks = step.T
+                    share = step[rank_share(numbers, sources, blocks, self.rank, shape.world_size)]
+                    yield share.reshape(shape.accumulation, shape.micro_size, 3)
 
     def _advise(self, share: NDArray[np.int64]) -> None:
         for source, blocks in _by_source(share[:, 1], share[:, 2]):
@@ -121,7 +125,7 @@ class MaskedBlocks(Dataset[Any]):
 
 
 class TrainingBatches:
-    """This rank's micro-batches of the next `steps` optimizer steps, in order.
+    """This rank's micro-batches of the next `steps` optimizer steps, which are of one phase, in order.
 
     Raises:
         MaskwrightError: while iterating, what a worker met when it read, in the place of the batch.
@@ -129,7 +133,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        order: SampleOrder,
+        order: RunOrder | SampleOrder,
         plan: BatchPlan,
         dataset: MaskedBlocks,
         *,
@@ -140,13 +144,14 @@ class TrainingBatches:
         pin_memory: bool,
     ) -> None:
         payload = dataset.objective.payload
+        accumulation = max((run.shape.accumulation for run in plan.runs(first_sample, steps)), default=1)
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=MicroBatches(order, plan, dataset.sources, payload, rank, first_sample, steps),  # type: ignore[arg-type]  # rows, not a list of int
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=pin_memory,
-            prefetch_factor=max(2, 2 * plan.accumulation // workers) if workers else None,
+            prefetch_factor=max(2, 2 * accumulation // workers) if workers else None,
             worker_init_fn=_start_worker if workers else None,
         )
 

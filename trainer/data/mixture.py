@@ -6,41 +6,62 @@ from collections.abc import Sequence
 
 from trainer.config import DataConfig
 from trainer.data.order import SampleOrder
+from trainer.data.run_order import RunOrder, phase_seed
 from trainer.errors import UserError
+from trainer.phases import Phases
 
 
-def mixture_order(data: DataConfig, blocks: Sequence[int], tokens: Sequence[int], seed: int) -> SampleOrder:
+def mixture_order(
+    data: DataConfig, phases: Phases, blocks: Sequence[Sequence[int]], tokens: Sequence[int], seed: int
+) -> RunOrder:
     """The order that a config asks for.
 
     Args:
-        blocks: whole blocks of each source.
+        blocks: whole blocks of each source, in each phase.
         tokens: of each source; with a temperature T its weight is tokens^(1/T) (Arivazhagan et al., arXiv:1907.05019).
         seed: of the run.
 
     Raises:
         UserError: when a source that has a weight has no block.
     """
+    stages = weight_stages(data, phases, tokens)
+    orders = []
+    for number, (phase, counts) in enumerate(zip(phases, blocks, strict=True)):
+        begun = max(place for place, (start, _) in enumerate(stages) if start <= phase.first_sample)
+        later = [
+            (start - phase.first_sample, weights)
+            for start, weights in stages[begun + 1 :]
+            if phase.end_sample is None or start < phase.end_sample
+        ]
+        orders.append(
+            SampleOrder(
+                counts,
+                stages[begun][1],
+                seed=phase_seed(seed, number),
+                chunk_blocks=data.chunk_blocks,
+                window_chunks=data.window_chunks,
+                mixture_block=data.mixture_block,
+                changes=later,
+            )
+        )
+    return RunOrder(phases, orders, seed)
+
+
+def weight_stages(data: DataConfig, phases: Phases, tokens: Sequence[int]) -> list[tuple[int, list[float]]]:
+    """The weights of the sources over the run, as (first sample, weights), the first from 0 on."""
     if data.temperature is not None:
         weights = [count ** (1 / data.temperature) for count in tokens]
     else:
         weights = [1.0 if source.weight is None else source.weight for source in data.train]
     labels = [source.label for source in data.train]
-    changes = [
-        (-(-stage.from_tokens // data.seq_len), [stage.weights.get(label, 0.0) for label in labels])
+    later = [
+        (phases.sample_at(stage.from_tokens), [stage.weights.get(label, 0.0) for label in labels])
         for stage in data.stages
     ]
-    return SampleOrder(
-        blocks,
-        weights,
-        seed=seed,
-        chunk_blocks=data.chunk_blocks,
-        window_chunks=data.window_chunks,
-        mixture_block=data.mixture_block,
-        changes=changes,
-    )
+    return [(0, weights), *later]
 
 
-def check_epochs(data: DataConfig, order: SampleOrder, total_samples: int) -> None:
+def check_epochs(data: DataConfig, order: RunOrder, total_samples: int) -> None:
     """Refuse a run that passes over a source more often than its `max_epochs`.
 
     Raises:
@@ -54,7 +75,7 @@ def check_epochs(data: DataConfig, order: SampleOrder, total_samples: int) -> No
     ]
     if over:
         passes = "; ".join(
-            f"'{label}' ({order.blocks[number]:,} blocks) {seen:.2f} times, at most {limit:g} are allowed"
+            f"'{label}' ({order.orders[-1].blocks[number]:,} blocks) {seen:.2f} times, at most {limit:g} are allowed"
             for number, label, seen, limit in over
         )
         raise UserError(
@@ -64,13 +85,15 @@ def check_epochs(data: DataConfig, order: SampleOrder, total_samples: int) -> No
         )
 
 
-def describe_mixture(data: DataConfig, order: SampleOrder, epochs: Sequence[float]) -> list[str]:
+def describe_mixture(data: DataConfig, order: RunOrder, tokens: Sequence[int], epochs: Sequence[float]) -> list[str]:
     """Of each source its share of the samples at every stage, and how often the run passes over it."""
     lines = []
+    stages = weight_stages(data, order.phases, tokens)
     for number, (source, passes) in enumerate(zip(data.train, epochs, strict=True)):
         shares = [
-            f"{weights[number] / sum(weights):.2%}" + (f" from token {start * data.seq_len:,} on" if start else "")
-            for start, weights in order.stages
+            f"{weights[number] / sum(weights):.2%}"
+            + (f" from token {order.phases.tokens(start):,} on" if start else "")
+            for start, weights in stages
         ]
         lines.append(f"  {source.label}: {', '.join(shares)}; {passes:.2f} epochs")
     return lines

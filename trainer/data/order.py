@@ -1,4 +1,4 @@
-"""Which block sample t is, in closed form.
+"""Which block sample t of a phase is, in closed form; most runs are one phase (`trainer.data.run_order`).
 
 The order of a run is a pure function of (seed, data, chunk, window, mixture): sample t can be located for any t
 without having visited the samples before it. So the whole state of the data is one integer, the number of samples
@@ -81,7 +81,6 @@ class SampleOrder:
         changes: later weights, as (first sample, weights) with ascending samples above 0.
 
     Attributes:
-        stages: (first sample, weights), the first from 0 on.
         spans: the mixture over time; one span if the weights never change.
 
     Raises:
@@ -104,7 +103,6 @@ class SampleOrder:
         _refuse_empty_sources(blocks, stages)
         self.blocks, self.seed = tuple(blocks), seed
         self.chunk_blocks, self.window_chunks, self.mixture_block = chunk_blocks, window_chunks, mixture_block
-        self.stages = tuple(stages)
         self.spans = tuple(_spans(stages, mixture_block))
         self._span_starts = np.array([span.start for span in self.spans], np.uint64)
 

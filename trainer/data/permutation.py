@@ -40,6 +40,7 @@ class KeyPurpose(IntEnum):
     MASKING = 3
     DROPOUT = 4
     EVALUATION = 5
+    PHASE = 6
 
 
 def mix64(x: ArrayLike) -> UInt64s:

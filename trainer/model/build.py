@@ -22,6 +22,9 @@ from trainer.model.prediction_head import HEAD_MODULES
 if TYPE_CHECKING:
     from trainer.data.vocabulary import Vocabulary
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of forward and backward, by `train.precision`."""
+
 
 @dataclass(frozen=True)
 class BuiltModel:

@@ -58,8 +58,8 @@ def datasheet_peak(name: str, number_format: str) -> float | None:
 def matmul_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Best rate of square matmuls on this device in FLOP/s, found within about `seconds`.
 
-    The size doubles while time is left, from 512 to 8,192 on a GPU and to 2,048 elsewhere. A smaller one says little of a
-    device: on a busy machine its threads may wait for each other a hundred times as long as they compute.
+    The size doubles while time is left, from 512 to 8,192 on a GPU and to 2,048 elsewhere. A smaller one says little of
+    a device: on a busy machine its threads may wait for each other a hundred times as long as they compute.
     """
     # The library's set-up may take longer than all the rest: the rate would be that of the set-up.
     _matmul_seconds(torch.ones(128, 128, device=device, dtype=dtype))

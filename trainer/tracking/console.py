@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from trainer.batch_plan import BatchPlan
+
 
 class TrainingConsole:
     """Rank 0's view of a run, written to `stream`."""
@@ -25,16 +27,16 @@ class TrainingConsole:
         self._rich = Console(file=stream, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._total_steps = 0
+        self._plan: BatchPlan | None = None
 
     def say(self, line: str) -> None:
         """Print one line. Where the console is a file on a full disk the line is lost, but not the run."""
         with contextlib.suppress(OSError):
             self._rich.print(line, markup=False)
 
-    def start(self, step: int, total_steps: int) -> None:
+    def start(self, step: int, plan: BatchPlan) -> None:
         """Begin to show progress: a bar, on a terminal."""
-        self._total_steps = total_steps
+        self._plan = plan
         if self._rich.is_terminal:
             columns = (
                 TextColumn("step"),
@@ -44,7 +46,7 @@ class TrainingConsole:
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=self._rich)
-            self._task = self._progress.add_task("", total=total_steps, completed=step)
+            self._task = self._progress.add_task("", total=plan.total_steps, completed=step)
             self._progress.start()
 
     def step(self, step: int) -> None:
@@ -54,7 +56,8 @@ class TrainingConsole:
 
     def training_line(self, values: dict[str, Any]) -> None:
         """Show one metrics line: always the same order, so that it can be searched."""
-        self.say(f"step {values['step']}/{self._total_steps}  {describe(values, self._total_steps)}")
+        assert self._plan is not None
+        self.say(f"step {values['step']}/{self._plan.total_steps}  {describe(values, self._plan)}")
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -62,18 +65,21 @@ class TrainingConsole:
             self._progress = None
 
 
-def describe(values: dict[str, Any], total_steps: int) -> str:
+def seconds_left(values: dict[str, Any], plan: BatchPlan) -> float:
+    """Time to the last step at the speed of a training line."""
+    tokens_left = plan.tokens_ahead(values["samples"], plan.total_steps - values["step"])
+    return tokens_left / values["throughput/tokens_per_second"]
+
+
+def describe(values: dict[str, Any], plan: BatchPlan) -> str:
     """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
-    trained = 1 - values["resilience/skipped_samples"] / values["samples"]
-    tokens_per_step = values["tokens"] * trained / values["step"]
-    seconds_left = (total_steps - values["step"]) * tokens_per_step / values["throughput/tokens_per_second"]
     skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
         f"loss {_number(values['train/loss'], '.4f')}  lr {values['train/learning_rate']:.2e}  "
         f"grad_norm {_number(values['train/grad_norm'], '.3f')}  "
         f"{values['throughput/tokens_per_second']:,.0f} tokens/s  mfu {values['throughput/mfu']:.1%}  "
         f"wait {values['time/data_wait_fraction']:.1%}  peak {values['memory/peak_gib']:.2f} GiB{skipped}  "
-        f"eta {timedelta(seconds=round(seconds_left))}"
+        f"eta {timedelta(seconds=round(seconds_left(values, plan)))}"
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from trainer.files import replace_synced
+
+_TAIL_BYTES = 1 << 18
 
 
 class JsonlWriter:
@@ -44,6 +47,24 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_last(path: Path, name: str) -> dict[str, Any] | None:
+    """The last whole line that has a value of that name, looked for at the end of the file only; None without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            tail = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for text in reversed(tail):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and name in line:
+            return line
+    return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

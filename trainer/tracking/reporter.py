@@ -1,16 +1,20 @@
-"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard and the console."""
+"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard, the console and status.json."""
 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
+from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.config_file import dump_config
+from trainer.liveness.stragglers import StragglerWatch
 from trainer.metrics import as_json
-from trainer.tracking.console import TrainingConsole
+from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
+from trainer.tracking.status import StatusWriter
 from trainer.tracking.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -20,10 +24,17 @@ class Reporter:
     """Rank 0's reports of one run."""
 
     def __init__(
-        self, run_dir: Path, console: TrainingConsole, total_steps: int, resumed_step: int | None, config: Config
+        self,
+        run_dir: Path,
+        console: TrainingConsole,
+        status: StatusWriter,
+        stragglers: StragglerWatch | None,
+        plan: BatchPlan,
+        resumed_step: int | None,
+        config: Config,
     ) -> None:
-        self.console = console
-        self._run_dir, self._total_steps, self._config = run_dir, total_steps, config
+        self.console, self.status, self._stragglers = console, status, stragglers
+        self._run_dir, self._plan, self._config = run_dir, plan, config
         self._open(resumed_step)
 
     def _open(self, resumed_step: int | None, keep_events: bool = False) -> None:
@@ -32,7 +43,7 @@ class Reporter:
         if self._config.logging.tensorboard:
             folder = self._run_dir / "tensorboard"
             self._tensorboard = TensorBoardWriter(folder, resumed_step, dump_config(self._config))
-        self.console.start(resumed_step or 0, self._total_steps)
+        self.console.start(resumed_step or 0, self._plan)
 
     def rewind(self, step: int) -> None:
         """Take back what was reported of the steps after `step`, but for the events: they are done again.
@@ -49,7 +60,14 @@ class Reporter:
 
     def training(self, values: dict[str, Any]) -> None:
         """Report a training line (names in trainer.metrics)."""
-        self.console.training_line(self._write(values))
+        values = self._write(values)
+        self.console.training_line(values)
+        self.status.progress(
+            **{name: values[name] for name in ("step", "samples", "tokens")},
+            train_loss=values["train/loss"],
+            tokens_per_second=values["throughput/tokens_per_second"],
+            eta_seconds=seconds_left(values, self._plan),
+        )
 
     def evaluation(self, values: dict[str, Any]) -> None:
         """Report an evaluation line."""
@@ -59,10 +77,21 @@ class Reporter:
             f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
         )
 
+    def saved(self, folder: Path) -> None:
+        """Report a checkpoint."""
+        self.status.progress(last_checkpoint=folder.name)
+        self.console.say(f"saved {folder}")
+
     def event(self, values: dict[str, Any], line: str) -> None:
         """Report an event of EVENT_METRICS, and say `line`."""
         self._write(values)
         self.console.say(line)
+
+    def own_times(self, seconds: list[list[float]]) -> None:
+        """Say, now and then, which ranks hold up the others (seconds of each as in trainer.liveness.stragglers)."""
+        if self._stragglers is not None and (line := self._stragglers.add(seconds, time.monotonic())):
+            logger.info("%s", line)
+            self.console.say(line)
 
     def close(self) -> None:
         self.console.stop()

@@ -178,8 +178,8 @@ def test_a_resume_of_something_else_is_refused_with_each_difference(tmp_path: Pa
     other = replace(RECORDS, identity={**RECORDS.identity, "seed": 1, "tokenizer": "xyz"})
     with pytest.raises(UserError, match="seed was 0, now 1; tokenizer was def, now xyz"):
         check_resumable(folder, manifest, other, DATA_ORDER)
-    with pytest.raises(UserError, match="the order's payload was 30, now 31"):
-        check_resumable(folder, manifest, RECORDS, {**DATA_ORDER, "payload": 31})
+    with pytest.raises(UserError, match="were blocks of 32, now blocks of 24"):
+        check_resumable(folder, manifest, RECORDS, {**DATA_ORDER, "seq_len": 24})
     other = replace(RECORDS, layout={**RECORDS.layout, "world_size": 4})  # it is spread anew over the ranks
     check_resumable(folder, manifest, other, DATA_ORDER)
     other = replace(RECORDS, model={"class": "renamed"})  # a description, not an identity

@@ -54,7 +54,7 @@ def test_a_rank_reads_its_pages_of_a_window_and_hardly_any_other(
     for samples in window:
         sources, blocks = order.locate(samples)
         share = rank_share(samples, sources, blocks, rank, RANKS)
-        used_bytes += shards.read_blocks(blocks[share], plan.payload).nbytes
+        used_bytes += shards.read_blocks(blocks[share], plan.payload(0)).nbytes
     held = np.concatenate([resident_pages(path) for path in token_files])
 
     first, last = pages_of_samples(plan, order, window)

@@ -9,6 +9,8 @@ import pytest
 
 from trainer.data.order import SampleOrder
 from trainer.data.order_changes import order_differences, shard_differences
+from trainer.data.run_order import RunOrder
+from trainer.phases import Phase, Phases
 
 SHARDS = [["s0", "a"], ["s1", "b"], ["s2", "c"]]
 
@@ -17,10 +19,10 @@ def described(
     weights: list[float], changes: list[tuple[int, list[float]]] | None = None, names: str = "xyz", **other: Any
 ) -> dict[str, Any]:
     """The data order of a run over one source for each weight, with mixture blocks of 10 samples."""
-    order = SampleOrder([100] * len(weights), weights, 1, 4, 4, 10, changes or []).describe()
-    del order["blocks"]
-    sources = [{"name": name, "blocks": 100, "fingerprint": name, "quarantine": []} for name in names[: len(weights)]]
-    return {**order, "seq_len": 32, "payload": 30, "sources": sources, **other}
+    order = SampleOrder([100] * len(weights), weights, 1, 4, 4, 10, changes or [])
+    sources = [{"name": name, "fingerprint": name, "quarantine": []} for name in names[: len(weights)]]
+    one_phase = RunOrder(Phases((Phase(32, 8, 8, 0, None),)), [order], 1)
+    return {**one_phase.describe(), "sources": sources, **other}
 
 
 def test_nothing_has_changed():
@@ -62,8 +64,8 @@ def test_sources_that_changed_places_or_went():
 
 
 def test_other_numbers():
-    differences = order_differences(described([1]), described([1], payload=31, chunk_blocks=8), 9)
-    assert differences == ["the order's payload was 30, now 31", "the order's chunk_blocks was 4, now 8"]
+    differences = order_differences(described([1]), described([1], version=2, chunk_blocks=8), 9)
+    assert differences == ["the order's version was 1, now 2", "the order's chunk_blocks was 4, now 8"]
 
 
 def test_a_quarantine_is_a_change():

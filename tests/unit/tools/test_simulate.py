@@ -23,7 +23,8 @@ from tools.simulate.locality import PAGE_BYTES, measure_locality
 from tools.simulate.plan import SimulatedSource
 from trainer.config import DataConfig, SourceConfig
 from trainer.config_file import load_config
-from trainer.data.order import SampleOrder, rank_share
+from trainer.data.order import rank_share
+from trainer.data.run_order import RunOrder
 from trainer.errors import UserError
 from trainer.inputs import open_inputs
 
@@ -47,7 +48,7 @@ def small_plan(seq_len: int = 66, window_chunks: int = 8, **changes: Any) -> Sim
     return replace(plan, **changes)
 
 
-def check(plan: SimulatedPlan, order: SampleOrder | None = None) -> Exactness:
+def check(plan: SimulatedPlan, order: RunOrder | None = None) -> Exactness:
     return check_exactness(plan, order or plan.order(), lambda done: None)
 
 
@@ -100,7 +101,7 @@ def test_a_sample_with_two_ranks_is_found(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_block_that_comes_twice_in_an_epoch_is_found():
-    class Repeating(SampleOrder):
+    class Repeating(RunOrder):
         def locate(self, samples: np.ndarray) -> Any:
             sources, blocks = super().locate(samples)
             return sources, blocks // 2 * 2
@@ -138,12 +139,12 @@ def test_locality_counts_pages_as_files_have_them(token_bytes: int):
     assert samples == 256 // 32 * 32  # a window
     for row in found:
         pages = [pages_of_reader(plan, order, reader, row.readers, samples) for reader in range(row.readers)]
-        ratios = np.array(pages) * PAGE_BYTES / (samples // row.readers * plan.payload * token_bytes)
+        ratios = np.array(pages) * PAGE_BYTES / (samples // row.readers * plan.payload(0) * token_bytes)
         assert (row.mean, row.worst) == pytest.approx((ratios.mean(), ratios.max()))
         assert row.blocks_a_step == 32 // row.readers
 
 
-def pages_of_reader(plan: SimulatedPlan, order: SampleOrder, reader: int, readers: int, samples: int) -> int:
+def pages_of_reader(plan: SimulatedPlan, order: RunOrder, reader: int, readers: int, samples: int) -> int:
     """The same once more, a token file and a byte range at a time."""
     pages = set()
     for start in range(0, samples, plan.global_size):
@@ -151,7 +152,7 @@ def pages_of_reader(plan: SimulatedPlan, order: SampleOrder, reader: int, reader
         sources, blocks = order.locate(batch)
         share = rank_share(batch, sources, blocks, reader, readers)
         for source, block in zip(sources[share].tolist(), blocks[share].tolist(), strict=True):
-            begin, end, base = block * plan.payload, (block + 1) * plan.payload, 0
+            begin, end, base = block * plan.payload(0), (block + 1) * plan.payload(0), 0
             for shard, tokens in enumerate(plan.sources[source].shard_tokens.tolist()):
                 low, high = max(begin, base) - base, min(end, base + tokens) - base
                 if low < high:
@@ -220,7 +221,7 @@ def test_a_config_is_simulated_as_it_trains(workspace: Path, manifests: Path, tm
 def test_a_folder_is_simulated_from_its_manifest(manifests: Path):
     plan = make_plan(str(manifests), [], SimulateOptions(seq_len=34, ranks=4, global_size=16, steps=7))
     assert plan.sources[0].tokens == json.loads((manifests / "train" / "manifest.json").read_text())["tokens"]
-    assert (plan.payload, plan.total_steps, plan.data.chunk_blocks, plan.data.window_chunks) == (32, 7, 1024, 1024)
+    assert (plan.payload(0), plan.total_steps, plan.data.chunk_blocks, plan.data.window_chunks) == (32, 7, 1024, 1024)
     assert check(plan).each_sample_once
 
 

@@ -1,0 +1,61 @@
+"""Job scripts: those of slurm/ with options and settings filled in. Pure functions of text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+Options = Mapping[str, str | int | bool | None]
+"""Options of sbatch by name without dashes; True stands alone, None and False leave one out."""
+_OPTION = re.compile(r"^#SBATCH --(?P<name>[a-z-]+)(?:=(?P<value>\S+))?$", re.MULTILINE)
+_HEADER = re.compile(r"\A#!.*\n(?:#.*\n)*")
+_SETTINGS = re.compile(r"^# --- settings: .*?^# --- end of settings ---$", re.MULTILINE | re.DOTALL)
+
+
+def template_options(template: str) -> dict[str, str | int | bool | None]:
+    """The options of sbatch that stand in a script of slurm/."""
+    return {match["name"]: match["value"] or True for match in _OPTION.finditer(template)}
+
+
+def render(
+    template: str, comment: Sequence[str], options: Options, more: Sequence[str], settings: Sequence[str]
+) -> str:
+    """Fill in a script of slurm/.
+
+    Args:
+        comment: lines in the place of the template's own introduction.
+        options: all of sbatch's.
+        more: options as they were given, behind those.
+        settings: shell lines in the place of those between its marks.
+    """
+    lines = ["#!/bin/bash", *(f"# {line}" for line in comment), "#"]
+    lines += [f"#SBATCH {option}" for option in (*write_options(options), *group_options(more))]
+    rendered = _HEADER.sub(lambda _: "\n".join(lines) + "\n", template, count=1)
+    block = "\n".join(["# --- settings of this run ---", *settings, "# --- end of settings ---"])
+    rendered, count = _SETTINGS.subn(lambda _: block, rendered)
+    assert count == 1, "a script of slurm/ has its settings between two marks"
+    return rendered
+
+
+def write_options(options: Options) -> list[str]:
+    """`{"nodes": 2, "exclusive": True}` → `--nodes=2`, `--exclusive`, quoted for a line of #SBATCH."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    return [f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}" for name, value in given.items()]
+
+
+def group_options(words: Sequence[str]) -> list[str]:
+    """`--mem 0 -p gpu` → one text for each option with its value, quoted for a line of #SBATCH."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not groups:
+            groups.append([])
+        groups[-1].append(shlex.quote(word))
+    return [" ".join(group) for group in groups]
+
+
+def assign(name: str, value: str | Sequence[str]) -> str:
+    """A shell assignment; several words become an array."""
+    if isinstance(value, str):
+        return f"{name}={shlex.quote(value)}"
+    return f"{name}=({' '.join(map(shlex.quote, value))})"

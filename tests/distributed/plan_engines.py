@@ -1,0 +1,86 @@
+"""Engines of several layouts, one after the other in the same ranks, to compare what `plan` says of them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.batch_plan import BatchPlan
+from trainer.config import Config
+from trainer.config_file import parse_config
+from trainer.data.vocabulary import Vocabulary
+from trainer.deepspeed_config import compose, load_preset
+from trainer.distributed import World
+from trainer.engine import TrainingEngine
+from trainer.model.build import build_model
+from trainer.model.footprint import Footprint
+
+SEQ_LEN = 128
+VOCABULARY_SIZE = 8000
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """A ZeRO stage, a precision, a micro-batch, and changes to the preset."""
+
+    stage: int
+    precision: str
+    accumulation: int
+    micro_size: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+    gradient_accumulation_dtype: str | None = None
+
+    def preset(self) -> dict[str, Any]:
+        preset = load_preset(f"zero{self.stage}")
+        return {**preset, "zero_optimization": {**preset["zero_optimization"], **self.changes}}
+
+    def config(self, **overrides: int) -> Config:
+        raw = {
+            "run": {"dir": "unused"},
+            "model": {"preset": "roberta-base", "tokenizer": "unused", "overrides": overrides},
+            "data": {"train": "unused", "seq_len": SEQ_LEN},
+            "batch": {"global_size": 1},
+            "train": {
+                "steps": 1,
+                "precision": self.precision,
+                "gradient_accumulation_dtype": self.gradient_accumulation_dtype,
+            },
+            "deepspeed": f"zero{self.stage}",
+        }
+        return parse_config(raw, "test")
+
+    def footprint(self, **overrides: int) -> Footprint:
+        return Footprint(self.config(**overrides), vocabulary(), self.preset(), "cpu")
+
+
+def vocabulary() -> Vocabulary:
+    return Vocabulary(VOCABULARY_SIZE, 0, 2, 2, VOCABULARY_SIZE - 1, 1, (0, 1, 2, 3, VOCABULARY_SIZE - 1), "")
+
+
+@contextmanager
+def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[Callable[[], None]]:
+    """A function that does one optimizer step of made-up tokens."""
+    config = layout.config(**overrides)
+    footprint_predictions = max(1, round(config.objective.mask_ratio * (SEQ_LEN - 2)))
+    micro_size, accumulation = layout.micro_size, layout.accumulation
+    plan = BatchPlan(micro_size * accumulation * world.size, micro_size, world.size, accumulation, SEQ_LEN, 1)
+    built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0)
+    engine = TrainingEngine(built, compose(config, layout.preset(), plan), config.optimizer, world)
+    del built
+    ids = torch.randint(10, VOCABULARY_SIZE, (micro_size, SEQ_LEN))
+    index = torch.arange(micro_size * footprint_predictions)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            logits = engine.network(ids, index)
+            engine.backward(torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[: len(index)]))
+            engine.step(1e-4)
+
+    try:
+        yield step
+    finally:
+        engine.close()

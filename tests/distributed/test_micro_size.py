@@ -1,0 +1,140 @@
+"""`batch.micro_size: auto` on real ranks: all agree, it is remembered, and it changes nothing but the split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import assert_one_card, maskwright
+from tests.ranks import losses, run_ranks, tiny_config, train, write_config
+from trainer.config import Config
+from trainer.deepspeed_config import load_preset
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.inputs import load_vocabulary
+from trainer.micro_size import RECORD
+from trainer.model.footprint import Footprint
+
+RANKS = 2
+MIB = 2**20
+
+
+def auto_config(workspace: Path, run_dir: Path, memory_gib: float | None, **sections: Any) -> Config:
+    batch = {"global_size": 16, "micro_size": "auto", "memory_gib": memory_gib}
+    return tiny_config(workspace, run_dir, **{"train": {"steps": 4}, "batch": batch, **sections})
+
+
+def gib_between(config: Config, below: int, above: int) -> float:
+    """A budget into which the one micro-batch fits and the other does not."""
+    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu")
+    fits, does_not = (footprint.memory(size, RANKS, 8 // size).peak for size in (below, above))
+    assert fits < does_not
+    return (fits + does_not) / 2 / 2**30
+
+
+def record(run_dir: Path) -> list[dict[str, Any]]:
+    return json.loads((run_dir / RECORD).read_text())
+
+
+def test_the_largest_that_fits_is_taken_and_remembered(
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    budget = gib_between(auto_config(workspace, tmp_path, None), 2, 4)
+    config = auto_config(workspace, tmp_path / "auto", budget)
+    assert train(config, RANKS) == EXIT_FINISHED
+    said = capfd.readouterr().out
+    assert "micro-batch: 2, the largest of 1, 2, 4, 8 that fits (modelled: " in said
+    assert "16 sequences a step = 2 micro × 2 ranks × 4 accumulation" in said
+    assert [entry["micro_size"] for entry in record(tmp_path / "auto")] == [2]
+
+    given = tiny_config(workspace, tmp_path / "given", train={"steps": 4}, batch={"global_size": 16, "micro_size": 2})
+    assert train(given, RANKS) == EXIT_FINISHED
+    assert losses(tmp_path / "auto") == losses(tmp_path / "given")
+
+    # What is remembered is used, whatever a search would find now.
+    (entry,) = record(tmp_path / "auto")
+    (tmp_path / "auto" / RECORD).write_text(json.dumps([{**entry, "micro_size": 4}]))
+    assert train(config, RANKS) == EXIT_FINISHED
+    said = capfd.readouterr().out
+    assert "micro-batch: 4, as in the first start of this layout" in said
+
+    # Another layout searches anew, says why, and the data stay what they were.
+    assert train(config, 1, resume="never") == EXIT_FINISHED
+    said = capfd.readouterr().out
+    assert "micro-batch: searching anew: ranks 2 → 1" in said
+    assert [entry["layout"]["ranks"] for entry in record(tmp_path / "auto")] == [2, 1]
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "given"), rel=1e-5)
+
+
+def test_what_validate_a_dry_run_and_a_budget_too_small_say(workspace: Path, tmp_path: Path) -> None:
+    budget = gib_between(auto_config(workspace, tmp_path, None), 2, 4)
+    path = write_config(auto_config(workspace, tmp_path / "run", budget), tmp_path / "my.yaml")
+    validated = maskwright("validate", path, "--nproc-per-node", "2")
+    assert validated.returncode == EXIT_FINISHED, validated.stderr
+    assert "16 sequences a step = 2 micro × 2 ranks × 4 accumulation" in validated.stdout
+    assert "micro-batch: auto, one of 1, 2, 4, 8: on GPUs it is found by trial" in validated.stdout
+    assert "on this machine's CPU it is 2 (modelled: " in validated.stdout
+    tried = maskwright("train", path, "--nproc-per-node", "2", "--dry-run")
+    assert tried.returncode == EXIT_FINISHED, tried.stderr
+    assert "micro-batch: 2, the largest of 1, 2, 4, 8 that fits" in tried.stdout + tried.stderr
+    assert not (tmp_path / "run").exists()
+    refused = maskwright("train", path, "batch.memory_gib=0.0001")
+    assert_one_card(refused, EXIT_USER_MISTAKE, "Not even a micro-batch of 1 fits", "batch.micro_size=auto", "zero2")
+
+
+def _step_after_trial(config: Config, folder: Path, failing_ranks: tuple[int, ...] | None) -> int:
+    """Find a micro-batch by trial, where batches above 2 run out of memory on some ranks, and train a step."""
+    from trainer import distributed
+    from trainer.batch_plan import BatchPlan
+    from trainer.deepspeed_config import compose
+    from trainer.engine import TrainingEngine
+    from trainer.micro_trial import largest_by_trial
+    from trainer.model.build import build_model
+
+    world = distributed.start()
+    vocabulary, found = load_vocabulary(config), None
+    if failing_ranks is not None:
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(_run_out(world.rank in failing_ranks))
+        found = largest_by_trial(config, vocabulary, world, config.data.seq_len, [1, 2, 4, 8])
+        hook.remove()
+    plan = BatchPlan(4, 2, world.size, 1, config.data.seq_len, total_steps=1)
+    built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)
+    ds_config = compose(config, load_preset(config.deepspeed), plan)
+    engine = TrainingEngine(built, ds_config, config.optimizer, world)
+    ids, index = torch.full((2, config.data.seq_len), 7), torch.arange(4)
+    norms = []
+    for _ in range(2):
+        torch.manual_seed(world.rank)
+        logits = engine.network(ids + world.rank, index)
+        engine.backward(torch.nn.functional.cross_entropy(logits, ids.flatten()[:4]))
+        assert engine.step(1e-2)
+        norms.append(engine.grad_norm)
+    (folder / f"rank-{world.rank}.json").write_text(json.dumps([found, norms]))
+    distributed.stop()
+    return 0
+
+
+def _run_out(here: bool) -> Any:
+    def fail(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if here and isinstance(module, torch.nn.Embedding) and arguments[0].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+
+    return fail
+
+
+@pytest.mark.parametrize(("preset", "failing_ranks"), [("zero1", (1,)), ("zero3", (0, 1))])
+def test_a_trial_ends_at_the_first_that_fails_on_any_rank_and_leaves_nothing_behind(
+    preset: str, failing_ranks: tuple[int, ...], workspace: Path, tmp_path: Path
+) -> None:
+    config = auto_config(workspace, tmp_path / "run", None, deepspeed=preset)
+    results = []
+    for name, failing in (("tried", failing_ranks), ("plain", None)):
+        (tmp_path / name).mkdir()
+        assert run_ranks(_step_after_trial, RANKS, config, tmp_path / name, failing) == [0, 0]
+        results.append([json.loads((tmp_path / name / f"rank-{rank}.json").read_text()) for rank in range(RANKS)])
+    tried, plain = results
+    assert [found for found, _ in tried] == [2, 2]
+    assert [norms for _, norms in tried] == [norms for _, norms in plain]

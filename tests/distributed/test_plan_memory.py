@@ -1,0 +1,82 @@
+"""What `plan` says a rank takes, against the memory that real ranks take, within 15 %.
+
+Measured is the growth of the resident memory over what the process has with its libraries loaded, at its peak. glibc is
+told to give back at once what is freed: by default it keeps pieces up to 32 MiB for itself, about 100 MiB in all here,
+which would be a third of so small a model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.plan_engines import EngineLayout, steps_of
+from tests.ranks import run_ranks
+
+MODEL = {
+    "hidden_size": 384,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 130,
+}
+WARM_UP = {**MODEL, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
+M_MMAP_THRESHOLD = -3
+LAYOUTS = {
+    1: [EngineLayout(1, "fp32", accumulation=1, micro_size=3), EngineLayout(0, "fp32", accumulation=2, micro_size=3)],
+    2: [
+        EngineLayout(0, "fp32", accumulation=1, micro_size=2),
+        EngineLayout(1, "fp32", accumulation=2, micro_size=4),
+        EngineLayout(1, "bf16", accumulation=2),
+        EngineLayout(2, "fp32", accumulation=2, micro_size=2),
+        EngineLayout(3, "fp32", accumulation=1, micro_size=4),
+    ],
+}
+
+
+def _status(name: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _measure(result: Path, layouts: list[EngineLayout]) -> int:
+    from trainer import distributed
+
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 65_536)
+    world = distributed.start()
+    peaks = []
+    for layout in layouts:
+        with steps_of(EngineLayout(layout.stage, layout.precision, layout.accumulation), world, **WARM_UP) as step:
+            step()  # maps the libraries' code
+        gc.collect()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = _status("VmRSS")
+        with steps_of(layout, world, **MODEL) as step:
+            step()
+            step()
+        peaks.append(_status("VmHWM") - before)
+    if world.is_main:
+        result.write_text(json.dumps(peaks))
+    distributed.stop()
+    return 0
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_the_modelled_memory_is_within_15_percent_of_the_measured(ranks: int, tmp_path: Path) -> None:
+    assert run_ranks(_measure, ranks, tmp_path / "peaks.json", LAYOUTS[ranks]) == [0] * ranks
+    ratios = {}
+    for layout, measured in zip(LAYOUTS[ranks], json.loads((tmp_path / "peaks.json").read_text()), strict=True):
+        memory = layout.footprint(**MODEL).memory(layout.micro_size, ranks, layout.accumulation)
+        assert measured > 100 * 2**20, "large beside what the libraries take"
+        ratios[f"stage {layout.stage}, {layout.precision}, {layout.accumulation}"] = memory.peak / measured
+        print(layout, f"{memory.peak / 2**20:.0f} modelled, {measured / 2**20:.0f} MiB measured", memory)
+    assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios

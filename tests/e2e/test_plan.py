@@ -1,0 +1,120 @@
+"""`maskwright plan` as a user runs it: with nothing there yet, and beside a run that it describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.commands import assert_one_card, maskwright
+from tests.ranks import tiny_config, train, write_config
+from tools.plan.page import to_json
+from tools.plan.run import PlanOptions, make_plan
+from trainer.checkpoint.find import candidates
+from trainer.config import Config
+from trainer.config_file import load_config
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
+
+# Large enough beside the tokenizer for the size of a checkpoint, and with the attention that FlopCounterMode knows.
+MODEL = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 768}
+
+
+def plan_json(source: str | Path, nodes: int = 1, ranks: int = 1, **options: Any) -> dict[str, Any]:
+    """What `--json` prints."""
+    given = {"device": None, "bench": None, "vocabulary_size": None, "network_gbit": None, "storage_gb_s": None}
+    plan = make_plan(load_config(source), PlanOptions(nodes=nodes, gpus_per_node=ranks, **{**given, **options}))
+    return json.loads(to_json(plan))
+
+
+def own_config(workspace: Path, folder: Path, **sections: Any) -> Config:
+    model = {"overrides": {**MODEL, "max_position_embeddings": 34, "attention_probs_dropout_prob": 0.1}}
+    return tiny_config(workspace, folder / "run", **{"model": model, "train": {"steps": 1}, **sections})
+
+
+def test_a_recipe_on_gpus_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoBERTa-base of the paper on 4 × 8 H200, with no data and no tokenizer."""
+    arguments = ("roberta-base", "--nodes", "4", "--gpus-per-node", "8", "--device", "h200")
+    page = maskwright("plan", *arguments, cwd=tmp_path)
+    assert page.returncode == EXIT_FINISHED, page.stderr
+    for line in (
+        "4 nodes × 8 = 32 × NVIDIA H200, bf16, zero1",
+        "124,697,433 parameters; 0.6011 GFLOP a token",
+        "8,192 sequences of 512 = 32 micro × 32 ranks × 8 accumulation (exact)",
+        "500,000 steps × 4,194,304 = 2,097,152,000,000 tokens (exact)",
+        "A vocabulary of 50,265 is taken (--vocab-size)",
+        "each GPU sends 725 MB a step: 3 × the parameters",
+        "989 TFLOP/s dense bf16, 141 GB at 4.8 TB/s",
+    ):
+        assert line in page.stdout, page.stdout
+    assert max(map(len, page.stdout.splitlines())) <= 120, "it fits a page"
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+    monkeypatch.chdir(tmp_path)
+    found = plan_json("roberta-base", nodes=4, ranks=8, device="h200")
+    assert found["run"]["epochs"] == {} and len(found["run"]["unknown"]) == 2
+    assert found["checkpoint"]["bytes"] == 14 * 124_697_433
+    assert [layout["ranks"] for layout in found["by_gpus"].values()] == [2**power for power in range(11)]
+    assert found["deepspeed"]["gradient_accumulation_steps"] == 8
+    assert list(found["by_stage"]) == ["1", "2", "3"], "half precision has no stage 0"
+    assert found["recommended"]["layout"]["stage"] == 1
+    speeds = [layout["tokens_per_second"] for layout in found["by_gpus"].values()]
+    assert speeds == sorted(speeds)
+    traffic = [layout["step_seconds"]["traffic"] for layout in found["by_gpus"].values()]
+    assert traffic[0] == 0.0 and traffic[3] < traffic[4], "from 8 to 16 GPUs it goes over the network"
+
+
+def test_the_plan_of_a_run_is_what_the_run_turns_out_to_be(workspace: Path, tmp_path: Path) -> None:
+    config = own_config(workspace, tmp_path, batch={"global_size": 8, "micro_size": "auto", "memory_gib": 2.0})
+    path = write_config(config, tmp_path / "my.yaml")
+    found = plan_json(path, ranks=2)
+    assert found["run"]["unknown"] == []
+    assert found["run"]["accumulation"] * found["run"]["micro_size"] * 2 == 8
+    assert train(config, 2) == EXIT_FINISHED
+    (checkpoint,) = candidates(tmp_path / "run")
+    assert checkpoint.manifest is not None
+    assert checkpoint.manifest.model["parameters"] == found["model"]["parameters"]
+    assert found["checkpoint"]["bytes"] == pytest.approx(checkpoint.manifest.bytes, rel=0.03)
+    assert json.loads((tmp_path / "run" / "deepspeed.json").read_text()) == found["deepspeed"]
+
+
+def test_the_flops_are_those_that_torch_counts(workspace: Path, tmp_path: Path) -> None:
+    import torch
+
+    from trainer.inputs import load_vocabulary
+    from trainer.model.build import build_model, constant_inputs
+    from trainer.model.prediction_head import install
+    from trainer.objectives.masking import predictions_per_block
+
+    config = own_config(workspace, tmp_path)
+    found = plan_json(write_config(config, tmp_path / "my.yaml"))
+    model = build_model(config.model, load_vocabulary(config), 32, seed=0).model
+    positions, index = install(model), torch.arange(2 * predictions_per_block(0.15, 30))
+    with FlopCounterMode(display=False) as counter:
+        with positions.select(index):
+            inputs = constant_inputs(model, 32, torch.device("cpu"))
+            logits = model(input_ids=torch.zeros(2, 32, dtype=torch.int64), **inputs).logits
+        logits.sum().backward()
+    assert found["model"]["flops_per_token"] * 2 * 32 == counter.get_total_flops()
+
+
+def test_a_benchmark_takes_the_place_of_the_model(workspace: Path, tmp_path: Path) -> None:
+    config = own_config(workspace, tmp_path)
+    path, bench = write_config(config, tmp_path / "my.yaml"), tmp_path / "step.json"
+    settings = {"model": "roberta-base", "micro_size": 8, "seq_len": 512, "ranks": 2, "precision": "fp32"}
+    ours = {"tokens_per_second": 3000.0, "seconds_per_step": 1.0, "flops_per_token": 1e9, "peak_memory_gib": 1.5}
+    bench.write_text(json.dumps({"settings": settings, "variants": {"ours": ours}}))
+    found = plan_json(path, bench=str(bench))
+    assert found["chosen"]["tokens_per_second"] == pytest.approx(1.5e12 / found["model"]["flops_per_token"])
+    assert found["measured"]["flops"] == 1.5e12
+
+    bench.write_text(json.dumps({"settings": {**settings, "precision": "bf16"}, "variants": {"ours": ours}}))
+    refused = maskwright("plan", path, "--bench", bench)
+    assert_one_card(refused, EXIT_USER_MISTAKE, "measured in bf16", "trains in fp32", "--bench")
+    bench.write_text("{}")
+    with pytest.raises(UserError, match="not a result of `maskwright bench step --json`"):
+        plan_json(path, bench=str(bench))
+    with pytest.raises(UserError, match="does not divide into micro-batches of 2 on 3 ranks"):
+        plan_json(path, ranks=3)

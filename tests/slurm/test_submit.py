@@ -1,0 +1,124 @@
+"""`maskwright submit` on a real SLURM of two nodes: jobs that are signalled, lose a node, or get nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForMaskedLM
+
+from tests.commands import assert_one_card
+from tests.ranks import losses, tiny_config, train, write_config
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.runs import job_logs, long_steps, run_submit, signal_job, submit, wait_for_training, write_site
+from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
+from trainer.starts import read_starts
+from trainer.tracking.status import read_status
+
+
+def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config, site = long_steps(workspace, tmp_path / "a run"), write_site(tmp_path / "site.yaml")
+    run_dir = Path(config.run.dir)
+    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site)
+    for name, step in (("USR1", 10), ("TERM", 22)):
+        wait_for_training(cluster, run_dir, step)
+        signal_job(cluster, job, name)
+    wait_for_training(cluster, run_dir, 36)
+    cluster.kill_node("n2")
+    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 3, f"a requeue\n{job_logs(run_dir)}", seconds=90)
+    cluster.start_node("n2")
+    (end,) = cluster.wait(job)
+    assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", 0, 3), job_logs(run_dir)
+    (conversion,) = cluster.wait(job + 1)
+    assert conversion.state == "COMPLETED", job_logs(run_dir)
+
+    clean = long_steps(workspace, tmp_path / "clean")
+    assert train(clean, world_size=2) == EXIT_FINISHED
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "clean"), abs=1e-5)  # each step once
+    starts = read_starts(run_dir)
+    assert [(start.job, start.restart, start.nodes, start.world) for start in starts] == [
+        (str(job), restart, "n[1-2]", 2) for restart in range(4)
+    ]
+    steps = [start.step for start in starts]
+    assert steps[0] == 0 and 10 <= steps[1] < steps[2] < steps[3] <= 60
+    assert steps[3] % 5 == 0, "the last whole checkpoint"
+    status = read_status(run_dir)
+    assert status is not None and (status.state, status.restarts, status.job_id) == ("finished", 3, str(job))
+    AutoModelForMaskedLM.from_pretrained(run_dir / "model")
+    assert "not every node answers" in (run_dir / f"false-starts-{job}.txt").read_text()
+
+
+def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        workspace,
+        tmp_path / "run",
+        data={"validation": str(workspace / "data")},  # evaluated before the first step: time for a signal
+        eval={"every_steps": 1_000},
+        train={"steps": 10_000},
+        resilience={"max_idle_starts": 2},
+    )
+    run_dir = Path(config.run.dir)
+    site = write_site(tmp_path / "site.yaml")
+    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site)
+    log = run_dir / "logs" / f"slurm-{job}.log"
+    for restart in range(2):
+        cluster.wait_for(
+            lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}", seconds=60
+        )
+        signal_job(cluster, job, "USR1")
+    (end,) = cluster.wait(job)
+    assert (end.state, end.exit_code, end.restarts) == ("FAILED", EXIT_UNEXPECTED, 2), log.read_text()
+    assert [start.step for start in read_starts(run_dir)] == [0, 0]
+    reason = f"SLURM job {job} makes no progress: it has started 2 times at step 0, and is there again."
+    assert reason in log.read_text()
+    status = read_status(run_dir)
+    assert status is not None and (status.state, status.reason) == ("failed", reason)
+    (conversion,) = cluster.wait(job + 1)
+    assert conversion.state == "CANCELLED", "there is nothing to convert"
+    assert not os.path.exists(run_dir / "model")
+
+
+def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config, repaired = tiny_config(workspace, tmp_path / "run", train={"steps": 5}), tmp_path / "repaired"
+    run_dir = Path(config.run.dir)
+    command = tmp_path / "maskwright"  # which cannot write more than some kilobytes on n2
+    command.write_text(
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 100\n'
+        f'exec {sys.executable} -m launcher "$@"\n'
+    )
+    command.chmod(0o755)
+    site = write_site(tmp_path / "site.yaml", command=str(command))
+    arguments = (write_config(config, tmp_path / "config.yaml"), "--exclude-bad-nodes")
+    job = submit(cluster, *arguments, site=site)
+    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 1, "a requeue", seconds=90)
+    shown = cluster.run("scontrol", "show", "job", str(job))
+    assert "ExcNodeList=n2" in shown, job_logs(run_dir)
+    found = json.loads((run_dir / "preflight.json").read_text())
+    assert found["bad_nodes"] == ["n2"] and not found["ok"]
+    assert "preflight: n2 will be excluded" in (run_dir / f"false-starts-{job}.txt").read_text()
+    assert not (run_dir / "starts.jsonl").exists(), "the ranks have not been started"
+
+    repaired.touch()
+    cluster.run("scontrol", "update", f"JobId={job}", "ExcNodeList=")
+    (end,) = cluster.wait(job)
+    assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", EXIT_FINISHED, 1), job_logs(run_dir)
+    assert len(losses(run_dir)) == 5
+
+
+def test_what_slurm_refuses_is_shown_and_nothing_is_queued(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+    arguments = (config, "--nodes", "2", "--gpus-per-node", "1")  # these nodes have none
+    refused = run_submit(cluster, *arguments, site=write_site(tmp_path / "site.yaml"))
+    assert_one_card(refused, EXIT_USER_MISTAKE, "SLURM refuses the job: ", "train.sbatch", "--dry-run shows the script")
+    assert cluster.run("squeue", "--noheader") == ""

@@ -1,0 +1,137 @@
+"""A run on so many GPUs at a ZeRO stage and micro-batch: memory, traffic and time of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tools.plan.devices import Device, MeasuredStep
+from tools.plan.wire import Wire, wire_of
+from trainer.batch_plan import micro_sizes
+from trainer.deepspeed_config import load_preset, stage_of
+from trainer.memory_model import WEIGHT_BYTES, RankMemory, ZeroSettings
+from trainer.model.flops import flops_per_token
+from trainer.model.footprint import Footprint
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step: all forward and backward passes, traffic as if nothing hid it, the update."""
+
+    passes: float
+    traffic: float
+    update: float
+
+    @property
+    def seconds(self) -> float:
+        return self.passes + self.traffic + self.update
+
+    @property
+    def traffic_share(self) -> float:
+        return self.traffic / self.seconds
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a config."""
+
+    world_size: int
+    zero: ZeroSettings
+    micro_size: int
+    accumulation: int
+    memory: RankMemory
+    wire: Wire
+    time: StepTime
+    fits: bool
+    global_tokens: int
+
+    @property
+    def stage(self) -> int:
+        return self.zero.stage
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.global_tokens / self.time.seconds
+
+
+class Layouts:
+    """All layouts of one config on one kind of device.
+
+    Args:
+        attended_tokens: how many tokens a token attends to on average, for the FLOPs.
+        measured: a benchmark to time passes and updates by, in place of the model.
+    """
+
+    def __init__(
+        self,
+        footprint: Footprint,
+        device: Device,
+        gpus_per_node: int,
+        attended_tokens: float,
+        measured: MeasuredStep | None,
+    ) -> None:
+        self.footprint, self.device, self.measured = footprint, device, measured
+        self.gpus_per_node, self.config = gpus_per_node, footprint.config
+        self._attended_tokens = attended_tokens
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        ratio = self.footprint.predictions_per_block / self.config.data.seq_len
+        return flops_per_token(self.footprint.model, self._attended_tokens, ratio)
+
+    @cached_property
+    def stages(self) -> dict[int, ZeroSettings]:
+        """Settings by stage: the config's own preset at its stage, those in ds_configs/ at the others.
+
+        Half precision has no stage 0 (`deepspeed_config.check_precision`).
+        """
+        own = self.footprint.zero
+        numbers = range(0 if self.config.train.precision == "fp32" else 1, 4)
+        presets = {number: own if number == own.stage else _preset(number) for number in numbers}
+        return presets
+
+    def largest_micro_size(self, world_size: int, zero: ZeroSettings) -> int | None:
+        """The largest that divides the batch and fits."""
+        sizes = micro_sizes(self.config.data, self.config.batch, world_size)
+        return self.footprint.largest(sizes, world_size, self.device.usable_bytes, zero)
+
+    def layout(self, world_size: int, micro_size: int, zero: ZeroSettings) -> Layout:
+        """`micro_size` must divide the global batch over the ranks."""
+        config = self.config
+        accumulation = config.batch.global_size // (micro_size * world_size)
+        memory = self.footprint.memory(micro_size, world_size, accumulation, zero)
+        wire = wire_of(zero, self.footprint.parameter_sizes, accumulation, config.train.precision)
+        return Layout(
+            world_size=world_size,
+            zero=zero,
+            micro_size=micro_size,
+            accumulation=accumulation,
+            memory=memory,
+            wire=wire,
+            time=self._time(world_size, micro_size, accumulation, zero, wire),
+            fits=memory.peak <= self.device.usable_bytes,
+            global_tokens=config.batch.global_size * config.data.seq_len,
+        )
+
+    def _time(self, world_size: int, micro_size: int, accumulation: int, zero: ZeroSettings, wire: Wire) -> StepTime:
+        device, parameters = self.device, self.footprint.parameters
+        if self.measured is not None:  # whole steps were measured, updates included
+            tokens = micro_size * accumulation * self.config.data.seq_len
+            passes, update = tokens * self.flops_per_token / self.measured.flops, 0.0
+        else:
+            step = self.footprint.step(micro_size)
+            passes = accumulation * step.seconds(device.flops, device.memory_bandwidth)
+            weight = WEIGHT_BYTES[self.config.train.precision]
+            # AdamW reads weight, gradient and two moments and writes three of them and the weight of the forward pass;
+            # gradients are copied into a bucket and scaled there.
+            own = (28 + weight) * parameters / (world_size if zero.stage else 1)
+            update = (own + 4 * weight * parameters) / device.memory_bandwidth
+        rate = device.node_bytes if world_size <= self.gpus_per_node else device.network_bytes
+        # Where overlap_comm is on, the backward pass hides a part of it; how much is not modelled.
+        return StepTime(passes, wire.sent_bytes(world_size) / rate, update)
+
+
+def _preset(stage: int) -> ZeroSettings:
+    preset = load_preset(f"zero{stage}")
+    assert stage_of(preset) == stage
+    return ZeroSettings.of(preset)

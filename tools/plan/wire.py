@@ -1,0 +1,62 @@
+"""What DeepSpeed 0.19.8 sends in a step at each ZeRO stage: arithmetic.
+
+tests/distributed/test_plan_wire.py counts the collectives of real ranks and finds the same. A collective over n
+elements counts as a ring moves it: an all-reduce 2n, a reduce-scatter or an all-gather n; each rank sends (w − 1) / w
+of that. With N parameters and g micro-batches a step:
+
+| stage | gradients | weights | in all |
+|---|---|---|---|
+| 0 | all-reduced once: 2N | – | 2N |
+| 1 | all-reduced once: 2N | gathered once: N | 3N |
+| 2 | all-reduced in every micro-batch: 2gN | N | (2g + 1)N |
+| 3 | reduce-scattered in every micro-batch: gN | gathered in every micro-batch: gN, up to 2gN | 2gN to 3gN |
+
+Stages 1 and 2 all-reduce whole buckets, although each rank keeps a part only (`use_multi_rank_bucket_allreduce`).
+Stage 3 gathers weights for the forward pass and keeps them for the backward pass where that comes within
+`max_reuse_distance` elements, which for models up to half of it (500 M parameters) is always; beyond that the figure is
+about right, not exact. Small weights (`param_persistence_threshold`) stay gathered, and are sent once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.memory_model import WEIGHT_BYTES, ZeroSettings
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Elements that a step moves, as a ring counts them, and their bytes."""
+
+    gradients: int
+    weights: int
+    bytes_per_element: int
+    is_exact: bool = True
+
+    @property
+    def elements(self) -> int:
+        return self.gradients + self.weights
+
+    def sent_bytes(self, world_size: int) -> float:
+        """What each rank sends in a step, and receives."""
+        return self.elements * self.bytes_per_element * (world_size - 1) / world_size
+
+
+def wire_of(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: int, precision: str) -> Wire:
+    """The traffic of a step in training's steady state.
+
+    Args:
+        parameter_sizes: elements of each parameter.
+    """
+    total = sum(parameter_sizes)
+    if zero.stage == 3:
+        small = sum(size for size in parameter_sizes if size <= zero.param_persistence_threshold)
+        large = total - small
+        again = min(large, max(0, total - zero.max_reuse_distance // 2))
+        gradients, weights = accumulation * total, accumulation * (large + again) + small
+    else:
+        gradients = 2 * total * (accumulation if zero.stage == 2 else 1)
+        weights = total if zero.stage else 0
+    is_exact = zero.stage < 3 or total <= zero.max_reuse_distance // 2
+    return Wire(gradients, weights, WEIGHT_BYTES[precision], is_exact)

@@ -1,0 +1,83 @@
+"""What a run will be, in a few lines: for `validate`, and at the head of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from trainer.batch_plan import BatchPlan
+from trainer.config import Config
+from trainer.data.mixture import describe_mixture
+from trainer.data.run_order import RunOrder
+
+
+def describe_run(
+    config: Config,
+    plan: BatchPlan,
+    order: RunOrder,
+    stage: int,
+    source_tokens: Sequence[int],
+    validation_blocks: int | None,
+) -> list[str]:
+    """A run in a few lines: data, batch, engine, validation.
+
+    Args:
+        stage: of ZeRO.
+        source_tokens: of each source.
+        validation_blocks: None without evaluation.
+    """
+    epochs = order.epochs(plan.end_sample)
+    only = f"; {epochs[0]:.2f} epochs" if len(epochs) == 1 else f" from {len(epochs)} sources"
+    blocks = f" in {sum(order.orders[0].blocks):,} blocks of {plan.seq_len}" if len(order.phases) == 1 else ""
+    lines = [f"data: {sum(source_tokens):,} tokens{blocks}{only}"]
+    if len(epochs) > 1:
+        lines += describe_mixture(config.data, order, source_tokens, epochs)
+    if len(order.phases) > 1:
+        lines += _describe_phases(plan, order)
+    lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order)]
+    lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
+    if validation_blocks is not None:
+        lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
+    if config.schedule.warmup_steps > plan.total_steps:
+        lines.append(
+            f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
+            "reaches its peak"
+        )
+    if config.train.profile is not None and config.train.profile.start > plan.total_steps:
+        lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
+    return lines
+
+
+def _describe_phases(plan: BatchPlan, order: RunOrder) -> list[str]:
+    """Blocks, steps and passes of each phase; the last one's full steps are those of the batch line."""
+    runs = groupby(plan.runs(0, plan.total_steps), key=lambda run: run.shape.phase)
+    steps = {number: sum(run.steps for run in of_phase) for number, of_phase in runs}
+    passes = order.epochs_in_phases(plan.end_sample)
+    lines = []
+    for number, (phase, one) in enumerate(zip(order.phases, order.orders, strict=True)):
+        line = f"  phase {number + 1}: {sum(one.blocks):,} blocks of {phase.seq_len}"
+        if number not in steps:
+            lines.append(f"{line}; the run ends before it begins")
+            continue
+        if phase.end_sample is not None:
+            line += f", up to token {order.phases.tokens(phase.end_sample):,}"
+        line += f"; {steps[number]:,} steps"
+        if len(one.blocks) == 1:
+            line += f", {passes[number][0]:.2f} epochs"
+        if phase.end_sample is not None:
+            line += f", of {phase.global_size} sequences in micro-batches of {phase.micro_size}"
+        lines.append(line)
+    return lines
+
+
+def _describe_warmup(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:
+    warmup = config.batch.warmup
+    if warmup is None:
+        return []
+    end = order.phases.sample_at(warmup.tokens)
+    steps = sum(run.steps for run in plan.runs(0, plan.total_steps) if run.first_sample < end)
+    ends = "" if end < plan.end_sample else "; the run ends before"
+    return [
+        f"batch warm-up: from {warmup.start_size} sequences a step by {warmup.increment or warmup.start_size} to "
+        f"{config.batch.global_size} at token {warmup.tokens:,}: {steps:,} steps{ends}"
+    ]

@@ -1,0 +1,101 @@
+"""The phases of a run: samples whose blocks have one length, those of `data.phases` and then of `data.seq_len`.
+
+Samples are numbered through all phases, and where a phase ends is a function of the config alone. So the number of a
+sample tells its phase, whatever ranks, batches and restarts led to it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from trainer.config import BatchConfig, DataConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Samples of one length.
+
+    Attributes:
+        seq_len: tokens a block.
+        global_size, micro_size: sequences a full step, and a rank in one forward pass.
+        first_sample: number of its first sample.
+        end_sample: number of the sample after its last; None for the last phase.
+    """
+
+    seq_len: int
+    global_size: int
+    micro_size: int
+    first_sample: int
+    end_sample: int | None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """All phases of a run, in order; one where a run does not change the length of its blocks."""
+
+    all: tuple[Phase, ...]
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self.all)
+
+    def __getitem__(self, number: int) -> Phase:
+        return self.all[number]
+
+    def number_at(self, sample: int) -> int:
+        """Which phase a sample belongs to, counted from 0."""
+        return bisect_right([phase.first_sample for phase in self], sample) - 1
+
+    def tokens(self, samples: int) -> int:
+        """Positions of the first `samples` samples."""
+        return tokens_before([(phase.first_sample, phase.seq_len) for phase in self], samples)
+
+    def sample_at(self, token: int) -> int:
+        """The first sample that begins at position `token` of the run or after it."""
+        for phase in self:
+            distance = max(0, token - self.tokens(phase.first_sample))
+            sample = phase.first_sample + -(-distance // phase.seq_len)
+            if phase.end_sample is None or sample < phase.end_sample:
+                return sample
+        raise AssertionError("the last phase has no end")
+
+
+def with_micro_size(batch: BatchConfig, micro_size: int | None) -> BatchConfig:
+    """`batch` with a number in the place of `micro_size: auto`; unchanged where there is none to put."""
+    return (
+        batch
+        if batch.micro_size != "auto" or micro_size is None
+        else batch.model_copy(update={"micro_size": micro_size})
+    )
+
+
+def lay_out(data: DataConfig, batch: BatchConfig) -> Phases:
+    """The phases that a config asks for; `micro_size: auto` counts as 1, which stands for any.
+
+    A phase is a whole number of its full steps: it ends with the first of them, counted from its start, that reaches
+    `until_tokens`. Neither ranks nor a batch warm-up move the end.
+    """
+    laid: list[Phase] = []
+    sample = token = 0
+    micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
+    for settings in data.phases:
+        size = settings.global_size or batch.global_size
+        steps = max(0, -(-(settings.until_tokens - token) // (size * settings.seq_len)))
+        end = sample + steps * size
+        laid.append(Phase(settings.seq_len, size, settings.micro_size or micro_size, sample, end))
+        sample, token = end, token + steps * size * settings.seq_len
+    return Phases((*laid, Phase(data.seq_len, batch.global_size, micro_size, sample, None)))
+
+
+def tokens_before(phases: Sequence[tuple[int, int]], samples: int) -> int:
+    """Positions of the first `samples` samples, of phases given as (first sample, seq_len)."""
+    ends = [first for first, _ in phases[1:]]
+    return sum(
+        (min(end, samples) - first) * seq_len
+        for (first, seq_len), end in zip(phases, [*ends, samples], strict=True)
+        if first < samples
+    )
