@@ -26,6 +26,7 @@ from trainer.model.prediction_head import install
 from trainer.optimizer import build_optimizer
 from trainer.partitions import PARAMETER_NAMES, Partitions
 from trainer.snapshot import HostBuffers, Snapshot
+from trainer.zero_step import shorten_step
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents
@@ -36,6 +37,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,9 @@ class TrainingEngine:
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
         restore_fp32_buffers(model, buffers)
+        zero = self._engine.optimizer
+        if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
+            shorten_step(zero, adamw, world.size)
         self.module = model
         self.device = world.device
         self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None

@@ -127,23 +127,23 @@ class EngineStepper:
         self._world = distributed.start()
         plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])
         preset = compose(config, load_preset(config.deepspeed), plan)
-        self._engine = TrainingEngine(model_of(work, config), preset, config.optimizer, self._world)
+        self.engine = TrainingEngine(model_of(work, config), preset, config.optimizer, self._world)
         if variant.compiled:
-            self._engine.compile()
+            self.engine.compile()
         self._objective, self._config, self._step = objective, config, 0
-        self.model, self.device = self._engine.module, self._world.device
+        self.model, self.device = self.engine.module, self._world.device
 
     def forward(self, batch: Batch) -> torch.Tensor:
         self._step += 1
         key = fold_key(KeyPurpose.DROPOUT, self._config.run.seed, self._step, 0, self._world.rank)
         torch.manual_seed(int(key) >> 1)
-        return self._objective.loss_sums(self._engine.network, batch, 1).sum() / len(batch["labels"])
+        return self._objective.loss_sums(self.engine.network, batch, 1).sum() / len(batch["labels"])
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._engine.backward(loss)
+        self.engine.backward(loss)
 
     def optimize(self) -> None:
-        self._engine.step(self._config.optimizer.lr)
+        self.engine.step(self._config.optimizer.lr)
 
 
 def drive(

@@ -240,7 +240,7 @@ def draw_chart(report: StepReport, path: Path) -> None:
     picture = Image.new("RGB", (left + width + right, row * (len(report.variants) + 1)), "white")
     draw = ImageDraw.Draw(picture)
     settings = report.settings
-    title = f"tokens/s: {settings['model']}, {settings['micro_size']} × {settings['seq_len']}, {report.peaks.device}"
+    title = f"tokens/s: {settings['model']}, {settings['micro_size']} x {settings['seq_len']}, {report.peaks.device}"
     draw.text((12, 10), title, fill="black", font=font)
     fastest = max(report.speed(variant.name).highest for variant in report.variants)
     for number, variant in enumerate(report.variants, start=1):
