@@ -81,3 +81,89 @@ def bench_prepare(
 
     settings = PrepareBenchmark(tuple(inputs or ()), tokenizer, size, against, rounds)
     write_result(measure(settings, make_console()), as_json)
+
+
+@bench_app.command("step", cls=Command)
+def bench_step(
+    against: Annotated[
+        Literal["hf", "ladder", "all"],
+        typer.Option(
+            help="What maskwright is measured beside: Hugging Face Trainer and the plain loop with the same head; "
+            "a plain loop that becomes ours rung by rung; or all of these."
+        ),
+    ] = "hf",
+    variants: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="These variants only; a wrong name lists them.", show_default="--against"),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(metavar="NAME|PATH", help="small (H 256, L 4, vocabulary 50,265), a preset, or a config.json."),
+    ] = "small",
+    micro_size: Annotated[int, typer.Option("--micro", metavar="N", min=1, help="Sequences a rank and step.")] = 8,
+    seq_len: Annotated[int, typer.Option(metavar="N", min=8, max=32768, help="Tokens a sequence.")] = 512,
+    ranks: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of each variant, on this machine.")] = 1,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of forward and backward.", show_default="bf16 on CUDA")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of torch, a rank.", show_default="cores / ranks")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Timed steps a turn.", show_default="8, 50 or 1,000 by what is asked"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Turns of each variant.", show_default="3; 1 for losses")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A folder that `maskwright prepare` wrote.", show_default="drawn tokens"),
+    ] = None,
+    check_losses: Annotated[
+        bool, typer.Option("--check-losses", help="Dropout 0: the losses of all variants must be equal to 1e-4.")
+    ] = False,
+    time_to_loss: Annotated[
+        float | None, typer.Option(metavar="LOSS", min=0.0, help="Measure the seconds to this validation loss.")
+    ] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Write tables and profiles there.")] = None,
+    chart: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw a bar chart there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the training step beside Hugging Face Trainer and plain torch loops: same model, masks, optimizer.
+
+    Each variant has processes of its own and they take turns; tokens/s, the parts of a step, MFU, peak memory.
+
+    \b
+    Examples:
+      maskwright bench step --against hf --json
+      maskwright bench step --model roberta-base --micro 64 --against all --chart step.png
+      maskwright bench step --check-losses --micro 2 --seq-len 128
+      maskwright bench step --variants hf,ours-fast --time-to-loss 8.5
+    """
+    from tools.bench.step import GROUPS, StepBenchmark, default_precision
+    from tools.bench.step import bench_step as measure
+    from tools.bench.step_work import StepWork
+
+    usual = 1000 if time_to_loss is not None else 50 if check_losses else 8
+    work = StepWork(
+        model=model,
+        micro_size=micro_size,
+        seq_len=seq_len,
+        ranks=ranks,
+        precision=precision or default_precision(),
+        steps=steps or usual,
+        warmup_steps=2 if usual == 8 else 0,
+        data=data,
+        target_loss=time_to_loss,
+    )
+    settings = StepBenchmark(
+        variants=tuple(variants.split(",")) if variants else GROUPS[against],
+        work=work,
+        rounds=rounds or (1 if check_losses else 3),
+        threads=threads,
+        check_losses=check_losses,
+        chart=chart,
+        markdown=markdown,
+    )
+    write_result(measure(settings, make_console()), as_json)

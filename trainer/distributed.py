@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from trainer.errors import mark_origin
+from trainer.host_memory import keep_freed_memory
 from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def start(timeout: timedelta = START_TIMEOUT) -> World:
         torch.cuda.set_device(device)
         for name, value in _NCCL_DEFAULTS.items():
             os.environ.setdefault(name, value)
+    else:
+        keep_freed_memory()
     join_group("nccl" if cuda else "gloo", rank, size, timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     return World(rank, size, local_rank, device, control)

@@ -23,8 +23,10 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
+from trainer.optimizer import build_optimizer
 from trainer.partitions import PARAMETER_NAMES, Partitions
 from trainer.snapshot import HostBuffers, Snapshot
+from trainer.zero_step import shorten_step
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents
@@ -35,6 +37,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,9 @@ class TrainingEngine:
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
         restore_fp32_buffers(model, buffers)
+        zero = self._engine.optimizer
+        if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
+            shorten_step(zero, adamw, world.size)
         self.module = model
         self.device = world.device
         self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
@@ -266,16 +272,3 @@ class TrainingEngine:
     def refresh_forward_weights(self) -> None:
         """Let the forward pass see master weights that were written from outside; a collective."""
         self.partitions.refresh_forward_weights()
-
-
-def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the usual groups: biases and norm weights (one-dimensional parameters) are not decayed.
-
-    Fused, as torch offers it on CUDA and CPU; under ZeRO it runs over flat partitions either way.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

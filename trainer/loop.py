@@ -25,8 +25,8 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
+from trainer.liveness.activity import Activity
 from trainer.liveness.own_time import OwnTime
-from trainer.liveness.phases import Phases
 from trainer.liveness.watchdog import Limits
 from trainer.metrics import ThroughputMeter, counters
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
@@ -59,7 +59,7 @@ class Loop:
     meter: ThroughputMeter
     state: TrainState
     stop: StopRequest
-    phases: Phases
+    activity: Activity
     """Told what this rank is doing."""
     reporter: Reporter | None
     profiler: StepProfiler
@@ -154,7 +154,7 @@ class Loop:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
         loader = iter(self.open_batches(self.state))
         while True:
-            self.phases.enter("data")
+            self.activity.enter("data")
             start = time.perf_counter()
             try:
                 with self.profiler.range("data"):
@@ -165,7 +165,7 @@ class Loop:
                 return
             self.meter.waited(time.perf_counter() - start)
             self.own_time.read_data(time.perf_counter() - start)
-            self.phases.progress()
+            self.activity.progress()
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
@@ -188,7 +188,7 @@ class Loop:
         loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
         votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
         totals = distributed.total(self.world, votes)
-        self.phases.enter("step")
+        self.activity.enter("step")
         if totals[5] == self.world.size:
             self._finish_save()
         self._judge_loss(totals[4])
@@ -229,7 +229,7 @@ class Loop:
                 self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
             with self.profiler.range("optimizer"):
                 applied = self.engine.step(rate, max_grad_norm)
-            self.phases.progress()
+            self.activity.progress()
         self.state.advance(shape.global_size, shape.seq_len, applied)
         self.meter.trained(shape.tokens, shape.phase)
         if not applied:
@@ -239,10 +239,10 @@ class Loop:
         return loss_sums
 
     def _step_is_done(self) -> None:
-        if not self.phases.is_started:  # what only a start does, such as compiling, is done
+        if not self.activity.is_started:  # what only a start does, such as compiling, is done
             limits = Limits.of(self.config.watchdog)
             distributed.set_timeouts(limits.of_decisions, limits.of_gradients)
-        self.phases.at_step(self.state.step)
+        self.activity.at_step(self.state.step)
 
     def _judge_loss(self, loss: float) -> None:
         """Judge the mean loss of the last step, if it is still to be judged."""
@@ -286,7 +286,7 @@ class Loop:
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
         moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
-        with self.phases.within("start"):
+        with self.activity.within("start"):
             restore(self.engine, folder, self.world)
         self.saver.resumed(folder, saved.step)
         error = None
@@ -318,7 +318,7 @@ class Loop:
         if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
             return
         # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
-        with self.phases.within("evaluate"):
+        with self.activity.within("evaluate"):
             values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})
@@ -326,7 +326,7 @@ class Loop:
 
     def _stops_evaluation(self, last: bool) -> bool:
         """Whether it is to be cut short; asked before each of its batches."""
-        self.phases.progress()
+        self.activity.progress()
         return self.stop.received and not last
 
     def _save_if_due(self) -> None:
@@ -369,7 +369,7 @@ class Loop:
     def _saving(self) -> Iterator[None]:
         """Time in which training stands still for a save."""
         start = time.perf_counter()
-        with self.phases.within("save"):
+        with self.activity.within("save"):
             yield
         self.last_save_time = time.monotonic()
         self.meter.saved(time.perf_counter() - start)

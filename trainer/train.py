@@ -28,7 +28,7 @@ from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
-from trainer.liveness.phases import Phases
+from trainer.liveness.activity import Activity
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watch import watched
 from trainer.liveness.watchdog import Limits, end_at_once
@@ -89,7 +89,7 @@ def run(
                 _lock(config, world, dry_run) as lock,
                 _output(config, world, dry_run) as stream,
                 _status(config, world, dry_run) as status,
-                _watched(config, world, dry_run, status, give_up) as phases,
+                _watched(config, world, dry_run, status, give_up) as activity,
             ):
                 console = TrainingConsole(stream) if world.is_main else None
                 say = console.say if console is not None else _nothing
@@ -97,7 +97,7 @@ def run(
                     _make_ready(run_folder(config), world, lock, say)
                     if world.is_main:  # whose clock decides
                         stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
-                with phases.within("prepare"):
+                with activity.within("prepare"):
                     folders = prepare_text(config, world, stop, say)
                 if folders is None:
                     say(f"stopped on {stop.reason}; the same command goes on")
@@ -108,7 +108,7 @@ def run(
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
-                return _train(inputs, world, resume, dry_run, stop, phases, console, status, lock)
+                return _train(inputs, world, resume, dry_run, stop, activity, console, status, lock)
         finally:
             distributed.stop()
 
@@ -148,11 +148,11 @@ def _status(config: Config, world: World, dry_run: bool) -> Iterator[StatusWrite
 @contextmanager
 def _watched(
     config: Config, world: World, dry_run: bool, status: StatusWriter | None, give_up: Callable[[HangError], None]
-) -> Iterator[Phases]:
-    """This rank's phases, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
-    phases = Phases(on_enter=status.entered if status is not None else None)
+) -> Iterator[Activity]:
+    """This rank's activity, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
+    activity = Activity(on_enter=status.entered if status is not None else None)
     if dry_run:
-        yield phases
+        yield activity
         return
     run_dir = run_folder(config)
 
@@ -161,8 +161,8 @@ def _watched(
             change_status(run_dir, state="failed", reason=error.problem, eta_seconds=None)
         give_up(error)
 
-    with watched(run_dir, world.rank, world.size, phases, config.watchdog, end):
-        yield phases
+    with watched(run_dir, world.rank, world.size, activity, config.watchdog, end):
+        yield activity
 
 
 def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
@@ -188,7 +188,7 @@ def _train(
     resume: str,
     dry_run: bool,
     stop: StopRequest,
-    phases: Phases,
+    activity: Activity,
     console: TrainingConsole | None,
     status: StatusWriter | None,
     lock: RunLock,
@@ -199,7 +199,7 @@ def _train(
     checkpoint = None if dry_run else choose(world, run_dir, resume, say)
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
-    phases.at_step(state.step, is_started=False)
+    activity.at_step(state.step, is_started=False)
     say(_decision(config, resume, checkpoint, state, dry_run))
     if state.step >= inputs.plan.total_steps:
         say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
@@ -245,7 +245,7 @@ def _train(
         meter=meter,
         state=state,
         stop=stop,
-        phases=phases,
+        activity=activity,
         reporter=None,
         profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
         evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,

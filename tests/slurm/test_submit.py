@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForMaskedLM
 
+from tests.commands import assert_one_card
 from tests.ranks import losses, tiny_config, train, write_config
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.runs import job_logs, long_steps, signal_job, submit, wait_for_training, write_site
-from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
+from tests.slurm.runs import job_logs, long_steps, run_submit, signal_job, submit, wait_for_training, write_site
+from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
 from trainer.starts import read_starts
 from trainer.tracking.status import read_status
 
@@ -89,9 +90,9 @@ def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
 ) -> None:
     config, repaired = tiny_config(workspace, tmp_path / "run", train={"steps": 5}), tmp_path / "repaired"
     run_dir = Path(config.run.dir)
-    command = tmp_path / "maskwright"  # which cannot write on n2
+    command = tmp_path / "maskwright"  # which cannot write more than some kilobytes on n2
     command.write_text(
-        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 0\n'
+        f'#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || [ -e {repaired} ] || ulimit -f 100\n'
         f'exec {sys.executable} -m launcher "$@"\n'
     )
     command.chmod(0o755)
@@ -111,3 +112,13 @@ def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", EXIT_FINISHED, 1), job_logs(run_dir)
     assert len(losses(run_dir)) == 5
+
+
+def test_what_slurm_refuses_is_shown_and_nothing_is_queued(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+    arguments = (config, "--nodes", "2", "--gpus-per-node", "1")  # these nodes have none
+    refused = run_submit(cluster, *arguments, site=write_site(tmp_path / "site.yaml"))
+    assert_one_card(refused, EXIT_USER_MISTAKE, "SLURM refuses the job: ", "train.sbatch", "--dry-run shows the script")
+    assert cluster.run("squeue", "--noheader") == ""

@@ -13,11 +13,13 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -153,21 +155,33 @@ def run_benchmark(
     console: Console,
 ) -> Report:
     """Let the variants take turns `rounds` times; the console shows how far it is."""
-    measurements: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
     machine = describe_machine()  # before: the load is then that of others
-    turns = [(number, variant) for number in range(rounds) for variant in variants]
-    with StepProgress(console, f"Measuring {benchmark}", len(turns)) as progress:
-        for done, (number, variant) in enumerate(turns):
-            progress.show(done, f"round {number + 1} of {rounds}, {variant.name}")
-            measurements[variant.name].append(variant.run())
+    turns = {variant.name: variant.run for variant in variants}
+    measurements = take_turns(benchmark, turns, rounds, console)
     return Report(benchmark, settings, machine, variants, measurements, ratios, notes)
+
+
+Measured = TypeVar("Measured", bound=Measurement)
+
+
+def take_turns(
+    benchmark: str, variants: Mapping[str, Callable[[], Measured]], rounds: int, console: Console
+) -> dict[str, list[Measured]]:
+    """Call each variant once a round, `rounds` times; returns what each measured, by name."""
+    measurements: dict[str, list[Measured]] = {name: [] for name in variants}
+    turns = [(number, name) for number in range(rounds) for name in variants]
+    with StepProgress(console, f"Measuring {benchmark}", len(turns)) as progress:
+        for done, (number, name) in enumerate(turns):
+            progress.show(done, f"round {number + 1} of {rounds}, {name}")
+            measurements[name].append(variants[name]())
+    return measurements
 
 
 def measure(work: Callable[[], int]) -> Measurement:
     """Time one call of `work`, which returns the tokens that it processed."""
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+    wall, cpu = time.perf_counter(), cpu_seconds()
     tokens = work()
-    return Measurement(tokens, time.perf_counter() - wall, _cpu_seconds() - cpu)
+    return Measurement(tokens, time.perf_counter() - wall, cpu_seconds() - cpu)
 
 
 def for_seconds(seconds: float, step: Callable[[], int]) -> Callable[[], Measurement]:
@@ -203,23 +217,57 @@ def in_own_process(function: str, arguments: dict[str, Any], variables: dict[str
     Raises:
         MaskwrightError: when the process fails, with what it said last.
     """
+    return Measurement(**in_own_processes(function, arguments, [variables or {}]))
+
+
+def in_own_processes(function: str, arguments: dict[str, Any], variables: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """Call `module:function(**arguments)` in a fresh process for each of `variables`, all at once.
+
+    Returns:
+        What the first process returned, a dataclass, as plain JSON.
+
+    Raises:
+        MaskwrightError: when one of them fails, with what it said last; the others are then ended.
+    """
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.bench.own_process", function, json.dumps(arguments)],
-        env={**os.environ, "PYTHONPATH": path, **(variables or {})},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise MaskwrightError(
-            f"The variant {function.rpartition(':')[2]} failed with exit code {done.returncode}.",
-            where=" ".join(f"{name}={value}" for name, value in arguments.items()),
-            remedy="It said: " + (done.stderr.strip() or "nothing")[-2000:],
-        )
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+    command = [sys.executable, "-m", "tools.bench.own_process", function, json.dumps(arguments)]
+    with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder, ExitStack() as stack:
+        said = [(Path(folder, f"out-{number}"), Path(folder, f"err-{number}")) for number in range(len(variables))]
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, "PYTHONPATH": path, **own},
+                stdout=stack.enter_context(open(out, "w")),
+                stderr=stack.enter_context(open(err, "w")),
+            )
+            for own, (out, err) in zip(variables, said, strict=True)
+        ]
+        try:
+            failed = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if failed is not None:
+            raise MaskwrightError(
+                f"The variant {function.rpartition(':')[2]} failed with exit code {processes[failed].returncode}.",
+                where=" ".join(f"{name}={value}" for name, value in arguments.items()),
+                remedy="It said: " + (said[failed][1].read_text(errors="replace").strip() or "nothing")[-2000:],
+            )
+        return json.loads(said[0][0].read_text().splitlines()[-1])
 
 
-def _cpu_seconds() -> float:
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait until all have ended well, or one has not: its number."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((number for number, code in enumerate(codes) if code), None)
+        if failed is not None or None not in codes:
+            return failed
+        time.sleep(0.02)
+
+
+def cpu_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

@@ -1,4 +1,4 @@
-"""Data for a benchmark of the loader: shards of random tokens, and a tokenizer that fits them.
+"""Data for benchmarks: shards of random tokens, a tokenizer that fits them, and tokens that can be learnt.
 
 What the tokens are does not change the work of reading and masking them.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.data.shards import MANIFEST, Manifest, ShardWriter, token_dtype
 from trainer.files import replace_synced
@@ -66,3 +67,16 @@ def make_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
         unk_token=unknown,
         mask_token=mask,
     )
+
+
+def learnable_tokens(blocks: int, length: int, seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> NDArray[np.int64]:
+    """Tokens [blocks, length] that a model can learn something of: words of Zipf's frequencies, in pairs.
+
+    Token i has a frequency of 1 / (i + 1); every other token follows from the one before it.
+    """
+    generator = np.random.default_rng(seed)
+    ordinary = vocabulary_size - len(_SPECIAL_TOKENS)
+    cumulative = np.cumsum(1 / np.arange(1, ordinary + 1))
+    drawn = np.searchsorted(cumulative, generator.random((blocks, length)) * cumulative[-1])
+    drawn[:, 1::2] = (drawn[:, 0 : length // 2 * 2 : 2] * 7919 + 1) % ordinary
+    return drawn + len(_SPECIAL_TOKENS)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from trainer.liveness.phases import Phases
+from trainer.liveness.activity import Activity
 from trainer.node import node_name
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,8 @@ def remove_others(run_dir: Path, world_size: int) -> None:
 class HeartbeatWriter:
     """Writes this rank's heartbeats from a thread, until it is closed."""
 
-    def __init__(self, run_dir: Path, rank: int, world_size: int, phases: Phases) -> None:
-        self._path, self._rank, self._phases = heartbeat_path(run_dir, rank), rank, phases
+    def __init__(self, run_dir: Path, rank: int, world_size: int, activity: Activity) -> None:
+        self._path, self._rank, self._activity = heartbeat_path(run_dir, rank), rank, activity
         self._interval = interval_seconds(world_size)
         self._names = (node_name(), socket.gethostname(), os.getpid())
         self._beat, self._warned = 0, False
@@ -120,7 +120,7 @@ class HeartbeatWriter:
     def _write(self) -> None:
         """One heartbeat; a disk that is full costs heartbeats, not the run."""
         self._beat += 1
-        place = self._phases.place
+        place = self._activity.place
         node, host, pid = self._names
         heartbeat = Heartbeat(
             rank=self._rank,

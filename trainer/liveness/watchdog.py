@@ -18,8 +18,8 @@ from pathlib import Path
 
 from trainer.config import WatchdogConfig
 from trainer.errors import HangError
+from trainer.liveness.activity import Activity, Place
 from trainer.liveness.heartbeat import Heartbeat, heartbeat_path, interval_seconds, read_heartbeats
-from trainer.liveness.phases import Phases, Place
 from trainer.logs import log_path
 
 logger = logging.getLogger(__name__)
@@ -92,12 +92,12 @@ class Watchdog:
         run_dir: Path,
         rank: int,
         world_size: int,
-        phases: Phases,
+        activity: Activity,
         limits: Limits,
         give_up: Callable[[HangError, bool], None],
     ) -> None:
         self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
-        self._phases, self._limits, self._give_up = phases, limits, give_up
+        self._activity, self._limits, self._give_up = activity, limits, give_up
         given = [value for value in vars(limits).values() if value is not None]
         self._poll = min(1.0, min(given, default=1.0) / 4)
         self._ended = threading.Event()
@@ -112,10 +112,10 @@ class Watchdog:
         while not self._ended.wait(self._poll):
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * self._poll + 1.0), now
-            place = self._phases.place
+            place = self._activity.place
             quiet = quiet + elapsed if place.position == position else 0.0
             position = place.position
-            limit = self._limits.of_phase(place.phase, self._phases.is_started)
+            limit = self._limits.of_phase(place.phase, self._activity.is_started)
             if limit is not None and quiet >= limit:
                 self._judge(place, quiet)
                 quiet, last = 0.0, time.monotonic()
@@ -125,7 +125,7 @@ class Watchdog:
         logger.error("no progress in phase '%s' for %.0f s at step %d; all stacks:", place.phase, quiet, place.step)
         faulthandler.dump_traceback(_STDERR, all_threads=True)
         before, after = self._look_twice() if self._reads(self._rank) else ({}, {})
-        if self._ended.is_set() or self._phases.place.position != place.position:
+        if self._ended.is_set() or self._activity.place.position != place.position:
             logger.warning("phase '%s' goes on", place.phase)
             return
         found = find_behind(before, after, self._world_size)

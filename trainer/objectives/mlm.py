@@ -11,11 +11,11 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 
 from trainer.config import ObjectiveConfig
 from trainer.data.borders import cumulative_lengths, positions_in_documents
 from trainer.data.vocabulary import Vocabulary
+from trainer.objectives.cross_entropy import cross_entropies
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 
 
@@ -143,11 +143,10 @@ class MaskedLanguageModelling:
     def loss_sums(self, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
         """Sums of the cross-entropies over the predictions of each source, in nats; [source_count] in fp32."""
         logits = network(batch["input_ids"], batch["prediction_index"], batch.get("documents"))
+        losses = cross_entropies(logits, batch["labels"])
         if "sources" not in batch:
-            return self._cross_entropy(logits, batch["labels"]).view(1)
-        losses = functional.cross_entropy(
-            logits.float(), batch["labels"], ignore_index=IGNORED_LABEL, reduction="none"
-        ).view(len(batch["sources"]), -1)
+            return losses.sum().view(1)
+        losses = losses.view(len(batch["sources"]), -1)
         # A product with 0 and 1 instead of a scattered sum, whose order is not fixed on CUDA.
         of_source = batch["sources"][:, None] == torch.arange(source_count, device=losses.device)
         return (losses.sum(dim=1, keepdim=True) * of_source).sum(dim=0)
@@ -157,9 +156,4 @@ class MaskedLanguageModelling:
         """For evaluation: the loss sum, and how many predictions were right; scalars."""
         logits = network(batch["input_ids"], batch["prediction_index"], batch.get("documents"))
         right = (logits.argmax(dim=-1) == batch["labels"]).sum()
-        return self._cross_entropy(logits, batch["labels"]), right
-
-    @staticmethod
-    def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        # In fp32 whatever the training precision: bf16 would quantise a loss of 7.5 to steps of 1/32.
-        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        return cross_entropies(logits, batch["labels"]).sum(), right

@@ -165,7 +165,7 @@ class StatusWriter:
         self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state))
 
     def entered(self, phase: str) -> None:
-        """A phase of the run begins (trainer.liveness.phases)."""
+        """A phase of the run begins (trainer.liveness.activity)."""
         state = _STATES.get(phase)
         if state is not None and state != self._status.state:
             self.set(state=state)

@@ -13,6 +13,7 @@ import pytest
 
 from trainer.config import WatchdogConfig
 from trainer.errors import EXIT_UNEXPECTED, HangError
+from trainer.liveness.activity import Activity
 from trainer.liveness.heartbeat import (
     Heartbeat,
     heartbeat_path,
@@ -21,7 +22,6 @@ from trainer.liveness.heartbeat import (
     read_heartbeats,
     remove_others,
 )
-from trainer.liveness.phases import Phases
 from trainer.liveness.watch import watched
 from trainer.liveness.watchdog import UNLIMITED, Limits, find_behind, hang_error
 
@@ -65,10 +65,10 @@ def test_nobody_is_named_when_all_stand_at_one_place_or_nothing_can_be_read() ->
 
 
 def test_the_message_names_phase_key_and_few_of_many_ranks(tmp_path: Path) -> None:
-    phases = Phases()
-    phases.enter("save")
+    activity = Activity()
+    activity.enter("save")
     found = find_behind(look(heartbeat(0)), later(heartbeat(0)), 10)
-    error = hang_error(phases.place, 61.2, found, tmp_path, rank=0)
+    error = hang_error(activity.place, 61.2, found, tmp_path, rank=0)
     assert error.exit_code == EXIT_UNEXPECTED, "a hang is not requeued"
     assert "No progress in phase 'save' for 61 s" in error.problem
     assert "rank 1 (" in error.problem and "rank 4 (" in error.problem and "and 5 more" in error.problem
@@ -95,12 +95,12 @@ def test_collectives_time_out_after_the_watchdog_and_sooner_once_a_run_has_start
 
 def test_progress_of_other_kinds_than_a_new_step_counts(tmp_path: Path) -> None:
     given_up: list[HangError] = []
-    phases = Phases()
+    activity = Activity()
     settings = WatchdogConfig(start_minutes=0.6 / 60)
-    with watched(tmp_path, 0, 1, phases, settings, lambda error, _: given_up.append(error)):
+    with watched(tmp_path, 0, 1, activity, settings, lambda error, _: given_up.append(error)):
         for _ in range(20):
             time.sleep(0.1)
-            phases.progress()
+            activity.progress()
         assert given_up == []
 
 
@@ -114,8 +114,8 @@ def test_a_phase_without_progress_is_given_up_by_the_first_rank_that_knows(
         seen.append((error, is_first))
         given_up.set()
 
-    phases = Phases()
-    with watched(tmp_path, 0, 1, phases, WatchdogConfig(start_minutes=0.2 / 60), give_up):
+    activity = Activity()
+    with watched(tmp_path, 0, 1, activity, WatchdogConfig(start_minutes=0.2 / 60), give_up):
         assert given_up.wait(30)
     error, is_first = seen[0]
     assert "No progress in phase 'start'" in error.problem and "No rank is behind" in error.problem
@@ -125,13 +125,13 @@ def test_a_phase_without_progress_is_given_up_by_the_first_rank_that_knows(
 
 
 def test_a_heartbeat_says_where_its_rank_stands_and_the_last_one_that_it_has_ended(tmp_path: Path) -> None:
-    phases = Phases()
-    phases.enter("data")
-    phases.at_step(12)
+    activity = Activity()
+    activity.enter("data")
+    activity.at_step(12)
     (tmp_path / "heartbeats").mkdir()
     for rank in (0, 1, 7):
         heartbeat_path(tmp_path, rank).write_text("x" * 4000)
-    with watched(tmp_path, 0, 2, phases, WatchdogConfig(), lambda *_: None):
+    with watched(tmp_path, 0, 2, activity, WatchdogConfig(), lambda *_: None):
         deadline = time.monotonic() + 20
         while (found := read_heartbeat(tmp_path, 0)) is None:
             assert time.monotonic() < deadline

@@ -30,7 +30,7 @@ class Place:
     since: float
 
 
-class Phases:
+class Activity:
     """The place of this rank.
 
     Args:

@@ -1,0 +1,200 @@
+"""`maskwright bench step`: a training step beside Hugging Face's Trainer and beside plain torch loops.
+
+Each variant has processes of its own, one a rank; the variants take turns. All train the same model from the same
+weights on the same masked batches, with the same optimizer; only the draws of dropout differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tools.bench.common import in_own_processes, take_turns
+from tools.bench.step_report import Peaks, StepReport, draw_chart
+from tools.bench.step_work import StepMeasurement, StepVariant, StepWork, config_of, vocabulary_of
+from tools.machine import describe_machine
+from trainer.errors import MaskwrightError, UserError, nearest
+from trainer.model.configuration import build_config
+from trainer.model.device_peak import datasheet_peak, matmul_peak_flops
+from trainer.rendezvous import LOCALHOST, listen
+
+_MASKED = {"loop": "torch", "masked_head": True}
+_LEAN = {**_MASKED, "padding_mask": False}
+_OURS = {"loop": "ours", "masked_head": True, "padding_mask": False, "keeps_memory": True, "deepspeed": True}
+_ALL = (
+    StepVariant("hf", "Hugging Face Trainer", "trainer"),
+    StepVariant("hf-fast", "Trainer, attention dropout 0", "trainer", attention_dropout=False),
+    StepVariant("hf-compile", "Trainer, torch_compile", "trainer", compiled=True),
+    StepVariant("hf-deepspeed", "Trainer, DeepSpeed ZeRO-1", "trainer", deepspeed=True),
+    StepVariant("torch", "plain loop, full head", "torch"),
+    StepVariant("torch-head", "plain loop, head at predicted positions", **_MASKED),
+    StepVariant("torch-masked", "the same, no padding mask", **_LEAN),
+    StepVariant("torch-memory", "the same, freed memory kept (CPU)", **_LEAN, keeps_memory=True),
+    StepVariant("torch-fast", "the same, attention dropout 0", **_LEAN, keeps_memory=True, attention_dropout=False),
+    StepVariant(
+        "torch-compile", "the same, compiled", **_LEAN, keeps_memory=True, attention_dropout=False, compiled=True
+    ),
+    StepVariant("ours", "maskwright, ZeRO-1", **_OURS),
+    StepVariant("ours-fast", "maskwright, attention dropout 0", **_OURS, attention_dropout=False),
+    StepVariant(
+        "ours-compile", "maskwright, attention dropout 0, compiled", **_OURS, attention_dropout=False, compiled=True
+    ),
+    StepVariant("ours-documents", "maskwright, attention within documents", **_OURS, document_attention=True),
+)
+VARIANTS = {variant.name: variant for variant in _ALL}
+_LADDER = ("torch", "torch-head", "torch-masked", "torch-memory", "torch-fast", "ours-fast")
+GROUPS = {
+    "hf": ("hf", "torch-masked", "torch-memory", "ours", "ours-fast"),
+    "ladder": _LADDER,
+    "all": ("hf", "hf-fast", "hf-deepspeed", *_LADDER[:-1], "ours", "ours-fast"),
+}
+"""What `--against` stands for."""
+_RATIOS = (
+    ("ours", "hf"),
+    ("ours-fast", "hf"),
+    ("ours", "hf-deepspeed"),
+    ("ours-fast", "hf-fast"),
+    ("ours-compile", "hf-compile"),
+    ("ours", "torch"),
+    ("ours", "torch-masked"),
+    ("ours", "torch-memory"),
+    ("ours-fast", "torch-fast"),
+    ("ours-compile", "torch-compile"),
+    ("ours-documents", "ours"),
+)
+# Without dropout all variants compute the same, up to the order of sums; with it, each has its own draws.
+_EXACT_BOUND, _HALF_BOUND, _DROPOUT_BOUND = 1e-4, 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """What `bench step` is asked to measure.
+
+    Attributes:
+        variants: names; they take turns in this order.
+        threads: of torch in each rank; None shares out the cores.
+        check_losses: dropout 0 for all, and losses that differ are an error.
+        chart: PNG file for a bar chart.
+        markdown: file for the tables.
+    """
+
+    variants: tuple[str, ...] = GROUPS["hf"]
+    work: StepWork = field(default_factory=StepWork)
+    rounds: int = 3
+    threads: int | None = None
+    check_losses: bool = False
+    chart: str | None = None
+    markdown: str | None = None
+
+
+def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
+    """Measure the variants, in turns.
+
+    Raises:
+        UserError: for a variant that does not exist, and a model or data that do not fit.
+        MaskwrightError: when a variant fails, and, with `check_losses`, when losses differ.
+    """
+    variants = chosen_variants(settings.variants)
+    machine = describe_machine()  # before: the load is then that of others
+    threads = settings.threads or max(1, machine["cores"] // settings.work.ranks)
+    work = replace(settings.work, threads=threads, dropout=0.0 if settings.check_losses else settings.work.dropout)
+    config = config_of(work, variants[0])
+    build_config(config.model, vocabulary_of(work), work.seq_len)  # what it refuses is better refused now
+    peaks = Peaks(**in_own_processes(f"{__name__}:measure_peaks", {"work": asdict(work)}, [_environments(work)[0]]))
+    turns = {variant.name: _turn(work, variant) for variant in variants}
+    report = StepReport(
+        settings={**asdict(work), "rounds": settings.rounds, "check_losses": settings.check_losses},
+        machine=machine,
+        peaks=peaks,
+        variants=variants,
+        measurements=take_turns("step", turns, settings.rounds, console),
+        compared=_compared(variants),
+        loss_bound=_loss_bound(work),
+    )
+    if settings.markdown is not None:
+        Path(settings.markdown).write_text(report.to_markdown(), encoding="utf-8")
+    if settings.chart is not None:
+        draw_chart(report, Path(settings.chart))
+    if settings.check_losses and not report.losses_agree:
+        raise MaskwrightError(
+            f"The variants' losses differ by up to {report.loss_difference:.2g}, more than {report.loss_bound:g}.",
+            where=", ".join(variant.name for variant in variants),
+            remedy="They train the same model on the same batches: look for the first step at which they part.",
+        )
+    return report
+
+
+def default_precision() -> str:
+    """What one trains in on the devices of this machine."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def chosen_variants(names: Sequence[str]) -> list[StepVariant]:
+    """The variants of some names, each once."""
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(
+                f"No variant '{name}'.{nearest(name, list(VARIANTS))}",
+                where=f"--variants {','.join(names)}",
+                remedy=f"Known are {', '.join(VARIANTS)}.",
+            )
+    return [VARIANTS[name] for name in dict.fromkeys(names)]
+
+
+def measure_peaks(work: dict[str, Any]) -> Peaks:
+    """What the device does at best: a matmul measured now, and the data sheet's figure where it is known."""
+    given = StepWork(**work)
+    torch.set_num_threads(given.threads)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    datasheet, name = None, f"CPU, {given.threads} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        datasheet = datasheet_peak(name, given.precision)
+    return Peaks(name, matmul_peak_flops(device, dtype, seconds=2.0), datasheet)
+
+
+def _turn(work: StepWork, variant: StepVariant) -> Callable[[], StepMeasurement]:
+    arguments = {"work": asdict(work), "variant": asdict(variant)}
+
+    def run() -> StepMeasurement:
+        found = in_own_processes("tools.bench.step_loops:run_variant", arguments, _environments(work))
+        return StepMeasurement(**found)
+
+    return run
+
+
+def _environments(work: StepWork) -> list[dict[str, str]]:
+    """Of each rank, with a free port to meet at."""
+    with listen() as listener:
+        port = listener.getsockname()[1]
+    common = {
+        "MASTER_ADDR": LOCALHOST,
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(work.ranks),
+        "LOCAL_WORLD_SIZE": str(work.ranks),
+        "OMP_NUM_THREADS": str(work.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(work.ranks)]
+
+
+def _compared(variants: Sequence[StepVariant]) -> list[tuple[str, str]]:
+    """The pairs of variants whose ratio is told: the usual ones, and each rung of the ladder over the one below."""
+    names = [variant.name for variant in variants]
+    rungs = [name for name in _LADDER if name in names]
+    pairs = [*_RATIOS, *((above, below) for below, above in itertools.pairwise(rungs))]
+    return [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(names)]
+
+
+def _loss_bound(work: StepWork) -> float:
+    if work.dropout != 0.0:
+        return _DROPOUT_BOUND
+    return _EXACT_BOUND if work.precision == "fp32" else _HALF_BOUND

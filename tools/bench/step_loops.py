@@ -1,0 +1,221 @@
+"""The loops of `maskwright bench step` that are ours to write: a plain torch loop, and the engine that `train` uses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+
+from tools.bench.common import cpu_seconds
+from tools.bench.step_work import (
+    PROFILED_STEPS,
+    LossWatch,
+    PhaseClock,
+    StepMeasurement,
+    Stepper,
+    StepVariant,
+    StepWork,
+    config_of,
+    model_of,
+    objective_of,
+    operators_of,
+    synchronize,
+    training_batches,
+    validation_batches,
+)
+from tools.machine import peak_resident_bytes
+from trainer import distributed
+from trainer.config import Config
+from trainer.data.permutation import KeyPurpose, fold_key
+from trainer.host_memory import keep_freed_memory
+from trainer.model.build import constant_inputs
+from trainer.model.flops import flops_per_token
+from trainer.model.prediction_head import install
+from trainer.objectives.masking import IGNORED_LABEL
+from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.optimizer import build_optimizer
+
+
+def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasurement:
+    """One variant in this process, which is one rank of it; what rank 0 returns is its result."""
+    given, chosen = StepWork(**work), StepVariant(**variant)
+    torch.set_num_threads(given.threads)
+    if chosen.loop == "trainer":
+        from tools.bench.step_trainer import run_trainer
+
+        return run_trainer(given, chosen)
+    config = config_of(given, chosen)
+    objective = objective_of(given, config)
+    # Before the model, which may take the host's memory with it.
+    batches = training_batches(given, chosen, objective)
+    if chosen.loop == "ours":
+        stepper: Stepper = EngineStepper(given, chosen, config, objective)
+    else:
+        stepper = TorchStepper(given, chosen, config)
+    return drive(given, chosen, stepper, batches[rank() :: given.ranks], objective)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+class TorchStepper:
+    """What one writes without a framework: AdamW, gradient clipping, DDP for several ranks."""
+
+    def __init__(self, work: StepWork, variant: StepVariant, config: Config) -> None:
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        if not cuda and variant.keeps_memory:
+            keep_freed_memory()
+        self.model: Any = model_of(work, config).model
+        self.model.to(self.device)
+        self._positions = install(self.model) if variant.masked_head else None
+        self._settings = config.optimizer
+        self._optimizer = build_optimizer(self.model, config.optimizer)
+        if variant.padding_mask:
+            ones = torch.ones(work.micro_size, work.seq_len, dtype=torch.int64, device=self.device)
+            self._inputs = {"attention_mask": ones}
+        else:
+            self._inputs = constant_inputs(self.model, work.seq_len, self.device)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=work.precision == "bf16")
+        self._network = self.model
+        if work.ranks > 1:
+            if cuda:
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if cuda else "gloo")
+            self._network = torch.nn.parallel.DistributedDataParallel(self.model)
+        if variant.compiled:
+            self._network = torch.compile(self._network, dynamic=False)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        index, labels = batch["prediction_index"], batch["labels"]
+        with self._autocast:
+            if self._positions is not None:
+                with self._positions.select(index):
+                    logits = self._network(input_ids=batch["input_ids"], **self._inputs).logits
+                return functional.cross_entropy(logits.float(), labels)
+            full = torch.full_like(batch["input_ids"], IGNORED_LABEL).flatten().index_copy(0, index, labels)
+            return self._network(input_ids=batch["input_ids"], labels=full.view_as(batch["input_ids"]), **self._inputs)[
+                "loss"
+            ]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def optimize(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+class EngineStepper:
+    """The engine and the objective as `trainer.train` puts them together, dropout seeded at each step."""
+
+    def __init__(
+        self, work: StepWork, variant: StepVariant, config: Config, objective: MaskedLanguageModelling
+    ) -> None:
+        from trainer.batch_plan import plan_batch
+        from trainer.deepspeed_config import compose, load_preset
+        from trainer.engine import TrainingEngine
+        from trainer.phases import lay_out
+
+        self._world = distributed.start()
+        plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])
+        preset = compose(config, load_preset(config.deepspeed), plan)
+        self.engine = TrainingEngine(model_of(work, config), preset, config.optimizer, self._world)
+        if variant.compiled:
+            self.engine.compile()
+        self._objective, self._config, self._step = objective, config, 0
+        self.model, self.device = self.engine.module, self._world.device
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        self._step += 1
+        key = fold_key(KeyPurpose.DROPOUT, self._config.run.seed, self._step, 0, self._world.rank)
+        torch.manual_seed(int(key) >> 1)
+        return self._objective.loss_sums(self.engine.network, batch, 1).sum() / len(batch["labels"])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss)
+
+    def optimize(self) -> None:
+        self.engine.step(self._config.optimizer.lr)
+
+
+def drive(
+    work: StepWork, variant: StepVariant, stepper: Any, batches: Sequence[Batch], objective: MaskedLanguageModelling
+) -> StepMeasurement:
+    """Train and measure; the same for all loops of ours."""
+    device: torch.device = stepper.device
+    if device.type == "cuda":
+        batches = [_pinned(batch) for batch in batches]
+    watch = None
+    if work.target_loss is not None:
+        watch = LossWatch(work.target_loss, validation_batches(work, variant, objective), device)
+    clock, losses = PhaseClock(device), list[torch.Tensor]()
+    begun, first_step_seconds, started, steps = time.perf_counter(), 0.0, (0.0, 0.0), 0
+    for number, batch in enumerate(batches[: work.all_steps]):
+        if number == work.warmup_steps:
+            clock.restart()
+            started, steps = (time.perf_counter(), cpu_seconds()), 0
+        losses.append(_take_step(stepper, batch, objective, clock))
+        steps += 1
+        if number == 0:
+            synchronize(device)
+            first_step_seconds = time.perf_counter() - begun
+        if watch is not None and watch.step_done(stepper.model):
+            break
+    phases = clock.seconds()
+    wall, cpu = time.perf_counter() - started[0], cpu_seconds() - started[1]
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+    operators, communication = profile_steps(
+        lambda number: _take_step(stepper, batches[work.all_steps + number], objective, clock), device
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return StepMeasurement(
+        tokens=steps * work.tokens_per_step,
+        wall_seconds=wall,
+        cpu_seconds=cpu,
+        steps=steps,
+        phases={name: seconds / steps for name, seconds in phases.items()},
+        first_step_seconds=first_step_seconds,
+        peak_bytes=peak,
+        losses=torch.stack(losses).tolist(),
+        flops_per_token=flops_per_token(stepper.model, work.seq_len, objective.predictions_per_block / work.seq_len),
+        communication=communication,
+        operators=operators,
+        seconds_to_loss=None if watch is None else watch.reached,
+    )
+
+
+def profile_steps(take_step: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
+    """Operators, and seconds a step in collectives, of PROFILED_STEPS further steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        for number in range(PROFILED_STEPS):
+            take_step(number)
+        synchronize(device)
+    return operators_of(profiler, device)
+
+
+def _take_step(stepper: Any, batch: Batch, objective: MaskedLanguageModelling, clock: PhaseClock) -> torch.Tensor:
+    moved = objective.to_device(batch, stepper.device)
+    clock.mark("data")
+    loss = stepper.forward(moved)
+    clock.mark("forward")
+    stepper.backward(loss)
+    clock.mark("backward")
+    stepper.optimize()
+    clock.mark("optimizer")
+    return loss.detach()
+
+
+def _pinned(batch: Batch) -> Any:
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

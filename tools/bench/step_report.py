@@ -1,0 +1,254 @@
+"""What `maskwright bench step` found: JSON for programs, tables and a bar chart for people."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.bench.common import Figure
+from tools.bench.step_work import StepMeasurement, StepVariant
+from tools.machine import machine_line
+
+PHASES = ("data", "forward", "backward", "optimizer")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """FLOP/s of one rank's device at best.
+
+    Attributes:
+        measured: of a square matmul, just before the variants.
+        datasheet: the maker's dense figure; None where none is known.
+    """
+
+    device: str
+    measured: float
+    datasheet: float | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The result of a benchmark of the training step.
+
+    Attributes:
+        settings: the work, as plain JSON.
+        measurements: of each variant, one a round.
+        compared: pairs of variants, the first over the second.
+        loss_bound: how far the losses of two variants may be apart.
+    """
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    peaks: Peaks
+    variants: Sequence[StepVariant]
+    measurements: dict[str, list[StepMeasurement]]
+    compared: Sequence[tuple[str, str]]
+    loss_bound: float
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest difference of two variants' losses at any step, in nats.
+
+        Only of variants with the same dropout; steps that one of them did not reach are left out.
+        """
+        largest = 0.0
+        for dropped in (True, False):
+            curves = [
+                self.measurements[variant.name][0].losses
+                for variant in self.variants
+                if (variant.attention_dropout or self.settings["dropout"] == 0.0) == dropped
+                and not variant.document_attention
+            ]
+            for step in zip(*curves, strict=False):
+                largest = max(largest, max(step) - min(step))
+        return largest
+
+    @property
+    def losses_agree(self) -> bool:
+        return self.loss_difference <= self.loss_bound  # False for NaN, too
+
+    def speed(self, name: str) -> Figure:
+        """Tokens a second by the clock, over all ranks."""
+        return Figure.of([row.tokens / row.wall_seconds for row in self.measurements[name]])
+
+    def speed_ratio(self, name: str, over: str) -> Figure:
+        """Of the tokens a second, round by round."""
+        pairs = zip(self.measurements[name], self.measurements[over], strict=True)
+        return Figure.of(
+            [(one.tokens / one.wall_seconds) / (other.tokens / other.wall_seconds) for one, other in pairs]
+        )
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What is known of a variant, as plain JSON; medians over the rounds."""
+        rows = self.measurements[name]
+        speed, first = self.speed(name), rows[0]
+        per_rank = speed.median * first.flops_per_token / self.settings["ranks"]
+        step_seconds = statistics.median(row.wall_seconds / row.steps for row in rows)
+        first_step = statistics.median(row.first_step_seconds for row in rows)
+        reached = [row.seconds_to_loss for row in rows if row.seconds_to_loss is not None]
+        return {
+            "what": next(variant.what for variant in self.variants if variant.name == name),
+            "tokens_per_second": speed.median,
+            "tokens_per_second_spread": [speed.lowest, speed.highest],
+            "seconds_per_step": step_seconds,
+            "cpu_seconds_per_step": statistics.median(row.cpu_seconds / row.steps for row in rows),
+            "phase_milliseconds": {
+                phase: 1000 * statistics.median(row.phases.get(phase, 0.0) for row in rows) for phase in PHASES
+            },
+            "communication_milliseconds": 1000 * statistics.median(row.communication for row in rows),
+            "flops_per_token": first.flops_per_token,
+            "teraflops_per_rank": per_rank / 1e12,
+            "mfu": {
+                "measured": per_rank / self.peaks.measured,
+                "datasheet": None if self.peaks.datasheet is None else per_rank / self.peaks.datasheet,
+            },
+            "peak_memory_gib": statistics.median(row.peak_bytes for row in rows) / _GIB,
+            "first_step_seconds": first_step,
+            "start_up_seconds": max(0.0, first_step - step_seconds),
+            "last_loss": first.losses[-1],
+            "seconds_to_loss": statistics.median(reached) if len(reached) == len(rows) else None,
+            "operators": first.operators,
+        }
+
+    def ratio(self, name: str, over: str) -> dict[str, Any]:
+        one, other = self.facts(name), self.facts(over)
+        seconds = one["seconds_to_loss"], other["seconds_to_loss"]
+        return {
+            "tokens_per_second": asdict(self.speed_ratio(name, over)),
+            "peak_memory": one["peak_memory_gib"] / other["peak_memory_gib"],
+            "seconds_to_loss": None if None in seconds else seconds[1] / seconds[0],
+        }
+
+    def to_json(self) -> str:
+        facts = {
+            "benchmark": "step",
+            "machine": self.machine,
+            "peaks": asdict(self.peaks),
+            "settings": self.settings,
+            "variants": {variant.name: self.facts(variant.name) for variant in self.variants},
+            "ratios": {f"{name}/{over}": self.ratio(name, over) for name, over in self.compared},
+            "losses": {
+                "agree": self.losses_agree,
+                "largest_difference": self.loss_difference,
+                "bound": self.loss_bound,
+                "curves": {name: rows[0].losses for name, rows in self.measurements.items()},
+            },
+        }
+        return json.dumps(facts, indent=1, ensure_ascii=False)
+
+    def print(self, console: Console) -> None:
+        """The same for a person, without the profiles."""
+        headings, *rows = self._table()
+        table = Table(box=None, pad_edge=False)
+        table.add_column(headings[0], no_wrap=True)
+        for heading in headings[1:]:
+            table.add_column(heading, justify="right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        legend = (f"{variant.name}: {variant.what}" for variant in self.variants)
+        for line in ["; ".join(legend), *self._ratio_lines(), *self._notes()]:
+            console.print(line)
+
+    def to_markdown(self) -> str:
+        """The tables, the ratios, the notes, and the profile of each of our variants."""
+        legend = [f"`{variant.name}`: {variant.what}" for variant in self.variants]
+        parts = [
+            _markdown(self._table()),
+            "",
+            *(f"- {line}" for line in [*legend, *self._ratio_lines(), *self._notes()]),
+        ]
+        for variant in self.variants:
+            operators = self.measurements[variant.name][0].operators
+            if operators:
+                rows = [[row["name"], f"{row['milliseconds']:.1f}", f"{row['calls']:g}"] for row in operators]
+                heading = f"\nOperators of `{variant.name}`, by their own time:\n"
+                parts += [heading, _markdown([["operator", "ms a step", "calls a step"], *rows])]
+        return "\n".join(parts) + "\n"
+
+    def _table(self) -> list[list[str]]:
+        to_loss = self.settings["target_loss"] is not None
+        headings = ["variant", "tokens/s", "spread", "ms a step", *PHASES, "comm.", "TFLOP/s", "MFU"]
+        table = [[*headings, "peak GiB", "first step s", *["s to loss"] * to_loss]]
+        for variant in self.variants:
+            facts = self.facts(variant.name)
+            low, high = facts["tokens_per_second_spread"]
+            reached = facts["seconds_to_loss"]
+            table.append(
+                [
+                    variant.name,
+                    f"{facts['tokens_per_second']:,.0f}",
+                    f"{low:,.0f}–{high:,.0f}",
+                    f"{1000 * facts['seconds_per_step']:,.1f}",
+                    *(f"{facts['phase_milliseconds'][phase]:,.1f}" for phase in PHASES),
+                    f"{facts['communication_milliseconds']:,.1f}",
+                    f"{facts['teraflops_per_rank']:.3g}",
+                    f"{100 * facts['mfu']['measured']:.1f} %",
+                    f"{facts['peak_memory_gib']:.2f}",
+                    f"{facts['first_step_seconds']:.1f}",
+                    *(["not reached" if reached is None else f"{reached:.1f}"] * to_loss),
+                ]
+            )
+        return table
+
+    def _ratio_lines(self) -> list[str]:
+        lines = []
+        for name, over in self.compared:
+            found, speed = self.ratio(name, over), self.speed_ratio(name, over)
+            line = f"{name} over {over}: {speed.median:.2f} × tokens/s ({speed.lowest:.2f}–{speed.highest:.2f})"
+            line += f", {found['peak_memory']:.2f} × peak memory"
+            if found["seconds_to_loss"] is not None:
+                line += f", {found['seconds_to_loss']:.2f} × as fast to the loss"
+            lines.append(line)
+        return lines
+
+    def _notes(self) -> list[str]:
+        done, rounds = self.settings, max(len(rows) for rows in self.measurements.values())
+        verdict = "the losses agree" if self.losses_agree else "THE LOSSES DIFFER: the variants do not do the same work"
+        peak = f"{self.peaks.measured / 1e12:.3g} TFLOP/s, a matmul measured on {self.peaks.device}"
+        if self.peaks.datasheet is not None:
+            peak += f"; its data sheet says {self.peaks.datasheet / 1e12:.4g}"
+        return [
+            f"{verdict}: largest difference {self.loss_difference:.2g}, bound {self.loss_bound:g}",
+            f"{done['model']}, {done['micro_size']} × {done['seq_len']} a rank, {done['ranks']} ranks of "
+            f"{done['threads']} threads, {done['precision']}; {rounds} rounds of {done['steps']} steps after "
+            f"{done['warmup_steps']}; medians",
+            f"MFU: the model's FLOPs, its head at predicted positions only, over {peak}",
+            machine_line(self.machine),
+        ]
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    head, *rows = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def draw_chart(report: StepReport, path: Path) -> None:
+    """A bar for each variant's tokens a second, as a PNG file."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    row, left, width, right = 44, 190, 620, 150
+    font = ImageFont.load_default(18)
+    picture = Image.new("RGB", (left + width + right, row * (len(report.variants) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    settings = report.settings
+    title = f"tokens/s: {settings['model']}, {settings['micro_size']} x {settings['seq_len']}, {report.peaks.device}"
+    draw.text((12, 10), title, fill="black", font=font)
+    fastest = max(report.speed(variant.name).highest for variant in report.variants)
+    for number, variant in enumerate(report.variants, start=1):
+        speed, top = report.speed(variant.name), row * number
+        ends = [left + width * value / fastest for value in (speed.median, speed.lowest, speed.highest)]
+        colour = "#1f77b4" if variant.loop == "ours" else "#b0b0b0"
+        draw.text((12, top + 8), variant.name, fill="black", font=font)
+        draw.rectangle((left, top + 6, ends[0], top + row - 8), fill=colour)
+        draw.line((ends[1], top + row // 2, ends[2], top + row // 2), fill="black", width=2)
+        draw.text((max(ends) + 8, top + 8), f"{speed.median:,.0f}", fill="black", font=font)
+    picture.save(path, "PNG")

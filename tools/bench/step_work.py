@@ -1,0 +1,324 @@
+"""The work that every variant of `maskwright bench step` does: model, batches, and what is measured of a step.
+
+All of it is a function of `StepWork`, so that processes that know nothing of each other train the same model on the
+same masked batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from tools.bench.common import Measurement
+from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
+from trainer.config import Config
+from trainer.config_file import parse_config
+from trainer.data.vocabulary import Vocabulary
+from trainer.model.build import BuiltModel, build_model
+from trainer.objectives.masking import IGNORED_LABEL
+from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+
+SMALL_MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+EVALUATION_STEPS = 10  # between two evaluations on the way to a loss
+PROFILED_STEPS = 2
+_VALIDATION_BATCHES = 2
+_OPERATORS = 25  # of a profile
+_DOCUMENT_TOKENS = 128
+_COMMUNICATION = ("gloo:", "nccl:", "ncclDevKernel")
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What is trained, and how long.
+
+    Attributes:
+        model: "small", the name of a preset, or the path of a config.json.
+        micro_size: sequences a rank and step; there is no accumulation.
+        steps: timed ones, after `warmup_steps`.
+        dropout: of everything; None leaves it to the model.
+        data: a prepared data set; None draws tokens that a model can learn something of.
+        target_loss: train until the validation loss is down to it, `steps` at the most; None times steps.
+    """
+
+    model: str = "small"
+    micro_size: int = 8
+    seq_len: int = 512
+    ranks: int = 1
+    precision: str = "fp32"
+    steps: int = 8
+    warmup_steps: int = 2
+    threads: int = 1
+    seed: int = 0
+    dropout: float | None = None
+    data: str | None = None
+    target_loss: float | None = None
+
+    @property
+    def all_steps(self) -> int:
+        return self.warmup_steps + self.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.ranks * self.micro_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """One way to train.
+
+    Attributes:
+        loop: "trainer" (Hugging Face), "torch" (a plain loop) or "ours" (the engine, as `train` builds it).
+        masked_head: the vocabulary projection at predicted positions only.
+        padding_mask: a mask of ones is passed, as Trainer's collators make it.
+        attention_dropout: as the model has it; False turns it off.
+        keeps_memory: `trainer.host_memory`, on CPU.
+        deepspeed: under DeepSpeed, ZeRO stage 1.
+    """
+
+    name: str
+    what: str
+    loop: str
+    masked_head: bool = False
+    padding_mask: bool = True
+    attention_dropout: bool = True
+    compiled: bool = False
+    keeps_memory: bool = False
+    deepspeed: bool = False
+    document_attention: bool = False
+
+
+@dataclass(frozen=True)
+class StepMeasurement(Measurement):
+    """One variant's steps in one process a rank, seen by rank 0; warm-up is in `losses` and `first_step_seconds` only.
+
+    Attributes:
+        phases: seconds a step by the clock (CUDA: of the device) in data, forward, backward, optimizer.
+        communication: seconds a step in collectives, in steps under the profiler; may overlap with the phases.
+        operators: the profile: name, milliseconds a step and calls a step, the most expensive first.
+        peak_bytes: of the process on CPU, of the device's allocations on CUDA.
+        losses: mean cross-entropy of this rank's micro-batch of each step.
+        seconds_to_loss: of training until the validation loss was reached; None when it was not, or not asked for.
+    """
+
+    steps: int
+    phases: dict[str, float]
+    first_step_seconds: float
+    peak_bytes: int
+    losses: list[float]
+    flops_per_token: float
+    communication: float = 0.0
+    operators: list[dict[str, Any]] = field(default_factory=list)
+    seconds_to_loss: float | None = None
+
+
+class Stepper(Protocol):
+    """What differs between the loops that we write ourselves; `model` is the stock class."""
+
+    model: Any
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Mean cross-entropy."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def optimize(self) -> None: ...
+
+
+def config_of(work: StepWork, variant: StepVariant) -> Config:
+    """The run config of a variant; its paths are not used."""
+    overrides: dict[str, Any] = dict(SMALL_MODEL) if work.model == "small" else {}
+    if work.dropout is not None:
+        overrides.update(hidden_dropout_prob=work.dropout, attention_probs_dropout_prob=work.dropout)
+    if not variant.attention_dropout:
+        overrides["attention_probs_dropout_prob"] = 0.0
+    source = {"config": work.model} if Path(work.model).exists() else {"preset": work.model}
+    if work.model == "small":
+        source = {"preset": "roberta-base"}
+    raw = {
+        "run": {"dir": "unused", "seed": work.seed},
+        "model": {
+            **source,
+            "tokenizer": "unused",
+            "overrides": overrides,
+            "document_attention": variant.document_attention,
+            "compile": variant.compiled,
+        },
+        "data": {"train": "unused", "seq_len": work.seq_len},
+        "batch": {"global_size": work.micro_size * work.ranks, "micro_size": work.micro_size},
+        "train": {"steps": work.all_steps, "precision": work.precision},
+        "deepspeed": "zero1",
+    }
+    return parse_config(raw, f"bench step, {variant.name}")
+
+
+def vocabulary_of(work: StepWork) -> Vocabulary:
+    """RoBERTa's size and ids, or those of the data set."""
+    size = VOCABULARY_SIZE
+    if work.data is not None:
+        from trainer.data.shards import read_manifest, split_folder
+
+        size = read_manifest(split_folder(work.data, "train")).vocabulary_size
+    return Vocabulary(size, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
+
+
+def objective_of(work: StepWork, config: Config) -> MaskedLanguageModelling:
+    return MaskedLanguageModelling(config.objective, vocabulary_of(work), work.seq_len)
+
+
+def model_of(work: StepWork, config: Config) -> BuiltModel:
+    """The same weights for every variant."""
+    return build_model(config.model, vocabulary_of(work), work.seq_len, work.seed)
+
+
+def training_batches(work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling) -> list[Batch]:
+    """All micro-batches, those of a step behind each other in the order of ranks; PROFILED_STEPS more than trained."""
+    return _batches(work, variant, objective, 0, (work.all_steps + PROFILED_STEPS) * work.ranks)
+
+
+def validation_batches(work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling) -> list[Batch]:
+    """Micro-batches that are not among the training batches."""
+    first = (work.all_steps + PROFILED_STEPS) * work.ranks
+    return _batches(work, variant, objective, first, _VALIDATION_BATCHES)
+
+
+def _batches(
+    work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling, first: int, count: int
+) -> list[Batch]:
+    samples = np.arange(first * work.micro_size, (first + count) * work.micro_size, dtype=np.uint64)
+    blocks = _read_blocks(work, objective, samples)
+    starts = None
+    if variant.document_attention:
+        starts = np.random.default_rng(work.seed).random(blocks.shape) < 1 / _DOCUMENT_TOKENS
+    return [
+        objective.make_batch(blocks[rows], samples[rows], work.seed, None if starts is None else starts[rows])
+        for rows in (slice(number, number + work.micro_size) for number in range(0, len(samples), work.micro_size))
+    ]
+
+
+def _read_blocks(work: StepWork, objective: MaskedLanguageModelling, samples: np.ndarray) -> np.ndarray:
+    """Tokens [n, payload] of the sample numbers."""
+    if work.data is None:
+        return learnable_tokens(len(samples), objective.payload, work.seed + int(samples[0]))
+    from trainer.data.permutation import KeyPurpose, fold_key, permute
+    from trainer.data.shard_set import ShardSet
+    from trainer.data.shards import split_folder
+    from trainer.errors import UserError
+
+    shards = ShardSet(split_folder(work.data, "train"))
+    available = shards.block_count(objective.payload)
+    if available <= int(samples[-1]):
+        raise UserError(
+            f"The data has {available:,} blocks of {work.seq_len}, and {int(samples[-1]) + 1:,} are needed.",
+            where=f"--data {work.data}",
+            remedy="Give more data, or lower --steps, --micro or --seq-len.",
+        )
+    numbers = permute(samples, available, fold_key(KeyPurpose.EVALUATION, work.seed)).astype(np.int64)
+    return shards.read_blocks(numbers, objective.payload)
+
+
+def as_trainer_rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
+    """The batch as Trainer takes it: full-length labels, an attention mask of ones."""
+    labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
+    labels.view(-1)[batch["prediction_index"]] = batch["labels"]
+    ones = torch.ones(labels.shape[1], dtype=torch.int64)
+    return [
+        {"input_ids": ids, "labels": row, "attention_mask": ones}
+        for ids, row in zip(batch["input_ids"], labels, strict=True)
+    ]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PhaseClock:
+    """Where the time of steps goes: each `mark` ends a phase that began at the last one.
+
+    On CUDA the times are those of the device, by events: the host does not wait in a step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        synchronize(self._device)
+        self._marks: list[tuple[str, Any]] = [("", self._stamp())]
+
+    def mark(self, phase: str) -> None:
+        self._marks.append((phase, self._stamp()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase since the restart, all steps together."""
+        synchronize(self._device)
+        totals: Counter[str] = Counter()
+        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            totals[phase] += before.elapsed_time(after) / 1000 if self._device.type == "cuda" else after - before
+        return dict(totals)
+
+    def _stamp(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class LossWatch:
+    """Seconds of training, evaluations left out, until the validation loss is down to its target."""
+
+    def __init__(self, target: float, batches: Sequence[Batch], device: torch.device) -> None:
+        self.reached: float | None = None
+        self._target, self._batches, self._device = target, batches, device
+        self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
+
+    def step_done(self, model: torch.nn.Module) -> bool:
+        """Whether the target is reached; evaluates every EVALUATION_STEPS steps."""
+        self._steps += 1
+        if self._steps % EVALUATION_STEPS:
+            return False
+        synchronize(self._device)
+        self._seconds += time.perf_counter() - self._started
+        if validation_loss(model, self._batches, self._device) <= self._target:
+            self.reached = self._seconds
+        self._started = time.perf_counter()
+        return self.reached is not None
+
+
+@torch.no_grad()
+def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
+    """Mean cross-entropy of a stock masked-LM model over the predictions of some batches."""
+    model.eval()
+    losses = []
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"].to(device)).logits.flatten(0, 1)
+        predicted = logits[batch["prediction_index"].to(device)].float()
+        losses.append(float(functional.cross_entropy(predicted, batch["labels"].to(device))))
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def operators_of(profile: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
+    """From a profile of PROFILED_STEPS steps: the most expensive operators, and seconds a step in collectives."""
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = [
+        {
+            "name": event.key,
+            "milliseconds": getattr(event, attribute) / 1000 / PROFILED_STEPS,
+            "calls": event.count / PROFILED_STEPS,
+        }
+        for event in profile.key_averages()
+    ]
+    rows.sort(key=lambda row: -row["milliseconds"])
+    communication = sum(row["milliseconds"] for row in rows if row["name"].startswith(_COMMUNICATION)) / 1000
+    return rows[:_OPERATORS], communication

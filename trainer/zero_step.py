@@ -1,0 +1,39 @@
+"""What DeepSpeed's ZeRO 1 and 2 do in a step without need, left out. The arithmetic stays theirs.
+
+Each of these is a pass over all gradients, or a wait for the device:
+
+- **Clipping** multiplies the gradients, after looking whether the norm is finite once more for each optimizer group.
+  torch's fused AdamW divides by a scale as it reads them, and takes it from the device.
+- **The check for overflow** reads all gradients, and waits, before the norm is computed, which is finite only if they
+  are. (Without the check DeepSpeed skips steps by the norm alone, in fp32 as it is.)
+- **The reduction of one rank** copies the gradients into a bucket, divides by one and copies them back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
+    """Replace the methods of one optimizer of DeepSpeed.
+
+    Args:
+        zero: a DeepSpeedZeroOptimizer of stage 1 or 2 that does not offload.
+        adamw: torch's, fused, which it wraps.
+    """
+    zero.check_overflow = lambda *_, **__: None
+
+    def divide_in_adamw(_gradients: Any, norm: torch.Tensor) -> None:
+        """In the place of `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
+        scale = torch.as_tensor(zero.loss_scale, dtype=torch.float32, device=norm.device)
+        if zero.clip_grad > 0:
+            scale = scale * (((norm / scale) + 1e-6) / zero.clip_grad).clamp(min=1.0)
+        adamw.grad_scale = scale  # type: ignore[attr-defined]  # torch's GradScaler sets it in the same way
+
+    if zero.clip_grad > 0 or zero.loss_scale != 1.0:
+        zero.unscale_and_clip_grads = divide_in_adamw
+    # With fp32 accumulation of bf16 gradients the reduction adds them to the accumulator, whatever the ranks.
+    if ranks == 1 and not zero.partition_gradients and zero.gradient_accumulation_dtype == zero.dtype:
+        zero.reduce_ready_partitions_and_remove_grads = lambda *_: None
