@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,22 @@ def test_a_benchmark_takes_the_place_of_the_model(workspace: Path, tmp_path: Pat
         plan_json(path, bench=str(bench))
     with pytest.raises(UserError, match="does not divide into micro-batches of 2 on 3 ranks"):
         plan_json(path, ranks=3)
+
+
+def test_a_warm_up_and_phases_are_counted_and_auto_divides_all_their_batches(workspace: Path, tmp_path: Path) -> None:
+    warmup = {"start_size": 16, "tokens": 5000}
+    config = own_config(
+        workspace,
+        tmp_path,
+        data={"phases": [{"seq_len": 16, "until_tokens": 10_000}]},
+        batch={"global_size": 48, "micro_size": "auto", "warmup": warmup},
+        train={"steps": None, "tokens": 100_000},
+    )
+    path = write_config(config, tmp_path / "my.yaml")
+    page = maskwright("plan", path, "--gpus-per-node", "2").stdout
+    described = maskwright("validate", path, "--nproc-per-node", "2").stdout
+    steps = re.search(r"1,536 tokens a step, ([\d,]+) steps", described)
+    assert steps is not None, described
+    assert f"length      {steps[1]} steps, up to 1,536 tokens each: 10" in page, page
+    assert "48 sequences of 32 = 8 micro × 2 ranks × 3 accumulation" in page, "16, 32 and 48 divide by 8 × 2"
+    assert "shorter blocks are reckoned at the speed of full steps" in page

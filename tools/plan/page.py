@@ -85,12 +85,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
         ),
     ]
     if facts.steps_known:
-        lines.append(
-            (
-                "length",
-                f"{batch.total_steps:,} steps × {batch.tokens_per_step:,} = {facts.total_tokens:,} tokens (exact)",
-            )
-        )
+        lines.append(("length", _length(facts)))
     else:
         lines.append(("length", f"{config.train.epochs:g} epochs of data that are not there yet: steps not known"))
     if facts.tokens is not None:
