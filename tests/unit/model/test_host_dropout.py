@@ -1,4 +1,4 @@
-"""Dropout on the CPU: the share that is asked for, scaled so that means stay; attention is sdpa's but for it."""
+"""Dropout on the CPU: the share asked for, scaled so that means stay, and attention that is sdpa's but for it."""
 
 from __future__ import annotations
 
