@@ -251,8 +251,8 @@ class BatchConfig(Section):
     takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
     and masks do not depend on it, dropout does."""
     memory_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """With micro_size: auto, the memory that a rank may take. Default: 90 % of what is free on its GPU; on CPU, half of
-    what is available on the machine, divided among its ranks."""
+    """With micro_size: auto, the memory that a rank's tensors may take. Default: 90 % of what is free on its GPU; on
+    CPU, half of what is available on the machine, divided among its ranks."""
     warmup: WarmupConfig | None = None
     """Begin with smaller batches. Sizes depend on the tokens consumed, not on ranks. Default: global_size from the
     first step on."""

@@ -29,7 +29,7 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GPU_SHARE = 0.9
 """Of a GPU's memory, for torch's tensors: fragmentation, NCCL's buffers and kernels' workspaces come on top."""
 CPU_SHARE = 0.5
-"""Of a machine's available memory: the rest is for the page cache, loader workers, and whoever works there."""
+"""Of a machine's available memory, for tensors: the heap keeps what is freed and so holds up to twice as much."""
 FLATTENED_AT_ONCE = 500_000_000  # elements: how much stage 0 reduces in one piece
 
 

@@ -1,8 +1,8 @@
 """What `plan` says a rank takes, against the memory that real ranks take, within 15 %.
 
 Measured is the growth of the resident memory over what the process has with its libraries loaded, at its peak. glibc is
-told to give back at once what is freed: by default it keeps pieces up to 32 MiB for itself, about 100 MiB in all here,
-which would be a third of so small a model.
+told to give back at once what is freed: the figure is that of the tensors. In training the heap keeps it
+(`trainer.host_memory`), and its pieces do not fit each other: docs/plan.md says how much more that takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODEL = {
     "max_position_embeddings": 130,
 }
 WARM_UP = {**MODEL, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 96}
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 LAYOUTS = {
     1: [EngineLayout(1, "fp32", accumulation=1, micro_size=3), EngineLayout(0, "fp32", accumulation=2, micro_size=3)],
     2: [
@@ -49,9 +49,10 @@ def _status(name: str) -> int:
 def _measure(result: Path, layouts: list[EngineLayout]) -> int:
     from trainer import distributed
 
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_THRESHOLD, 65_536)
     world = distributed.start()
+    libc = ctypes.CDLL("libc.so.6")
+    for option, value in ((M_MMAP_MAX, 1_000_000), (M_TRIM_THRESHOLD, 65_536), (M_MMAP_THRESHOLD, 65_536)):
+        libc.mallopt(option, value)
     peaks = []
     for layout in layouts:
         with steps_of(EngineLayout(layout.stage, layout.precision, layout.accumulation), world, **WARM_UP) as step:
