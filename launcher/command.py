@@ -69,7 +69,10 @@ def parse_count(text: str) -> int:
 
 
 ConfigSource = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-base-fast, roberta-large."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -13,7 +13,10 @@ Text = str | None
 
 def submit(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-large.")
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-base-fast, roberta-large."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -92,8 +92,13 @@ RUN_FOLDER = """\
 | `checkpoints/latest` | name of the newest one, a convenience; never read on resume |
 | `status.json` | where the run stands, described below; `maskwright status` shows it |
 | `heartbeats/rank-00000.json` | a sign of life of each rank, described below; one file a rank, written over |
+<<<<<<< HEAD
 | `starts.jsonl` | each start: `time` (since 1970), `step`, SLURM `job` and `restart`, `nodes`, `world` (ranks) |
 | `slurm/` | what `maskwright submit` queued: `train.sbatch`, `convert.sbatch`, `config.yaml`, `jobs.json` (numbers) |
+=======
+| `starts.jsonl` | each start: `time` (seconds since 1970), `step`, SLURM `job` and `restart`, `nodes`, `world` |
+| `slurm/` | what `maskwright submit` queued: `train.sbatch`, `config.yaml`, `convert.sbatch`, `jobs.json` |
+>>>>>>> w-slurm
 | `false-starts-JOB.txt` | why a SLURM job was requeued without training, if it was |
 | `lock.json` | who trains here (host, process, SLURM job), renewed every 10 s, removed at the end |
 | `.lock` | empty; carries the record lock by which a second job is refused |

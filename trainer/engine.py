@@ -22,6 +22,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.document_attention import DocumentAttention
+from trainer.model.host_dropout import use_host_dropout
 from trainer.model.prediction_head import install
 from trainer.optimizer import build_optimizer
 from trainer.partitions import PARAMETER_NAMES, Partitions
@@ -80,6 +81,8 @@ class TrainingEngine:
             )
         model = built.model
         self._positions = install(model)
+        if world.device.type == "cpu":
+            use_host_dropout(model)
         buffers = fp32_buffers(model)
         adamw = build_optimizer(model, optimizer)
         # Any: DeepSpeed's own annotations leave its optimizer and device open

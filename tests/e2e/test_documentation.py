@@ -114,7 +114,13 @@ def test_row_17_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("demo", (1, 2)), ("roberta-base", (1, 8, 64)), ("roberta-large", (1, 8, 64))]
+    ("name", "ranks"),
+    [
+        ("demo", (1, 2)),
+        ("roberta-base", (1, 8, 64)),
+        ("roberta-base-fast", (1, 8, 64)),
+        ("roberta-large", (1, 8, 64)),
+    ],
 )
 def test_row_17_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path) -> None:
     assert name in recipe_names()
@@ -126,4 +132,4 @@ def test_row_17_every_recipe_validates(name: str, ranks: tuple[int, ...], worksp
 
 
 def test_row_17_no_recipe_is_left_out_above() -> None:
-    assert recipe_names() == ["demo", "roberta-base", "roberta-large"]
+    assert recipe_names() == ["demo", "roberta-base", "roberta-base-fast", "roberta-large"]

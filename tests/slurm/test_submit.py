@@ -18,6 +18,8 @@ from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
 from trainer.starts import read_starts
 from trainer.tracking.status import read_status
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
@@ -122,3 +124,22 @@ def test_what_slurm_refuses_is_shown_and_nothing_is_queued(
     refused = run_submit(cluster, *arguments, site=write_site(tmp_path / "site.yaml"))
     assert_one_card(refused, EXIT_USER_MISTAKE, "SLURM refuses the job: ", "train.sbatch", "--dry-run shows the script")
     assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_the_script_is_used_by_hand_with_exported_variables(
+    cluster: SlurmCluster, workspace: Path, tmp_path: Path
+) -> None:
+    config = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+    variables = {
+        "CONFIG": str(config),
+        "RUN": str(tmp_path / "run"),
+        "MASKWRIGHT": f"{sys.executable} -m launcher",
+        "SRUN_OPTIONS": "--wait=5",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    options = ("--nodes=2", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={tmp_path}/job.log")
+    job = cluster.submit(*options, ROOT / "slurm" / "train.sbatch", "train.steps=3", cwd=tmp_path, **variables)
+    (end,) = cluster.wait(job)
+    assert (end.state, end.exit_code) == ("COMPLETED", EXIT_FINISHED), (tmp_path / "job.log").read_text()
+    assert len(losses(tmp_path / "run")) == 3
+    assert read_starts(tmp_path / "run")[0].world == 2

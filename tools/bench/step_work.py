@@ -32,7 +32,6 @@ PROFILED_STEPS = 2
 _VALIDATION_BATCHES = 2
 _OPERATORS = 25  # of a profile
 _DOCUMENT_TOKENS = 128
-_COMMUNICATION = ("gloo:", "nccl:", "ncclDevKernel")
 
 
 @dataclass(frozen=True)
@@ -310,15 +309,19 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: to
 
 def operators_of(profile: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
     """From a profile of PROFILED_STEPS steps: the most expensive operators, and seconds a step in collectives."""
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    cuda = device.type == "cuda"
+    events = profile.key_averages()
     rows = [
         {
             "name": event.key,
-            "milliseconds": getattr(event, attribute) / 1000 / PROFILED_STEPS,
+            "milliseconds": (event.self_device_time_total if cuda else event.self_cpu_time_total)
+            / (1000 * PROFILED_STEPS),
             "calls": event.count / PROFILED_STEPS,
         }
-        for event in profile.key_averages()
+        for event in events
     ]
     rows.sort(key=lambda row: -row["milliseconds"])
-    communication = sum(row["milliseconds"] for row in rows if row["name"].startswith(_COMMUNICATION)) / 1000
-    return rows[:_OPERATORS], communication
+    # Over gloo a collective is a span of no operator's own time.
+    spans = [event for event in events if event.key.startswith("ncclDevKernel" if cuda else "gloo:")]
+    microseconds = sum(span.device_time_total if cuda else span.cpu_time_total for span in spans)
+    return rows[:_OPERATORS], microseconds / 1e6 / PROFILED_STEPS

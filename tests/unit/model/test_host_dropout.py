@@ -1,0 +1,77 @@
+"""Dropout on the CPU: the share that is asked for, scaled so that means stay; attention is sdpa's but for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from transformers import AutoModelForMaskedLM, RobertaConfig
+
+from tests.ranks import TINY_ROBERTA
+from trainer.model.host_dropout import HostDropout, attention_with_dropout, draw_kept, use_host_dropout
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_share_that_is_kept(probability: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    kept, share = draw_kept(torch.Size((1001, 999)), probability, dtype)
+    assert kept.shape == (1001, 999) and kept.dtype == dtype and set(kept.unique().tolist()) == {0.0, 1.0}
+    assert share == pytest.approx(1 - probability, abs=1 / 65536)
+    deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
+    assert float(kept.float().mean()) == pytest.approx(share, abs=5 * deviation)
+    values = kept.float() - share  # each of the four lanes of 64 bits, and neighbours, know nothing of each other
+    for apart in (1, 2, 3, 4):
+        flat = values.flatten()
+        assert abs(float((flat[:-apart] * flat[apart:]).mean())) < 5 * deviation**2 * kept.numel() ** 0.5
+    for lane in range(4):
+        assert float(kept.flatten()[lane::4].float().mean()) == pytest.approx(share, abs=10 * deviation)
+
+
+def test_dropout_follows_torchs_seed_and_keeps_the_mean() -> None:
+    dropout, ones = HostDropout(0.1), torch.ones(400, 500, requires_grad=True)
+    torch.manual_seed(3)
+    once = dropout(ones)
+    again = dropout(ones)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(ones), once) and not torch.equal(once, again)
+    assert float(once.detach().mean()) == pytest.approx(1.0, abs=0.005)
+    once.sum().backward()
+    assert torch.equal(ones.grad, once.detach()), "the gradient is dropped and scaled alike"
+    assert dropout.eval()(ones) is ones
+
+
+def test_attention_is_sdpas_but_for_what_is_dropped() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool).tril()
+    for attention_mask in (None, mask):
+        few, _ = attention_with_dropout(nn.Module(), query, key, value, attention_mask, dropout=1e-6)
+        exact = functional.scaled_dot_product_attention(query, key, value, attention_mask).transpose(1, 2)
+        torch.testing.assert_close(few, exact)
+        ours, theirs = (
+            torch.autograd.grad((out * torch.arange(8.0)).sum(), (query, key, value)) for out in (few, exact)
+        )
+        torch.testing.assert_close(ours, theirs)
+    mean = torch.stack(
+        [attention_with_dropout(nn.Module(), query, key, value, mask, dropout=0.3)[0].detach() for _ in range(4000)]
+    ).mean(dim=0)
+    exact = functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    torch.testing.assert_close(mean, exact.detach(), atol=0.08, rtol=0)
+
+
+def test_a_model_keeps_its_class_and_weights_and_computes_the_same_when_nothing_is_dropped() -> None:
+    config = RobertaConfig(**TINY_ROBERTA, vocab_size=100)
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa").eval()
+    names, ids = list(model.state_dict()), torch.randint(5, 100, (2, 32))
+    before = model(input_ids=ids).logits
+    use_host_dropout(model)
+    assert list(model.state_dict()) == names
+    assert not any(type(module) is nn.Dropout for module in model.modules())
+    assert torch.equal(model(input_ids=ids).logits, before)
+    model.train()
+    torch.manual_seed(1)
+    dropped = model(input_ids=ids).logits
+    torch.manual_seed(1)
+    assert torch.equal(model(input_ids=ids).logits, dropped) and not torch.allclose(dropped, before)
