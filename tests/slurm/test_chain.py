@@ -55,7 +55,7 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
         cluster.wait_for(lambda job=job: bool(starts_of(job)), f"job {job}\n{job_logs(run_dir)}", seconds=90)
         start = read_starts(run_dir)[-1]
         # Until it trains, the metrics are those of the job before, which got further than its last checkpoint.
-        cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}")
+        cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}", 90)
         wait_for_training(cluster, run_dir, start.step + 4)
         if job == second:
             cluster.run("scancel", str(job))
