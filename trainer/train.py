@@ -206,8 +206,6 @@ def _train(
         if status is not None:
             status.take_back()
         return EXIT_FINISHED
-    if not dry_run:
-        _count_start(config, world, state, say)
 
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
@@ -219,6 +217,8 @@ def _train(
         inputs.plan.end_of(state.samples, inputs.plan.total_steps - state.step)
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
+    if not dry_run:
+        _count_start(config, world, state, say)
     if status is not None:
         status.start(state, inputs.plan.total_steps, checkpoint.name if checkpoint else "", is_new=resume == "never")
     for line in (*inputs.describe(), *built.notes):
