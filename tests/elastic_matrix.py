@@ -97,17 +97,22 @@ def _train_all(configs: Sequence[Config]) -> int:
     """Runs on each rank: one process group for all runs, because to import and to start is most of a short run."""
     from trainer import distributed
     from trainer.inputs import open_inputs
+    from trainer.liveness.activity import Activity
     from trainer.run_lock import RunLock
     from trainer.signals import StopRequest
     from trainer.tracking.console import TrainingConsole
+    from trainer.tracking.status import StatusWriter
     from trainer.train import _train
 
     world = distributed.start()
     for config in configs:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+        run_dir = Path(config.run.dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
         console = TrainingConsole(sys.stdout) if world.is_main else None
-        lock = RunLock(Path(config.run.dir), print)  # not taken: nobody else trains here
-        code = _train(open_inputs(config, world.size), world, "auto", False, StopRequest(), console, lock)
+        status = StatusWriter(run_dir, ["here"], world.size) if world.is_main else None
+        lock = RunLock(run_dir, print)  # not taken: nobody else trains here
+        inputs = open_inputs(config, world.size)
+        code = _train(inputs, world, "auto", False, StopRequest(), Activity(), console, status, lock)
         assert code == EXIT_FINISHED, code
     distributed.stop()
     return EXIT_FINISHED

@@ -40,7 +40,7 @@ from trainer.micro_trial import largest_by_trial
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
-from trainer.node import node_name
+from trainer.node import job_id, node_name
 from trainer.objectives.mlm import Batch
 from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
@@ -260,7 +260,8 @@ def _count_start(config: Config, world: World, state: TrainState, say: Callable[
     error = None
     try:
         if world.is_main:
-            say(record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts))
+            line = record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts)
+            (say if job_id() else logger.info)(line)  # who starts a run by hand knows it
     except MaskwrightError as caught:
         error = caught
     distributed.raise_together(world, error)
