@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +60,7 @@ class StepReport:
 
         Only of variants with the same dropout; steps that one of them did not reach are left out.
         """
-        largest = 0.0
+        differences = [0.0]
         for dropped in (True, False):
             curves = [
                 self.measurements[variant.name][0].losses
@@ -67,9 +68,8 @@ class StepReport:
                 if (variant.attention_dropout or self.settings["dropout"] == 0.0) == dropped
                 and not variant.document_attention
             ]
-            for step in zip(*curves, strict=False):
-                largest = max(largest, max(step) - min(step))
-        return largest
+            differences += [float(np.ptp(step)) for step in zip(*curves, strict=False)]
+        return float(np.max(differences))  # numpy's functions give NaN where there is one
 
     @property
     def losses_agree(self) -> bool:
