@@ -35,7 +35,7 @@ demo: setup
 	$(VENV)/bin/maskwright demo $(if $(DIR),--dir '$(DIR)')
 
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff check .
