@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.config import Section
+from trainer.config_base import Section
 from trainer.config_file import read_mapping, validate_section
 from trainer.errors import UserError
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig, keys_of, section_in
+from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
+from trainer.config_base import keys_of, section_in
 from trainer.data.shards import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
 from trainer.metrics import (
@@ -83,6 +84,7 @@ RUN_FOLDER = """\
 | `config.yaml` | the resolved config, every default spelled out; frozen at the first start |
 | `deepspeed.json` | the whole dict that DeepSpeed gets; frozen at the first start |
 | `data_order.json` | all that decides which tokens sample t holds, with its sha256; frozen at the first start |
+| `attention_backend.json` | on GPUs: the attention kernel that was measured to be the fastest |
 | `micro_size.json` | with `batch.micro_size: auto`: the micro-batch found for each layout of ranks |
 | `metrics.jsonl` | the lines described above |
 | `profile/steps-00000011-00000013/` | with `train.profile`: a trace of these steps for each rank that was asked for |

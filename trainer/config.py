@@ -7,36 +7,14 @@ reads a config from YAML and the command line.
 from __future__ import annotations
 
 import math
-import typing
 from pathlib import PurePath
-from types import UnionType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from trainer.config_base import Fraction, PositiveInt, Section
 from trainer.errors import nearest
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-
-def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
-def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, alone or as `Section | None`; None where it holds none."""
-    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 class RunConfig(Section):
@@ -52,6 +30,9 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise PydanticCustomError("finite_number", "Input should be a finite number")
     return value
+
+
+CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name of the mode
 
 
 class ModelConfig(Section):
@@ -70,8 +51,12 @@ class ModelConfig(Section):
     ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On NVIDIA GPUs in bf16 or
     fp16, without attention dropout, by variable-length flash attention, else by a block mask. It belongs to a run: a
     resume cannot change it."""
-    compile: bool = False
-    """torch.compile the model, with static shapes."""
+    attention_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Which kernel of torch's scaled_dot_product_attention to use. auto: on a GPU the fastest for the run's shapes,
+    measured at the first start and remembered in the run folder; on CPU torch's own choice."""
+    compile: bool | Literal["reduce-overhead"] = False
+    """torch.compile the model, with static shapes; reduce-overhead: with CUDA graphs, which launch a small model's
+    kernels faster, and are for batches without accumulation."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 

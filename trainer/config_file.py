@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig, keys_of, section_in
+from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
+from trainer.config_base import keys_of, section_in
 from trainer.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"

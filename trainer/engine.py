@@ -20,6 +20,7 @@ import torch
 from trainer.config import OptimizerConfig
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.gradient_norm import sum_of_squares
 from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.host_dropout import use_host_dropout
@@ -100,6 +101,7 @@ class TrainingEngine:
         self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
+        self._has_cuda_graphs = False
         self._grad_norm: float | None = None  # of the last step, where the host has read it
         self._max_grad_norm: float | None = None
         self._withheld: bool | None = None  # whether the step under way is; None: not decided yet
@@ -107,9 +109,15 @@ class TrainingEngine:
         adamw.register_step_pre_hook(self._withhold_parameters)
         adamw.register_step_post_hook(self._give_parameters_back)
 
-    def compile(self) -> None:
-        """torch.compile the module; shapes are static."""
-        self._engine.compile(compile_kwargs={"dynamic": False})
+    def compile(self, with_cuda_graphs: bool) -> None:
+        """torch.compile the module; shapes are static.
+
+        Args:
+            with_cuda_graphs: what a forward pass returns, and the gradients, are then overwritten by the next one.
+        """
+        mode = {"mode": "reduce-overhead"} if with_cuda_graphs else {}
+        self._engine.compile(compile_kwargs={"dynamic": False, **mode})
+        self._has_cuda_graphs = with_cuda_graphs
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""
@@ -129,6 +137,8 @@ class TrainingEngine:
         if documents is not None:
             assert self.document_attention is not None
             inputs = {**inputs, **self.document_attention.inputs(documents)}
+        if self._has_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with self._positions.select(prediction_index):
             output = self._engine(input_ids=input_ids, **inputs)
         return self._positions.logits(output.logits, prediction_index)
@@ -171,7 +181,7 @@ class TrainingEngine:
         self._grad_norm, self._withheld, self._max_grad_norm = None, None, max_grad_norm
         if self.stage == 0:
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self._decide(torch.nn.utils.get_total_norm(grads))
+            self._decide(sum_of_squares(grads).sqrt())
         self._engine.step()
         return self._engine.was_step_applied() and not self._withheld
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.batch_plan import BatchPlan, plan_batch
-from trainer.config import Config, DataConfig
+from trainer.config import CUDA_GRAPHS, Config, DataConfig
 from trainer.data.borders import DocumentBorders, positions_in_documents
 from trainer.data.mixture import check_epochs, mixture_order
 from trainer.data.open_shard import ReadSettings
@@ -133,6 +133,8 @@ def open_inputs(
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
+    if config.model.compile == CUDA_GRAPHS and (micro_size is not None or config.batch.micro_size != "auto"):
+        _check_one_pass_a_step(plan)
     return Inputs(
         config=config,
         plan=plan,
@@ -230,6 +232,19 @@ def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]
     plan = plan_batch(config.batch, config.train, base.phases, world_size, [sum(counts) for counts in blocks])
     check_epochs(config.data, order, plan.end_sample)
     return order, plan
+
+
+def _check_one_pass_a_step(plan: BatchPlan) -> None:
+    """Raise UserError where gradients accumulate: those of a CUDA graph are overwritten by the next micro-batch."""
+    shapes = [plan, *(stretch.shape for stretch in plan.earlier)]
+    most = max(shape.accumulation for shape in shapes)
+    if most > 1:
+        raise UserError(
+            f"CUDA graphs are for steps of one micro-batch, and here steps accumulate {most}.",
+            where=f"model.compile={CUDA_GRAPHS}, batch.global_size={plan.global_size}, "
+            f"batch.micro_size={plan.micro_size}, ranks={plan.world_size}",
+            remedy="Set model.compile=true, or batch.micro_size to batch.global_size / ranks.",
+        )
 
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:

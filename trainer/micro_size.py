@@ -7,7 +7,6 @@ ends the process, it comes from the memory model, which is within 15 % of what i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,11 +20,11 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import load_preset
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.files import replace_synced
 from trainer.host_memory import available_bytes
 from trainer.inputs import load_vocabulary, run_folder
 from trainer.memory_model import CPU_SHARE
 from trainer.model.footprint import Footprint
+from trainer.remembered import recall, remember
 
 RECORD = "micro_size.json"
 Trial = Callable[[Config, Vocabulary, World, int, Sequence[int]], int | None]
@@ -33,7 +32,7 @@ Trial = Callable[[Config, Vocabulary, World, int, Sequence[int]], int | None]
 
 
 def settle_micro_size(
-    config: Config, world: World, say: Callable[[str], None], trial: Trial, remember: bool = True
+    config: Config, world: World, say: Callable[[str], None], trial: Trial, keep: bool = True
 ) -> int | None:
     """What `batch.micro_size: auto` stands for in this run; every rank calls it. None when the config has a number.
 
@@ -45,7 +44,7 @@ def settle_micro_size(
     sizes = micro_sizes(config.data, config.batch, world.size)
     if not sizes:
         return None  # which open_inputs refuses, with the remedy
-    layout = layout_of(config, world.size, _device_name(world.device))
+    layout = layout_of(config, world.size, world.device_name)
     records = distributed.from_main(world, read_records(config) if world.is_main else None)
     found = next((record for record in records if record["layout"] == layout and record["micro_size"] in sizes), None)
     if found is not None:
@@ -61,8 +60,9 @@ def settle_micro_size(
     if size is None:
         raise _nothing_fits(config, sizes[0], how)
     say(f"micro-batch: {size}, the largest of {_listed(sizes)} that fits ({how})")
-    if remember:
-        distributed.build_together(world, lambda: _add_record(config, records, layout, size) if world.is_main else None)
+    if keep:
+        record, path = {"layout": layout, "micro_size": size}, run_folder(config) / RECORD
+        distributed.build_together(world, lambda: remember(path, record) if world.is_main else None)
     return size
 
 
@@ -113,17 +113,13 @@ def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
 
 
 def read_records(config: Config) -> list[dict[str, Any]]:
-    """What earlier starts found, oldest first; nothing when the file cannot be read: it only saves a search."""
-    try:
-        records = json.loads((run_folder(config) / RECORD).read_text(encoding="utf-8"))
-        return [record for record in records if record["layout"]["device"] and record["micro_size"] > 0]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    """What earlier starts found, oldest first; what is no such record is left out."""
 
+    def is_whole(record: dict[str, Any]) -> bool:
+        size, layout = record.get("micro_size"), record.get("layout")
+        return isinstance(size, int) and size > 0 and isinstance(layout, dict) and bool(layout.get("device"))
 
-def _add_record(config: Config, records: list[dict[str, Any]], layout: dict[str, Any], size: int) -> None:
-    content = json.dumps([*records, {"layout": layout, "micro_size": size}], indent=1) + "\n"
-    replace_synced(run_folder(config) / RECORD, content.encode())
+    return [record for record in recall(run_folder(config) / RECORD) if is_whole(record)]
 
 
 def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Sequence[int]) -> tuple[int | None, str]:
@@ -156,10 +152,6 @@ def _nothing_fits(config: Config, smallest: int, how: str) -> UserError:
         remedy="Use more ranks, deepspeed=zero2 or zero3, model.activation_checkpointing=true or a smaller "
         "data.seq_len; or allow more with batch.memory_gib.",
     )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from trainer import distributed
 from trainer.batch_plan import BatchPlan
-from trainer.config import Config
+from trainer.config import CUDA_GRAPHS, Config
 from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import compose, load_preset
 from trainer.distributed import World
@@ -84,7 +84,7 @@ class _Trial:
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
         )
         if config.model.compile:
-            self.engine.compile()
+            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS)
         self._objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
         self._documents = config.model.document_attention
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -62,12 +64,24 @@ def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     import torch.distributed as dist
 
     store = _own_store(rank, size, timeout)
-    try:
+    with naming_a_taken_port(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
+
+
+@contextmanager
+def naming_a_taken_port(address: str, port: int | str) -> Iterator[None]:
+    """Around what makes torch listen on a port.
+
+    Raises:
+        UserError: when another process has it.
+    """
+    import torch.distributed as dist
+
+    try:
+        yield
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         raise UserError(
             f"Port {port} of {address}, where the ranks meet, is taken by another process.",
             where=f"MASTER_PORT={port}",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer import distributed
+from trainer.attention_backend import preferring, settle_attention_backend
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
@@ -21,7 +22,7 @@ from trainer.checkpoint.records import describe_run
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
-from trainer.config import Config
+from trainer.config import CUDA_GRAPHS, Config
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
@@ -104,7 +105,7 @@ def run(
                     if status is not None:
                         status.ended(EXIT_STOPPED_AFTER_SAVING, stop.reason)
                     return EXIT_STOPPED_AFTER_SAVING
-                micro_size = settle_micro_size(config, world, say, largest_by_trial, remember=not dry_run)
+                micro_size = settle_micro_size(config, world, say, largest_by_trial, keep=not dry_run)
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
@@ -227,32 +228,34 @@ def _train(
         settle(run_dir, inputs, console.say, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
-    engine = _engine(inputs, built, world, say)
-    limits = Limits.of(config.watchdog)
-    distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
-    if checkpoint:
-        restore(engine, checkpoint, world)
-    loop = Loop(
-        config=config,
-        plan=inputs.plan,
-        world=world,
-        engine=engine,
-        objective=inputs.objective,
-        order=inputs.order,
-        open_batches=lambda state: _batches(inputs, world, state),
-        evaluator=_evaluator(inputs),
-        saver=_saver(run_dir, inputs, records, engine, world, checkpoint, lock),
-        meter=meter,
-        state=state,
-        stop=stop,
-        activity=activity,
-        reporter=None,
-        profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
-        evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
-    )
-    if dry_run:
-        return loop.dry_run(console)
-    return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
+    backend = settle_attention_backend(config, built.model.config, inputs.plan.micro_size, world, say, not dry_run)
+    with preferring(backend):
+        engine = _engine(inputs, built, world, say)
+        limits = Limits.of(config.watchdog)
+        distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
+        if checkpoint:
+            restore(engine, checkpoint, world)
+        loop = Loop(
+            config=config,
+            plan=inputs.plan,
+            world=world,
+            engine=engine,
+            objective=inputs.objective,
+            order=inputs.order,
+            open_batches=lambda state: _batches(inputs, world, state),
+            evaluator=_evaluator(inputs),
+            saver=_saver(run_dir, inputs, records, engine, world, checkpoint, lock),
+            meter=meter,
+            state=state,
+            stop=stop,
+            activity=activity,
+            reporter=None,
+            profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
+            evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
+        )
+        if dry_run:
+            return loop.dry_run(console)
+        return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
 
 
 def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
@@ -296,7 +299,7 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
     if engine.document_attention is not None:
         say(engine.document_attention.note)
     if inputs.config.model.compile:
-        engine.compile()
+        engine.compile(with_cuda_graphs=inputs.config.model.compile == CUDA_GRAPHS)
     return engine
 
 

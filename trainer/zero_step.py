@@ -7,13 +7,18 @@ Each of these is a pass over all gradients, or a wait for the device:
 - **The check for overflow** reads all gradients, and waits, before the norm is computed, which is finite only if they
   are. (Without the check DeepSpeed skips steps by the norm alone, in fp32 as it is.)
 - **The reduction of one rank** copies the gradients into a bucket, divides by one and copies them back.
+- **The norm** is taken of a copy in fp64 (`trainer.gradient_norm` says why, and does without).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed
+
+from trainer.gradient_norm import sum_of_squares
 
 
 def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
@@ -34,6 +39,20 @@ def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
 
     if zero.clip_grad > 0 or zero.loss_scale != 1.0:
         zero.unscale_and_clip_grads = divide_in_adamw
+    zero.get_grad_norm_direct = lambda gradients, *_, **__: _global_norm(zero, gradients)
     # With fp32 accumulation of bf16 gradients the reduction adds them to the accumulator, whatever the ranks.
     if ranks == 1 and not zero.partition_gradients and zero.gradient_accumulation_dtype == zero.dtype:
         zero.reduce_ready_partitions_and_remove_grads = lambda *_: None
+
+
+def _global_norm(zero: Any, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """2-norm, fp32 [], of one optimizer group on all ranks, or -1, DeepSpeed's sign of one that is not finite.
+
+    Args:
+        gradients: this rank's share.
+    """
+    own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    total = sum_of_squares(own) if own else torch.zeros((), dtype=torch.float64, device=zero.device)
+    torch.distributed.all_reduce(total, group=zero.dp_process_group)
+    norm = total.sqrt().float()
+    return torch.where(norm.isfinite(), norm, -1.0)

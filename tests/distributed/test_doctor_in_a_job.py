@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ def test_two_nodes_that_are_well(workspace: Path, tmp_path: Path) -> None:
     assert any(line["name"] == "data" and "tokens" in line["finding"] for line in found["lines"])
     assert "answer" not in outputs[1], "one table"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "preflight.json"], "nothing is left"
+
+
+def test_a_taken_port_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        node = start_node(tmp_path, 0, 2, port)
+        output = node.communicate(timeout=TIMEOUT_S)[0]
+    assert node.returncode == EXIT_USER_MISTAKE
+    assert f"Port {port} of 127.0.0.1" in output and "Export another MASTER_PORT" in output
+    assert "Traceback" not in output
 
 
 def test_bad_nodes_are_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:

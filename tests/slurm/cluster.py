@@ -200,7 +200,9 @@ class SlurmCluster:
     def _configuration(self) -> str:
         """See slurm.conf(5). `cred_expire` brings a requeued job back within seconds."""
         controller, *ports = _free_ports(1 + len(NODES))
-        first_job = 1 + secrets.randbelow(20_000)  # a step's port comes from it: tests that run beside each other differ
+        first_job = 1 + secrets.randbelow(
+            20_000
+        )  # a step's port comes from it: tests that run beside each other differ
         user, folder = getpass.getuser(), self.folder
         lines = {
             "ClusterName": "test",

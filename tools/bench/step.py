@@ -19,6 +19,7 @@ from tools.bench.common import in_own_processes, take_turns
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepVariant, StepWork, config_of, vocabulary_of
 from tools.machine import describe_machine
+from trainer.config import CUDA_GRAPHS
 from trainer.errors import MaskwrightError, UserError, nearest
 from trainer.model.configuration import build_config
 from trainer.model.device_peak import datasheet_peak, matmul_peak_flops
@@ -45,14 +46,15 @@ _ALL = (
     StepVariant(
         "ours-compile", "maskwright, attention dropout 0, compiled", **_OURS, attention_dropout=False, compiled=True
     ),
+    StepVariant("ours-graphs", "the same, with CUDA graphs", **_OURS, attention_dropout=False, compiled=CUDA_GRAPHS),
     StepVariant("ours-documents", "maskwright, attention within documents", **_OURS, document_attention=True),
 )
 VARIANTS = {variant.name: variant for variant in _ALL}
-_LADDER = ("torch", "torch-head", "torch-masked", "torch-memory", "torch-fast", "ours-fast")
+_LADDER = ("torch", "torch-head", "torch-masked", "torch-memory", "torch-fast", "ours-fast", "ours-compile")
 GROUPS = {
     "hf": ("hf", "torch-masked", "torch-memory", "ours", "ours-fast"),
     "ladder": _LADDER,
-    "all": ("hf", "hf-fast", "hf-deepspeed", *_LADDER[:-1], "ours", "ours-fast"),
+    "all": tuple(variant.name for variant in _ALL if not variant.document_attention),
 }
 """What `--against` stands for."""
 _RATIOS = (
@@ -66,6 +68,7 @@ _RATIOS = (
     ("ours", "torch-memory"),
     ("ours-fast", "torch-fast"),
     ("ours-compile", "torch-compile"),
+    ("ours-graphs", "ours-compile"),
     ("ours-documents", "ours"),
 )
 # Without dropout all variants compute the same, up to the order of sums; with it, each has its own draws.

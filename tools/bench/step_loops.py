@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from tools.bench.step_work import (
 )
 from tools.machine import peak_resident_bytes
 from trainer import distributed
-from trainer.config import Config
+from trainer.config import CUDA_GRAPHS, Config
 from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.host_memory import keep_freed_memory
 from trainer.model.build import constant_inputs
@@ -39,6 +40,8 @@ from trainer.model.prediction_head import install
 from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 from trainer.optimizer import build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasurement:
@@ -89,7 +92,7 @@ class TorchStepper:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if cuda else "gloo")
             self._network = torch.nn.parallel.DistributedDataParallel(self.model)
-        if variant.compiled:
+        if config.model.compile:
             self._network = torch.compile(self._network, dynamic=False)
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -119,6 +122,7 @@ class EngineStepper:
     def __init__(
         self, work: StepWork, variant: StepVariant, config: Config, objective: MaskedLanguageModelling
     ) -> None:
+        from trainer.attention_backend import preferring, settle_attention_backend
         from trainer.batch_plan import plan_batch
         from trainer.deepspeed_config import compose, load_preset
         from trainer.engine import TrainingEngine
@@ -127,9 +131,15 @@ class EngineStepper:
         self._world = distributed.start()
         plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])
         preset = compose(config, load_preset(config.deepspeed), plan)
-        self.engine = TrainingEngine(model_of(work, config), preset, config.optimizer, self._world)
-        if variant.compiled:
-            self.engine.compile()
+        built = model_of(work, config)
+        backend = settle_attention_backend(
+            config, built.model.config, work.micro_size, self._world, logger.info, keep=False
+        )
+        self._attention = preferring(backend)
+        self._attention.__enter__()  # for as long as the process lives
+        self.engine = TrainingEngine(built, preset, config.optimizer, self._world)
+        if config.model.compile:
+            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS)
         self._objective, self._config, self._step = objective, config, 0
         self.model, self.device = self.engine.module, self._world.device
 

@@ -110,7 +110,7 @@ def _arguments(work: StepWork, variant: StepVariant, config: Config, folder: str
         max_grad_norm=settings.clip,
         optim="adamw_torch_fused",
         bf16=work.precision == "bf16",
-        torch_compile=variant.compiled,
+        torch_compile=bool(variant.compiled),
         deepspeed=dict(_DEEPSPEED) if variant.deepspeed else None,
         ddp_backend="gloo" if cpu and work.ranks > 1 else None,
         average_tokens_across_devices=False,  # else RoBERTa's loss, a mean already, is multiplied by the ranks

@@ -78,6 +78,7 @@ class StepVariant:
         masked_head: the vocabulary projection at predicted positions only.
         padding_mask: a mask of ones is passed, as Trainer's collators make it.
         attention_dropout: as the model has it; False turns it off.
+        compiled: as `model.compile` in a config.
         keeps_memory: `trainer.host_memory`, on CPU.
         deepspeed: under DeepSpeed, ZeRO stage 1.
     """
@@ -88,7 +89,7 @@ class StepVariant:
     masked_head: bool = False
     padding_mask: bool = True
     attention_dropout: bool = True
-    compiled: bool = False
+    compiled: bool | str = False
     keeps_memory: bool = False
     deepspeed: bool = False
     document_attention: bool = False

@@ -37,6 +37,7 @@ from tools.doctor.traffic import measure
 from trainer.config_file import load_config
 from trainer.errors import EXIT_UNEXPECTED
 from trainer.files import replace_synced, unique_token
+from trainer.rendezvous import naming_a_taken_port
 
 PREFLIGHT = "preflight.json"
 ANSWER_S = 180.0
@@ -69,9 +70,10 @@ class Exchange:
 
         self.place = place
         count, timeout = len(place.names), timedelta(seconds=answer_s)
-        self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # it is documented, and not in __all__
-            place.address, place.port, count, place.rank == 0, timeout, wait_for_workers=False
-        )
+        with naming_a_taken_port(place.address, place.port):
+            self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # it is documented, and not in __all__
+                place.address, place.port, count, place.rank == 0, timeout, wait_for_workers=False
+            )
 
     def tell(self, topic: str, value: Any) -> None:
         """This node says something to the first one."""

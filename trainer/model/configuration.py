@@ -103,6 +103,16 @@ def attention_of(config: PretrainedConfig) -> str:
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
+def head_width_of(config: PretrainedConfig) -> int:
+    """Width of one head of the attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_dropout_of(config: PretrainedConfig) -> float:
+    """Dropout of the attention's probabilities, which classes have under two names."""
+    return getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None) or 0.0
+
+
 def position_table(model: PreTrainedModel) -> nn.Embedding | None:
     """The table of learned or sinusoidal absolute positions; None for rotary and relative positions."""
     for name, module in model.base_model.named_modules():

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.model.configuration import position_offset
+from trainer.model.configuration import attention_dropout_of, head_width_of, position_offset
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents
@@ -87,8 +87,7 @@ def block_masks(positions: torch.Tensor, window: int | None) -> tuple[torch.Tens
 
 def _obstacle_to_varlen(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why variable-length flash attention cannot be used, or None when it can."""
-    head_width = config.hidden_size // config.num_attention_heads
-    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None)
+    head_width, dropout = head_width_of(config), attention_dropout_of(config)
     if device.type != "cuda":
         return "no GPU"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):

@@ -7,6 +7,8 @@ from collections import Counter
 from torch import nn
 from transformers import PreTrainedModel
 
+from trainer.model.configuration import head_width_of
+
 _NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
 
 
@@ -44,8 +46,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * attended_tokens * config.num_attention_heads * head_width
+    attention = 4 * attended_tokens * config.num_attention_heads * head_width_of(config)
     attention *= config.num_hidden_layers * getattr(config, "inner_group_num", 1)
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 

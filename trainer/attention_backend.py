@@ -1,0 +1,201 @@
+"""Which of torch's kernels computes the attention: the fastest for the run's shapes, measured once and remembered.
+
+torch has several for `scaled_dot_product_attention`, and takes them in an order that knows nothing of the shape. On
+Hopper GPUs flash and cuDNN are each said to be the faster one, so they are timed. A choice that is made anew at each
+start could go either way, and a resume would no longer be bit-exact: what the first start found stays in the run
+folder, for every later one on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from transformers import PretrainedConfig
+
+from trainer import distributed
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.inputs import run_folder
+from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.configuration import attention_dropout_of, head_width_of
+from trainer.remembered import recall, remember
+
+RECORD = "attention_backend.json"
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""By their names in `model.attention_backend`."""
+_CANDIDATES = ("flash", "cudnn", "efficient")  # math keeps all S² probabilities: no choice for a GPU
+_WORTH = 0.97  # another than the first that can be used has to take less than this share of its time
+_MEASURED_S = 0.2  # for each candidate
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """One call of attention without a mask, as the model makes it in every layer: [batch, heads, seq_len, width]."""
+
+    batch: int
+    heads: int
+    seq_len: int
+    width: int
+    dropout: float
+    precision: str
+
+
+def settle_attention_backend(
+    config: Config,
+    model_config: PretrainedConfig,
+    micro_size: int,
+    world: World,
+    say: Callable[[str], None],
+    keep: bool = True,
+) -> str | None:
+    """The backend of this run, the same on all ranks; every rank calls it.
+
+    Args:
+        keep: remember in the run folder what is found.
+
+    Returns:
+        a name in BACKENDS; None where torch's own order stands.
+
+    Raises:
+        UserError: on every rank, when the one that the config names cannot be used.
+    """
+    wanted, shape = config.model.attention_backend, shape_of(config, model_config, micro_size)
+    obstacle = _obstacle(config, model_config, world.device)
+    if obstacle is not None:
+        if wanted != "auto":
+            say(f"attention: model.attention_backend={wanted} has no effect: {obstacle}")
+        return None
+    if wanted != "auto":
+        distributed.build_together(world, lambda: _check_usable(wanted, shape, world))
+        say(f"attention: the {wanted} backend, as the config says")
+        return wanted
+    return fastest(config, shape, world, say, keep) if world.device.type == "cuda" else None
+
+
+def shape_of(config: Config, model_config: PretrainedConfig, micro_size: int) -> AttentionShape:
+    """That of the run's last blocks."""
+    return AttentionShape(
+        batch=micro_size,
+        heads=model_config.num_attention_heads,
+        seq_len=config.data.seq_len,
+        width=head_width_of(model_config),
+        dropout=attention_dropout_of(model_config),
+        precision=config.train.precision,
+    )
+
+
+@contextmanager
+def preferring(backend: str | None) -> Iterator[None]:
+    """Attention by this backend, and by torch's others in their order where it cannot; None leaves torch's order."""
+    if backend is None:
+        yield
+        return
+    # On CPU torch does not look at the order; math, which can compute everything, needs no others behind it.
+    others = [name for name in BACKENDS if name != backend] if backend != "math" else []
+    with sdpa_kernel([BACKENDS[name] for name in (backend, *others)], set_priority=True):
+        yield
+
+
+def measure(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> dict[str, float]:
+    """Milliseconds of a forward and a backward pass by each backend; those that cannot compute it are left out."""
+    found: dict[str, float] = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says at length why a backend cannot be used
+        attend = _attention_pass(shape, device)
+        for name in names:
+            with sdpa_kernel(BACKENDS[name]):
+                try:
+                    attend()
+                except RuntimeError:  # "No available kernel"
+                    continue
+                timer = Timer("attend()", globals={"attend": attend}, num_threads=torch.get_num_threads())
+                found[name] = 1000 * timer.blocked_autorange(min_run_time=_MEASURED_S).median
+    return found
+
+
+def choose(milliseconds: dict[str, float]) -> str | None:
+    """The fastest, unless it is hardly faster than the first."""
+    if not milliseconds:
+        return None
+    first, fastest = next(iter(milliseconds)), min(milliseconds, key=lambda name: milliseconds[name])
+    return fastest if milliseconds[fastest] < _WORTH * milliseconds[first] else first
+
+
+def fastest(config: Config, shape: AttentionShape, world: World, say: Callable[[str], None], keep: bool) -> str | None:
+    """What an earlier start has found on such a device, or else rank 0 finds now; every rank calls it."""
+    path = run_folder(config) / RECORD
+    # Another micro-batch or number of ranks is no reason to compute otherwise.
+    case = {"device": world.device_name, **asdict(shape)}
+    del case["batch"]
+    record, is_new = None, False
+    if world.is_main:
+        record = next((one for one in recall(path) if one.get("case") == case and one.get("backend") in BACKENDS), None)
+        is_new = record is None
+        if record is None:
+            times = measure(shape, world.device, _CANDIDATES)
+            record = {"case": case, "milliseconds": times, "backend": choose(times)}
+    record, is_new = distributed.from_main(world, (record, is_new))
+    if is_new and keep:
+        distributed.build_together(world, lambda: remember(path, record) if world.is_main else None)
+    say(_describe(record, path, is_new))
+    return record["backend"]
+
+
+def _describe(record: dict[str, Any], path: Path, is_new: bool) -> str:
+    backend = record["backend"]
+    if backend is None:
+        return "attention: torch's choice: none of its fast backends can compute it"
+    if not is_new:
+        return f"attention: the {backend} backend, as in an earlier start ({path})"
+    times = ", ".join(f"{name} {value:.3g} ms" for name, value in record["milliseconds"].items())
+    return f"attention: the {backend} backend, by measurement of a layer, forward and backward: {times}"
+
+
+def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[], None]:
+    size = (shape.batch, shape.heads, shape.seq_len, shape.width)
+    query, key, value = (
+        torch.randn(size, device=device, dtype=COMPUTE_DTYPES[shape.precision], requires_grad=True) for _ in range(3)
+    )
+
+    def attend() -> None:
+        output = functional.scaled_dot_product_attention(query, key, value, dropout_p=shape.dropout)
+        torch.autograd.grad(output, (query, key, value), output.detach())
+
+    return attend
+
+
+def _check_usable(backend: str, shape: AttentionShape, world: World) -> None:
+    if not measure(shape, world.device, [backend]):
+        raise UserError(
+            f"The {backend} backend of torch's attention cannot be used for {shape.precision}, heads of {shape.width} "
+            f"and attention dropout {shape.dropout:g} on {world.device_name}.",
+            where=f"model.attention_backend={backend}",
+            remedy="Set model.attention_backend=auto.",
+        )
+
+
+def _obstacle(config: Config, model_config: PretrainedConfig, device: torch.device) -> str | None:
+    """Why the model does not call torch's attention without a mask; None when it does."""
+    implementation = model_config._attn_implementation
+    if implementation != "sdpa":
+        return f"this model's attention is {implementation}"
+    if config.model.document_attention:
+        return "attention within documents has a kernel of its own, or a mask"
+    if device.type == "cpu" and attention_dropout_of(model_config):
+        return "on CPU attention with dropout is maskwright's own"
+    return None
