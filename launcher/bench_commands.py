@@ -89,7 +89,7 @@ def bench_step(
         Literal["hf", "ladder", "all"],
         typer.Option(
             help="What maskwright is measured beside: Hugging Face Trainer and the plain loop with the same head; "
-            "a plain loop that becomes ours rung by rung; or all of these."
+            "a plain loop that becomes ours rung by rung; or all variants."
         ),
     ] = "hf",
     variants: Annotated[
@@ -141,7 +141,7 @@ def bench_step(
       maskwright bench step --check-losses --micro 2 --seq-len 128
       maskwright bench step --variants hf,ours-fast --time-to-loss 8.5
     """
-    from tools.bench.step import GROUPS, StepBenchmark, default_precision
+    from tools.bench.step import StepBenchmark, default_precision, members
     from tools.bench.step import bench_step as measure
     from tools.bench.step_work import StepWork
 
@@ -157,8 +157,9 @@ def bench_step(
         data=data,
         target_loss=time_to_loss,
     )
+    console = make_console()
     settings = StepBenchmark(
-        variants=tuple(variants.split(",")) if variants else GROUPS[against],
+        variants=tuple(variants.split(",")) if variants else members(against, console),
         work=work,
         rounds=rounds or (1 if check_losses else 3),
         threads=threads,
@@ -166,4 +167,4 @@ def bench_step(
         chart=chart,
         markdown=markdown,
     )
-    write_result(measure(settings, make_console()), as_json)
+    write_result(measure(settings, console), as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"load average {machine['load_average']:.2f}; Python {machine['python']}, {versions}"
     )
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would find on the PATH."""
+    return next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
 
 
 def cpu_model() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from rich.live import Live
 
 from trainer.errors import UserError
 from trainer.liveness.heartbeat import Heartbeat, read_heartbeats
+from trainer.node import has_process
 from trainer.tracking.jsonl import read_last
 from trainer.tracking.status import ENDED, Status, read_status
 
@@ -134,7 +134,7 @@ def _judge(run_dir: Path, status: Status, beats: dict[int, Heartbeat]) -> RunVie
     age = _age(beats)
     dead = [beat for beat in beats.values() if now - beat.time > SILENCE_S + 3 * beat.interval_seconds]
     unheard = now - status.updated_at if age is None else age
-    if unheard > GONE_S and status.host == socket.gethostname() and not _is_there(status.pid):
+    if unheard > GONE_S and status.host == socket.gethostname() and not has_process(status.pid):
         death = f"process {status.pid} of rank 0 is gone"
     elif beats and len(dead) == len(beats):
         death = f"no rank has given a sign of life for {timedelta(seconds=round(age or 0))}"
@@ -147,16 +147,6 @@ def _judge(run_dir: Path, status: Status, beats: dict[int, Heartbeat]) -> RunVie
 
 def _age(beats: dict[int, Heartbeat]) -> float | None:
     return max(0.0, time.time() - max(beat.time for beat in beats.values())) if beats else None
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 def _status_from_other_files(run_dir: Path) -> Status:

@@ -1,17 +1,17 @@
-"""Which of torch's kernels computes the attention: the fastest for the run's shapes, measured once and remembered.
+"""Which of torch's kernels computes the attention: the fastest for the run's blocks, measured once and remembered.
 
-torch has several for `scaled_dot_product_attention`, and takes them in an order that knows nothing of the shape. On
-Hopper GPUs flash and cuDNN are each said to be the faster one, so they are timed. A choice that is made anew at each
-start could go either way, and a resume would no longer be bit-exact: what the first start found stays in the run
-folder, for every later one on the same kind of device.
+torch has several for `scaled_dot_product_attention`. On Hopper GPUs flash and cuDNN are each said to be the faster one,
+so they are timed. A choice that is made anew at each start could go either way, and a resume would go on with another
+kernel: what the first start found stays in the run folder, for every later one on the same kind of device.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.configuration import attention_dropout_of, head_width_of
 from trainer.remembered import recall, remember
 
+logger = logging.getLogger(__name__)
+
 RECORD = "attention_backend.json"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -41,11 +43,12 @@ BACKENDS = {
 _CANDIDATES = ("flash", "cudnn", "efficient")  # math keeps all S² probabilities: no choice for a GPU
 _WORTH = 0.97  # another than the first that can be used has to take less than this share of its time
 _MEASURED_S = 0.2  # for each candidate
+_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # of outputs and gradients, over the largest of them
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One call of attention without a mask, as the model makes it in every layer: [batch, heads, seq_len, width]."""
+    """Attention without a mask, as the model computes it in a layer: [batch, heads, seq_len, width]."""
 
     batch: int
     heads: int
@@ -100,11 +103,14 @@ def shape_of(config: Config, model_config: PretrainedConfig, micro_size: int) ->
 
 
 @contextmanager
-def preferring(backend: str | None) -> Iterator[None]:
-    """Attention by this backend, and by torch's others in their order where it cannot; None leaves torch's order."""
+def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
+    """Attention by this backend, and by torch's others where it cannot, as with a mask; None leaves torch's order."""
     if backend is None:
         yield
         return
+    # At the first call in a process torch puts its own order for the device in the place of any other.
+    token = torch.zeros(1, 1, 1, 8, device=device)
+    functional.scaled_dot_product_attention(token, token, token)
     # On CPU torch does not look at the order; math, which can compute everything, needs no others behind it.
     others = [name for name in BACKENDS if name != backend] if backend != "math" else []
     with sdpa_kernel([BACKENDS[name] for name in (backend, *others)], set_priority=True):
@@ -112,20 +118,50 @@ def preferring(backend: str | None) -> Iterator[None]:
 
 
 def measure(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of a forward and a backward pass by each backend; those that cannot compute it are left out."""
+    """Milliseconds of a layer's forward and backward pass, by each of these backends that is usable."""
     found: dict[str, float] = {}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+    attend = _attention_pass(shape, device)
+    for name in usable(shape, device, names):
+        with sdpa_kernel(BACKENDS[name]):
+            timer = Timer("attend()", globals={"attend": attend}, num_threads=torch.get_num_threads())
+            found[name] = 1000 * timer.blocked_autorange(min_run_time=_MEASURED_S).median
+    return found
+
+
+def usable(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> list[str]:
+    """The backends that can compute it and, without dropout, agree with math in fp32, which sums differently.
+
+    cuDNN before 9.15.1 was wrong for some lengths (pytorch#169849).
+    """
+    found = []
+    exact = replace(shape, batch=1, dropout=0.0, precision="fp32")
+    with sdpa_kernel(SDPBackend.MATH):
+        reference = _attention_pass(exact, device)()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says at length why a backend cannot be used
-        attend = _attention_pass(shape, device)
         for name in names:
             with sdpa_kernel(BACKENDS[name]):
                 try:
-                    attend()
-                except RuntimeError:  # "No available kernel"
+                    _attention_pass(replace(shape, batch=1), device)()
+                    results = _attention_pass(replace(exact, precision=shape.precision), device)()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    logger.info("attention: %s cannot be used: %s", name, error)
                     continue
-                timer = Timer("attend()", globals={"attend": attend}, num_threads=torch.get_num_threads())
-                found[name] = 1000 * timer.blocked_autorange(min_run_time=_MEASURED_S).median
+            if agree(results, reference, _TOLERANCE[shape.precision]):
+                found.append(name)
+            else:
+                logger.warning("attention: %s gives other results than math, and is not used", name)
     return found
+
+
+def agree(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], tolerance: float) -> bool:
+    """Whether each tensor differs by no more than this share of the largest element; False for NaN."""
+    return all(
+        bool((result.float() - right.float()).abs().max() <= tolerance * right.float().abs().max())
+        for result, right in zip(results, reference, strict=True)
+    )
 
 
 def choose(milliseconds: dict[str, float]) -> str | None:
@@ -140,47 +176,65 @@ def fastest(config: Config, shape: AttentionShape, world: World, say: Callable[[
     """What an earlier start has found on such a device, or else rank 0 finds now; every rank calls it."""
     path = run_folder(config) / RECORD
     # Another micro-batch or number of ranks is no reason to compute otherwise.
-    case = {"device": world.device_name, **asdict(shape)}
+    case = {"device": world.device_name, "torch": torch.__version__, **asdict(shape)}
     del case["batch"]
-    record, is_new = None, False
-    if world.is_main:
-        record = next((one for one in recall(path) if one.get("case") == case and one.get("backend") in BACKENDS), None)
-        is_new = record is None
-        if record is None:
-            times = measure(shape, world.device, _CANDIDATES)
-            record = {"case": case, "milliseconds": times, "backend": choose(times)}
-    record, is_new = distributed.from_main(world, (record, is_new))
-    if is_new and keep:
-        distributed.build_together(world, lambda: remember(path, record) if world.is_main else None)
-    say(_describe(record, path, is_new))
-    return record["backend"]
+
+    def find() -> dict[str, Any]:
+        times = measure(shape, world.device, _CANDIDATES)
+        record = {"case": case, "milliseconds": times, "backend": choose(times)}
+        if keep:
+            remember(path, record)
+        return record
+
+    def recall_or_find() -> tuple[str | None, str]:
+        known = next((record for record in recall(path) if _is_for(record, case)), None)
+        record = known or find()
+        return record["backend"], _describe(record, None if known is None else path)
+
+    found = distributed.build_together(world, lambda: recall_or_find() if world.is_main else None)
+    backend, line = distributed.from_main(world, found)
+    say(line)
+    return backend
 
 
-def _describe(record: dict[str, Any], path: Path, is_new: bool) -> str:
+def _is_for(record: dict[str, Any], case: dict[str, Any]) -> bool:
+    backend = record.get("backend", "")
+    return record.get("case") == case and (backend is None or (isinstance(backend, str) and backend in BACKENDS))
+
+
+def _describe(record: dict[str, Any], path: Path | None) -> str:
+    """
+    Args:
+        path: of the record, when an earlier start has made it.
+    """
     backend = record["backend"]
     if backend is None:
         return "attention: torch's choice: none of its fast backends can compute it"
-    if not is_new:
+    if path is not None:
         return f"attention: the {backend} backend, as in an earlier start ({path})"
     times = ", ".join(f"{name} {value:.3g} ms" for name, value in record["milliseconds"].items())
     return f"attention: the {backend} backend, by measurement of a layer, forward and backward: {times}"
 
 
-def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[], None]:
-    size = (shape.batch, shape.heads, shape.seq_len, shape.width)
-    query, key, value = (
-        torch.randn(size, device=device, dtype=COMPUTE_DTYPES[shape.precision], requires_grad=True) for _ in range(3)
-    )
+def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
+    """A forward and a backward pass: (output, gradients of query, key and value) from the same numbers each time."""
+    size = (shape.batch, shape.seq_len, shape.heads, shape.width)
+    generator = torch.Generator(device).manual_seed(0)
+    leaves = [
+        torch.randn(size, generator=generator, device=device).to(COMPUTE_DTYPES[shape.precision]).requires_grad_()
+        for _ in range(3)
+    ]
 
-    def attend() -> None:
+    def attend() -> Sequence[torch.Tensor]:
+        query, key, value = (leaf.transpose(1, 2) for leaf in leaves)  # as models have them
         output = functional.scaled_dot_product_attention(query, key, value, dropout_p=shape.dropout)
-        torch.autograd.grad(output, (query, key, value), output.detach())
+        return output, *torch.autograd.grad(output, leaves, output.detach())
 
     return attend
 
 
 def _check_usable(backend: str, shape: AttentionShape, world: World) -> None:
-    if not measure(shape, world.device, [backend]):
+    if not usable(shape, world.device, [backend]):
         raise UserError(
             f"The {backend} backend of torch's attention cannot be used for {shape.precision}, heads of {shape.width} "
             f"and attention dropout {shape.dropout:g} on {world.device_name}.",

@@ -35,6 +35,12 @@ def _finite(value: Any) -> Any:
 CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name of the mode
 
 
+def _compile_mode(value: Any) -> Any:
+    if not isinstance(value, bool) and value != CUDA_GRAPHS:
+        raise PydanticCustomError("compile_mode", "Input should be true, false or reduce-overhead")
+    return value
+
+
 class ModelConfig(Section):
     preset: str | None = None
     """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
@@ -52,11 +58,12 @@ class ModelConfig(Section):
     fp16, without attention dropout, by variable-length flash attention, else by a block mask. It belongs to a run: a
     resume cannot change it."""
     attention_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Which kernel of torch's scaled_dot_product_attention to use. auto: on a GPU the fastest for the run's shapes,
-    measured at the first start and remembered in the run folder; on CPU torch's own choice."""
-    compile: bool | Literal["reduce-overhead"] = False
+    """Which kernel of torch's scaled_dot_product_attention to use, where it can; layers with a mask take another one.
+    auto: on a GPU the fastest for blocks of seq_len, measured at the first start and remembered in the run folder; on
+    CPU torch's own choice."""
+    compile: Annotated[bool | Literal["reduce-overhead"], BeforeValidator(_compile_mode)] = False
     """torch.compile the model, with static shapes; reduce-overhead: with CUDA graphs, which launch a small model's
-    kernels faster, and are for batches without accumulation."""
+    kernels faster; for batches without accumulation, with a number for batch.micro_size and ZeRO 0 to 2."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 
@@ -410,3 +417,12 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+
+    @model_validator(mode="after")
+    def micro_size_is_known_to_cuda_graphs(self) -> Self:
+        if self.model.compile == CUDA_GRAPHS and self.batch.micro_size == "auto":
+            raise ValueError(
+                f"with model.compile={CUDA_GRAPHS} needs a number for batch.micro_size, which is batch.global_size / "
+                "ranks: CUDA graphs cannot accumulate"
+            )
+        return self

@@ -188,13 +188,14 @@ def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, d
         elif item["type"] == "missing":
             problems.append(f"Key '{key}' is missing.")
         elif item["type"] == "value_error":
-            problems.append(f"Section '{key}' {item['msg'].removeprefix('Value error, ')}.")
+            subject = f"Section '{key}'" if key else "The config"  # where two sections do not fit each other
+            problems.append(f"{subject} {item['msg'].removeprefix('Value error, ')}.")
         else:
             message = item["msg"].replace("Input should be", "must be", 1)
             problems.append(f"Key '{key}' {message}, got {item['input']!r}.")
     return UserError(
         " ".join(dict.fromkeys(problems)),
-        where=", ".join(dict.fromkeys(keys)),
+        where=", ".join(dict.fromkeys(filter(None, keys))) or source,
         remedy=f"Correct it in {source} or on the command line; every key is described in {described_in}.",
     )
 

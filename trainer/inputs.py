@@ -133,8 +133,8 @@ def open_inputs(
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
-    if config.model.compile == CUDA_GRAPHS and (micro_size is not None or config.batch.micro_size != "auto"):
-        _check_one_pass_a_step(plan)
+    if config.model.compile == CUDA_GRAPHS:
+        _check_cuda_graphs(config, base.preset, plan)
     return Inputs(
         config=config,
         plan=plan,
@@ -234,10 +234,15 @@ def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]
     return order, plan
 
 
-def _check_one_pass_a_step(plan: BatchPlan) -> None:
-    """Raise UserError where gradients accumulate: those of a CUDA graph are overwritten by the next micro-batch."""
-    shapes = [plan, *(stretch.shape for stretch in plan.earlier)]
-    most = max(shape.accumulation for shape in shapes)
+def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) -> None:
+    """Refuse what moves weights between steps, and accumulation: a graph's gradients are overwritten by the next."""
+    if stage_of(preset) == 3 or preset["zero_optimization"].get("offload_optimizer"):
+        raise UserError(
+            "CUDA graphs need weights that stay where they are, which ZeRO-3 and offload move.",
+            where=f"model.compile={CUDA_GRAPHS}, deepspeed={config.deepspeed}",
+            remedy="Set model.compile=true, or deepspeed to zero1 or zero2.",
+        )
+    most = max(shape.accumulation for shape in (plan, *(stretch.shape for stretch in plan.earlier)))
     if most > 1:
         raise UserError(
             f"CUDA graphs are for steps of one micro-batch, and here steps accumulate {most}.",

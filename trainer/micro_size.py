@@ -98,12 +98,15 @@ def longest_blocks(config: Config) -> int:
 
 def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """All that the memory of a rank depends on beside the micro-batch."""
+    model = config.model.model_dump(mode="json")
+    if model["attention_backend"] == "auto":  # records that are older than the key have none
+        del model["attention_backend"]
     return {
         "ranks": world_size,
         "device": device,
         "sizes": micro_sizes(config.data, config.batch, world_size),
         "memory_gib": config.batch.memory_gib,
-        "model": config.model.model_dump(mode="json"),
+        "model": model,
         "seq_len": longest_blocks(config),
         "mask_ratio": config.objective.mask_ratio,
         "precision": config.train.precision,

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from trainer import distributed
+from trainer.attention_backend import preferring
 from trainer.batch_plan import BatchPlan
-from trainer.config import CUDA_GRAPHS, Config
+from trainer.config import Config
 from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import compose, load_preset
 from trainer.distributed import World
@@ -38,10 +39,12 @@ def largest_by_trial(
     """
     limit_memory(config, world)
     trial = largest = None
+    wanted = config.model.attention_backend  # auto is settled later, among such that take the same memory
     try:
-        trial = _Trial.start(config, vocabulary, world, seq_len)
-        if trial is not None:
-            largest = _last_that_fits(trial, sizes)
+        with preferring(None if wanted == "auto" else wanted, world.device):
+            trial = _Trial.start(config, vocabulary, world, seq_len)
+            if trial is not None:
+                largest = _last_that_fits(trial, sizes)
     finally:
         if trial is not None:
             trial.engine.close()
@@ -84,7 +87,7 @@ class _Trial:
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
         )
         if config.model.compile:
-            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS)
+            self.engine.compile(with_cuda_graphs=False)  # which go with a given micro-batch only
         self._objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
         self._documents = config.model.document_attention
 

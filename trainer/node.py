@@ -1,4 +1,4 @@
-"""What this machine and the job it works in are called."""
+"""What this machine and the job it works in are called, and whether a process is there."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def job_id() -> str:
 def restart_count() -> int:
     """How often SLURM has requeued this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def has_process(pid: int) -> bool:
+    """Whether this machine has a process of this number, whoever's, and if only as a zombie.
+
+    psutil.pid_exists takes one of another user for gone where /proc hides it (hidepid).
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True

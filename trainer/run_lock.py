@@ -25,7 +25,7 @@ from trainer import distributed
 from trainer.distributed import World
 from trainer.errors import MaskwrightError, UserError, cannot_write
 from trainer.files import create_synced, sync_folder, unique_name, unique_token, write_synced
-from trainer.node import job_id, restart_count
+from trainer.node import has_process, job_id, restart_count
 
 logger = logging.getLogger(__name__)
 GUARD, RECORD = ".lock", "lock.json"
@@ -367,12 +367,8 @@ def _pid_namespace() -> str:
 
 def _is_running(pid: int, ticks: int) -> bool:
     """Whether the process that started at `ticks` is still there, and not only as a zombie."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not has_process(pid):
         return False
-    except OSError:
-        pass  # another user's
     found = _start_ticks(pid)
     return found is None or found == ticks
 

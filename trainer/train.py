@@ -228,8 +228,9 @@ def _train(
         settle(run_dir, inputs, console.say, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
-    backend = settle_attention_backend(config, built.model.config, inputs.plan.micro_size, world, say, not dry_run)
-    with preferring(backend):
+    micro_size, keep = inputs.plan.micro_size, not dry_run
+    backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep)
+    with preferring(backend, world.device):
         engine = _engine(inputs, built, world, say)
         limits = Limits.of(config.watchdog)
         distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,17 @@ def find(config: Config, folder: Path, shape: AttentionShape = SHAPE, keep: bool
     return first
 
 
+def kernels_of(run_dir: Path) -> set[str]:
+    """Of attention, in the profile of a step."""
+    (trace,) = (run_dir / "profile").glob("*/*rank-00000*")
+    opened = gzip.open(trace, "rt") if trace.suffix == ".gz" else trace.open()
+    with opened as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    return {name.removeprefix("aten::") for name in names if name.startswith("aten::_scaled_dot_product")} - {
+        "_scaled_dot_product_flash_attention_for_cpu_backward"
+    }
+
+
 def test_what_the_first_start_finds_is_kept_for_every_later_one(workspace: Path, tmp_path: Path) -> None:
     config = tiny_config(workspace, tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -58,12 +70,14 @@ def test_what_the_first_start_finds_is_kept_for_every_later_one(workspace: Path,
     assert backend is None and "none of its fast backends" in line
     assert [each["backend"] for each in json.loads(path.read_text())] == ["math", "flash", None]
     assert find(config, tmp_path, AttentionShape(**{**vars(SHAPE), "dropout": 0.1}))[0] is None
-    path.write_text("{")  # it only saves a measurement
-    assert find(config, tmp_path)[0] == "flash"
+    assert len(json.loads(path.read_text())) == 3, "that there is none is remembered, too"
+    for damaged in ("{", "[1]", json.dumps([{**record, "backend": ["flash"]}]), json.dumps([{"case": record["case"]}])):
+        path.write_text(damaged)  # it only saves a measurement
+        assert find(config, tmp_path)[0] == "flash"
 
 
 def test_the_one_that_is_asked_for(workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plain = tiny_config(workspace, tmp_path / "plain", train={"steps": 3})
+    plain = tiny_config(workspace, tmp_path / "plain", train={"steps": 3, "profile": {"start": 2, "steps": 1}})
     config = write_config(plain, tmp_path / "plain.yaml")
     assert train(plain, 2) == EXIT_FINISHED
     assert "attention:" not in capfd.readouterr().out
@@ -73,6 +87,8 @@ def test_the_one_that_is_asked_for(workspace: Path, tmp_path: Path, capfd: pytes
     )
     assert train(asked, 2) == EXIT_FINISHED
     assert capfd.readouterr().out.count("attention: the math backend, as the config says") == 1
+    assert kernels_of(tmp_path / "plain") == {"_scaled_dot_product_flash_attention_for_cpu"}
+    assert kernels_of(tmp_path / "run") == {"_scaled_dot_product_attention_math"}
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
     refused = maskwright("train", config, "run.dir=" + str(tmp_path / "no"), "model.attention_backend=cudnn")
@@ -91,5 +107,12 @@ def test_cuda_graphs_are_refused_where_gradients_accumulate(workspace: Path, tmp
     refused = maskwright("validate", path, "model.compile=reduce-overhead")
     words = ("one micro-batch", "accumulate 4", "batch.micro_size=2", "Set model.compile=true")
     assert_one_card(refused, EXIT_USER_MISTAKE, *words)
-    allowed = maskwright("validate", path, "model.compile=reduce-overhead", "--nproc-per-node", "4")
+    four = ("model.compile=reduce-overhead", "--nproc-per-node", "4")
+    allowed = maskwright("validate", path, *four)
     assert allowed.returncode == EXIT_FINISHED, allowed.stderr
+    moving = maskwright("validate", path, *four, "deepspeed=zero3")
+    assert_one_card(moving, EXIT_USER_MISTAKE, "weights that stay where they are", "deepspeed=zero3")
+    searching = maskwright("validate", path, *four, "batch.micro_size=auto")
+    assert_one_card(searching, EXIT_USER_MISTAKE, "needs a number for batch.micro_size")
+    unknown = maskwright("validate", path, "model.compile=max-autotune")
+    assert_one_card(unknown, EXIT_USER_MISTAKE, "'model.compile'", "true, false or reduce-overhead", "max-autotune")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
 from tests.tiny_bench import write_tiny_model
@@ -27,8 +29,24 @@ def test_a_shortened_step_is_deepspeeds_step(stage: int, ranks: int, tmp_path: P
         assert run_ranks(_train, ranks, model, stage, name == "shortened", str(path)) == [0] * ranks
         norms[name] = json.loads(path.read_text())
     assert len(norms["shortened"]) == STEPS and norms["shortened"][0]["grad_norm"] > 0.1, "clipping has work to do"
+    copies = {name: [step.pop("copied") for step in steps] for name, steps in norms.items()}
+    assert 100 * max(copies["shortened"]) < min(copies["deepspeeds"]), "gradients are not copied to fp64"
     for ours, theirs in zip(norms["shortened"], norms["deepspeeds"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+class Fp64Copies(TorchDispatchMode):
+    """The elements of the largest tensor that is cast to fp64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.float64:
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def _train(model: str, stage: int, shortened: bool, path: str) -> int:
@@ -49,9 +67,11 @@ def _train(model: str, stage: int, shortened: bool, path: str) -> int:
     for batch in training_batches(work, variant, objective)[rank : STEPS * ranks : ranks]:
         loss = stepper.forward(batch)
         stepper.backward(loss)
-        stepper.optimize()
+        with Fp64Copies() as copies:
+            stepper.optimize()
         weights = sum(float(parameter.detach().double().abs().sum()) for parameter in stepper.model.parameters())
-        steps.append({"loss": float(loss.detach()), "grad_norm": stepper.engine.grad_norm, "weights": weights})
+        found = {"loss": float(loss.detach()), "grad_norm": stepper.engine.grad_norm, "weights": weights}
+        steps.append({**found, "copied": copies.largest})
     if rank == 0:
         Path(path).write_text(json.dumps(steps))
     return 0

@@ -23,8 +23,14 @@ def test_a_large_tensor_and_any_cut_of_it(gradient: torch.Tensor) -> None:
     assert float(torch.linalg.vector_norm(gradient)) ** 2 != pytest.approx(exact, rel=1e-5), "or it is not needed"
     assert float(sum_of_squares([gradient])) == pytest.approx(exact, rel=1e-6)
     flat = gradient.flatten()
-    for cuts in ([1], [4096, 8192], [5, 2_000_001, 4_000_000]):
+    for cuts in ([1], [1024, 8192], [5, 2_000_001, 4_000_000]):
         assert float(sum_of_squares(flat.tensor_split(cuts))) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_values_whose_rounding_adds_up(dtype: torch.dtype) -> None:
+    values = torch.full((3_000_001,), 0.1, dtype=dtype)
+    assert float(sum_of_squares([values])) == pytest.approx(float(values.double().square().sum()), rel=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from rich.console import Console
 from tools.bench.common import in_own_processes, take_turns
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepVariant, StepWork, config_of, vocabulary_of
-from tools.machine import describe_machine
+from tools.machine import cpp_compiler, describe_machine
 from trainer.config import CUDA_GRAPHS
 from trainer.errors import MaskwrightError, UserError, nearest
 from trainer.model.configuration import build_config
@@ -131,6 +131,20 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
             remedy="They train the same model on the same batches: look for the first step at which they part.",
         )
     return report
+
+
+def members(group: str, console: Console) -> tuple[str, ...]:
+    """The variants of a group that can be measured on this machine; what is left out is said."""
+    cuda, compiler = torch.cuda.is_available(), cpp_compiler()
+    obstacles = {}
+    for variant in (VARIANTS[name] for name in GROUPS[group]):
+        if variant.compiled and compiler is None:
+            obstacles[variant.name] = "torch.compile needs a C++ compiler"
+        elif variant.compiled == CUDA_GRAPHS and not cuda:
+            obstacles[variant.name] = "CUDA graphs need a GPU"
+    for name, obstacle in obstacles.items():
+        console.print(f"without {name}: {obstacle}")
+    return tuple(name for name in GROUPS[group] if name not in obstacles)
 
 
 def default_precision() -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -135,8 +136,8 @@ class EngineStepper:
         backend = settle_attention_backend(
             config, built.model.config, work.micro_size, self._world, logger.info, keep=False
         )
-        self._attention = preferring(backend)
-        self._attention.__enter__()  # for as long as the process lives
+        self._attention = ExitStack()  # for as long as this object lives
+        self._attention.enter_context(preferring(backend, self._world.device))
         self.engine = TrainingEngine(built, preset, config.optimizer, self._world)
         if config.model.compile:
             self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS)

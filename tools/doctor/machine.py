@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tools.doctor.lines import Line
-from tools.machine import cpu_model
+from tools.machine import cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
 from trainer.files import unique_name
 
@@ -127,7 +127,7 @@ def check_compilers() -> list[Line]:
     import torch
 
     lines = []
-    compiler = next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
+    compiler = cpp_compiler()
     if compiler is None:
         remedy = "Install g++, or leave model.compile off."
         lines.append(Line("warn", "c++ compiler", "none; torch.compile needs one", remedy))

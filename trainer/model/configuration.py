@@ -105,7 +105,8 @@ def attention_of(config: PretrainedConfig) -> str:
 
 def head_width_of(config: PretrainedConfig) -> int:
     """Width of one head of the attention."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = getattr(config, "true_hidden_size", config.hidden_size)  # MobileBERT's, within its bottlenecks
+    return getattr(config, "head_dim", None) or width // config.num_attention_heads
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
