@@ -17,7 +17,15 @@ from rich.console import Console
 
 from tools.bench.common import in_own_processes, take_turns
 from tools.bench.step_report import Peaks, StepReport, draw_chart
-from tools.bench.step_work import StepMeasurement, StepVariant, StepWork, config_of, vocabulary_of
+from tools.bench.step_work import (
+    StepMeasurement,
+    StepVariant,
+    StepWork,
+    check_data,
+    config_of,
+    objective_of,
+    vocabulary_of,
+)
 from tools.machine import cpp_compiler, describe_machine
 from trainer.config import CUDA_GRAPHS
 from trainer.errors import MaskwrightError, UserError, nearest
@@ -109,6 +117,7 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
     work = replace(settings.work, threads=threads, dropout=0.0 if settings.check_losses else settings.work.dropout)
     config = config_of(work, variants[0])
     build_config(config.model, vocabulary_of(work), work.seq_len)  # what it refuses is better refused now
+    check_data(work, objective_of(work, config))
     peaks = Peaks(**in_own_processes(f"{__name__}:measure_peaks", {"work": asdict(work)}, [_environments(work)[0]]))
     turns = {variant.name: _turn(work, variant) for variant in variants}
     report = StepReport(

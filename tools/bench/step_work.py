@@ -21,7 +21,11 @@ from tools.bench.common import Measurement
 from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
 from trainer.config import Config
 from trainer.config_file import parse_config
+from trainer.data.permutation import KeyPurpose, fold_key, permute
+from trainer.data.shard_set import ShardSet
+from trainer.data.shards import read_manifest, split_folder
 from trainer.data.vocabulary import Vocabulary
+from trainer.errors import UserError
 from trainer.model.build import BuiltModel, build_model
 from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
@@ -164,8 +168,6 @@ def vocabulary_of(work: StepWork) -> Vocabulary:
     """RoBERTa's size and ids, or those of the data set."""
     size = VOCABULARY_SIZE
     if work.data is not None:
-        from trainer.data.shards import read_manifest, split_folder
-
         size = read_manifest(split_folder(work.data, "train")).vocabulary_size
     return Vocabulary(size, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
 
@@ -204,24 +206,32 @@ def _batches(
     ]
 
 
+def check_data(work: StepWork, objective: MaskedLanguageModelling) -> None:
+    """Raise UserError when the data have fewer blocks than the work takes."""
+    if work.data is None:
+        return
+    needed = (work.all_steps + PROFILED_STEPS) * work.ranks * work.micro_size
+    needed += _VALIDATION_BATCHES * work.micro_size * (work.target_loss is not None)
+    available = _shards_of(work.data).block_count(objective.payload)
+    if available < needed:
+        raise UserError(
+            f"The data has {available:,} blocks of {work.seq_len}, and {needed:,} are needed.",
+            where=f"--data {work.data}",
+            remedy="Give more data, or lower --steps, --micro or --seq-len.",
+        )
+
+
+def _shards_of(data: str) -> ShardSet:
+    return ShardSet(split_folder(data, "train"))
+
+
 def _read_blocks(work: StepWork, objective: MaskedLanguageModelling, samples: np.ndarray) -> np.ndarray:
     """Tokens [n, payload] of the sample numbers."""
     if work.data is None:
         return learnable_tokens(len(samples), objective.payload, work.seed + int(samples[0]))
-    from trainer.data.permutation import KeyPurpose, fold_key, permute
-    from trainer.data.shard_set import ShardSet
-    from trainer.data.shards import split_folder
-    from trainer.errors import UserError
-
-    shards = ShardSet(split_folder(work.data, "train"))
-    available = shards.block_count(objective.payload)
-    if available <= int(samples[-1]):
-        raise UserError(
-            f"The data has {available:,} blocks of {work.seq_len}, and {int(samples[-1]) + 1:,} are needed.",
-            where=f"--data {work.data}",
-            remedy="Give more data, or lower --steps, --micro or --seq-len.",
-        )
-    numbers = permute(samples, available, fold_key(KeyPurpose.EVALUATION, work.seed)).astype(np.int64)
+    shards = _shards_of(work.data)
+    key = fold_key(KeyPurpose.EVALUATION, work.seed)
+    numbers = permute(samples, shards.block_count(objective.payload), key).astype(np.int64)
     return shards.read_blocks(numbers, objective.payload)
 
 

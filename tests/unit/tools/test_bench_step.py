@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from tests.commands import assert_one_card, maskwright
 from tests.tiny_bench import write_tiny_model
 from tools.bench import step as bench
-from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step
+from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepWork, config_of, objective_of, training_batches
 from tools.bench.synthetic import learnable_tokens
+from trainer.data.shards import read_manifest
 
 TINY = StepWork(micro_size=2, seq_len=32, steps=3, warmup_steps=1)
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "load_average": 0.5, "python": "3", "versions": {}}
@@ -149,3 +151,28 @@ def test_mistakes_are_refused_before_anything_is_measured(tmp_path: Path) -> Non
     assert_one_card(result, 2, "hf-complie", "hf-compile", "--variants")
     assert_one_card(maskwright("bench", "step", "--model", "roberta-bas"), 2, "roberta-bas")
     assert_one_card(maskwright("bench", "step", "--seq-len", "1024"), 2, "1024")
+
+
+def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path: Path) -> None:
+    work = replace(TINY, model=write_tiny_model(tmp_path), data=str(workspace / "data"))
+    objective = objective_of(work, config_of(work, VARIANTS["ours"]))
+    batches = training_batches(work, VARIANTS["ours"], objective)
+    vocabulary = objective.vocabulary
+    assert vocabulary.size == read_manifest(workspace / "data" / "train").vocabulary_size
+    assert all(int(batch["input_ids"].max()) < vocabulary.size for batch in batches)
+    report = bench_step(StepBenchmark(variants=("torch-masked",), work=work, rounds=1, threads=1), quiet())
+    (measured,) = report.measurements["torch-masked"]
+    assert 0.5 * np.log(vocabulary.size) < measured.losses[0] < 1.5 * np.log(vocabulary.size)
+    too_many = ("--data", workspace / "data", "--steps", "100000", "--seq-len", "32")
+    assert_one_card(maskwright("bench", "step", *too_many), 2, "are needed", "--data", "lower --steps")
+
+
+def test_a_group_leaves_out_what_the_machine_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = quiet()
+    everything = [name for name in VARIANTS if name != "ours-documents"]
+    here = everything if torch.cuda.is_available() else [name for name in everything if name != "ours-graphs"]
+    assert list(members("all", said)) == here
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler there
+    assert not {"hf-compile", "torch-compile", "ours-compile", "ours-graphs"} & set(members("all", said))
+    text = said.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "without ours-compile: torch.compile needs a C++ compiler" in text
