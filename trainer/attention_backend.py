@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def measure(shape: AttentionShape, device: torch.device, names: Sequence[str]) -
     found: dict[str, float] = {}
     attend = _attention_pass(shape, device)
     for name in usable(shape, device, names):
-        with sdpa_kernel(BACKENDS[name]):
+        with _own_random_state(device), sdpa_kernel(BACKENDS[name]):
             timer = Timer("attend()", globals={"attend": attend}, num_threads=torch.get_num_threads())
             found[name] = 1000 * timer.blocked_autorange(min_run_time=_MEASURED_S).median
     return found
@@ -137,7 +137,7 @@ def usable(shape: AttentionShape, device: torch.device, names: Sequence[str]) ->
     exact = replace(shape, batch=1, dropout=0.0, precision="fp32")
     with sdpa_kernel(SDPBackend.MATH):
         reference = _attention_pass(exact, device)()
-    with warnings.catch_warnings():
+    with _own_random_state(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says at length why a backend cannot be used
         for name in names:
             with sdpa_kernel(BACKENDS[name]):
@@ -214,6 +214,11 @@ def _describe(record: dict[str, Any], path: Path | None) -> str:
         return f"attention: the {backend} backend, as in an earlier start ({path})"
     times = ", ".join(f"{name} {value:.3g} ms" for name, value in record["milliseconds"].items())
     return f"attention: the {backend} backend, by measurement of a layer, forward and backward: {times}"
+
+
+def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Draws of dropout leave no trace in the run's."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:

@@ -33,7 +33,9 @@ def test_what_the_device_cannot_do_is_left_out_and_the_random_state_is_kept() ->
 
 def test_flash_has_no_dropout_on_a_cpu() -> None:
     with_dropout = AttentionShape(batch=1, heads=2, seq_len=64, width=16, dropout=0.1, precision="fp32")
+    state = torch.random.get_rng_state()
     assert list(measure(with_dropout, CPU, ["flash", "math"])) == ["math"]
+    assert torch.equal(torch.random.get_rng_state(), state), "its draws are not the run's"
 
 
 def test_half_precision_is_measured_in_half_precision() -> None:
