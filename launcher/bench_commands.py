@@ -141,7 +141,7 @@ def bench_step(
       maskwright bench step --check-losses --micro 2 --seq-len 128
       maskwright bench step --variants hf,ours-fast --time-to-loss 8.5
     """
-    from tools.bench.step import StepBenchmark, default_precision, members
+    from tools.bench.step import StepBenchmark, default_precision, members, require_equal_losses
     from tools.bench.step import bench_step as measure
     from tools.bench.step_work import StepWork
 
@@ -167,4 +167,7 @@ def bench_step(
         chart=chart,
         markdown=markdown,
     )
-    write_result(measure(settings, console), as_json)
+    report = measure(settings, console)
+    write_result(report, as_json)
+    if check_losses:
+        require_equal_losses(report)

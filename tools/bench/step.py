@@ -90,7 +90,7 @@ class StepBenchmark:
     Attributes:
         variants: names; they take turns in this order.
         threads: of torch in each rank; None shares out the cores.
-        check_losses: dropout 0 for all, and losses that differ are an error.
+        check_losses: dropout 0 for all, so that losses must be equal.
         chart: PNG file for a bar chart.
         markdown: file for the tables.
     """
@@ -108,10 +108,12 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
     """Measure the variants, in turns.
 
     Raises:
-        UserError: for a variant that does not exist, and a model or data that do not fit.
-        MaskwrightError: when a variant fails, and, with `check_losses`, when losses differ.
+        UserError: for a variant that does not exist, a model or data that do not fit, a file that cannot be written.
+        MaskwrightError: when a variant fails.
     """
     variants = chosen_variants(settings.variants)
+    _check_writable("--markdown", settings.markdown)
+    _check_writable("--chart", settings.chart)
     machine = describe_machine()  # before: the load is then that of others
     threads = settings.threads or max(1, machine["cores"] // settings.work.ranks)
     work = replace(settings.work, threads=threads, dropout=0.0 if settings.check_losses else settings.work.dropout)
@@ -133,13 +135,37 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
         Path(settings.markdown).write_text(report.to_markdown(), encoding="utf-8")
     if settings.chart is not None:
         draw_chart(report, Path(settings.chart))
-    if settings.check_losses and not report.losses_agree:
-        raise MaskwrightError(
-            f"The variants' losses differ by up to {report.loss_difference:.2g}, more than {report.loss_bound:g}.",
-            where=", ".join(variant.name for variant in variants),
-            remedy="They train the same model on the same batches: look for the first step at which they part.",
-        )
     return report
+
+
+def require_equal_losses(report: StepReport) -> None:
+    """Raise MaskwrightError when the variants do not do the same work."""
+    if not report.losses_agree:
+        raise MaskwrightError(
+            f"The variants' losses differ by up to {report.loss_difference:.2g}, more than {report.loss_bound:g}, from "
+            f"step {report.parting_step} on.",
+            where=", ".join(variant.name for variant in report.variants),
+            remedy="They train the same model on the same batches; `--json` has all their losses.",
+        )
+
+
+def _check_writable(option: str, file: str | None) -> None:
+    """Raise UserError now for a file that could not be written when all has been measured."""
+    if file is None:
+        return
+    path = Path(file)
+    is_new = not path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"Cannot write '{file}': {error.strerror}.",
+            where=f"{option} {file}",
+            remedy="Give a file in a folder that exists and that you may write to.",
+        ) from None
 
 
 def members(group: str, console: Console) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -56,11 +57,17 @@ class StepReport:
 
     @property
     def loss_difference(self) -> float:
-        """The largest difference of two variants' losses at any step, in nats.
+        """The largest difference of two variants' losses at any step, in nats."""
+        return float(np.max(self._loss_differences()))  # numpy's functions give NaN where there is one
 
-        Only of variants with the same dropout; steps that one of them did not reach are left out.
-        """
-        differences = [0.0]
+    @property
+    def parting_step(self) -> int:
+        """The first step, from 1 on, at which losses are further apart than their bound; 0 if there is none."""
+        return next((step for step, value in enumerate(self._loss_differences(), 1) if not value <= self.loss_bound), 0)
+
+    def _loss_differences(self) -> list[float]:
+        """At each step: the largest between variants with the same dropout; those that had ended are left out."""
+        found = [0.0]
         for dropped in (True, False):
             curves = [
                 self.measurements[variant.name][0].losses
@@ -68,8 +75,9 @@ class StepReport:
                 if (variant.attention_dropout or self.settings["dropout"] == 0.0) == dropped
                 and not variant.document_attention
             ]
-            differences += [float(np.ptp(step)) for step in zip(*curves, strict=False)]
-        return float(np.max(differences))  # numpy's functions give NaN where there is one
+            differences = [float(np.ptp(step)) for step in zip(*curves, strict=False)]
+            found = [float(np.maximum(*pair)) for pair in itertools.zip_longest(found, differences, fillvalue=0.0)]
+        return found
 
     @property
     def losses_agree(self) -> bool:

@@ -17,11 +17,12 @@ from rich.console import Console
 from tests.commands import assert_one_card, maskwright
 from tests.tiny_bench import write_tiny_model
 from tools.bench import step as bench
-from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members
+from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members, require_equal_losses
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepWork, config_of, objective_of, training_batches
 from tools.bench.synthetic import learnable_tokens
 from trainer.data.shards import read_manifest
+from trainer.errors import MaskwrightError
 
 TINY = StepWork(micro_size=2, seq_len=32, steps=3, warmup_steps=1)
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "load_average": 0.5, "python": "3", "versions": {}}
@@ -97,13 +98,18 @@ def test_two_ranks_and_the_time_to_a_loss(tmp_path: Path) -> None:
     assert report.losses_agree
 
 
-def test_losses_that_differ_are_said_loudly_and_fail_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_differ_are_said_loudly_and_fail_the_check() -> None:
     report = report_of(hf=[measured(2.0, [9.0, 8.0])], ours=[measured(1.0, [9.0, 7.0])])
     assert report.loss_difference == pytest.approx(1.0) and not report.losses_agree
     stream = io.StringIO()
     report.print(Console(file=stream, width=150))
     assert "THE LOSSES DIFFER" in stream.getvalue()
-    assert not report_of(hf=[measured(2.0, [9.0])], ours=[measured(1.0, [float("nan")])]).losses_agree
+    with pytest.raises(MaskwrightError, match=r"differ by up to 1, more than 0\.1, from step 2 on"):
+        require_equal_losses(report)
+    broken = report_of(hf=[measured(2.0, [9.0])], ours=[measured(1.0, [float("nan")])])
+    with pytest.raises(MaskwrightError, match="from step 1 on"):
+        require_equal_losses(broken)
+    require_equal_losses(report_of(hf=[measured(2.0, [9.0, 8.0])], ours=[measured(1.0, [9.05, 8.0, 1.0])]))
 
 
 def test_ratios_are_of_rounds_and_figures_of_medians() -> None:
@@ -151,6 +157,14 @@ def test_mistakes_are_refused_before_anything_is_measured(tmp_path: Path) -> Non
     assert_one_card(result, 2, "hf-complie", "hf-compile", "--variants")
     assert_one_card(maskwright("bench", "step", "--model", "roberta-bas"), 2, "roberta-bas")
     assert_one_card(maskwright("bench", "step", "--seq-len", "1024"), 2, "1024")
+    for option in ("--chart", "--markdown"):
+        refused = maskwright("bench", "step", option, tmp_path / "missing" / "file")
+        assert_one_card(refused, 2, "No such file or directory", option, "a folder that exists")
+    kept, missing = tmp_path / "kept.md", tmp_path / "missing" / "file"
+    kept.write_text("mine")
+    for markdown in (kept, tmp_path / "new"):
+        assert maskwright("bench", "step", "--markdown", markdown, "--chart", missing).returncode == 2
+    assert kept.read_text() == "mine" and not (tmp_path / "new").exists(), "looking at them changes nothing"
 
 
 def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path: Path) -> None:
