@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from trainer.config import BatchConfig, DataConfig, TrainConfig, WarmupConfig
+from trainer.config import BatchConfig, DataConfig, TrainConfig
 from trainer.errors import UserError
 from trainer.phases import Phase, Phases
 
@@ -230,7 +230,7 @@ def _stretches(phase: Phase, full: StepShape, phases: Phases, batch: BatchConfig
         end = phases.sample_at(end_token)
         end = end if limit is None else min(end, limit)
         if end > begin:
-            yield Stretch(end, limit, _warmup_shape(full, size, batch.warmup))
+            yield Stretch(end, limit, _warmup_shape(full, size, batch))
             begin = end
     if limit is not None and limit > begin:
         yield Stretch(limit, limit, full)
@@ -263,18 +263,22 @@ def _full_shape(phase: Phase, number: int, phases: int, world_size: int) -> Step
     )
 
 
-def _warmup_shape(full: StepShape, size: int, warmup: WarmupConfig | None) -> StepShape:
+def _warmup_shape(full: StepShape, size: int, batch: BatchConfig) -> StepShape:
     shape = _divide(size, full.micro_size, full.world_size, full.seq_len, full.phase)
     if shape is not None:
         return shape
+    warmup = batch.warmup
     assert warmup is not None
+    # A phase may have its own, also where the batch's is to be found.
+    micro = "batch" if batch.micro_size in (full.micro_size, "auto") else f"data.phases[{full.phase}]"
     per_pass = full.micro_size * full.world_size
     raise UserError(
         f"A batch of the warm-up, {size} sequences, does not divide into micro-batches of {full.micro_size} on "
         f"{_ranks(full.world_size)} ({full.micro_size} × {full.world_size} = {per_pass} sequences a pass).",
-        where=f"batch.warmup.start_size={warmup.start_size}, batch.micro_size={full.micro_size}, "
+        where=f"batch.warmup.start_size={warmup.start_size}, {micro}.micro_size={full.micro_size}, "
         f"ranks={full.world_size}",
-        remedy=f"Set batch.warmup.start_size and increment to multiples of {per_pass}, or a smaller batch.micro_size.",
+        remedy=f"Set batch.warmup.start_size and increment to multiples of {per_pass}, or a smaller "
+        f"{micro}.micro_size.",
     )
 
 

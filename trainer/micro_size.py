@@ -52,6 +52,8 @@ def settle_micro_size(
         return found["micro_size"]
     if records:
         say(f"micro-batch: searching anew: {_what_differs(records[-1]['layout'], layout)}")
+    elif (path := run_folder(config) / RECORD).exists():
+        say(f"micro-batch: searching anew: {path} cannot be read; with another number dropout is drawn otherwise")
     vocabulary = distributed.build_together(world, lambda: load_vocabulary(config))
     if world.device.type == "cuda":
         size, how = trial(config, vocabulary, world, longest_blocks(config), sizes), "by trial steps"

@@ -300,7 +300,10 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
     if engine.document_attention is not None:
         say(engine.document_attention.note)
     if inputs.config.model.compile:
-        engine.compile(with_cuda_graphs=inputs.config.model.compile == CUDA_GRAPHS)
+        with_cuda_graphs = inputs.config.model.compile == CUDA_GRAPHS
+        if with_cuda_graphs and world.device.type == "cpu":
+            say(f"compile: on a CPU there are no CUDA graphs; {CUDA_GRAPHS} is as true")
+        engine.compile(with_cuda_graphs)
     return engine
 
 

@@ -61,6 +61,13 @@ def test_the_largest_that_fits_is_taken_and_remembered(
     said = capfd.readouterr().out
     assert "micro-batch: 4, as in the first start of this layout" in said
 
+    (tmp_path / "auto" / RECORD).write_text('[{"half')
+    assert train(config, RANKS, resume="never") == EXIT_FINISHED
+    said = capfd.readouterr().out
+    assert (
+        "micro-batch: searching anew: " in said and "cannot be read" in said and "micro-batch: 2, the largest" in said
+    )
+
     # Another layout searches anew, says why, and the data stay what they were.
     assert train(config, 1, resume="never") == EXIT_FINISHED
     said = capfd.readouterr().out

@@ -106,17 +106,34 @@ def test_a_benchmark_takes_the_place_of_the_model(workspace: Path, tmp_path: Pat
     path, bench = write_config(config, tmp_path / "my.yaml"), tmp_path / "step.json"
     settings = {"model": "roberta-base", "micro_size": 8, "seq_len": 512, "ranks": 2, "precision": "fp32"}
     ours = {"tokens_per_second": 3000.0, "seconds_per_step": 1.0, "flops_per_token": 1e9, "peak_memory_gib": 1.5}
-    bench.write_text(json.dumps({"settings": settings, "variants": {"ours": ours}}))
+    result = {
+        "benchmark": "step",
+        "peaks": {"device": "CPU, 1 threads"},
+        "settings": settings,
+        "variants": {"ours": ours},
+    }
+    bench.write_text(json.dumps(result))
     found = plan_json(path, bench=str(bench))
     assert found["chosen"]["tokens_per_second"] == pytest.approx(1.5e12 / found["model"]["flops_per_token"])
     assert found["measured"]["flops"] == 1.5e12
 
-    bench.write_text(json.dumps({"settings": {**settings, "precision": "bf16"}, "variants": {"ours": ours}}))
+    bench.write_text(json.dumps({**result, "settings": {**settings, "precision": "bf16"}}))
     refused = maskwright("plan", path, "--bench", bench)
     assert_one_card(refused, EXIT_USER_MISTAKE, "measured in bf16", "trains in fp32", "--bench")
-    bench.write_text("{}")
-    with pytest.raises(UserError, match="not a result of `maskwright bench step --json`"):
-        plan_json(path, bench=str(bench))
+    unusable = {
+        "it has no 'benchmark'": {},
+        "it is of `bench loader`": {**result, "benchmark": "loader"},
+        "the variant ours is not in it": {**result, "variants": {"hf": ours}},
+        "its speed is 0 FLOP": {**result, "variants": {"ours": {**ours, "tokens_per_second": 0.0}}},
+        "its speed is nan": {**result, "variants": {"ours": {**ours, "flops_per_token": float("nan")}}},
+        "measured on NVIDIA H200, and the plan is for this": {**result, "peaks": {"device": "NVIDIA H200"}},
+    }
+    for words, content in unusable.items():
+        bench.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words):
+            plan_json(path, bench=str(bench))
+    with pytest.raises(UserError, match="No such file"):
+        plan_json(path, bench=str(tmp_path / "missing.json"))
     with pytest.raises(UserError, match="does not divide into micro-batches of 2 on 3 ranks"):
         plan_json(path, ranks=3)
 

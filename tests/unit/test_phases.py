@@ -172,6 +172,13 @@ def test_a_token_has_one_sample(drawn: dict[str, Any], token: int):
             "Set batch.warmup.start_size and increment to multiples of 4, or a smaller batch.micro_size.",
         ),
         (
+            {"global_size": 16, "micro_size": 2, "warmup": {"start_size": 4, "tokens": 9000}},
+            [{"seq_len": 16, "until_tokens": 9000, "micro_size": 4}],
+            2,
+            "batch.warmup.start_size=4, data.phases[0].micro_size=4, ranks=2",
+            "Set batch.warmup.start_size and increment to multiples of 8, or a smaller data.phases[0].micro_size.",
+        ),
+        (
             {"global_size": 24},
             [{"seq_len": 16, "until_tokens": 99, "micro_size": 5}],
             2,

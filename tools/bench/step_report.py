@@ -221,11 +221,14 @@ class StepReport:
     def _notes(self) -> list[str]:
         done, rounds = self.settings, max(len(rows) for rows in self.measurements.values())
         verdict = "the losses agree" if self.losses_agree else "THE LOSSES DIFFER: the variants do not do the same work"
+        verdict += f": largest difference {self.loss_difference:.2g}, bound {self.loss_bound:g}"
+        if len(self.variants) == 1:
+            verdict = "one variant: there are no losses to compare"
         peak = f"{self.peaks.measured / 1e12:.3g} TFLOP/s, a matmul measured on {self.peaks.device}"
         if self.peaks.datasheet is not None:
             peak += f"; its data sheet says {self.peaks.datasheet / 1e12:.4g}"
         return [
-            f"{verdict}: largest difference {self.loss_difference:.2g}, bound {self.loss_bound:g}",
+            verdict,
             f"{done['model']}, {done['micro_size']} × {done['seq_len']} a rank, {done['ranks']} ranks of "
             f"{done['threads']} threads, {done['precision']}; {rounds} rounds of {done['steps']} steps after "
             f"{done['warmup_steps']}; medians",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,15 +149,23 @@ class MeasuredStep:
         )
 
 
-def read_bench(path: str, precision: str) -> MeasuredStep:
+def read_bench(path: str, precision: str, device: Device) -> MeasuredStep:
     """Read what a benchmark measured of this program.
 
+    Args:
+        device: that the plan is for.
+
     Raises:
-        UserError: when it is no such file, or was measured in another precision.
+        UserError: when it is no such file, or was measured in another precision or on another kind of device.
     """
+    remedy = "Write one with `maskwright bench step --json > FILE` on the device that will train."
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-        settings, ours = content["settings"], content["variants"]["ours"]
+        if content["benchmark"] != "step":
+            raise ValueError(f"it is of `bench {content['benchmark']}`")
+        if "ours" not in content["variants"]:
+            raise ValueError("the variant ours is not in it")
+        settings, ours, measured_on = content["settings"], content["variants"]["ours"], content["peaks"]["device"]
         measured = MeasuredStep(
             path=path,
             model=str(settings["model"]),
@@ -167,12 +176,21 @@ def read_bench(path: str, precision: str) -> MeasuredStep:
             flops=float(ours["tokens_per_second"]) * float(ours["flops_per_token"]) / int(settings["ranks"]),
             peak_memory_gib=ours.get("peak_memory_gib"),
         )
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        if not (math.isfinite(measured.flops) and measured.flops > 0):
+            raise ValueError(f"its speed is {measured.flops:g} FLOP/s")
+    except OSError as error:
+        problem = f"Cannot read '{path}': {error.strerror}."
+        raise UserError(problem, where=f"--bench {path}", remedy=remedy) from None
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"'{path}' is not a result of `maskwright bench step --json`: {reason}."
+        raise UserError(problem, where=f"--bench {path}", remedy=remedy) from None
+    if str(measured_on).startswith("CPU") != (device.kind == "cpu"):
         raise UserError(
-            f"'{path}' is not a result of `maskwright bench step --json`: {type(error).__name__}: {error}.",
+            f"'{path}' was measured on {measured_on}, and the plan is for {device.name}.",
             where=f"--bench {path}",
-            remedy="Write one with `maskwright bench step --json > FILE` on the device that will train.",
-        ) from None
+            remedy="Name the measured device by --device, or measure on the one that will train.",
+        )
     if measured.precision != precision:
         raise UserError(
             f"'{path}' was measured in {measured.precision}, and the run trains in {precision}.",

@@ -105,7 +105,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
     word = "measured, scaled" if plan.measured is not None else "modelled"
     parts = f"passes {_ms(time.passes)}, traffic {_ms(time.traffic)}, update {_ms(time.update)}"
     if plan.measured is not None:
-        parts = f"passes and update {_ms(time.passes)}, traffic {_ms(time.traffic)} (modelled)"
+        parts = f"passes and update {_ms(time.passes)}, and traffic, which is modelled, {_ms(time.traffic)}"
     days = plan.days(chosen)
     saves, speed = plan.checkpoint, chosen.tokens_per_second
     lines = [

@@ -105,8 +105,8 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     world_size = options.nodes * options.gpus_per_node
     precision = config.train.precision
     facts = gather_facts(config, world_size, options.vocabulary_size)
-    measured = read_bench(options.bench, precision) if options.bench is not None else None
     device = device_of(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
+    measured = read_bench(options.bench, precision, device) if options.bench is not None else None
     preset = load_preset(config.deepspeed)
     footprint = Footprint(config, facts.vocabulary, preset, device.kind)
     layouts = Layouts(footprint, device, options.gpus_per_node, facts.attended_tokens, measured)

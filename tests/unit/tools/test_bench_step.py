@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
-from tests.commands import assert_one_card, maskwright
+from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.tiny_bench import write_tiny_model
 from tools.bench import step as bench
 from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members, require_equal_losses
@@ -190,3 +192,21 @@ def test_a_group_leaves_out_what_the_machine_cannot_run(monkeypatch: pytest.Monk
     assert not {"hf-compile", "torch-compile", "ours-compile", "ours-graphs"} & set(members("all", said))
     text = said.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert "without ours-compile: torch.compile needs a C++ compiler" in text
+
+
+def test_a_benchmark_that_is_ended_leaves_nobody_measuring(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path)
+    size = ("--micro", "2", "--seq-len", "32", "--steps", "100000", "--rounds", "1")
+    bench_process = start_maskwright("bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size)
+    parent = psutil.Process(bench_process.pid)
+
+    deadline, ranks = time.monotonic() + 60, list[psutil.Process]()
+    while len(ranks) < 2:
+        assert time.monotonic() < deadline and bench_process.poll() is None
+        time.sleep(0.1)
+        ranks = [child for child in parent.children() if any("run_variant" in word for word in child.cmdline())]
+    time.sleep(1)  # past their first lines
+    bench_process.terminate()
+    bench_process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
