@@ -7,7 +7,6 @@ workers are killed with it: nothing outlives the command.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from launcher.console import EXIT_INTERRUPTED, Card, print_card
 from launcher.environment import Membership
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, log_of, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
+from trainer.node import make_die_with_parent
 from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
 from trainer.tracking.status import AT_ONCE, change_status, read_status
 
@@ -33,7 +33,6 @@ GRACE_S = 15.0
 """After a rank has failed, the others have this long to end by themselves, and again this long after a TERM."""
 POLL_S = 0.1
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 4096
 
 
@@ -166,7 +165,7 @@ def _received_signals() -> Iterator[deque[signal.Signals]]:
 
 def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nodes | None) -> list[RankProcess]:
     threads = max(1, core_count() // process_count)
-    die_with_launcher = _make_die_with_launcher()
+    die_with_parent = make_die_with_parent()
     ranks: list[RankProcess] = []
     listener, memberships = _places(process_count, nodes)
     try:
@@ -185,7 +184,7 @@ def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nod
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
-                preexec_fn=die_with_launcher,
+                preexec_fn=die_with_parent,
                 pass_fds=() if rank or listener is None else (listener.fileno(),),
             )
             if output:
@@ -225,21 +224,6 @@ def _places(process_count: int, nodes: Nodes | None) -> tuple[socket.socket | No
         for local_rank in range(process_count)
     ]
     return listener, memberships
-
-
-def _make_die_with_launcher() -> Callable[[], None]:
-    """A function for the child, between fork and exec: have the kernel kill it when its parent dies."""
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-    launcher = os.getpid()
-
-    def die_with_launcher() -> None:
-        if prctl is None:
-            return
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(EXIT_UNEXPECTED)
-
-    return die_with_launcher
 
 
 def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: float) -> bool:

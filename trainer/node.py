@@ -1,9 +1,15 @@
-"""What this machine and the job it works in are called, and whether a process is there."""
+"""What this machine and the job it works in are called; whether a process is there, and its end with its parent."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
+import sys
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def node_name() -> str:
@@ -33,3 +39,18 @@ def has_process(pid: int) -> bool:
     except OSError:
         pass  # another user's
     return True
+
+
+def make_die_with_parent() -> Callable[[], None]:
+    """A function for the child, between fork and exec: have the kernel kill it when this process dies (Linux)."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        if prctl is None:
+            return
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return die_with_parent

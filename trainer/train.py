@@ -228,8 +228,8 @@ def _train(
         settle(run_dir, inputs, console.say, resume, checkpoint, state)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
-    micro_size, keep = inputs.plan.micro_size, not dry_run
-    backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep)
+    micro_size = inputs.plan.micro_size
+    backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep=not dry_run)
     with preferring(backend, world.device):
         engine = _engine(inputs, built, world, say)
         limits = Limits.of(config.watchdog)

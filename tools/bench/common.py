@@ -27,6 +27,7 @@ from rich.table import Table
 from tools.machine import describe_machine, machine_line
 from tools.progress import StepProgress
 from trainer.errors import MaskwrightError
+from trainer.node import make_die_with_parent
 
 _ROOT = Path(__file__).parents[2]
 
@@ -239,6 +240,7 @@ def in_own_processes(function: str, arguments: dict[str, Any], variables: Sequen
                 env={**os.environ, "PYTHONPATH": path, **own},
                 stdout=stack.enter_context(open(out, "w")),
                 stderr=stack.enter_context(open(err, "w")),
+                preexec_fn=make_die_with_parent(),  # whatever ends the benchmark, nobody measures on
             )
             for own, (out, err) in zip(variables, said, strict=True)
         ]

@@ -5,19 +5,13 @@ The last line on stdout is the Measurement as JSON. See `tools.bench.common.in_o
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import sys
 from dataclasses import asdict
 from importlib import import_module
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 
 def main() -> None:
-    if sys.platform == "linux":  # whatever ends the benchmark, this process does not measure on
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     module, _, name = sys.argv[1].partition(":")
     measured = getattr(import_module(module), name)(**json.loads(sys.argv[2]))
     print(json.dumps(asdict(measured)))
