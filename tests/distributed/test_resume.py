@@ -6,14 +6,14 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import TIMEOUT_S, start_maskwright
 from tests.damage import DAMAGES
 from tests.faults import with_dropout
+from tests.gate import Gate
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates, faults_of
@@ -21,14 +21,7 @@ from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 
 
-def launch(config: Config, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`maskwright train` on two ranks, as a user starts it."""
-    path = write_config(config, folder / "config.yaml")
-    command = [sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterrupted_one_bit_for_bit(
     workspace: Path, tmp_path: Path
 ) -> None:
@@ -36,16 +29,20 @@ def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterr
     assert train(with_dropout(workspace, tmp_path / "clean", **sections), 2) == EXIT_FINISHED
     generator = random.Random()
     config = with_dropout(workspace, tmp_path / "killed", **sections)
-    steps = sorted(generator.sample(range(6, 55), 3))
+    command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
+    gate = Gate(tmp_path)
+    steps = sorted(generator.sample(range(6, 60), 3))
     for step in steps:
-        process = launch(config, tmp_path)
+        gate.close_after(step)
+        process = start_maskwright(*command, **gate.environment)
         wait_for_step(process, tmp_path / "killed", step)
         os.kill(generator.choice(rank_processes(process)), signal.SIGKILL)
-        output = process.communicate(timeout=60)[0]
+        gate.open()
+        output = process.communicate(timeout=TIMEOUT_S)[0]
         assert process.returncode == 1, output
         assert "SIGKILL" in output
-    process = launch(config, tmp_path)
-    output = process.communicate(timeout=120)[0]
+    process = start_maskwright(*command, **gate.environment)
+    output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == EXIT_FINISHED, output
     assert "resuming from step-" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "clean"), f"killed at steps {steps}"

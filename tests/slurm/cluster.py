@@ -23,7 +23,8 @@ from pathlib import Path
 
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 2
-START_SECONDS = 30
+START_SECONDS = 120
+KILL_SECONDS = 60
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
@@ -94,9 +95,9 @@ class SlurmCluster:
         for daemon in self._daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(max(0.0, deadline - time.monotonic()))
-        self._kill(self.processes())
+        self._kill_all()
         for daemon in self._daemons.values():
-            daemon.wait(5)
+            daemon.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start_node(self, node: str) -> None:
@@ -106,8 +107,8 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """Make a node die: its slurmd and all that runs under it, at once. SLURM takes half a minute to notice."""
         daemon = self._daemons.pop(f"slurmd {node}")
-        self._kill(self.processes(node))
-        daemon.wait(5)
+        self._kill_all(node)
+        daemon.wait()
 
     def wait_for_nodes(self, nodes: Iterable[str], state: str = "IDLE", seconds: float = START_SECONDS) -> None:
         """Wait until nodes are in a state, such as IDLE or DOWN."""
@@ -192,10 +193,16 @@ class SlurmCluster:
         with open(self.folder / f"{name.replace(' ', '.')}.out.log", "ab") as log:
             self._daemons[name] = subprocess.Popen([program, *arguments], env=environ, stdout=log, stderr=log)
 
-    def _kill(self, processes: Iterable[int]) -> None:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+    def _kill_all(self, node: str | None = None) -> None:
+        """Kill what runs on a node, or on all, until nothing does: a killed process takes a while to die, and one that
+        was being forked is found in the next round only."""
+        deadline = time.monotonic() + KILL_SECONDS
+        while processes := self.processes(node):
+            assert time.monotonic() < deadline, f"killed, but still there: {processes}"
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.02)
 
     def _configuration(self) -> str:
         """See slurm.conf(5). `cred_expire` brings a requeued job back within seconds."""
