@@ -1,0 +1,1 @@
+"""maskwright: how processes start, and the commands."""

@@ -23,7 +23,7 @@ from types import FrameType
 
 from launcher.console import EXIT_INTERRUPTED, Card, print_card
 from launcher.environment import Membership
-from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, log_of, print_report
+from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, ended_file, log_of, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
 from trainer.node import make_die_with_parent
 from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
@@ -48,7 +48,11 @@ class RankProcess:
 
     @property
     def failed(self) -> bool:
-        return self.process.returncode not in (None, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING)
+        """Whether it has ended, and not well: with the right code, and with its work done."""
+        code = self.process.returncode
+        if code in (EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING):
+            return not ended_file(self.error_file).exists()
+        return code is not None
 
     def poll(self) -> bool:
         """Whether it has ended. Its process group is killed before the pid is given back, so it is surely its own."""
@@ -114,9 +118,9 @@ def launch(
 ) -> int:
     """Run `command` once a rank, with RANK, WORLD_SIZE and the like set, and return the exit code of the whole.
 
-    Of several nodes these are the ranks of this one. The code is 0 or 75 when every rank ended with one of them (75 if
-    any did), 130 after a second Ctrl-C, else that of the rank that failed first, whose error is shown. A death by
-    signal counts as 1.
+    Of several nodes these are the ranks of this one. `command` does its work in `run_rank`, which leaves word that it
+    was done. The code is 0 or 75 when every rank ended well with one of them (75 if any did), 130 after a second
+    Ctrl-C, else that of the rank that failed first, whose error is shown. A death by signal counts as 1.
     """
     with tempfile.TemporaryDirectory(prefix="maskwright-") as scratch, _received_signals() as received:
         ranks = _start(command, process_count, Path(scratch), nodes)
@@ -129,9 +133,8 @@ def launch(
             print("Interrupted.", file=sys.stderr)
             _tell_status(run_dir, ranks, state="stopped", reason=AT_ONCE)
             return EXIT_INTERRUPTED
-        codes = {rank.process.returncode for rank in ranks}
-        if codes <= {EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING}:
-            return max(codes)
+        if not any(rank.failed for rank in ranks):
+            return max(rank.process.returncode for rank in ranks)
         code = _show_first_cause(ranks, run_dir)
         if nodes is not None:
             print("If it only lost another rank, the cause is with the launcher of that one's node.", file=sys.stderr)

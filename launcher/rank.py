@@ -78,6 +78,15 @@ def log_of(run_dir: Path | None, rank: int) -> str:
     return str(path) if path and path.exists() else ""
 
 
+def ended_file(error_file: Path) -> Path:
+    """Name the file that a rank makes beside that of its errors when its work has ended well.
+
+    An exit code alone proves nothing: whatever else Python runs in the process, such as a .pth file or a
+    sitecustomize, can end it with 0.
+    """
+    return error_file.with_suffix(".ended")
+
+
 def describe_rank(rank: int, log: str) -> str:
     return f"rank {rank}; its log: {log}" if log else f"rank {rank}"
 
@@ -101,7 +110,10 @@ def run_rank(work: Callable[[], int], run_dir: Path | None) -> int:
     RANK must be set. `run_dir` is where the rank's log lies; None when it leaves none.
     """
     try:
-        return work()
+        code = work()
+        if os.environ.get(ERROR_FILE_VARIABLE):
+            ended_file(Path(os.environ[ERROR_FILE_VARIABLE])).touch()
+        return code
     except SystemExit:
         raise
     except BaseException as error:

@@ -14,8 +14,9 @@ from pydantic import Field
 from trainer.config_base import Section
 from trainer.config_file import read_mapping, validate_section
 from trainer.errors import UserError
+from trainer.files import shipped
 
-SLURM_FOLDER = Path(__file__).parents[1] / "slurm"
+SLURM_FOLDER = shipped("launcher", "slurm")
 EXAMPLE = SLURM_FOLDER / "site.example.yaml"
 DEFAULT_SITE = SLURM_FOLDER / "site.yaml"
 SITE_VARIABLE = "MASKWRIGHT_SITE"
@@ -93,7 +94,7 @@ def _both(mount: str) -> str:
 def this_maskwright() -> list[str]:
     """The command of this installation."""
     script = Path(sys.executable).with_name("maskwright")
-    return [str(script)] if script.is_file() else [sys.executable, "-m", "launcher"]
+    return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "launcher"]
 
 
 def find_site(given: str | None, environ: Mapping[str, str]) -> tuple[Site, Path | None]:

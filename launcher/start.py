@@ -154,5 +154,5 @@ def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:
 
 
 def _rank_command(config_source: str, overrides: Sequence[str], resume: str, dry_run: bool) -> list[str]:
-    command = [sys.executable, "-m", "launcher", "train", config_source, *overrides, "--resume", resume]
+    command = [sys.executable, "-P", "-m", "launcher", "train", config_source, *overrides, "--resume", resume]
     return [*command, "--dry-run"] if dry_run else command

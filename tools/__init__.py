@@ -1,0 +1,1 @@
+"""maskwright: what comes before training and after it."""

@@ -6,7 +6,6 @@ Each step is the command a user would type; it is printed before it runs.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -78,8 +77,7 @@ def _maskwright(console: Console, folder: Path, arguments: str, interrupt_at_ste
     """Run one maskwright command in the demo's folder; at `interrupt_at_step`, signal it as SLURM would."""
     console.print(f"$ maskwright {arguments}", markup=False)
     command = [sys.executable, "-m", "launcher", *shlex.split(arguments)]
-    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path})
+    process = subprocess.Popen(command, cwd=folder)
     try:
         if interrupt_at_step is not None:
             _wait_for_step(process, folder / "run" / "metrics.jsonl", interrupt_at_step)

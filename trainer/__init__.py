@@ -1,0 +1,1 @@
+"""maskwright: what runs in each process of a training run."""

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
 from trainer.config_base import keys_of, section_in
 from trainer.errors import UserError, nearest
+from trainer.files import shipped
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = shipped("trainer", "recipes")
 _MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
 _SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig, "phases": PhaseConfig}
 SectionType = TypeVar("SectionType", bound=BaseModel)

@@ -14,8 +14,9 @@ from typing import Any
 from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.errors import UserError, nearest
+from trainer.files import shipped
 
-PRESETS = Path(__file__).parent.parent / "ds_configs"
+PRESETS = shipped("trainer", "ds_configs")
 
 # DeepSpeed key → the key of our config that owns it.
 OWNED_KEYS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
 def bytes_hash(content: bytes) -> str:
     """xxh3_128 of some bytes, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def shipped(package: str, name: str) -> Path:
+    """Give the path of a file or folder that ships inside a package, in a clone and in an installed wheel."""
+    return Path(str(files(package) / name))
 
 
 def write_synced(path: Path, content: bytes) -> None:

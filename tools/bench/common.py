@@ -29,8 +29,6 @@ from tools.progress import StepProgress
 from trainer.errors import MaskwrightError
 from trainer.node import make_die_with_parent
 
-_ROOT = Path(__file__).parents[2]
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -230,14 +228,13 @@ def in_own_processes(function: str, arguments: dict[str, Any], variables: Sequen
     Raises:
         MaskwrightError: when one of them fails, with what it said last; the others are then ended.
     """
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "tools.bench.own_process", function, json.dumps(arguments)]
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder, ExitStack() as stack:
         said = [(Path(folder, f"out-{number}"), Path(folder, f"err-{number}")) for number in range(len(variables))]
         processes = [
             subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONPATH": path, **own},
+                env={**os.environ, **own},
                 stdout=stack.enter_context(open(out, "w")),
                 stderr=stack.enter_context(open(err, "w")),
                 preexec_fn=make_die_with_parent(),  # whatever ends the benchmark, nobody measures on

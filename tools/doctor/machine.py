@@ -22,10 +22,10 @@ from packaging.version import Version
 from tools.doctor.lines import Line
 from tools.machine import cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
-from trainer.files import unique_name
+from trainer.files import shipped, unique_name
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pydantic", "tensorboard")
-CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"
+CONSTRAINTS = shipped("tools", "doctor/constraints.txt")
 LITTLE_SPACE, TOO_LITTLE_SPACE = 20 << 30, 1 << 30
 SMALL_SHARED_MEMORY = 512 << 20
 _PROBE_BYTES = 8 << 20
@@ -75,8 +75,8 @@ def check_versions() -> list[Line]:
 
 
 def _tested_versions() -> dict[str, Version]:
-    """Pins of constraints.txt, which an installation from a clone has."""
-    text = CONSTRAINTS.read_text(encoding="utf-8") if CONSTRAINTS.is_file() else ""
+    """Pins of constraints.txt."""
+    text = CONSTRAINTS.read_text(encoding="utf-8")
     return {name: Version(pin) for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)}
 
 

@@ -136,17 +136,25 @@ def _import_function(name: str, where: str) -> Callable[[str], Iterable[int]]:
 
 
 def _import_module(name: str, where: str) -> ModuleType:
-    """Import from the current folder or what is installed, as `python -m` would."""
+    """Import from what is installed, or from the current folder, whose files hide nothing that is installed."""
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(
             f"Cannot import the module '{name}': {type(error).__name__}: {error}{_place(error)}.",
             where=where,
             remedy="Give a module of the current folder or an installed one, as module:function.",
         ) from error
+    own = Path(*name.split(".")).with_suffix(".py")
+    if own.is_file() and module.__file__ and not own.samefile(module.__file__):
+        raise UserError(
+            f"The installed module '{name}' ({module.__file__}) hides the file '{own}' of the current folder.",
+            where=where,
+            remedy="Give the file a name that no installed module has.",
+        )
+    return module
 
 
 def _load_jieba() -> Segmenter:

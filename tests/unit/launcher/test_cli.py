@@ -88,6 +88,14 @@ def test_usage_errors_exit_2(arguments: tuple[str, ...]) -> None:
     assert_is_a_card(maskwright(*arguments), 2)
 
 
+def test_started_as_a_module_it_imports_nothing_else_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "my.yaml").write_text("{}")
+    command = [sys.executable, "-m", "launcher", "validate", "my.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("Please check: "), result
+
+
 def test_unknown_recipe_is_a_card() -> None:
     assert_is_a_card(maskwright("train", "nosuch"), 2, "nosuch", "remedy:")
 

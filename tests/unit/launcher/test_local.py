@@ -16,8 +16,10 @@ import pytest
 from launcher.local import core_count, launch
 
 PRELUDE = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
+from launcher.rank import ERROR_FILE_VARIABLE, ended_file
+atexit.register(ended_file(Path(os.environ[ERROR_FILE_VARIABLE])).touch)
 rank = int(os.environ["RANK"])
 here = Path(os.environ["TEST_FOLDER"])
 def report(error):
@@ -85,6 +87,11 @@ def wait_until_gone(pids: list[int], timeout_s: float = 5.0) -> None:
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((75, 75), 75), ((0, 75), 75), ((0, 3), 3), ((75, 4), 4)])
 def test_exit_codes_of_the_ranks_make_one(folder: Path, codes: tuple[int, int], expected: int) -> None:
     assert launch_script(folder, f"sys.exit({codes!r}[rank])") == expected
+
+
+def test_exit_code_0_without_the_work_done_is_a_failure(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_script(folder, "os._exit(0) if rank else None") == 1
+    assert "rank 1 ended with exit code 0 and left no report" in capfd.readouterr().err
 
 
 def test_ranks_get_the_variables_of_torch_distributed(folder: Path) -> None:

@@ -136,6 +136,12 @@ def test_a_tokenizer_that_knows_no_words_is_refused(pre_tokenizer) -> None:
     StartSettings(words="tokenizer").check(tokenizer)
 
 
+def test_files_of_the_current_folder_hide_nothing_that_is_installed(own_module: Path) -> None:
+    own_module.with_name("colorsys.py").write_text("raise SystemExit(0)\n")  # also a module of Python
+    with pytest.raises(UserError, match=r"The installed module 'colorsys' .* hides the file 'colorsys.py'"):
+        word_segmenter("colorsys:starts")
+
+
 def test_jieba_not_installed_is_said_with_the_command(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "jieba", None)  # what an import finds when there is none
     with pytest.raises(UserError, match="need the package jieba, which is not installed") as caught:
