@@ -23,7 +23,7 @@ Point = tuple[tuple[str, str], ...]
 """Steps (kind, regular expression) that are met one after the other; the fault strikes at the last one.
 
 kind: `read` or `write` (a file is opened; the path), `rename` ("old -> new"), `mkdir`, `remove` (the path), each before
-it happens; `unpickle`: an object of a class (its full name) is read; `closed`: the file of the step before is closed.
+it happens; `list`: the names in a folder are read; `closed`: the file of the step before is closed.
 """
 
 FULL_AT_BYTES = 20_000
@@ -177,8 +177,8 @@ def _describe(event: str, arguments: tuple) -> tuple[str, str] | None:
         return "write" if flags & (os.O_WRONLY | os.O_RDWR) else "read", os.fsdecode(path) if _is_path(path) else ""
     if event == "os.rename":
         return "rename", f"{os.fspath(arguments[0])} -> {os.fspath(arguments[1])}"
-    if event == "pickle.find_class":
-        return "unpickle", ".".join(arguments)
+    if event == "os.listdir":
+        return "list", os.fsdecode(arguments[0]) if _is_path(arguments[0]) else ""
     if event in ("os.mkdir", "os.remove"):
         return event.removeprefix("os."), os.fspath(arguments[0])
     return None

@@ -104,8 +104,8 @@ RUN_FOLDER = """\
 A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
 `config.yaml` (the run config),
 `probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A
-folder without a valid manifest is not a checkpoint. The `.pt` files are pickles: load checkpoints only from people you
-trust.
+folder without a valid manifest is not a checkpoint. The `.pt` files are pickles; they are read as tensors, numbers and
+text alone, and nothing in them is run.
 """
 
 

@@ -149,7 +149,8 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
 
     with _quiet():
         files = ZeroFiles(folder)
-        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder / MODEL_FOLDER))
+        config = AutoConfig.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
+        model = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
         model.tie_weights()
     _fill(model, files)
     not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
@@ -211,7 +212,7 @@ def _write(model: Any, folder: Path, temporary: Path, max_shard_size: str) -> No
 
     with _quiet():
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(folder / MODEL_FOLDER).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False).save_pretrained(temporary)
 
 
 def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, before: torch.Tensor) -> float:
@@ -219,7 +220,9 @@ def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, bef
     from transformers import AutoModelForMaskedLM
 
     with _quiet():
-        loaded, report = AutoModelForMaskedLM.from_pretrained(temporary, output_loading_info=True, dtype=torch.float32)
+        loaded, report = AutoModelForMaskedLM.from_pretrained(
+            temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:
         raise DamagedError(

@@ -268,19 +268,24 @@ class TrainingEngine:
         """This rank's share of master weights and optimizer state."""
         return Partitions(self.module, self._engine.optimizer, self.stage, self.world.rank)
 
-    def set_progress(self, buffers: dict[str, torch.Tensor], counters: dict[str, int], loss_scaler: Any) -> None:
+    def set_progress(
+        self, buffers: dict[str, torch.Tensor], counters: dict[str, int], loss_scaler: dict[str, Any]
+    ) -> None:
         """Take over what a checkpoint holds beside weights and optimizer state.
 
         Args:
-            loss_scaler: DeepSpeed's of an fp16 run; used if this one is in fp16 as well.
+            loss_scaler: values of DeepSpeed's, by attribute; used if both runs are in fp16 with the same kind of scale,
+                static or dynamic.
         """
         own = dict(self.module.named_buffers())
         for name, value in buffers.items():
             own[name].copy_(value)
         for name, value in counters.items():
             setattr(self._engine, name, value)
-        if self._engine.fp16_enabled() and type(loss_scaler) is type(self._engine.optimizer.loss_scaler):
-            self._engine.optimizer.loss_scaler = loss_scaler
+        own_scaler = vars(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else {}
+        if own_scaler and loss_scaler.get("dynamic") == own_scaler["dynamic"]:
+            numbers = {name: value for name, value in loss_scaler.items() if isinstance(value, (int, float))}
+            own_scaler.update(numbers)
 
     def refresh_forward_weights(self) -> None:
         """Let the forward pass see master weights that were written from outside; a collective."""

@@ -75,7 +75,7 @@ def test_fault_14_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_u
     AutoModelForMaskedLM.from_pretrained(output)
 
 
-RESTORING: Point = (("read", r"_optim_states\.pt$"), ("unpickle", r"^torch\._utils\._rebuild_tensor"))
+RESTORING: Point = (("list", r"checkpoints/step-\d+$"), ("read", r"_optim_states\.pt$"))  # hashing lists no folder
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -176,7 +176,7 @@ def run_datasets_map(inputs: list[str], tokenizer: str, scratch: str) -> Measure
     found = find_inputs(inputs)
     files = [file.path for file in found.files]
     options: dict[str, Any] = {"sample_by": "paragraph"} if found.format == "text" else {}
-    fast = AutoTokenizer.from_pretrained(tokenizer)
+    fast = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     fast.model_max_length = 1 << 40  # no warning for documents longer than the model: they are cut into blocks
     datasets.disable_progress_bars()
 

@@ -1,8 +1,8 @@
 """Read the files of a ZeRO checkpoint by parameter, whatever stage and number of ranks wrote them.
 
 Each optimizer file holds flat tensors in which fragments of parameters lie end to end. The index says where; the
-files are mapped into memory, so that reading a fragment touches its own bytes and no others. They are pickles of
-torch: only checkpoints that are trusted may be opened.
+files are mapped into memory, so that reading a fragment touches its own bytes and no others, and they are opened
+without running anything that may be in them (`safe_load`).
 
     stage 0     one file, parameters whole
     stage 1, 2  a file a rank; DeepSpeed records the places, and a parameter's fragments lie in the order of the ranks
@@ -12,18 +12,21 @@ torch: only checkpoints that are trusted may be opened.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+from trainer.checkpoint.safe_load import LossScalerState, load_without_code
 from trainer.errors import DamagedError
 from trainer.partitions import MOMENTS, PARAMETER_NAMES, WEIGHT
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_SHOWN_CHARACTERS = 200
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
@@ -50,7 +53,21 @@ class _Opened:
 
     flats: list[dict[str, torch.Tensor]]
     steps: list[float]
-    loss_scaler: Any = None
+    loss_scaler: LossScalerState | None = None
+
+
+def _explained(method: _Method) -> _Method:
+    """Let a method raise DamagedError where a file does not hold what DeepSpeed writes into it."""
+
+    @wraps(method)
+    def explained(self: ZeroFiles, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"[:_SHOWN_CHARACTERS]
+            raise self._unreadable(f"its files do not hold what DeepSpeed writes ({problem})") from error
+
+    return cast(_Method, explained)
 
 
 class ZeroFiles:
@@ -83,6 +100,7 @@ class ZeroFiles:
         return max(1, len(self._optimizer_files))
 
     @cached_property
+    @_explained
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of each trained parameter."""
         if self.stage == 0:
@@ -91,25 +109,30 @@ class ZeroFiles:
         return {name: torch.Size(shape) for group in self._model_state["param_shapes"] for name, shape in group.items()}
 
     @property
+    @_explained
     def buffers(self) -> dict[str, torch.Tensor]:
         """Tensors of the module's state that are not trained, such as running statistics."""
         return {name: self._model_state["module"][name] for name in self._model_state["buffer_names"]}
 
     @property
-    def loss_scaler(self) -> Any:
-        """DeepSpeed's loss scaler, None where there was none."""
-        return self._open(0).loss_scaler
+    @_explained
+    def loss_scaler(self) -> dict[str, Any]:
+        """The values of DeepSpeed's loss scaler, by attribute; none where there was none."""
+        return vars(self._open(0).loss_scaler or LossScalerState())
 
     @property
+    @_explained
     def counters(self) -> dict[str, int]:
         """DeepSpeed's own counters."""
         return {name: self._model_state[name] for name in ("global_steps", "global_samples", "skipped_steps")}
 
     @property
+    @_explained
     def adam_step(self) -> float:
         """Number of updates that AdamW has made; 0 when there was none."""
         return max(self._open(0).steps, default=0.0)
 
+    @_explained
     def index(self, rank: int) -> list[Place]:
         """Where the fragments in a rank's file lie; `begin` of stages 1 and 2 is found when all are put together."""
         if self.stage == 0:
@@ -125,6 +148,7 @@ class ZeroFiles:
         ]
 
     @torch.no_grad()
+    @_explained
     def read_into(self, name: str, begin: int, target: torch.Tensor, kind: str = WEIGHT) -> None:
         """Copy elements [begin, begin + n) of a flattened parameter, or of one of its moments, to `target` [n].
 
@@ -219,10 +243,10 @@ class ZeroFiles:
 
     def _load(self, path: Path) -> dict[str, Any]:
         try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+            return load_without_code(path)
         except FileNotFoundError:
             raise self._unreadable(f"{path.name} is missing") from None
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        except ValueError as error:
             raise self._unreadable(f"{path.name}: {error}") from error
 
     def _unreadable(self, problem: str) -> DamagedError:

@@ -58,7 +58,9 @@ def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTraine
             remedy="Train one with `maskwright tokenizer train --input TEXT --output DIR`, or correct the path.",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if local else str(folder), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if local else str(folder), use_fast=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own for a bad folder
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

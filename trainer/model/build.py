@@ -125,7 +125,13 @@ def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str
     name = str(Path(source).expanduser()) if is_local(source) else source
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            name, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+            name,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
+            weights_only=True,
         )
     except Exception as error:  # OSError, RuntimeError, SafetensorError, ...: whatever the file makes them say
         raise UserError(
