@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.command import write_result
 from launcher.environment import find_membership, hosts
 from trainer.errors import EXIT_FINISHED, UserError
 from trainer.node import node_name
+from trainer.paths import user_path
 from trainer.rendezvous import LOCALHOST, free_port
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def examine_in_job(run: str, as_json: bool, answer_s: float) -> int:
     """Check this node together with the others of its job; the first one prints, and has the exit code of all."""
     from tools.doctor.job import examine_job
 
-    report = examine_job(Path(run).expanduser(), find_place(os.environ), answer_s)
+    report = examine_job(user_path(run, "--job"), find_place(os.environ), answer_s)
     if report is None:
         return EXIT_FINISHED
     write_result(report, as_json)

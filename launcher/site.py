@@ -7,14 +7,17 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from trainer.config_base import Section
+from trainer.config_base import Line, Section
 from trainer.config_file import read_mapping, validate_section
 from trainer.errors import UserError
 from trainer.files import shipped
+from trainer.paths import user_path
+from trainer.plain_text import has_control
 
 SLURM_FOLDER = shipped("launcher", "slurm")
 EXAMPLE = SLURM_FOLDER / "site.example.yaml"
@@ -26,13 +29,32 @@ _OF_EACH_START = ("MASTER_ADDR", "OMP_NUM_THREADS", "SLURM_JOB_END_TIME")
 SbatchOptions = dict[str, str | int | bool | None]
 
 
+def _shell_words(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:  # a quote that is not closed
+        message = "Input should be words as a shell reads them: {reason}"
+        raise PydanticCustomError("shell_words", message, {"reason": str(error)}) from None
+    return text
+
+
+def _lines(value: Any) -> Any:
+    if isinstance(value, str) and has_control(value.replace("\n", "").replace("\t", "")):
+        raise PydanticCustomError("lines", "Input should have no control characters but line ends and tabs")
+    return value
+
+
+ShellLines = Annotated[str, AfterValidator(_lines)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class Container(Section):
     runtime: Literal["pyxis", "apptainer"]
     """pyxis is a plugin of srun; apptainer a command that runs in each task."""
-    image: str
-    mounts: list[str] = Field(default_factory=list)
+    image: Line
+    mounts: list[Line] = Field(default_factory=list)
     """PATH, or PATH:PATH_INSIDE."""
-    options: list[str] = Field(default_factory=list)
+    options: list[Line] = Field(default_factory=list)
     """More options, of srun for pyxis, of `apptainer exec` for apptainer."""
 
 
@@ -41,13 +63,13 @@ class Site(Section):
     """Options of sbatch by name without dashes."""
     convert: SbatchOptions = Field(default_factory=dict)
     """The same for the job that converts, on top of `sbatch`; null takes one away."""
-    setup: str = ""
+    setup: ShellLines = ""
     """Shell lines that run in the job first."""
-    environment: dict[str, str | int] = Field(default_factory=dict)
+    environment: dict[VariableName, ShellLines | int] = Field(default_factory=dict)
     """Variables for the ranks."""
-    command: str | None = None
+    command: Annotated[Line, AfterValidator(_shell_words)] | None = None
     """Words that start maskwright in a job. Default: the one that submits, `maskwright` in a container."""
-    srun: list[str] = Field(default_factory=list)
+    srun: list[Line] = Field(default_factory=list)
     """More options of srun."""
     requeue: bool = True
     """Whether jobs may be requeued."""
@@ -105,7 +127,7 @@ def find_site(given: str | None, environ: Mapping[str, str]) -> tuple[Site, Path
     """
     path = DEFAULT_SITE
     if given or environ.get(SITE_VARIABLE):
-        path = Path(given or environ[SITE_VARIABLE]).expanduser()
+        path = user_path(given or environ[SITE_VARIABLE], "--site" if given else SITE_VARIABLE)
         if not path.is_file():
             where = f"--site {path}" if given else f"{SITE_VARIABLE}={path}"
             raise UserError(

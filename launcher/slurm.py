@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from trainer.errors import UserError
 
 _TIMEOUT_S = 120
+_N = "([0-9]{1,9})"
+_TIME = re.compile(f"(?:{_N}-{_N}(?::{_N}(?::{_N})?)?)|(?:{_N}(?::{_N}(?::{_N})?)?)")
 
 
 def require_sbatch() -> None:
@@ -47,17 +49,23 @@ def sbatch(*arguments: str) -> int:
             where=" ".join(["sbatch", *arguments]),
             remedy="Correct the options; `sinfo` lists partitions and nodes, and --dry-run shows the script.",
         )
-    return int(result.stdout.strip().partition(";")[0])
+    number = result.stdout.strip().partition(";")[0]
+    if not re.fullmatch(r"[0-9]{1,18}", number):
+        raise UserError(
+            f"sbatch answered with no job number: '{result.stdout.strip()}'",
+            where=" ".join(["sbatch", *arguments]),
+            remedy="See with `squeue --me` whether the job is queued.",
+        )
+    return int(number)
 
 
 def queued_jobs() -> dict[int, str]:
     """This user's jobs that have not ended, with their states; empty where SLURM does not answer."""
     try:
         result = _run(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %T"])
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, KeyError, subprocess.TimeoutExpired):  # KeyError: a user without a name
         return {}
-    found = (line.split() for line in result.stdout.splitlines())
-    return {int(job): state for job, state in found}
+    return {int(job): state for job, state in re.findall(r"^ *([0-9]{1,18}) +(\S+) *$", result.stdout, re.MULTILINE)}
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -72,7 +80,7 @@ def parse_time(text: str) -> int | None:
     """
     if text.upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?)|(?:(\d+)(?::(\d+)(?::(\d+))?)?)", text)
+    match = _TIME.fullmatch(text)
     if match is None:
         raise UserError(
             f"'{text}' is no time limit.",

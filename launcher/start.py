@@ -16,6 +16,7 @@ from launcher.rank import hold_stop_signals, report_and_end, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.errors import UserError
+from trainer.paths import user_path
 from trainer.rendezvous import LISTENER_VARIABLE, listen
 
 DEFAULT_MASTER_PORT = 29500  # torchrun's
@@ -150,7 +151,7 @@ def _train_here(
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:
     """The run folder; None for a dry run, which leaves nothing behind."""
-    return None if dry_run else Path(config.run.dir).expanduser()
+    return None if dry_run else user_path(config.run.dir, "run.dir")
 
 
 def _rank_command(config_source: str, overrides: Sequence[str], resume: str, dry_run: bool) -> list[str]:

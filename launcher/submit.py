@@ -10,15 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
-from launcher.job_script import Options, assign, render, template_options
+from launcher.job_script import Options, assign, literal, render, template_options
 from launcher.site import SLURM_FOLDER, Site, find_site
 from launcher.slurm import parse_time, queued_jobs, require_sbatch, sbatch
 from trainer.config import Config
 from trainer.config_file import dump_config, load_config
 from trainer.errors import UserError, cannot_write
 from trainer.files import replace_synced
+from trainer.paths import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,12 +93,12 @@ class Submission:
 
 
 def _gpu_count(text: str) -> int:
-    count = text.rpartition(":")[2]
-    if not count.isdecimal():
+    match = re.fullmatch(r"(?:[A-Za-z0-9_.-]+:)?([0-9]{1,4})", text)
+    if match is None:
         raise UserError(
             f"'{text}' is no number of GPUs.", where="--gpus-per-node", remedy="Write 8, or TYPE:8 as in h100:8."
         )
-    return int(count)
+    return int(match[1])
 
 
 def submit(asked: Submission, console: Console) -> None:
@@ -134,8 +136,12 @@ class _Jobs:
 
     def __init__(self, asked: Submission, config: Config, site: Site) -> None:
         self.asked, self.config, self.site = asked, config, site
-        self.run_dir = Path(os.path.abspath(Path(config.run.dir).expanduser()))  # keeps symbolic links
+        self.run_dir = Path(os.path.abspath(user_path(config.run.dir, "run.dir")))  # keeps symbolic links
+        if "\\" in str(self.run_dir):
+            problem = "A backslash in --output of sbatch turns off its patterns, so the log would have no job number."
+            raise UserError(problem, where=f"run.dir={config.run.dir}", remedy="Give a run.dir without a backslash.")
         self.folder = self.run_dir / "slurm"
+        self.logs = self.run_dir / "logs"
         self.script, self.conversion = self.folder / "train.sbatch", self.folder / "convert.sbatch"
         self.model = self.run_dir / "model"
         # Of this run alone: a chain goes by its name.
@@ -206,7 +212,7 @@ class _Jobs:
         ]
         comment = (
             f"Written by `maskwright submit` for {self.run_dir}.",
-            f"To submit it again, from anywhere: sbatch {self.script}",
+            f"To submit it again, from anywhere: sbatch {quote(str(self.script))}",
         )
         return render(_template("train"), comment, self._options(), asked.more_sbatch, settings)
 
@@ -241,7 +247,7 @@ class _Jobs:
         for path, text in scripts.items():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (self.run_dir / "logs").mkdir(exist_ok=True)
+                self.logs.mkdir(exist_ok=True)
                 replace_synced(path, text.encode())
             except OSError as error:
                 raise cannot_write(path, self.run_dir, error) from None
@@ -268,17 +274,17 @@ class _Jobs:
 
     def describe(self, numbers: list[int], conversion: int | None, ranks: str) -> list[str]:
         """What has been submitted, and how to follow and to end it."""
-        run_dir, first = self.config.run.dir, numbers[0]
+        run_dir, first = str(user_path(self.config.run.dir, "run.dir")), numbers[0]
         several = f"; {', '.join(map(str, numbers[1:]))} go on after it" if len(numbers) > 1 else ""
         lines = [f"submitted job {first}: {ranks}{several}"]
         if conversion is not None:
             lines.append(f"and job {conversion}, which converts the finished run to {self.model}")
         rows = {
             "run folder": run_dir,
-            "script": f"{self.script} (sbatch it to submit the run again)",
-            "log": f"tail -F {self._log.replace('%j', str(first))}",
-            "status": f"maskwright status {run_dir}",
-            "TensorBoard": f"tensorboard --logdir {run_dir}/tensorboard",
+            "script": f"{quote(str(self.script))} (sbatch it to submit the run again)",
+            "log": f"tail -F {quote(str(self.logs / f'slurm-{first}.log'))}",
+            "status": f"maskwright status {quote(run_dir)}",
+            "TensorBoard": f"tensorboard --logdir {quote(f'{run_dir}/tensorboard')}",
             "save and stop": f"scancel --batch --signal=INT {first}",
             "stop at once": f"scancel --name={self.name}",
         }
@@ -286,7 +292,7 @@ class _Jobs:
 
     @property
     def _log(self) -> str:
-        return str(self.run_dir / "logs" / "slurm-%j.log")
+        return literal(str(self.logs)) + "/slurm-%j.log"
 
     def _options(self) -> Options:
         asked = self.asked

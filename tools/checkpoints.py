@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
 from trainer.checkpoint.find import Candidate, candidates, faults_of, listing
 from trainer.errors import DamagedError, UserError
+from trainer.paths import real_path, user_path
 
 _SHAPE = ("world_size", "stage", "precision")
 
@@ -72,10 +72,10 @@ def _show(progress: ReadProgress, before: int, done: int) -> None:
 
 
 def _candidates(run: str) -> list[Candidate]:
-    path = Path(run).expanduser()
-    if path.resolve().name.startswith("step-") and path.is_dir():
-        beside = candidates(path.resolve().parent.parent)
-        found = [candidate for candidate in beside if candidate.folder.name == path.resolve().name]
+    path = user_path(run)
+    if real_path(path).name.startswith("step-") and path.is_dir():
+        beside = candidates(real_path(path).parent.parent)
+        found = [candidate for candidate in beside if candidate.folder.name == real_path(path).name]
     else:
         found = candidates(path)
     if not found:

@@ -31,6 +31,7 @@ from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
 from trainer.files import sync_files, sync_folder
+from trainer.paths import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels
@@ -56,8 +57,8 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
         UserError: no such checkpoint, unknown dtype, or an output folder that is not empty.
         DamagedError: the checkpoint is damaged, or the logits do not agree.
     """
-    target = Path(output).expanduser()
-    _check_arguments(target, dtype, max_shard_size)
+    _check_arguments(dtype, max_shard_size)
+    target = new_folder(output)
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     _remove_leftovers(target)
@@ -124,23 +125,13 @@ def _full_disk_explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_arguments(target: Path, dtype: str, max_shard_size: str) -> None:
+def _check_arguments(dtype: str, max_shard_size: str) -> None:
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", max_shard_size.upper()):
         raise UserError(
             f"Not a size: '{max_shard_size}'.", where=f"--max-shard-size {max_shard_size}", remedy="Write 5GB or 500MB."
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot create '{target.parent}': {error.strerror}.", where=f"--output {target}", remedy="Choose another."
-        ) from None
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'.", where=f"--dtype {dtype}", remedy=f"One of {', '.join(DTYPES)}.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(
-            f"'{target}' exists already.", where=f"--output {target}", remedy="Choose another or remove it."
-        )
 
 
 def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
+from trainer.paths import real_path, user_path
 from trainer.tracking.jsonl import read_lines
 
 MARKER = ".maskwright-demo"
@@ -35,7 +36,7 @@ SENTENCES = (
 def run_demo(directory: str | None, console: Console) -> None:
     """Corpus → tokenizer → shards → training, interrupted and resumed → Hugging Face model → filled masks."""
     started = time.monotonic()
-    folder = _fresh_folder(Path(directory or "demo"))
+    folder = _fresh_folder(user_path("demo" if directory is None else directory, "--dir"))
     console.rule("1. Text: the documentation of the installed Python packages")
     from tools.sample_corpus import write_corpus
 
@@ -70,7 +71,7 @@ def _fresh_folder(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text("made by `maskwright demo`; cleared by the next one\n")
-    return folder.resolve()
+    return real_path(folder)
 
 
 def _maskwright(console: Console, folder: Path, arguments: str, interrupt_at_step: int | None = None) -> None:

@@ -43,6 +43,7 @@ from trainer.data.start_planes import (
 )
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
+from trainer.paths import real_path, user_path
 
 BLOCK_TOKENS = 510  # seq_len 512 without its two special tokens
 BLOCKS_SHOWN = 3
@@ -128,11 +129,11 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
 
 def _data_sets(folder: str | Path) -> dict[str, Path]:
     """The data set in a folder, or its splits."""
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     inner = {name: path / name for name in SPLITS if (path / name / MANIFEST).is_file()}
     if (path / MANIFEST).is_file() or not inner:
         read_manifest(path)  # says what is wrong when it is none
-        return {path.resolve().name: path}
+        return {real_path(path).name: path}
     return inner
 
 
@@ -238,7 +239,7 @@ def _shards_of(data: ShardSet, start: int, length: int) -> Iterator[tuple[ShardE
 
 def tokenizer_folder(data_set: Path) -> Path | None:
     """The copy of the tokenizer that `prepare` keeps in the data set or, for a split, beside it."""
-    for folder in (data_set / TOKENIZER_FOLDER, data_set.resolve().parent / TOKENIZER_FOLDER):
+    for folder in (data_set / TOKENIZER_FOLDER, real_path(data_set).parent / TOKENIZER_FOLDER):
         if folder.is_dir():
             return folder
     return None

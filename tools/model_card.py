@@ -12,6 +12,7 @@ from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.config import BatchConfig, DataConfig
 from trainer.data.mixture import mixture_order
 from trainer.data.order_changes import phases_of
+from trainer.paths import real_path
 from trainer.phases import lay_out, tokens_before
 from trainer.state import TrainState
 from trainer.tracking.jsonl import read_lines
@@ -21,7 +22,7 @@ CURVE_POINTS = 12
 
 def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
-    run_dir = checkpoint.resolve().parent.parent
+    run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None

@@ -17,6 +17,7 @@ from rich.live import Live
 from trainer.errors import UserError
 from trainer.liveness.heartbeat import Heartbeat, read_heartbeats
 from trainer.node import has_process
+from trainer.paths import user_path
 from trainer.tracking.jsonl import read_last
 from trainer.tracking.status import ENDED, Status, read_status
 
@@ -113,7 +114,7 @@ def look_at(run: str) -> RunView:
     Raises:
         UserError: when there is no run in it.
     """
-    run_dir = Path(run).expanduser()
+    run_dir = user_path(run)
     if not any((run_dir / name).exists() for name in ("status.json", "metrics.jsonl", "config.yaml", "checkpoints")):
         raise UserError(
             f"There is no run in '{run_dir}'.", where=run, remedy="Give a run folder: the run.dir of a run's config."

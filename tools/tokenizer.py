@@ -23,6 +23,7 @@ from tools.prepare.progress import ReadProgress
 from tools.prepare.readers import ReadSettings, read_documents
 from trainer.errors import UserError, nearest
 from trainer.files import sync_folder
+from trainer.paths import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,8 +70,8 @@ def train_tokenizer(
         UserError: for an empty input, a vocabulary too small for its characters, and an output that holds something.
     """
     console = console or Console(markup=False)
-    folder = Path(output).expanduser()
-    _check(folder, kind, vocabulary_size)
+    _check(kind, vocabulary_size)
+    folder = new_folder(output)
     found = find_inputs(inputs)
     documents = resolve_documents(None, found.format)
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +87,7 @@ def train_tokenizer(
     return folder
 
 
-def _check(folder: Path, kind: str, vocabulary_size: int) -> None:
+def _check(kind: str, vocabulary_size: int) -> None:
     if kind not in KINDS:
         raise UserError(
             f"Unknown type of tokenizer '{kind}'.{nearest(kind, KINDS)}",
@@ -99,20 +100,6 @@ def _check(folder: Path, kind: str, vocabulary_size: int) -> None:
             f"A {kind} vocabulary needs at least {smallest} tokens, got {vocabulary_size}.",
             where=f"--vocab-size {vocabulary_size}",
             remedy="RoBERTa has 50265, BERT 30522.",
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot create '{folder.parent}': {error.strerror}.",
-            where=f"--output {folder}",
-            remedy="Choose another --output.",
-        ) from None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"The output '{folder}' already holds something.",
-            where=str(folder),
-            remedy="Choose an --output that is new or empty, or delete it.",
         )
 
 
@@ -232,7 +219,6 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write to a temporary folder, then rename: the output is whole or not there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(str(temporary))

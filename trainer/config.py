@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trainer.config_base import Fraction, PositiveInt, Section
+from trainer.config_base import Fraction, Line, Name, PositiveInt, Section
 from trainer.errors import nearest
 
 
 class RunConfig(Section):
-    name: str = "run"
+    name: Name = "run"
     """Shown in the first line and in the model card."""
-    dir: str
+    dir: Line
     """The run folder: checkpoints, metrics, logs. Also what `--resume auto` looks into."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the weights, the data order, the masks and the dropout."""
@@ -42,13 +42,13 @@ def _compile_mode(value: Any) -> Any:
 
 
 class ModelConfig(Section):
-    preset: str | None = None
+    preset: Line | None = None
     """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
-    config: str | None = None
+    config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
-    from_pretrained: str | None = None
+    from_pretrained: Line | None = None
     """A Hugging Face checkpoint folder or hub name whose weights training continues from."""
-    tokenizer: str | None = None
+    tokenizer: Line | None = None
     """Tokenizer folder. Default: the one inside `from_pretrained`."""
     overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
@@ -80,9 +80,9 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str
+    path: Line
     """A folder that `maskwright prepare` wrote; or raw text: a file, a folder or a glob, prepared on first use."""
-    name: str | None = None
+    name: Name | None = None
     """What metrics and stages call it. Default: the last part of `path`."""
     weight: Annotated[float, Field(ge=0.0)] | None = None
     """Share of this source in the mixture, relative to the other weights. Default: 1, or from `data.temperature`."""
@@ -105,7 +105,7 @@ class TextConfig(Section):
     """What a document is. Default: paragraph for text, row for the other formats."""
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
-    cache: str | None = None
+    cache: Line | None = None
     """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
 
 
@@ -134,7 +134,7 @@ class PhaseConfig(Section):
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
     """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
-    validation: str | None = None
+    validation: Line | None = None
     """Held-out folder. Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
     """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
@@ -410,7 +410,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
-    deepspeed: str = "zero1"
+    deepspeed: Line = "zero1"
     """A preset in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()

@@ -6,11 +6,26 @@ import typing
 from types import UnionType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from trainer.plain_text import has_control
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _one_line(text: str) -> str:
+    """Refuse what opens a new line in a job script or moves a terminal's cursor, and a text without a character."""
+    if not text.strip() or has_control(text):
+        raise PydanticCustomError("one_line", "Input should be one line of text without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+"""A name or a path."""
+Name = Annotated[Line, Field(max_length=200)]
 
 
 class Section(BaseModel):

@@ -7,20 +7,23 @@ recipe or another file, and `a.b=c` on the command line overrides.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
 from trainer.config_base import keys_of, section_in
 from trainer.errors import UserError, nearest
 from trainer.files import shipped
+from trainer.paths import check_reachable, expanded, real_path
+from trainer.plain_text import shorten
+from trainer.user_files import parse_yaml, read_yaml, to_yaml
 
 RECIPES = shipped("trainer", "recipes")
+_MOST_LEVELS = 16
+_PROBLEMS_SHOWN = 5
 _MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
 _SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig, "phases": PhaseConfig}
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -53,7 +56,7 @@ def validate_section(section: type[SectionType], raw: Any, source: str, describe
 
 def dump_config(config: Config) -> str:
     """The config as YAML, every default spelled out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def recipe_names() -> list[str]:
@@ -62,10 +65,12 @@ def recipe_names() -> list[str]:
 
 def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
     """The file behind a recipe name or a path (looked up beside `relative_to` first)."""
+    where = "extends" if relative_to else ""
+    given = expanded(source, where)
     for base in ([relative_to] if relative_to else []) + [Path()]:
-        path = base / Path(source).expanduser()
-        if path.is_file():
-            return path
+        check_reachable(base / given, source, where)
+        if (base / given).is_file():
+            return base / given
     if (RECIPES / f"{source}.yaml").is_file():
         return RECIPES / f"{source}.yaml"
     names = recipe_names()
@@ -77,7 +82,7 @@ def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+    path = real_path(path)
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise UserError(f"`extends` goes round in a circle: {chain}.", where=str(path), remedy="Break the circle.")
@@ -85,7 +90,11 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    base = _read_with_parents(find_config(str(parent), relative_to=path.parent), (*seen, path))
+    if not isinstance(parent, str):
+        remedy = "Write one name: `extends: roberta-base`."
+        problem = f"`extends` is the name of one file or recipe, got {shorten(repr(parent))}."
+        raise UserError(problem, where=str(path), remedy=remedy)
+    base = _read_with_parents(find_config(parent, relative_to=path.parent), (*seen, path))
     return _merge(base, raw)
 
 
@@ -93,12 +102,9 @@ def read_mapping(path: Path, example: str) -> dict[str, Any]:
     """A YAML file that holds a mapping, or nothing.
 
     Raises:
-        UserError: when it does not; `example` is a file that does.
+        UserError: when it does not, or cannot be read; `example` is a file that does.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"Not valid YAML: {error}", where=str(path), remedy="Correct the file.") from None
+    raw = read_yaml(path)
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError("A config is a mapping of sections.", where=str(path), remedy=f"See {example}.")
@@ -139,11 +145,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             where=override,
             remedy="Write section.key=value, as in batch.micro_size=4.",
         )
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"Not a YAML value: {error}", where=override, remedy="Quote the value.") from None
+    value = parse_yaml(text, override, "Quote the value.")
     parts = key.split(".")
+    if len(parts) > _MOST_LEVELS:
+        problem = f"No key has {len(parts):,} levels."
+        raise UserError(problem, where=override, remedy="Write section.key=value, as in batch.micro_size=4.")
     for section, names in _ALTERNATIVES:
         if parts[0] == section and parts[-1] in names and len(parts) == 2 and value is not None:
             for name in names:
@@ -157,27 +163,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place[parts[-1]] = value
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 6e-4 as a number (YAML 1.1 alone takes it for a string)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, described_in: str) -> UserError:
     problems, keys = [], []
-    for item in error.errors():
-        path = [str(part) for part in item["loc"]]
+    found = error.errors(include_url=False)
+    for item in found[:_PROBLEMS_SHOWN]:
+        path = [shorten(str(part)) for part in item["loc"]]
         key = ".".join(path)
         keys.append(key)
         if key in _MOVED:
@@ -193,12 +183,21 @@ def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, d
             problems.append(f"{subject} {item['msg'].removeprefix('Value error, ')}.")
         else:
             message = item["msg"].replace("Input should be", "must be", 1)
-            problems.append(f"Key '{key}' {message}, got {item['input']!r}.")
+            problems.append(f"Key '{key}' {message}, got {_shown(item)}.")
+    if len(found) > _PROBLEMS_SHOWN:
+        problems.append(f"And {len(found) - _PROBLEMS_SHOWN:,} more.")
     return UserError(
         " ".join(dict.fromkeys(problems)),
         where=", ".join(dict.fromkeys(filter(None, keys))) or source,
         remedy=f"Correct it in {source} or on the command line; every key is described in {described_in}.",
     )
+
+
+def _shown(item: Any) -> str:
+    """The value that does not fit; a number where a text is due says how a text is written."""
+    value = item["input"]
+    quote = item["type"] == "string_type" and isinstance(value, bool | int | float)
+    return shorten(repr(value)) + (" (a text in YAML if it stands in quotes)" if quote else "")
 
 
 def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:

@@ -7,14 +7,14 @@ in a preset. No deepspeed import: `maskwright validate` uses this on a login nod
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.errors import UserError, nearest
 from trainer.files import shipped
+from trainer.paths import user_path
+from trainer.user_files import read_json
 
 PRESETS = shipped("trainer", "ds_configs")
 
@@ -114,7 +114,7 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
     Raises:
         UserError: for an unknown preset, bad JSON, an unknown key, or a key that our config owns.
     """
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path, "deepspeed")
     if not path.is_file():
         path = PRESETS / f"{name_or_path}.json"
     if not path.is_file():
@@ -124,10 +124,7 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
             where=f"deepspeed={name_or_path}",
             remedy=f"Give the path of a JSON file or one of the presets: {', '.join(names)}.",
         )
-    try:
-        preset = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"Not valid JSON: {error}", where=str(path), remedy="Correct the file.") from None
+    preset = read_json(path)
     check_preset(preset, str(path))
     return preset
 

@@ -105,19 +105,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def is_local(name: str | Path) -> bool:
-    """Whether the name of a Hugging Face folder means a path on this machine, and not a name on the hub.
-
-    `org/name` is a hub name unless there is a folder `org` here: a mistyped path then fails at once, instead of
-    after the hub's retries.
-    """
-    path, text = Path(name).expanduser(), str(name)
-    return (
-        path.is_absolute()
-        or text.startswith((".", "~"))
-        or text.count("/") > 1
-        or path.exists()
-        or ("/" in text and path.parent.is_dir())
-    )

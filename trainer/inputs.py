@@ -29,6 +29,7 @@ from trainer.description import describe_run
 from trainer.errors import UserError
 from trainer.model.build import build_config
 from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.paths import real_path, user_path
 from trainer.phases import Phases, lay_out, with_micro_size
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
@@ -220,7 +221,7 @@ def _tokenizer(config: Config) -> tuple[str, Any]:
 
 def tokenizer_source(config: Config) -> str:
     """Folder or hub name of the tokenizer."""
-    folder = config.model.tokenizer or config.model.from_pretrained
+    folder = config.model.from_pretrained if config.model.tokenizer is None else config.model.tokenizer
     assert folder is not None
     return folder
 
@@ -272,8 +273,8 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
 def _open_validation(config: Config, objective: MaskedLanguageModelling, opener: _ShardOpener) -> ShardSet | None:
     if config.data.validation is None or config.eval.every_steps is None:
         return None
-    folder = opener.folder(config.data.validation, "validation").resolve()
-    if folder in [opener.folder(source.path, "train").resolve() for source in config.data.train]:
+    folder = real_path(opener.folder(config.data.validation, "validation"))
+    if folder in [real_path(opener.folder(source.path, "train")) for source in config.data.train]:
         raise UserError(
             "The validation data is the training data.",
             where=f"data.validation={config.data.validation}",
@@ -331,7 +332,7 @@ def sha256_of(value: Any) -> str:
 
 
 def run_folder(config: Config) -> Path:
-    return Path(config.run.dir).expanduser()
+    return user_path(config.run.dir, "run.dir")
 
 
 def _check_run_folder(config: Config) -> None:

@@ -43,6 +43,7 @@ from trainer.model.device_peak import device_peak
 from trainer.model.flops import flops_per_token
 from trainer.node import job_id, node_name
 from trainer.objectives.mlm import Batch
+from trainer.paths import real_path
 from trainer.profiling import StepProfiler
 from trainer.run_folder import settle
 from trainer.run_lock import RunLock, held
@@ -357,7 +358,7 @@ def _saver(
         contents=lambda: take_contents(engine, inputs, block),
         lock_lost=lock.lost,
     )
-    if checkpoint and checkpoint.resolve().parent == checkpoints_folder(run_dir).resolve():
+    if checkpoint and real_path(checkpoint).parent == real_path(checkpoints_folder(run_dir)):
         saver.resumed(checkpoint, read_manifest(checkpoint).step)
     return saver
 

@@ -240,7 +240,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(text: str, words: str, tmp_
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"run: {name: \xff\xfe}\n")
-    with pytest.raises(UserError, match="Not valid YAML"):
+    with pytest.raises(UserError, match="is not UTF-8"):
         load_config(path)
 
 
@@ -363,7 +363,7 @@ def test_the_last_override_wins_and_the_file_is_left_alone(tmp_path: Path):
     [
         ("batch.micro_size", "Not an override"),
         ("=4", "Not an override"),
-        ("batch.micro_size=[", "Not a YAML value"),
+        ("batch.micro_size=[", "Not valid YAML"),
         ("batch.micro_siz=4", "Unknown key 'batch.micro_siz'. Did you mean 'micro_size'?"),
         ("batch=4", "Key 'batch'"),
     ],

@@ -163,7 +163,7 @@ def _output(*command: str) -> str:
 
 def existing_parent(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 

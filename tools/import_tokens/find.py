@@ -14,6 +14,7 @@ from tools.import_tokens.datatrove import DatatroveFile
 from tools.import_tokens.megatron import MegatronFile
 from tools.import_tokens.source import TokenSource
 from trainer.errors import UserError, nearest
+from trainer.paths import absolute
 
 FORMATS = ("megatron", "datatrove", "datasets")
 _BESIDE_DS = (".ds.index", ".ds.metadata", ".ds.loss")
@@ -75,7 +76,7 @@ def find_sources(inputs: Sequence[str], format: str = "auto", field: str = "inpu
     described = []
     for number, given in enumerate(inputs):
         own = [source for source, origin in opened if origin == number]
-        name = os.path.basename(os.path.abspath(os.path.expanduser(given)))
+        name = os.path.basename(absolute(given, "--input"))
         described.append({"name": name, "files": len(own), "bytes": sum(source.size for source in own)})
     described.sort(key=lambda entry: entry["name"])
     return Found(next(iter(formats)), tuple(source for source, _ in opened), tuple(described))
@@ -93,7 +94,7 @@ def _open(place: _Place, field: str) -> TokenSource:
 
 def _expand(given: str, format: str) -> list[_Place]:
     """What one input means; at least one place."""
-    path = os.path.abspath(os.path.expanduser(given))
+    path = absolute(given, "--input")
     if os.path.isdir(path):
         return _in_folder(path, format)
     if os.path.isfile(path) or os.path.isfile(path + ".idx"):

@@ -24,6 +24,7 @@ from tools.prepare.summary import human_bytes
 from trainer.data.shards import Manifest, document_starts, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
+from trainer.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +106,7 @@ def import_tokens(
     found = find_sources(inputs, format, field)
     settings = _settings(found, field, validation_fraction, strip, special_inside)
     newest = max(source.mtime_ns for source in found.sources)
-    place = Output(Path(output).expanduser(), settings, vocabulary.sha256, newest)
+    place = Output(user_path(output, "--output"), settings, vocabulary.sha256, newest)
     finished = place.finished()
     if finished is not None:
         _say(console, f"Already imported: {place.folder}")

@@ -22,6 +22,7 @@ from tools.prepare.worker import split_of
 from trainer.data.shards import SUM_BYTES, ShardEntry, ShardWriter, check_sizes
 from trainer.errors import DamagedError
 from trainer.files import file_hash, replace_synced, sync_folder
+from trainer.paths import real_path
 
 HARD_LINK, SYMBOLIC_LINK = "hard link", "symbolic link"
 
@@ -188,9 +189,9 @@ def possible_link(source: Path, work_folder: Path, symbolic: bool) -> str | None
 
 def _link(source: Path, target: Path, link: str) -> None:
     if link == HARD_LINK:
-        os.link(source.resolve(), target)
+        os.link(real_path(source), target)
     else:
-        target.symlink_to(source.resolve())
+        target.symlink_to(real_path(source))
 
 
 def _sums_and_hash(path: Path, report: Report) -> tuple[np.ndarray, str]:

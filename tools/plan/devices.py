@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +15,8 @@ from trainer.memory_model import CPU_SHARE, GPU_SHARE
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.device_peak import datasheet_peak, matmul_peak_flops
 from trainer.model.traced_step import DeviceType
+from trainer.paths import user_path
+from trainer.user_files import read_json
 
 DeviceName = Literal["h200", "h100", "a100", "cpu"]
 MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.80, 0.85, 0.80
@@ -160,7 +160,7 @@ def read_bench(path: str, precision: str, device: Device) -> MeasuredStep:
     """
     remedy = "Write one with `maskwright bench step --json > FILE` on the device that will train."
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = read_json(user_path(path, "--bench"), f"--bench {path}", remedy)
         if content["benchmark"] != "step":
             raise ValueError(f"it is of `bench {content['benchmark']}`")
         if "ours" not in content["variants"]:
@@ -178,10 +178,7 @@ def read_bench(path: str, precision: str, device: Device) -> MeasuredStep:
         )
         if not (math.isfinite(measured.flops) and measured.flops > 0):
             raise ValueError(f"its speed is {measured.flops:g} FLOP/s")
-    except OSError as error:
-        problem = f"Cannot read '{path}': {error.strerror}."
-        raise UserError(problem, where=f"--bench {path}", remedy=remedy) from None
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"'{path}' is not a result of `maskwright bench step --json`: {reason}."
         raise UserError(problem, where=f"--bench {path}", remedy=remedy) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError, nearest
+from trainer.paths import absolute
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMAT_OF_SUFFIX = {
@@ -93,7 +94,7 @@ def find_inputs(inputs: Sequence[str], format: str = "auto") -> Inputs:
     sources = []
     for number, given in enumerate(inputs):
         own = [file for file in files if file.source == number]
-        name = os.path.basename(os.path.abspath(os.path.expanduser(given)))
+        name = os.path.basename(absolute(given, "--input"))
         sources.append({"name": name, "files": len(own), "bytes": sum(file.size for file in own)})
     return Inputs(chosen, files, tuple(sorted(sources, key=lambda source: source["name"])))
 
@@ -127,7 +128,7 @@ def _suffix(path: str) -> str:
 
 def _expand(given: str, format: str) -> Iterable[tuple[str, str]]:
     """(absolute path, name relative to what was given) of the files behind one input."""
-    path = os.path.abspath(os.path.expanduser(given))
+    path = absolute(given, "--input")
     if os.path.isdir(path):
         return _files_in_folder(path, format)
     if os.path.exists(path):

@@ -20,6 +20,7 @@ from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_rec
 from trainer.data.shards import MANIFEST, SUFFIXES, Manifest, check_sizes, read_manifest, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import DamagedError, UserError, nearest
+from trainer.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +80,7 @@ def open_job(
     starts = StartSettings(word_starts, sentence_starts)
     starts.check(loaded.backend_tokenizer)
     return Job(
-        output=Path(output).expanduser(),
+        output=user_path(output, "--output"),
         inputs=found,
         documents=documents,
         field=field,

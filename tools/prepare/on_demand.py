@@ -34,6 +34,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.files import file_hash, replace_synced
 from trainer.inputs import run_folder, tokenizer_source
+from trainer.paths import user_path
 from trainer.signals import StopRequest
 
 CACHE_FOLDER = "text-cache"
@@ -115,8 +116,8 @@ def raw_paths(config: Config) -> list[str]:
 def _is_raw(path: str, config: Config) -> bool:
     """Whether a path is text and no data set; what is neither is left to the error of opening it as a data set."""
     if config.data.text.format == "hub":
-        return not Path(path).expanduser().exists()
-    folder = Path(path).expanduser()
+        return not user_path(path, "data").exists()
+    folder = user_path(path, "data")
     if folder.is_dir():
         unfinished = (folder / WORK_FOLDER).exists() or (folder / TOKENIZER_FOLDER / "tokenizer.json").exists()
         if unfinished or any((folder / name / MANIFEST).exists() for name in ("", *SPLITS)):
@@ -208,7 +209,7 @@ def _estimate(job: Job) -> Estimate:
 
 def _cache(config: Config) -> Path:
     given = config.data.text.cache
-    return Path(given).expanduser() if given is not None else run_folder(config).parent / CACHE_FOLDER
+    return user_path(given, "data.text.cache") if given is not None else run_folder(config).parent / CACHE_FOLDER
 
 
 def _name_of(job: Job, path: str, sums: Sums) -> str:

@@ -20,6 +20,7 @@ from trainer.data.quarantine import kept_stretches
 from trainer.data.run_order import RunOrder
 from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.errors import UserError
+from trainer.paths import user_path
 from trainer.phases import Phases, lay_out
 
 MOST_RANKS = 4096  # simulated without being asked
@@ -144,7 +145,7 @@ def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOpt
     if source is None:
         return _over(_paper_source(options), options)
     _refuse(options, ("tokens", "shards", "vocabulary_size"), "describes data on paper, but there is real data to read")
-    if Path(source).expanduser().is_dir() and source not in recipe_names():
+    if user_path(source).is_dir() and source not in recipe_names():
         if overrides:
             raise UserError(
                 f"'{source}' is a data folder, and '{overrides[0]}' overrides a config.",

@@ -30,6 +30,7 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import UserError
 from trainer.files import file_hash, replace_synced, sync_folder
+from trainer.paths import real_path
 from trainer.resilience import DivergenceError
 from trainer.snapshot import Snapshot
 from trainer.state import TrainState
@@ -123,7 +124,7 @@ class Saver:
     def resumed(self, folder: Path, step: int) -> None:
         """Training goes on from the checkpoint of this run that was saved at `step`."""
         self.saved_step, self.first_step = step, step
-        self.resumed_from = checkpoints_folder(self.run_dir) / folder.resolve().name
+        self.resumed_from = checkpoints_folder(self.run_dir) / real_path(folder).name
 
     def save(self, state: TrainState) -> Path | None:
         """Save `state` and the engine; every rank calls it at the same step, with nothing left to finish.

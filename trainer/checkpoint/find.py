@@ -13,6 +13,7 @@ from trainer import distributed
 from trainer.checkpoint.manifest import CheckpointManifest, find_faults, share_files, try_manifest
 from trainer.distributed import World
 from trainer.errors import DamagedError, MaskwrightError, UserError
+from trainer.paths import real_path, user_path
 
 logger = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")
@@ -121,8 +122,8 @@ def listing(faults: list[str]) -> str:
 
 def _meant_by(source: str | Path) -> list[Candidate]:
     """The checkpoints that may be meant, the newest first: one, or those of a run."""
-    path = Path(source).expanduser()
-    match = _STEP_FOLDER.match(path.resolve().name)
+    path = user_path(source)
+    match = _STEP_FOLDER.match(real_path(path).name)
     if match:
         if not path.is_dir():
             raise UserError(f"No checkpoint at '{path}'.", where=str(path), remedy=_names_beside(path))

@@ -11,6 +11,7 @@ from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.data.order_changes import order_differences
 from trainer.errors import UserError
+from trainer.paths import real_path
 
 DATA_ORDER = "data_order.json"  # in the run folder
 
@@ -56,7 +57,7 @@ def _layout(layout: dict[str, Any]) -> str:
 
 def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's data order, with the shards that its run folder records if they belong to it."""
-    path = folder.resolve().parent.parent / DATA_ORDER
+    path = real_path(folder).parent.parent / DATA_ORDER
     try:
         frozen = json.loads(path.read_text(encoding="utf-8"))
         prints = [[source["fingerprint"] for source in order["sources"]] for order in (saved, frozen)]
@@ -119,8 +120,8 @@ def check_place(run_dir: Path, checkpoint: Path) -> None:
     Raises:
         UserError: naming both.
     """
-    own = checkpoints_folder(run_dir).resolve()
-    if checkpoint.resolve().parent != own and candidates(run_dir):
+    own = real_path(checkpoints_folder(run_dir))
+    if real_path(checkpoint).parent != own and candidates(run_dir):
         raise UserError(
             f"'{checkpoint}' is a checkpoint of another run, and '{run_dir}' has checkpoints of its own.",
             where=f"--resume {checkpoint}, run.dir={run_dir}",

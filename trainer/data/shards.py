@@ -30,6 +30,7 @@ import xxhash
 from trainer.data.start_planes import StartPlaneWriter
 from trainer.errors import DamagedError, UserError
 from trainer.files import file_hash, sync_and_close, sync_folder, unique_token, write_synced
+from trainer.paths import user_path
 
 FORMAT = "maskwright-shards"
 VERSION = 1
@@ -119,7 +120,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def split_folder(path: str | Path, split: str) -> Path:
     """`path` itself, or `path/split` when `prepare --validation-fraction` wrote both splits there."""
-    outer = Path(path).expanduser()
+    outer = user_path(path)
     inner = outer / split
     return inner if not (outer / MANIFEST).is_file() and (inner / MANIFEST).is_file() else outer
 

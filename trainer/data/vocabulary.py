@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.files import is_local
+from trainer.paths import is_local, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTraine
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     local = is_local(folder) or ("/" not in str(folder) and not of_checkpoint)
     if local and not path.is_dir():
         raise UserError(

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,9 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
-from trainer.files import is_local
 from trainer.model.configuration import attention_of, build_config, position_offset, position_table
 from trainer.model.prediction_head import HEAD_MODULES
+from trainer.paths import is_local, user_path
 
 if TYPE_CHECKING:
     from trainer.data.vocabulary import Vocabulary
@@ -122,7 +121,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str]) -> PreTrainedModel:
-    name = str(Path(source).expanduser()) if is_local(source) else source
+    name = str(user_path(source, "model.from_pretrained")) if is_local(source) else source
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
             name,

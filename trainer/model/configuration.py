@@ -6,9 +6,7 @@ before data is read or a job is queued.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +21,9 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
-from trainer.files import is_local
 from trainer.model.presets import PRESETS
+from trainer.paths import is_local, user_path
+from trainer.user_files import read_json
 
 if TYPE_CHECKING:
     from trainer.data.vocabulary import Vocabulary
@@ -149,11 +148,12 @@ def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _read_config_json(source: str, where: str) -> dict[str, Any]:
-    path = Path(source).expanduser()
+    path = user_path(source, where)
     path = path / "config.json" if path.is_dir() else path
+    remedy = "Give a folder with config.json, as save_pretrained writes it."
     try:
         if is_local(source):
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(path, where, remedy)
         else:
             fields, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
@@ -161,7 +161,7 @@ def _read_config_json(source: str, where: str) -> dict[str, Any]:
         raise UserError(
             f"Cannot read a model config from '{source}': {first_line}",
             where=where,
-            remedy="Give a folder with config.json, as save_pretrained writes it.",
+            remedy=remedy,
         ) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise UserError(

@@ -104,7 +104,7 @@ def test_config_that_is_none(tmp_path):
     nowhere = ModelConfig(config=str(tmp_path / "nowhere"), tokenizer="unused")
     assert refused(nowhere).where == "model.config"
     (tmp_path / "config.json").write_text("{oops")
-    assert "Cannot read a model config" in refused(ModelConfig(config=str(tmp_path), tokenizer="unused")).problem
+    assert "Not valid JSON in" in refused(ModelConfig(config=str(tmp_path), tokenizer="unused")).problem
     (tmp_path / "config.json").write_text("{}")
     assert "names no model_type" in refused(ModelConfig(config=str(tmp_path), tokenizer="unused")).problem
 

@@ -122,7 +122,7 @@ def test_mistakes_are_named(text: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").write_text("")
     (tmp_path / "empty.txt").write_text("")
     for arguments, problem in [
-        ((text, tmp_path / "full", "bytelevel-bpe", 280), "already holds something"),
+        ((text, tmp_path / "full", "bytelevel-bpe", 280), "not empty"),
         ((tmp_path / "empty.txt", tmp_path / "new", "bytelevel-bpe", 280), "input is empty"),
         ((text, tmp_path / "new", "wordpeace", 280), "Did you mean 'wordpiece'"),
         ((text, tmp_path / "new", "bytelevel-bpe", 100), "at least 261 tokens"),

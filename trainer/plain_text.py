@@ -1,0 +1,54 @@
+"""Text from users and files where people see it: control characters are shown, not obeyed, and long text is cut.
+
+A name may hold anything but NUL and a slash: line ends, which open a new line in a script, and escape sequences, which
+retitle, recolour or clear a terminal. Whatever is shown passes through `printable`; whatever becomes a line of a script
+is refused where `has_control` finds something.
+"""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 with DEL, line and paragraph separators, and marks that turn the order of what follows around.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_UNPRINTABLE = re.compile(r"(?![\n\t])[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LONG_WORD = re.compile(r"\S{201,}")
+_WORD_KEPT, _TAIL_KEPT = 140, 40  # characters of a long word, at its start and at its end
+
+
+def has_control(text: str) -> bool:
+    """Whether text holds a control character: a line end, a tab, an escape."""
+    return _CONTROL.search(text) is not None
+
+
+def printable(text: str) -> str:
+    """Write control characters and what is not Unicode as escapes (`\\x1b`); line ends and tabs stay."""
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """Write all control characters as escapes, line ends and tabs as well."""
+    return printable(_CONTROL.sub(_escape, text))
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """Cut text to about `limit` characters; its start and its end stay, and the cut says how much is left out."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail]}…({len(text) - limit:,} more characters)…{text[-tail:]}"
+
+
+def shorten_words(text: str) -> str:
+    """Cut each word, that is a value or a name, of more than 200 characters."""
+    return _LONG_WORD.sub(lambda match: shorten(match[0], _WORD_KEPT + _TAIL_KEPT), text)
+
+
+def listed(items: list[str], limit: int = 5, separator: str = ", ") -> str:
+    """Join the first few items, and say how many more there are."""
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f"{separator}and {more:,} more" if more > 0 else "")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")
