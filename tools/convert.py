@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from tools.model_card import write_model_card
-from trainer.checkpoint.contents import Probe, read_probe
+from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
@@ -34,9 +34,6 @@ from trainer.files import sync_files, sync_folder
 from trainer.paths import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels
-# give 0; these leave room for another device's order of summation, at the precision that trained.
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -136,13 +133,15 @@ def _check_arguments(dtype: str, max_shard_size: str) -> None:
 
 def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
     """The stock model with the checkpoint's fp32 weights, strictly loaded, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoConfig
+
+    from trainer.model.stock import stock_model, untie_if_trained_apart
 
     with _quiet():
         files = ZeroFiles(folder)
         config = AutoConfig.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
-        model = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-        model.tie_weights()
+        untie_if_trained_apart(config, files.shapes)  # a run that an earlier version began did not
+        model = stock_model(config, "cpu")
     _fill(model, files)
     not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if not_finite:
@@ -161,16 +160,23 @@ def _fill(model: Any, files: ZeroFiles) -> None:
     Raises:
         DamagedError: naming those that are too many or too few.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    differ = sorted(files.shapes.keys() ^ parameters.keys()) + sorted(files.buffers.keys() - buffers.keys())
+    from trainer.model.stock import origins
+
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
+    found = origins(model, files.shapes)
+    differ = (
+        sorted(parameters.keys() - found.keys())
+        + sorted(files.shapes.keys() - parameters.keys())
+        + sorted(files.buffers.keys() - buffers.keys())
+    )
     if differ:
         raise DamagedError(
             f"The checkpoint's weights are not those of {type(model).__name__}: {', '.join(differ[:5])}.",
             where=str(files.folder),
             remedy="Convert with the transformers version that the checkpoint's manifest names.",
         )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(files.read_weight(name))
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(files.read_weight(found[name]))
     for name, value in files.buffers.items():
         buffers[name].copy_(value)
 

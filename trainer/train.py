@@ -15,7 +15,7 @@ from typing import TextIO
 from trainer import distributed
 from trainer.attention_backend import preferring, settle_attention_backend
 from trainer.checkpoint.commit import Saver
-from trainer.checkpoint.contents import read_probe_block, take_contents
+from trainer.checkpoint.contents import prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
 from trainer.checkpoint.manifest import Records, read_manifest
 from trainer.checkpoint.records import describe_run
@@ -349,6 +349,7 @@ def _saver(
     lock: RunLock,
 ) -> Saver:
     block = distributed.build_together(world, lambda: read_probe_block(inputs))
+    distributed.build_together(world, lambda: prove_repeatable(engine, inputs, block))
     saver = Saver(
         run_dir=run_dir,
         world=world,

@@ -17,9 +17,14 @@ from safetensors.torch import load_file, save_file
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config_file import dump_config
 from trainer.engine import TrainingEngine
+from trainer.errors import UserError
 from trainer.inputs import Inputs
+from trainer.model.build import COMPUTE_DTYPES
 
 PROBE_ROWS = 8  # logits kept; at a vocabulary of 50,265 a row is 200 kB
+# Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels
+# give 0; these leave room for another device's order of summation, at the precision that trained.
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,30 @@ def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Pro
     with engine.evaluating():
         logits = engine.network(input_ids.to(engine.device), prediction_index.to(engine.device))
     return Probe(input_ids, prediction_index, logits[:PROBE_ROWS].cpu())  # a view would keep all of them
+
+
+def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
+    """Run the probe twice: what the engine itself does not give again, no conversion can reproduce. A collective.
+
+    Raises:
+        UserError: when the logits differ, as those of a model that hashes at random do, or are not finite.
+    """
+    first, second = (take_probe(engine, inputs, block).logits.float() for _ in range(2))
+    name = type(engine.module).__name__
+    if not first.isfinite().all():
+        raise UserError(
+            f"The logits of {name} are not finite (NaN or infinity) before the first step.",
+            where=f"model, train.precision={inputs.config.train.precision}",
+            remedy="Correct the model's config (is its layer_norm_eps positive?), or set train.precision=fp32.",
+        )
+    difference, scale = float((first - second).abs().max()), float(first.abs().max())
+    if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * scale:
+        raise UserError(
+            f"{name} gives other logits for the same input each time: they differ by {difference:.3g} (largest logit "
+            f"{scale:.3g}), so nothing could prove that what is converted is what was trained.",
+            where="model",
+            remedy="Train a model without random parts in its forward pass.",
+        )
 
 
 def read_probe(folder: Path) -> Probe:

@@ -36,6 +36,8 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         for name, value in built.model.config.to_dict().items()
         if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
     }
+    if "tie_word_embeddings" in fields:  # as its source says: earlier versions did not correct it
+        fields["tie_word_embeddings"] = built.says_tied
     # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
     attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
     return {

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
-from trainer.errors import UserError
+from trainer.errors import DamagedError, UserError
 from trainer.model.configuration import attention_of, build_config, position_offset, position_table
 from trainer.model.prediction_head import HEAD_MODULES
+from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.paths import is_local, user_path
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ class BuiltModel:
         model: an instance of a stock transformers class, fp32, on the CPU, in training mode.
         document_attention: whether its attention is to be kept within documents.
         notes: lines for the user: what differs from what they may expect.
+        says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the model was built from,
+            which the weights may have corrected.
     """
 
     model: PreTrainedModel
     document_attention: bool
     notes: tuple[str, ...]
+    says_tied: bool | None = None
 
 
 def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, seed: int) -> BuiltModel:
@@ -47,7 +51,9 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
     random state is left as it was.
 
     Raises:
-        UserError: as `build_config`, and when a checkpoint cannot be read or lacks weights of the encoder.
+        UserError: as `build_config`, when a checkpoint cannot be read or lacks weights of the encoder, and when what
+            is trained could not be converted.
+        DamagedError: when a checkpoint holds values that are not finite.
     """
     config = build_config(settings, vocabulary, seq_len)
     notes: list[str] = []
@@ -57,7 +63,10 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
             model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         else:
             model = _load(settings.from_pretrained, config, attention, notes)
+            _correct_ties(model, notes)
             _fit_vocabulary(model, vocabulary, notes)
+    prove_convertible(model)
+    _refuse_not_finite(model, settings.from_pretrained)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     name = type(model).__name__
@@ -65,7 +74,10 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
     if config.model_type not in HEAD_MODULES:
         notes.append(f"head: {name} computes the logits of all positions; only known classes skip the unmasked ones")
-    return BuiltModel(model.train(), settings.document_attention, tuple(notes))
+    grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
+    # Earlier versions did not correct it, and tied again what grew.
+    says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
+    return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied)
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -160,6 +172,31 @@ def _account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _correct_ties(model: PreTrainedModel, notes: list[str]) -> None:
+    apart = untie_if_trained_apart(model.config, [name for name, _ in model.named_parameters()])
+    if apart:
+        notes.append(
+            f"ties: {' and '.join(apart)} differ in the checkpoint, though its config says that they are one; "
+            "they are trained apart, and the config is corrected"
+        )
+
+
+def _refuse_not_finite(model: PreTrainedModel, source: str | None) -> None:
+    name = first_not_finite(model)
+    if name is not None and source is not None:
+        raise DamagedError(
+            f"'{source}' holds values that are not finite (NaN or infinity), in {name}.",
+            where="model.from_pretrained",
+            remedy="Give an earlier checkpoint of that model, or fetch it again.",
+        )
+    if name is not None:
+        raise UserError(
+            f"{type(model).__name__} starts with values that are not finite (NaN or infinity), in {name}.",
+            where="model",
+            remedy="Correct what its initial weights follow from in the config, such as initializer_range.",
+        )
 
 
 def _fit_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary, notes: list[str]) -> None:

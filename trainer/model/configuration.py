@@ -92,6 +92,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
             remedy="Set model.document_attention=false, or train one of "
             f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
         )
+    _refuse_random_hashing(config)
     _check_seq_len(skeleton, seq_len, settings)
     return config
 
@@ -315,6 +316,17 @@ def _refuse_shape_changes(
                 where=f"model.overrides.{name}",
                 remedy="Remove it, or train from random weights with model.preset or model.config.",
             )
+
+
+def _refuse_random_hashing(config: PretrainedConfig) -> None:
+    """Reformer's hashes are drawn anew in each pass: no conversion could show that it gives training's logits."""
+    if "lsh" in getattr(config, "attn_layers", ()) and getattr(config, "hash_seed", None) is None:
+        raise UserError(
+            f"{type(config).__name__} hashes at random, so its logits are other ones each time, and a trained model "
+            "could never be proven to be what was trained.",
+            where="model.overrides.attn_layers",
+            remedy="Give it local attention only (attn_layers of 'local'), or train a model of another type.",
+        )
 
 
 def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:
