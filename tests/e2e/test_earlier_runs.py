@@ -1,0 +1,76 @@
+"""A run that an earlier version began goes on here as it would have there.
+
+golden/run_v1.tar.xz was written by the version before warm-up and epochs followed from a run's size: a config with
+nothing but defaults for both, its data, and its run folder, stopped at step 4 of 14 on two ranks with ZeRO-1.
+golden/run_v1.json holds the learning rates and losses of the same run, uninterrupted, by that version.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import app
+from tests.e2e.test_golden_loss import TOLERANCE
+from tests.ranks import train
+from trainer.config import Config
+from trainer.config_file import load_config
+from trainer.errors import EXIT_FINISHED
+from trainer.tracking.jsonl import read_lines
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    with tarfile.open(GOLDEN / "run_v1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    """Read its config; the ranks of these tests have a current folder of their own."""
+    paths = {"run.dir": "run", "model.tokenizer": "data/tokenizer", "data.train": "data", "data.validation": "data"}
+    return load_config(str(folder / "c.yaml"), [*(f"{key}={folder / name}" for key, name in paths.items()), *overrides])
+
+
+def test_it_resumes_with_the_schedule_and_the_length_that_it_began_with(earlier: Path) -> None:
+    assert train(config_of(earlier), world_size=2, resume="must") == EXIT_FINISHED
+    golden = json.loads((GOLDEN / "run_v1.json").read_text())
+    lines = read_lines(earlier / "run" / "metrics.jsonl")
+    trained = [line for line in lines if "train/loss" in line]
+    assert [(line["step"], line["samples"]) for line in trained] == [tuple(row[:2]) for row in golden["train"]]
+    assert [line["train/learning_rate"] for line in trained] == pytest.approx([row[2] for row in golden["train"]])
+    assert [line["train/loss"] for line in trained] == pytest.approx(
+        [row[3] for row in golden["train"]], abs=TOLERANCE, rel=0
+    )
+    evaluated = [[line["step"], line["eval/loss"]] for line in lines if "eval/loss" in line]
+    assert [step for step, _ in evaluated] == [step for step, _ in golden["eval"]]
+    assert [loss for _, loss in evaluated] == pytest.approx([row[1] for row in golden["eval"]], abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, "zero3"), (3, "zero2")])
+def test_it_resumes_on_other_ranks_and_another_stage(earlier: Path, ranks: int, stage: str) -> None:
+    other = ("batch.global_size=6", "train.epochs=null", "train.steps=7", f"deepspeed={stage}")
+    assert train(config_of(earlier, *other), world_size=ranks, resume="must") == EXIT_FINISHED
+    assert read_lines(earlier / "run" / "metrics.jsonl")[-1]["step"] == 7
+
+
+def test_everything_of_it_opens(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(earlier)
+    for command, words in (
+        ("checkpoint verify run", "step-00000004"),
+        ("status run", "4"),
+        ("data verify data", "Whole"),
+        ("data show data", "tokens"),
+        ("validate c.yaml", "steps"),
+        ("convert run --output model", "logits: 0"),
+    ):
+        assert app(command.split(), standalone_mode=False) == EXIT_FINISHED, command
+        printed = capsys.readouterr()
+        assert words in printed.out + printed.err, command
