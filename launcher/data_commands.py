@@ -50,10 +50,22 @@ def prepare(
     format: Annotated[
         Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"],
         typer.Option(
-            help="auto goes by the file name; with hub, PATH is the name of a dataset on the Hugging Face hub."
+            help="auto goes by the file name; with hub, PATH is the name of a dataset on the Hugging Face hub, or "
+            "NAME:CONFIG:SPLIT."
         ),
     ] = "auto",
-    field: Annotated[str, typer.Option(help="The column that holds the text (all formats but text).")] = "text",
+    field: Annotated[
+        str,
+        typer.Option(help="The column that holds the text (all formats but text); a.b is the field b within a."),
+    ] = "text",
+    delimiter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C",
+            help="What separates the fields of csv: one character, or tab.",
+            show_default="a comma; a tab in .tsv files",
+        ),
+    ] = None,
     documents: Annotated[
         Literal["file", "paragraph", "line", "row"] | None,
         typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
@@ -73,8 +85,8 @@ def prepare(
     on_bad_document: Annotated[
         Literal["stop", "skip"],
         typer.Option(
-            help="What to do with a document that is not UTF-8, not JSON, without the field or not text; skip counts "
-            "it. A damaged file, and a csv file that is not UTF-8, always stop."
+            help="What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row "
+            "with too many fields; skip counts it. A damaged file always stops."
         ),
     ] = "stop",
     task: Annotated[
@@ -140,6 +152,7 @@ def prepare(
         documents=documents,
         validation_fraction=validation_fraction,
         on_bad_document=on_bad_document,
+        delimiter=delimiter,
         word_starts=word_starts,
         sentence_starts=sentence_starts,
     )

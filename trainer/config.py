@@ -98,11 +98,17 @@ class SourceConfig(Section):
 
 class TextConfig(Section):
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"] = "auto"
-    """auto goes by the file names; with hub, paths are names of data sets on the Hugging Face hub."""
+    """auto goes by the file names; with hub, paths are names of data sets on the Hugging Face hub, or
+    NAME:CONFIG:SPLIT."""
     field: str = "text"
-    """The column that holds the text (all formats but text)."""
+    """The column that holds the text (all formats but text); a.b is the field b within a."""
+    delimiter: str | None = None
+    """What separates the fields of csv: one character, or tab. Default: a comma, a tab in .tsv files."""
     documents: Literal["file", "paragraph", "line", "row"] | None = None
     """What a document is. Default: paragraph for text, row for the other formats."""
+    on_bad_document: Literal["stop", "skip"] = "stop"
+    """What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row with too many
+    fields; skip counts it."""
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
     cache: Line | None = None

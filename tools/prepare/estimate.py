@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.prepare.bad_documents import Losses
 from tools.prepare.encode import Encoder
 from tools.prepare.plan import Piece, Unit
 from tools.prepare.readers import ReadSettings, read_documents
@@ -35,20 +36,20 @@ def estimate_output(
     encoder: Encoder,
     dtype: np.dtype,
     planes: int = 0,
-    refused: dict[str, int] | None = None,
+    losses: Losses | None = None,
 ) -> Estimate:
     """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
 
     Args:
         planes: how many start planes there will be, of one bit a token.
-        refused: as in `read_documents`.
+        losses: as in `read_documents`.
 
     Raises:
         UserError: what is wrong with the input at those places.
     """
     tokens, documents, read_bytes = 0, 0, 0.0
     for index in np.linspace(0, len(units) - 1, min(SAMPLED_UNITS, len(units))).astype(int):
-        texts, position = _sample(units[index].pieces[0], reading, refused)
+        texts, position = _sample(units[index].pieces[0], reading, losses)
         if texts:  # a piece within one huge document has none of its own
             tokens += sum(len(encoded.ids) for encoded in encoder.encode(texts)) + len(texts)
             documents += len(texts)
@@ -58,10 +59,10 @@ def estimate_output(
     return Estimate(tokens * scale, (tokens * (dtype.itemsize + planes / 8) + documents * _DOCUMENT_BYTES) * scale)
 
 
-def _sample(piece: Piece, reading: ReadSettings, refused: dict[str, int] | None) -> tuple[list[str], float]:
+def _sample(piece: Piece, reading: ReadSettings, losses: Losses | None) -> tuple[list[str], float]:
     """About SAMPLE_CHARACTERS of the piece's documents, and the bytes on disk that they took."""
     texts, characters = [], 0
-    for text, consumed in read_documents(piece, reading, refused):
+    for text, consumed in read_documents(piece, reading, losses):
         texts.append(text[:SAMPLE_CHARACTERS])
         characters += len(text)
         if characters >= SAMPLE_CHARACTERS:

@@ -9,7 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tools.prepare.bad_documents import Losses
 from tools.prepare.job import Job
+from tools.prepare.option_names import OptionNames
 from tools.prepare.plan import Unit
 from tools.prepare.summary import counted, describe_refused, listing
 from tools.prepare.work_folder import foreign_parts, remove_temporaries
@@ -52,19 +54,23 @@ def write_manifests(job: Job, records: Sequence[UnitRecord]) -> dict[str, Manife
         UserError: when a split would have no document.
     """
     manifests = {name: _join(job, records, name) for name in job.folders}
-    _refuse_empty(manifests)
+    _refuse_empty(manifests, job.names)
     remove_temporaries(job)
     for name, folder in reversed(job.folders.items()):
         replace_synced(folder / MANIFEST, manifests[name].to_json().encode())
     return manifests
 
 
-def total_refused(records: Sequence[UnitRecord]) -> dict[str, int]:
-    """How many documents were refused, by reason in alphabetical order."""
-    total: Counter[str] = Counter()
+def total_losses(records: Sequence[UnitRecord]) -> Losses:
+    """What all units left out or repaired; reasons in alphabetical order."""
+    refused: Counter[str] = Counter()
     for record in records:
-        total.update(record.refused_documents)
-    return dict(sorted(total.items()))
+        refused.update(record.losses.refused)
+    return Losses(
+        dict(sorted(refused.items())),
+        sum(record.losses.refused_bytes for record in records),
+        sum(record.losses.repaired for record in records),
+    )
 
 
 def remove_work_folder(job: Job) -> None:
@@ -108,12 +114,17 @@ def _refuse_missing(job: Job, missing: Sequence[Unit], tasks: int | None) -> Non
 def _join(job: Job, records: Sequence[UnitRecord], name: str) -> Manifest:
     splits = [record.splits[name] for record in records]
     entries = tuple(split.entry for split in splits if split.entry)
+    losses = total_losses(records)
     statistics: dict[str, Any] = {
         "text_bytes": sum(split.text_bytes for split in splits),
         "longest_document_tokens": max((split.longest_document_tokens for split in splits), default=0),
         "empty_documents_in_input": sum(record.empty_documents for record in records),
-        "refused_documents_in_input": total_refused(records),
+        "refused_documents_in_input": losses.refused,
     }
+    if losses.refused_bytes:
+        statistics["refused_bytes_in_input"] = losses.refused_bytes
+    if losses.repaired:
+        statistics["repaired_documents_in_input"] = losses.repaired
     return Manifest(
         dtype=job.dtype.str,
         tokenizer_sha256=job.vocabulary.sha256,
@@ -129,7 +140,7 @@ def _join(job: Job, records: Sequence[UnitRecord], name: str) -> Manifest:
     )
 
 
-def _refuse_empty(manifests: dict[str, Manifest]) -> None:
+def _refuse_empty(manifests: dict[str, Manifest], names: OptionNames) -> None:
     total = sum(manifest.documents for manifest in manifests.values())
     if not total:
         statistics = manifests["train"].statistics
@@ -140,13 +151,14 @@ def _refuse_empty(manifests: dict[str, Manifest]) -> None:
             left_out += f" Refused: {describe_refused(refused)}."
         raise UserError(
             f"The input holds no documents.{left_out}",
-            where="--input",
-            remedy="Give files that hold text; see --field.",
+            where=names("input"),
+            remedy=f"Give files that hold text; see {names('field')}.",
         )
     for name, manifest in manifests.items():
         if not manifest.documents:
             raise UserError(
                 f"Of {total:,} documents none falls into the {name} split.",
-                where="--validation-fraction",
-                remedy="Choose another fraction, give more text, or cut it into more documents (--documents line).",
+                where=names("validation-fraction"),
+                remedy="Choose another fraction, give more text, or cut it into more documents "
+                f"({names('documents', 'line')}).",
             )

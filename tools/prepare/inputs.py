@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import glob
+import functools
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.prepare.compression import COMPRESSIONS, compression_of
+from tools.prepare.option_names import COMMAND_LINE, OptionNames
+from tools.prepare.paths import shown
+from tools.prepare.walk import PassedOver, Walk
 from trainer.errors import UserError, nearest
 from trainer.paths import absolute
 
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMAT_OF_SUFFIX = {
     ".txt": "text",
     ".text": "text",
@@ -22,6 +26,7 @@ FORMAT_OF_SUFFIX = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
@@ -32,7 +37,8 @@ _KNOWN = ", ".join(FORMAT_OF_SUFFIX) + "; each may end in " + ", ".join(COMPRESS
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input. `name` is relative to what the user gave; `parts` > 1 only for hub data sets (their shards)."""
+    """One input. `name` is relative to what the user gave, and valid text even where `path` is not (its bytes are then
+    os.fsencode(path)); `parts` > 1 only for hub data sets (their shards)."""
 
     path: str
     name: str
@@ -44,7 +50,7 @@ class InputFile:
 
     @property
     def compressed(self) -> bool:
-        return Path(self.path).suffix.lower() in COMPRESSIONS
+        return bool(compression_of(self.path))
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,12 @@ class Inputs:
     format: str
     files: tuple[InputFile, ...]
     sources: tuple[dict[str, Any], ...]
+    passed_over: PassedOver = field(default_factory=PassedOver)
+
+    @property
+    def empty(self) -> int:
+        """How many files hold nothing."""
+        return sum(not file.size for file in self.files) if self.format != "hub" else 0
 
     @property
     def size(self) -> int:
@@ -61,45 +73,58 @@ class Inputs:
         return sum(file.size for file in self.files)
 
 
-def find_inputs(inputs: Sequence[str], format: str = "auto") -> Inputs:
-    """Expand paths, globs and folders (recursively, files with a known suffix).
+def find_inputs(
+    inputs: Sequence[str],
+    format: str = "auto",
+    names: OptionNames = COMMAND_LINE,
+    excluded: Iterable[str | os.PathLike[str]] = (),
+) -> Inputs:
+    """Expand paths, globs and folders (recursively, through linked folders too, files with a known suffix).
+
+    Args:
+        names: how messages name the options.
+        excluded: folders within an input that are not searched: the output, which would else become an input.
 
     Raises:
-        UserError: for a missing path, a folder or glob without files, an unknown suffix, or several formats at once.
+        UserError: for a missing path, a folder or glob without files, a link that leads nowhere, an unknown suffix, or
+            several formats at once.
     """
     if not inputs:
-        raise UserError("No input was given.", where="--input", remedy="Give files, folders or globs with --input.")
+        remedy = f"Give files, folders or globs with {names('input')}."
+        raise UserError("No input was given.", where=names("input"), remedy=remedy)
     if format not in ("auto", *FORMATS):
         raise UserError(
             f"Unknown format '{format}'.{nearest(format, FORMATS)}",
-            where=f"--format {format}",
+            where=names("format", format),
             remedy=f"Choose one of auto, {', '.join(FORMATS)}.",
         )
     if format == "hub":
         from tools.prepare.tables import find_hub_inputs
 
         return find_hub_inputs(inputs)
-    found: dict[str, tuple[str, int]] = {}
+    walk = Walk(lambda path: _reason_to_pass(path, format), [os.fspath(path) for path in excluded])
+    found: dict[str, tuple[str, str, int]] = {}
+    real_path = functools.cache(lambda folder: str(os.path.realpath(folder)))
     for source, given in enumerate(inputs):
-        for path, name in _expand(given, format):
-            found.setdefault(path, (name, source))
-    files = tuple(_describe(path, *found[path]) for path in sorted(found))
-    chosen = format if format != "auto" else _common_format([file.path for file in files])
+        path = absolute(given, names("input"))
+        before = walk.passed_over.total
+        files = [(_place_of(path, real_path), path, name) for path, name in walk.find(given, path)]
+        if not files:
+            raise _nothing_in(given, format, walk.passed_over if walk.passed_over.total > before else None, names)
+        for place, path, name in sorted(files, key=lambda file: (file[0] != file[1], file)):  # links come last
+            found.setdefault(place, (path, name, source))
+    files = tuple(_describe(path, shown(name), source) for path, name, source in sorted(found.values()))
+    chosen = format if format != "auto" else _common_format([file.path for file in files], names)
     if not sum(file.size for file in files):
         raise UserError(
             f"The input is empty: {len(files)} file{'s' if len(files) > 1 else ''} of 0 bytes.",
-            where=", ".join(inputs),
+            where=", ".join(map(shown, inputs)),
             remedy="Give files that hold text.",
         )
-    sources = []
-    for number, given in enumerate(inputs):
-        own = [file for file in files if file.source == number]
-        name = os.path.basename(absolute(given, "--input"))
-        sources.append({"name": name, "files": len(own), "bytes": sum(file.size for file in own)})
-    return Inputs(chosen, files, tuple(sorted(sources, key=lambda source: source["name"])))
+    return Inputs(chosen, files, _sources(inputs, files), walk.passed_over)
 
 
-def resolve_documents(documents: str | None, format: str) -> str:
+def resolve_documents(documents: str | None, format: str, names: OptionNames = COMMAND_LINE) -> str:
     """What one document is: `documents` when it fits the format, else the format's default."""
     allowed = TEXT_DOCUMENTS if format == "text" else ("row",)
     if documents is None:
@@ -107,7 +132,7 @@ def resolve_documents(documents: str | None, format: str) -> str:
     if documents not in allowed:
         raise UserError(
             f"Documents of {format} input cannot be '{documents}'.",
-            where=f"--documents {documents}",
+            where=names("documents", documents),
             remedy=f"Choose {' or '.join(allowed)}.",
         )
     return documents
@@ -126,73 +151,69 @@ def _suffix(path: str) -> str:
     return bare.suffix.lower()
 
 
-def _expand(given: str, format: str) -> Iterable[tuple[str, str]]:
-    """(absolute path, name relative to what was given) of the files behind one input."""
-    path = absolute(given, "--input")
-    if os.path.isdir(path):
-        return _files_in_folder(path, format)
-    if os.path.exists(path):
-        return [(path, os.path.basename(path))]
-    if glob.has_magic(given):
-        matches = sorted(glob.glob(path, recursive=True))
-        files: list[tuple[str, str]] = []
-        for match in matches:
-            files += _files_in_folder(match, format) if os.path.isdir(match) else [(match, os.path.basename(match))]
-        if not files:
-            raise UserError(f"No file matches '{given}'.", where=given, remedy="Correct the pattern.")
-        return files
-    folder = Path(path).parent
-    while not folder.is_dir():
-        folder = folder.parent
-    names = sorted(os.listdir(folder))
-    hint = nearest(Path(path).name, names) if folder == Path(path).parent else ""
-    missing = "" if folder == Path(path).parent else f" Its folder does not exist; the nearest is {folder}."
-    raise UserError(f"There is no '{given}'.{missing}{hint}", where=given, remedy="Correct the path.")
+def _reason_to_pass(path: str, format: str) -> str | None:
+    """Why a file in a folder is no input; None when it is: its suffix is known, and of `format` unless that is auto."""
+    suffix, found = _suffix(path), format_of(path)
+    if suffix and found and format in ("auto", found):
+        return None
+    return shown(suffix) or "no suffix"
 
 
-def _files_in_folder(folder: str, format: str) -> list[tuple[str, str]]:
-    """Visible files below `folder` whose suffix is known (and of `format`, unless that is auto)."""
-    files, others = [], Counter()
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            suffix, found = _suffix(name), format_of(name)
-            if suffix and not name.startswith(".") and found and format in ("auto", found):
-                path = os.path.join(where, name)
-                files.append((path, os.path.relpath(path, folder)))
-            else:
-                others[suffix or "no suffix"] += 1
-    if not files:
-        holds = ", ".join(f"{count} × {suffix}" for suffix, count in others.most_common(5)) or "nothing"
-        raise UserError(
-            f"The folder holds no {'input' if format == 'auto' else format} files; it holds {holds}.",
-            where=folder,
-            remedy=f"Known suffixes are {_KNOWN}. Other files: give them by name or glob, with --format.",
-        )
-    return files
+def _place_of(path: str, real_path: Callable[[str], str]) -> str:
+    """The path without links to folders: what makes two paths the same file."""
+    folder, name = os.path.split(path)
+    return os.path.join(real_path(folder), name)
+
+
+def _sources(inputs: Sequence[str], files: Sequence[InputFile]) -> tuple[dict[str, Any], ...]:
+    """What the manifest says of each input."""
+    sources = []
+    for number, given in enumerate(inputs):
+        own = [file for file in files if file.source == number]
+        name = shown(os.path.basename(absolute(given)))
+        sources.append({"name": name, "files": len(own), "bytes": sum(file.size for file in own)})
+    return tuple(sorted(sources, key=lambda source: source["name"]))
+
+
+def _nothing_in(given: str, format: str, passed_over: PassedOver | None, names: OptionNames) -> UserError:
+    holds = f"it holds {passed_over}" if passed_over else "it holds nothing"
+    if not os.path.isdir(absolute(given)):
+        return UserError(f"No file matches '{shown(given)}'.", where=shown(given), remedy="Correct the pattern.")
+    return UserError(
+        f"The folder holds no {'input' if format == 'auto' else format} files; {holds}.",
+        where=shown(given),
+        remedy=f"Known suffixes are {_KNOWN}. Other files: give them by name or glob, with {names('format')}.",
+    )
 
 
 def _describe(path: str, name: str, source: int) -> InputFile:
     if not os.access(path, os.R_OK):
-        raise UserError(f"Cannot read '{path}'.", where=path, remedy="Check its permissions.")
+        raise UserError(f"Cannot read '{shown(path)}'.", where=shown(path), remedy="Check its permissions.")
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(
+            f"'{shown(path)}' is no regular file, and input is read more than once.",
+            where=shown(path),
+            remedy="Write what comes out of it to a file first.",
+        )
     return InputFile(path, name, status.st_size, status.st_mtime_ns, source)
 
 
-def _common_format(paths: Sequence[str]) -> str:
+def _common_format(paths: Sequence[str], names: OptionNames) -> str:
     counts = Counter(format_of(path) for path in paths)
     if None in counts:
         unknown = next(path for path in paths if format_of(path) is None)
         raise UserError(
-            f"Cannot tell the format of '{os.path.basename(unknown)}' from its suffix.",
-            where=unknown,
-            remedy=f"Give --format text (or {', '.join(FORMATS[1:-1])}). Known suffixes are {_KNOWN}.",
+            f"Cannot tell the format of '{shown(os.path.basename(unknown))}' from its suffix.",
+            where=shown(unknown),
+            remedy=f"Give {names('format', 'text')} (or {', '.join(FORMATS[1:-1])}). Known suffixes are {_KNOWN}.",
         )
     if len(counts) > 1:
         found = ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=str))
         raise UserError(
             f"The input mixes formats: {found} files.",
-            where="--input",
-            remedy="Prepare one format at a time; --format parquet, for one, takes only the parquet files of a folder.",
+            where=names("input"),
+            remedy=f"Prepare one format at a time; {names('format', 'parquet')}, for one, takes only the parquet files "
+            "of a folder.",
         )
     return str(next(iter(counts)))

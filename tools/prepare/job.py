@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
+from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.plan import Unit, plan_units
 from tools.prepare.readers import ReadSettings
 from tools.prepare.segment import StartSettings
-from tools.prepare.summary import human_bytes
+from tools.prepare.summary import counted, human_bytes
 from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
 from trainer.data.shards import MANIFEST, SUFFIXES, Manifest, check_sizes, read_manifest, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
@@ -41,23 +44,29 @@ def open_job(
     on_bad_document: str = "stop",
     word_starts: str | None = None,
     sentence_starts: str | None = None,
+    delimiter: str | None = None,
+    names: OptionNames = COMMAND_LINE,
+    excluded: Sequence[str | os.PathLike[str]] = (),
 ) -> Job:
     """Find the inputs and load the tokenizer; nothing is written yet.
 
     Files count as unchanged when name, size and modification time are.
 
     Args:
-        inputs: files, globs, folders; with format "hub" data set names, NAME or NAME:CONFIG.
+        inputs: files, globs, folders; with format "hub" data set names, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT.
         tokenizer: folder or hub name of a fast tokenizer.
         format: "auto" (by suffix), "text", "jsonl", "csv", "parquet", "arrow" or "hub".
-        field: the column that holds the text, for all but text files.
+        field: the column that holds the text, for all but text files; `a.b` is the field `b` within `a`.
         documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest.
         validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
             sets are `output/train` and `output/validation`.
-        on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field or not text; or "skip"
-            and count it. A file that cannot be read at all always stops.
+        on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row
+            with too many fields; or "skip" and count it. A file that cannot be read at all always stops.
         word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.start_planes`).
         sentence_starts: "rules" or "module:function": mark where sentences start.
+        delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
+        names: how messages name these options.
+        excluded: folders that are not searched for input besides `output`.
 
     Raises:
         UserError: for any mistake in the arguments or the input.
@@ -65,17 +74,17 @@ def open_job(
     if not 0.0 <= validation_fraction < 1.0:
         raise UserError(
             f"The validation fraction must be at least 0 and below 1, got {validation_fraction:g}.",
-            where="--validation-fraction",
+            where=names("validation-fraction"),
             remedy="0.01 holds out one document in a hundred.",
         )
     if on_bad_document not in ON_BAD_DOCUMENT:
         raise UserError(
             f"Unknown way '{on_bad_document}' with bad documents.{nearest(on_bad_document, ON_BAD_DOCUMENT)}",
-            where=f"--on-bad-document {on_bad_document}",
+            where=names("on-bad-document", on_bad_document),
             remedy=f"Choose {' or '.join(ON_BAD_DOCUMENT)}.",
         )
-    found = find_inputs(inputs, format)
-    documents = resolve_documents(documents, found.format)
+    found = find_inputs(inputs, format, names, [Path(output).expanduser(), *excluded])
+    documents = resolve_documents(documents, found.format, names)
     loaded = load_tokenizer(tokenizer)
     starts = StartSettings(word_starts, sentence_starts)
     starts.check(loaded.backend_tokenizer)
@@ -89,6 +98,8 @@ def open_job(
         starts=starts,
         tokenizer=loaded,
         vocabulary=vocabulary_of(loaded, tokenizer),
+        delimiter=check_delimiter(delimiter, found.format, names),
+        names=names,
     )
 
 
@@ -105,6 +116,8 @@ class Job:
     starts: StartSettings
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
+    delimiter: str | None = None
+    names: OptionNames = COMMAND_LINE
 
     @property
     def work_folder(self) -> Path:
@@ -136,6 +149,7 @@ class Job:
             "format": self.inputs.format,
             "documents": self.documents,
             "field": None if self.inputs.format == "text" else self.field,
+            **({"delimiter": self.delimiter} if self.delimiter else {}),
             "validation_fraction": self.validation_fraction,
             "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
             **self.starts.recorded(),
@@ -158,8 +172,15 @@ class Job:
             dtype=self.dtype.str,
             separator_id=self.vocabulary.separator_id,
             validation_fraction=self.validation_fraction,
-            reading=ReadSettings(self.inputs.format, self.documents, self.field, str(self.work_folder / "scratch")),
-            skip_bad_documents=self.skip_bad_documents,
+            reading=ReadSettings(
+                self.inputs.format,
+                self.documents,
+                self.field,
+                str(self.work_folder / "scratch"),
+                self.delimiter,
+                "skip" if self.skip_bad_documents else "stop",
+                self.names,
+            ),
             starts=self.starts,
         )
 
@@ -168,7 +189,7 @@ class Job:
         record = read_record(self.work_folder, unit.number)
         if record is None or record.identity != self.identity(unit) or not self.is_whole(record):
             return None
-        return record if self.skip_bad_documents or not record.refused_documents else None
+        return record if self.skip_bad_documents or not record.losses.refused else None
 
     def is_whole(self, record: UnitRecord) -> bool:
         """Whether the shards of a recorded unit are there with the recorded sizes."""
@@ -198,9 +219,11 @@ class Job:
         count = len(self.inputs.files)
         size = human_bytes(self.inputs.size) if self.inputs.size else "size unknown"
         thing = "data set" if self.inputs.format == "hub" else "file"
-        plural = "s" if count > 1 else ""
+        empty = f" ({self.inputs.empty:,} empty)" if self.inputs.empty else ""
+        passed_over = f" Passed over: {self.inputs.passed_over}." if self.inputs.passed_over.total else ""
         return (
-            f"Input: {count:,} {thing}{plural}, {size}, format {self.inputs.format}, one document a {self.documents}."
+            f"Input: {counted(count, thing)}{empty}, {size}, format {self.inputs.format}, "
+            f"one document a {self.documents}.{passed_over}"
         )
 
     def _refuse_other(self, folder: Path, manifest: Manifest) -> None:
@@ -213,7 +236,8 @@ class Job:
         if newest > (folder / MANIFEST).stat().st_mtime_ns:
             differs.append("input files that have changed since")
         if manifest.statistics.get("refused_documents_in_input") and not self.skip_bad_documents:
-            differs.append("input with bad documents, which were left out (--on-bad-document skip)")
+            skip = self.names("on-bad-document", "skip")
+            differs.append(f"input with bad documents, which were left out ({skip})")
         if differs:
             raise UserError(
                 f"'{folder}' already holds a data set, prepared from {'; '.join(differs)}.",

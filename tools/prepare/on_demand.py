@@ -21,8 +21,10 @@ import xxhash
 
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import Estimate, estimate_output
+from tools.prepare.hints import input_notes
 from tools.prepare.inputs import InputFile, find_inputs
 from tools.prepare.job import SPLITS, TOKENIZER_FOLDER, Job, open_job
+from tools.prepare.option_names import CONFIG
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.summary import human_bytes
 from tools.prepare.work_folder import recorded_units
@@ -75,6 +77,8 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
     for path in paths:
         job = _shared_job(config, path, world)
         if not _is_prepared(job.output):
+            for note in input_notes(job.inputs, job.documents, job.names):
+                say(note)
             say(
                 f"preparing {path} ({_size(job)}) on {world.size} rank{'s' if world.size > 1 else ''} into {job.output}"
             )
@@ -102,6 +106,7 @@ def look_up(config: Config) -> Found:
             f"{path} is raw text ({_size(job)}, about {estimate.tokens:,.0f} tokens): the first start prepares it into "
             f"{_cache(config)}; until then the numbers are estimates"
         )
+        found.notes += input_notes(job.inputs, job.documents, job.names)
     return found
 
 
@@ -125,7 +130,7 @@ def _is_raw(path: str, config: Config) -> bool:
     elif not folder.exists() and not any(character in path for character in "*?["):
         return False
     try:
-        find_inputs([path], config.data.text.format)
+        find_inputs([path], config.data.text.format, CONFIG, _own_folders(config))
     except UserError:
         return folder.is_file()  # one file, named on purpose: say what is wrong with it
     return True
@@ -141,7 +146,16 @@ def _open(config: Config, path: str, output: Path) -> Job:
         field=text.field,
         documents=text.documents,
         validation_fraction=text.validation_fraction,
+        on_bad_document=text.on_bad_document,
+        delimiter=text.delimiter,
+        names=CONFIG,
+        excluded=_own_folders(config),
     )
+
+
+def _own_folders(config: Config) -> list[Path]:
+    """What a run writes itself is no text, where it lies within a folder of text."""
+    return [_cache(config), run_folder(config)]
 
 
 def _shared_job(config: Config, path: str, world: World) -> Job:
@@ -215,6 +229,8 @@ def _cache(config: Config) -> Path:
 def _name_of(job: Job, path: str, sums: Sums) -> str:
     """The folder in the cache: readable, and unique for content, tokenizer and settings."""
     settings = {name: value for name, value in job.settings.items() if name != "inputs"}
+    if job.skip_bad_documents:
+        settings["on_bad_document"] = "skip"
     content = [sums[file.path][2] for file in job.inputs.files]
     key = xxhash.xxh3_64_hexdigest(json.dumps([content, job.vocabulary.sha256, settings], sort_keys=True).encode())
     label = re.sub(r"[^\w.-]+", "-", Path(path).name).strip("-.") or "text"

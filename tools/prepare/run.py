@@ -18,9 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
+from tools.prepare.bad_documents import Losses
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import check_free_space, estimate_output
-from tools.prepare.finalize import collect_records, remove_work_folder, total_refused, write_manifests
+from tools.prepare.finalize import collect_records, remove_work_folder, total_losses, write_manifests
+from tools.prepare.hints import input_notes
 from tools.prepare.job import Job, open_job
 from tools.prepare.locks import locked, locked_units
 from tools.prepare.plan import Unit
@@ -178,7 +180,7 @@ def _write_share(
         documents=sum(split.entry.documents for split in splits if split.entry),
         tokens=sum(split.entry.tokens for split in splits if split.entry),
         empty_documents=sum(record.empty_documents for record in records),
-        refused_documents=total_refused(records),
+        losses=total_losses(records),
         finished_units=len(recorded_units(job)),
         all_units=len(job.units),
         elapsed_seconds=time.monotonic() - started,
@@ -193,7 +195,8 @@ def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console
     kept = len(units) - len(remaining)
     if not remaining:
         return kept
-    say(console, job.describe_inputs())
+    for line in (job.describe_inputs(), *input_notes(job.inputs, job.documents, job.names)):
+        say(console, line)
     size = sum(unit.size for unit in remaining)
     _announce(job, remaining, size, kept, workers, console)
     with ReadProgress(console, "Tokenizing", size) as progress:
@@ -208,9 +211,9 @@ def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console
 def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers: int, console: Console) -> None:
     """Say from a sample how much these units will give, and check that the disk has room for the whole job's."""
     work = job.work_settings()
-    refused: dict[str, int] | None = {} if job.skip_bad_documents else None
+    losses = Losses()
     encoder = Encoder(work.tokenizer_file, job.dtype)
-    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.of_plane), refused)
+    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.of_plane), losses)
     again = f" {kept:,} of {counted(kept + len(remaining), 'unit')} are finished already." if kept else ""
     if estimate.tokens:
         say(
@@ -218,8 +221,9 @@ def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers
             f"Expect about {estimate.tokens:,.0f} tokens, {human_bytes(estimate.output_bytes)} of shards; "
             f"workers: {min(workers, len(remaining))}.{again}",
         )
-    elif refused:
-        say(console, f"No document of a sample can be read: {describe_refused(refused)}. See --field and --format.")
+    elif losses.refused:
+        see = f"See {job.names('field')} and {job.names('format')}."
+        say(console, f"No document of a sample can be read: {describe_refused(losses.refused)}. {see}")
     others = set(range(len(job.units))) - recorded_units(job) - {unit.number for unit in remaining}
     share = size / (size + sum(job.units[number].size for number in others)) if size else 1.0
     check_free_space(job.output, estimate.output_bytes / share)
@@ -231,7 +235,7 @@ def _conclude(
     remove_work_folder(job)
     if already:
         say(console, f"Already prepared: {job.output}")
-    summary = PrepareSummary.of(job.output, job.folders, manifests, time.monotonic() - started, already)
+    summary = PrepareSummary.of(job.output, job.folders, manifests, job.inputs, time.monotonic() - started, already)
     print_summary(summary, console)
     return summary
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tools.prepare.bad_documents import Losses
+from tools.prepare.inputs import Inputs
 from trainer.data.shards import Manifest
 
 USUAL_SEQ_LEN = 512
@@ -47,29 +49,46 @@ class SplitSummary:
 class PrepareSummary:
     """The result of `prepare`. `splits` has "train", and "validation" when a fraction was held out.
 
-    `refused_documents` counts those that could not be read, by reason; with `on_bad_document` "stop" there are none.
+    With `on_bad_document` "stop" no document is refused. Bytes and repairs are 0 in data sets of earlier versions.
     """
 
     output: Path
     splits: dict[str, SplitSummary]
+    inputs: Inputs
     empty_documents: int
-    refused_documents: dict[str, int]
+    losses: Losses
     elapsed_seconds: float
     already_prepared: bool
 
     @classmethod
     def of(
-        cls, output: Path, folders: dict[str, Path], manifests: dict[str, Manifest], seconds: float, already: bool
+        cls,
+        output: Path,
+        folders: dict[str, Path],
+        manifests: dict[str, Manifest],
+        inputs: Inputs,
+        seconds: float,
+        already: bool,
     ) -> PrepareSummary:
         counts = manifests["train"].statistics
         return cls(
             output,
             {name: SplitSummary.of(folder, manifests[name]) for name, folder in folders.items()},
+            inputs,
             counts["empty_documents_in_input"],
-            counts.get("refused_documents_in_input", {}),  # data sets of earlier versions have none
+            Losses(
+                counts.get("refused_documents_in_input", {}),
+                counts.get("refused_bytes_in_input", 0),
+                counts.get("repaired_documents_in_input", 0),
+            ),
             seconds,
             already,
         )
+
+    @property
+    def refused_documents(self) -> dict[str, int]:
+        """Those that could not be read, by reason."""
+        return self.losses.refused
 
     @property
     def documents(self) -> int:
@@ -95,7 +114,7 @@ class TaskSummary:
     documents: int
     tokens: int
     empty_documents: int
-    refused_documents: dict[str, int]
+    losses: Losses
     finished_units: int
     all_units: int
     elapsed_seconds: float
@@ -122,11 +141,20 @@ def print_summary(summary: PrepareSummary, console: Console) -> None:
     table.add_row("shards", *(f"{split.shards:,}" for split in splits))
     table.add_row("folder", *(str(split.folder) for split in splits))
     console.print(table)
-    say(
-        console,
-        f"Left out: {_describe_left_out(summary.empty_documents, summary.refused_documents)}. "
-        f"{summary.elapsed_seconds:.1f} s",
+    for line in account(summary):
+        say(console, line)
+
+
+def account(summary: PrepareSummary) -> list[str]:
+    """What became of every file and document of the input, in lines."""
+    inputs = summary.inputs
+    files = (
+        f"{counted(len(inputs.files), 'data set')}" if inputs.format == "hub" else counted(len(inputs.files), "file")
     )
+    empty = f", {inputs.empty:,} of them empty" if inputs.empty else ""
+    passed_over = f" Passed over: {inputs.passed_over}." if inputs.passed_over.total else ""
+    left_out = _describe_left_out(summary.empty_documents, summary.losses)
+    return [f"Read: {files}{empty}.{passed_over}", f"Left out: {left_out}. {summary.elapsed_seconds:.1f} s"]
 
 
 def print_task_summary(summary: TaskSummary, console: Console) -> None:
@@ -135,7 +163,7 @@ def print_task_summary(summary: TaskSummary, console: Console) -> None:
         console,
         f"Task {summary.task}/{summary.tasks}: {counted(summary.units, 'unit')}{kept}, "
         f"{counted(summary.documents, 'document')}, {summary.tokens:,} tokens. Left out: "
-        f"{_describe_left_out(summary.empty_documents, summary.refused_documents)}. {summary.elapsed_seconds:.1f} s",
+        f"{_describe_left_out(summary.empty_documents, summary.losses)}. {summary.elapsed_seconds:.1f} s",
     )
     if summary.finished_units < summary.all_units:
         state = (
@@ -151,9 +179,12 @@ def describe_refused(refused: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
 
 
-def _describe_left_out(empty: int, refused: dict[str, int]) -> str:
-    reasons = f" ({describe_refused(refused)})" if refused else ""
-    return f"{counted(empty, 'empty document')}, {sum(refused.values()):,} refused{reasons}"
+def _describe_left_out(empty: int, losses: Losses) -> str:
+    refused = losses.refused
+    size = f"; {human_bytes(losses.refused_bytes)}" if losses.refused_bytes else ""
+    reasons = f" ({describe_refused(refused)}{size})" if refused else ""
+    repaired = f"; half surrogate pairs became U+FFFD in {losses.repaired:,} documents" if losses.repaired else ""
+    return f"{counted(empty, 'empty document')}, {sum(refused.values()):,} refused{reasons}{repaired}"
 
 
 def say(console: Console, line: str) -> None:

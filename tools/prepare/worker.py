@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from tools.prepare.bad_documents import Losses
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
@@ -44,7 +45,6 @@ class WorkSettings:
     separator_id: int
     validation_fraction: float
     reading: ReadSettings
-    skip_bad_documents: bool = False
     starts: StartSettings = field(default_factory=StartSettings)
 
 
@@ -63,7 +63,7 @@ class UnitRecord:
 
     identity: str
     empty_documents: int = 0
-    refused_documents: dict[str, int] = field(default_factory=dict)  # by reason
+    losses: Losses = field(default_factory=Losses)
     splits: dict[str, SplitRecord] = field(default_factory=dict)
 
 
@@ -75,7 +75,8 @@ def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
     """The record of a unit, None when there is none or it cannot be read."""
     try:
         raw = json.loads(record_path(work_folder, number).read_text())
-        record = UnitRecord(raw["identity"], raw["empty_documents"], raw["refused_documents"])
+        losses = raw["losses"] if "losses" in raw else {"refused": raw["refused_documents"]}  # of earlier versions
+        record = UnitRecord(raw["identity"], raw["empty_documents"], Losses(**losses))
         for name, split in raw["splits"].items():
             entry = split.pop("entry")
             if entry:
@@ -139,11 +140,10 @@ def write_unit(
 
 def _batches(unit: Unit, settings: WorkSettings, record: UnitRecord) -> Iterator[tuple[list[str], int]]:
     """Batches of documents with the bytes of the unit consumed; counts those that are left out."""
-    refused = record.refused_documents if settings.skip_bad_documents else None
     texts: list[str] = []
     characters, before, position = 0, 0, 0
     for piece in unit.pieces:
-        for text, consumed in read_documents(piece, settings.reading, refused):
+        for text, consumed in read_documents(piece, settings.reading, record.losses):
             if not text or text.isspace():
                 record.empty_documents += 1
                 continue

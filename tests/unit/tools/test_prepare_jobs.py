@@ -146,9 +146,9 @@ def test_bad_documents_are_counted_by_reason_when_asked(tmp_path: Path, make_job
     joined = finalize_job(stopping, console)  # as the tasks were told
 
     refused = {"broken JSON": 2, "invalid UTF-8": 1, "missing field": 1, "not text": 1}
-    assert joined.refused_documents == summary.refused_documents == refused
+    assert joined.refused_documents == summary.losses.refused == refused
     assert joined.documents == 900 and joined.empty_documents == 1
-    line = "Left out: 1 empty document, 5 refused (2 broken JSON, 1 invalid UTF-8, 1 missing field, 1 not text)."
+    line = "Left out: 1 empty document, 5 refused (2 broken JSON, 1 invalid UTF-8, 1 missing field, 1 not text; 61 B)."
     assert line in console.file.getvalue()
     prepare_job(make_job([good], tmp_path / "good"))
     assert read_token_documents(tmp_path / "data") == read_token_documents(tmp_path / "good")

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from tools.prepare.plan import MINIMUM_UNIT_BYTES, Piece, plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from trainer.errors import UserError
 
-LINES = st.lists(st.sampled_from([b"one\n", b"two words\n", b"\n", b" \t\n", b"\r\n", b"x\r\n", "é".encode() + b"\n"]))
+MARK = b"\xef\xbb\xbf"
+LINES = st.lists(
+    st.tuples(
+        st.sampled_from([b"", b"", MARK]),
+        st.sampled_from([b"one", b"two words", b"", b" \t", b"x", "é".encode()]),
+        st.sampled_from([b"\n", b"\n", b"\r\n", b"\r"]),
+    ).map(b"".join)
+)
 
 
 def read_all(path: Path, documents: str = "paragraph", format: str = "auto", field: str = "text") -> list[str]:
@@ -42,9 +50,10 @@ def test_any_cut_gives_the_same_documents(tmp_path_factory, documents, lines, st
     whole = read_text_pieces(find_inputs([str(path)]), documents, [])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tools.prepare.readers._STEP_BYTES", data.draw(st.sampled_from([1, 3, 1 << 16])))
+        patch.setattr("tools.prepare.lines._STEP_BYTES", data.draw(st.sampled_from([1, 3, 1 << 16])))
         assert read_text_pieces(find_inputs([str(path)]), documents, cuts) == whole
-    text = (raw or b"x").removeprefix(b"\xef\xbb\xbf").decode().replace("\r\n", "\n")
+    text = (raw or b"x").decode().replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub("^\ufeff", "", text, flags=re.MULTILINE)
     if documents == "line":
         assert whole == text.split("\n")[: len(whole)]
         assert len(whole) in (text.count("\n"), text.count("\n") + 1)
@@ -72,7 +81,7 @@ def test_a_piece_inside_a_huge_line_reads_no_more_than_itself(
         opened = io.BufferedReader(Counted(path))
         return opened, opened
 
-    monkeypatch.setattr("tools.prepare.readers.open_input", open_counted)
+    monkeypatch.setattr("tools.prepare.lines.open_input", open_counted)
     piece = Piece(file, 5 << 20, 6 << 20)
     assert list(read_documents(piece, ReadSettings("text", documents, "text", ""))) == []
     assert piece.size <= sum(read) < 2 * piece.size
@@ -204,7 +213,7 @@ def test_a_table_cut_short_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = write_rows(tmp_path / f"rows.{suffix}", [f"text {number * number}" for number in range(5000)])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
-    with pytest.raises(UserError, match=f"Cannot read 'rows.{suffix}'"):
+    with pytest.raises(UserError, match=f"Cannot (read|decompress) 'rows.{suffix}'.* cut short"):
         read_all(path, "row")
 
 
