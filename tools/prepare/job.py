@@ -83,13 +83,14 @@ def open_job(
             where=names("on-bad-document", on_bad_document),
             remedy=f"Choose {' or '.join(ON_BAD_DOCUMENT)}.",
         )
-    found = find_inputs(inputs, format, names, [Path(output).expanduser(), *excluded])
+    folder = user_path(output, "--output")
+    found = find_inputs(inputs, format, names, [folder, *excluded])
     documents = resolve_documents(documents, found.format, names)
     loaded = load_tokenizer(tokenizer)
     starts = StartSettings(word_starts, sentence_starts)
     starts.check(loaded.backend_tokenizer)
     return Job(
-        output=user_path(output, "--output"),
+        output=folder,
         inputs=found,
         documents=documents,
         field=field,

@@ -53,7 +53,7 @@ class Walk:
         self._excluded = {identity for path in self.excluded if (identity := _identity(path))}
 
     def find(self, given: str, path: str) -> list[tuple[str, str]]:
-        """(absolute path, name relative to what was given) of the files behind one input, whose absolute path `path` is.
+        """(absolute path, name relative to what was given) of the files behind one input, at the absolute `path`.
 
         Raises:
             UserError: when there is no such path, for a link that leads nowhere and a folder that cannot be listed.
