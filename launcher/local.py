@@ -136,7 +136,7 @@ def launch(
         if not any(rank.failed for rank in ranks):
             return max(rank.process.returncode for rank in ranks)
         code = _show_first_cause(ranks, run_dir)
-        if nodes is not None:
+        if nodes is not None and code == EXIT_UNEXPECTED:
             print("If it only lost another rank, the cause is with the launcher of that one's node.", file=sys.stderr)
         return code
 

@@ -15,7 +15,7 @@ from launcher.local import Nodes, launch, local_membership
 from launcher.rank import hold_stop_signals, report_and_end, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
-from trainer.errors import UserError
+from trainer.errors import MaskwrightError, UserError
 from trainer.paths import user_path
 from trainer.rendezvous import LISTENER_VARIABLE, listen
 
@@ -98,11 +98,11 @@ def start_training(
     if membership is None:
         nodes = options.nodes()
         if (process_count or 1) > 1 or nodes is not None:
-            config = load_config(config_source, overrides)
             command = _rank_command(config_source, overrides, resume, dry_run)
             if nodes is not None:
                 _say_place(nodes, process_count or 1)
-            return launch(command, process_count or 1, _folder_of_logs(config, dry_run), nodes=nodes)
+            run_dir = _checked_folder(config_source, overrides, dry_run, nodes)
+            return launch(command, process_count or 1, run_dir, nodes=nodes)
         listener = listen()
         membership = local_membership(rank=0, world_size=1, port=listener.getsockname()[1])
         os.environ[LISTENER_VARIABLE] = str(listener.detach())
@@ -123,6 +123,21 @@ def start_training(
     return _train_here(membership, config_source, overrides, resume, dry_run)
 
 
+def _checked_folder(config_source: str, overrides: Sequence[str], dry_run: bool, nodes: Nodes | None) -> Path | None:
+    """Where the ranks' logs will lie.
+
+    Raises:
+        UserError: for a mistake in the config, unless other nodes wait for the ranks of this one: those tell them.
+    """
+    try:
+        return _folder_of_logs(load_config(config_source, overrides), dry_run)
+    except MaskwrightError as error:
+        if nodes is None or nodes.count == 1:
+            raise
+        print(f"{error.problem} The other nodes are told when they meet this one.", file=sys.stderr)
+        return None
+
+
 def _say_place(nodes: Nodes, process_count: int) -> None:
     first = nodes.index * process_count
     place = f"{nodes.master_address}:{nodes.master_port}"
@@ -136,9 +151,12 @@ def _train_here(
     membership: Membership, config_source: str, overrides: Sequence[str], resume: str, dry_run: bool
 ) -> int:
     os.environ.update(membership.variables())
-    config = load_config(config_source, overrides)
-    run_dir = _folder_of_logs(config, dry_run)
     hold_stop_signals()
+    try:
+        config = load_config(config_source, overrides)
+    except MaskwrightError as error:
+        return _tell_others(error, membership.world_size)
+    run_dir = _folder_of_logs(config, dry_run)
 
     def work() -> int:
         from tools.prepare.on_demand import prepare_raw_text
@@ -147,6 +165,20 @@ def _train_here(
         return run(config, resume, dry_run, prepare_raw_text, give_up=partial(report_and_end, run_dir=run_dir))
 
     return run_rank(work, run_dir)
+
+
+def _tell_others(error: MaskwrightError, world_size: int) -> int:
+    """End all ranks with what this one has met in its config; the others wait for it."""
+    if world_size == 1:
+        raise error
+
+    def work() -> int:
+        from trainer.consistency import tell_others
+
+        tell_others(error)
+        return error.exit_code
+
+    return run_rank(work, None)
 
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from trainer.errors import mark_origin
+from trainer.errors import MaskwrightError, mark_origin
 from trainer.host_memory import keep_freed_memory
+from trainer.node import node_name
 from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,23 @@ def gather(world: World, value: Any) -> list[Any]:
 
 
 def raise_together(world: World, error: Exception | None) -> None:
-    """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left."""
-    for rank, found in enumerate(gather(world, error)):
-        if found is not None:
-            mark_origin(found, rank)
-            raise found
+    """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left.
+
+    On several machines an expected error says which one it is about, unless all ranks met one.
+    """
+    found = gather(world, (error, node_name()) if error is not None else None)
+    for rank, each in enumerate(found):
+        if each is None:
+            continue
+        first, node = each
+        if isinstance(first, MaskwrightError) and None in found and _spans_nodes(world):
+            first.where = f"{first.where}, on rank {rank} ({node})".removeprefix(", ")
+        mark_origin(first, rank)
+        raise first
+
+
+def _spans_nodes(world: World) -> bool:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) < world.size
 
 
 def build_together(world: World, build: Callable[[], Any]) -> Any:

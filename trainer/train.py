@@ -23,6 +23,7 @@ from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
 from trainer.config import CUDA_GRAPHS, Config
+from trainer.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
@@ -87,6 +88,7 @@ def run(
     with stop_requests() as stop:
         world = distributed.start(Limits.of(config.watchdog).of_start)
         try:
+            compare(world, lambda: facts_of_start(config, resume, dry_run))
             with (
                 _lock(config, world, dry_run) as lock,
                 _output(config, world, dry_run) as stream,
@@ -110,6 +112,7 @@ def run(
                 inputs = distributed.build_together(
                     world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
                 )
+                compare(world, lambda: facts_of_inputs(inputs))
                 return _train(inputs, world, resume, dry_run, stop, activity, console, status, lock)
         finally:
             distributed.stop()

@@ -31,6 +31,7 @@ from tools.prepare.work_folder import recorded_units
 from tools.prepare.worker import WORK_FOLDER
 from trainer import distributed
 from trainer.config import Config
+from trainer.consistency import compare
 from trainer.data.shards import MANIFEST, split_folder
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -73,6 +74,7 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
         MaskwrightError: on every rank, for a mistake in the text or the settings.
     """
     paths = distributed.build_together(world, lambda: raw_paths(config))
+    compare(world, lambda: {"paths of raw text": paths})
     folders: dict[str, Path] = {}
     for path in paths:
         job = _shared_job(config, path, world)
@@ -161,6 +163,7 @@ def _own_folders(config: Config) -> list[Path]:
 def _shared_job(config: Config, path: str, world: World) -> Job:
     """The job that prepares a path, on every rank; its output is the place in the cache."""
     job = distributed.build_together(world, lambda: _open(config, path, Path(os.devnull)))
+    compare(world, lambda: _facts(job, path))
     cache = _cache(config)
     known = distributed.from_main(world, _known_sums(cache, job.inputs.files) if world.is_main else None)
     unknown = [file for file in job.inputs.files if file.path not in known]
@@ -173,6 +176,12 @@ def _shared_job(config: Config, path: str, world: World) -> Job:
         cache.mkdir(parents=True, exist_ok=True)
         replace_synced(cache / _SUMS, json.dumps({**_read_sums(cache), **known}).encode())
     return replace(job, output=cache / _name_of(job, path, known))
+
+
+def _facts(job: Job, path: str) -> dict[str, Any]:
+    """What each rank has found behind a path; the contents are read in shares, and so are hashed by one rank each."""
+    files = {file.path: f"{file.size:,} bytes {file.revision}".strip() for file in job.inputs.files}
+    return {f"text of {path}": files, "tokenizer": job.vocabulary.sha256, "settings of the text": job.settings}
 
 
 def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bool:
