@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from trainer.errors import UserError
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Below the range that the kernel hands out for outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 10_000, 20_000
+_DIGITS, _SHOWN_CHARACTERS = 18, 100
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,13 @@ def _from_torchrun(environ: Mapping[str, str]) -> Membership:
             where=", ".join(missing),
             remedy="Start with torchrun or srun, which set all of them, or unset RANK, WORLD_SIZE and LOCAL_RANK.",
         )
-    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in _TORCHRUN_VARIABLES[:4])
+    rank, world_size = _place(environ, "RANK", "WORLD_SIZE")
+    local_rank, local_world_size = _place(environ, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if local_world_size > world_size:
+        raise _not_a_start(
+            f"LOCAL_WORLD_SIZE is {local_world_size}, more than there are ranks (WORLD_SIZE={world_size}).",
+            "LOCAL_WORLD_SIZE",
+        )
     return Membership(
         started_by="torchrun",
         rank=rank,
@@ -105,7 +113,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> Membership:
         local_rank=local_rank,
         local_world_size=local_world_size,
         master_address=environ["MASTER_ADDR"],
-        master_port=_integer(environ, "MASTER_PORT"),
+        master_port=_port(environ),
     )
 
 
@@ -129,14 +137,15 @@ def _from_srun(environ: Mapping[str, str], task_count: int, find_first_host: Cal
                 remedy="Export MASTER_ADDR before srun: the name of the job's first node, as the others reach it.",
             )
         address = find_first_host(node_list)
+    local_world_size = tasks_per_node[node_index]
     return Membership(
         started_by="srun",
-        rank=_integer(environ, "SLURM_PROCID"),
+        rank=_below(environ, "SLURM_PROCID", task_count),
         world_size=task_count,
-        local_rank=_integer(environ, "SLURM_LOCALID"),
-        local_world_size=tasks_per_node[node_index],
+        local_rank=_below(environ, "SLURM_LOCALID", local_world_size),
+        local_world_size=local_world_size,
         master_address=address,
-        master_port=_integer(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else _port_of_step(environ),
+        master_port=_port(environ) if environ.get("MASTER_PORT") else _port_of_step(environ),
     )
 
 
@@ -156,13 +165,69 @@ def _expand_tasks_per_node(text: str) -> list[int]:
     return counts
 
 
+def checked_address(address: str, where: str) -> str:
+    """A name or address of a machine that this one can look up.
+
+    Raises:
+        UserError: when it cannot; `where` is who gave it.
+    """
+    try:
+        socket.getaddrinfo(address or " ", None)  # an empty one would be this machine
+    except UnicodeError:
+        reason = "its parts are too long, or not letters, digits and hyphens"
+    except OSError as error:
+        if error.errno == socket.EAI_AGAIN:  # the name server does not answer now; the ranks try for minutes
+            return address
+        reason = error.strerror or str(error)
+    else:
+        return address
+    shown = address if len(address) <= _SHOWN_CHARACTERS else f"{address[:_SHOWN_CHARACTERS]}…"
+    raise UserError(
+        f"{shown!r} is no name or address of a machine: {reason}.",
+        where=where,
+        remedy="Give the name or the address of node 0 as this machine reaches it.",
+    )
+
+
+def _place(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    """A rank and how many there are."""
+    size = _integer(environ, size_name)
+    if size < 1:
+        raise _not_a_start(f"{size_name} is {size}: there is no rank.", size_name)
+    return _below(environ, rank_name, size), size
+
+
+def _below(environ: Mapping[str, str], name: str, size: int) -> int:
+    rank = _integer(environ, name)
+    if rank >= size:
+        raise _not_a_start(f"{name} is {rank}, and there are {size}: they are numbered from 0.", name)
+    return rank
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _integer(environ, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise UserError(
+            f"MASTER_PORT is {port}, and ports end at 65535.",
+            where="MASTER_PORT",
+            remedy="Export a free port of the first node, from 1024 to 65535, or leave it to torchrun or srun.",
+        )
+    return port
+
+
 def _integer(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
-    if value is None or not value.isdecimal():
-        found = "is not set" if value is None else f"is '{value}', not a number"
-        raise UserError(
-            f"Environment variable {name} {found}.",
-            where=name,
-            remedy="Start with torchrun or srun, which set it, or unset the variables of such a start.",
-        )
+    if value is None:
+        raise _not_a_start(f"Environment variable {name} is not set.", name)
+    if not value.isdecimal() or len(value) > _DIGITS:
+        shown = value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}…"
+        raise _not_a_start(f"Environment variable {name} is {shown!r}, not a number.", name)
     return int(value)
+
+
+def _not_a_start(problem: str, name: str) -> UserError:
+    return UserError(
+        problem,
+        where=name,
+        remedy="Start with torchrun or srun, which set it, or unset the variables of such a start.",
+    )

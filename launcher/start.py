@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launcher.environment import Membership, find_membership
+from launcher.environment import Membership, checked_address, find_membership
 from launcher.local import Nodes, launch, local_membership
-from launcher.rank import hold_stop_signals, report_and_end, run_rank
+from launcher.rank import report_and_end, run_rank
 from trainer.config import Config
 from trainer.config_file import load_config
 from trainer.errors import MaskwrightError, UserError
@@ -73,16 +72,8 @@ class ProcessOptions:
                 where="--node-rank",
                 remedy=f"Give a number from 0 to {self.node_count - 1}, another one on each node.",
             )
-        port = self.master_port or DEFAULT_MASTER_PORT
-        try:
-            socket.getaddrinfo(self.master_address, port)
-        except OSError as error:
-            raise UserError(
-                f"'{self.master_address}' is no name or address of a machine: {error.strerror}.",
-                where="--master-addr",
-                remedy="Give the name or the address of node 0 as this machine reaches it.",
-            ) from None
-        return Nodes(self.node_count, self.node_rank, self.master_address, port)
+        checked_address(self.master_address, "--master-addr")
+        return Nodes(self.node_count, self.node_rank, self.master_address, self.master_port or DEFAULT_MASTER_PORT)
 
 
 def start_training(
@@ -95,6 +86,8 @@ def start_training(
     """
     membership = find_membership(os.environ)
     process_count = options.process_count
+    if membership is not None:
+        checked_address(membership.master_address, "MASTER_ADDR")
     if membership is None:
         nodes = options.nodes()
         if (process_count or 1) > 1 or nodes is not None:
@@ -151,7 +144,6 @@ def _train_here(
     membership: Membership, config_source: str, overrides: Sequence[str], resume: str, dry_run: bool
 ) -> int:
     os.environ.update(membership.variables())
-    hold_stop_signals()
     try:
         config = load_config(config_source, overrides)
     except MaskwrightError as error:

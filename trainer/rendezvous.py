@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -53,6 +54,24 @@ def listen_for_nodes(port: int) -> socket.socket:
             where=f"--master-port {port}",
             remedy="Give another --master-port, the same one on all nodes.",
         ) from None
+
+
+def close_listening_sockets() -> None:
+    """For a process that was forked from a rank: a copy there would keep the port taken after the rank's death."""
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        with suppress(OSError):  # the listing's own is closed
+            if _listens(int(name)):
+                os.close(int(name))
+
+
+def _listens(descriptor: int) -> bool:
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return False
+    view = socket.socket(fileno=descriptor)
+    try:
+        return bool(view.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        view.detach()
 
 
 def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:

@@ -21,6 +21,7 @@ from trainer.data.order import SampleOrder, rank_share
 from trainer.data.run_order import RunOrder
 from trainer.data.shard_set import ShardSet
 from trainer.errors import MaskwrightError
+from trainer.rendezvous import close_listening_sockets
 from trainer.signals import ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -182,3 +183,4 @@ def _as_is(batch: Any) -> Any:
 
 def _start_worker(_worker: int) -> None:
     ignore_stop_signals()
+    close_listening_sockets()

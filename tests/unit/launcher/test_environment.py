@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.environment import Membership, find_membership, first_host
+from launcher.environment import Membership, checked_address, find_membership, first_host
 from trainer.errors import UserError
 
 TORCHRUN = {
@@ -117,10 +117,34 @@ def test_no_scontrol_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) 
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "two"}, "SLURM_STEP_TASKS_PER_NODE"),
         ({**SRUN, "SLURM_NODEID": "7"}, "SLURM_STEP_TASKS_PER_NODE"),
         ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({**TORCHRUN, "WORLD_SIZE": "x"}, "WORLD_SIZE"),
+        ({**TORCHRUN, "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE"),
+        ({**TORCHRUN, "MASTER_PORT": "99999999"}, "MASTER_PORT"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT"),
+        ({**SRUN, "MASTER_PORT": "65536"}, "MASTER_PORT"),
+        ({**SRUN, "SLURM_PROCID": "5"}, "SLURM_PROCID"),
+        ({**SRUN, "SLURM_PROCID": "1e3"}, "SLURM_PROCID"),
+        ({**SRUN, "SLURM_LOCALID": "1"}, "SLURM_LOCALID"),
     ],
 )
 def test_contradictions_name_the_variable(environ: dict[str, str], where: str) -> None:
     with pytest.raises(UserError) as caught:
         find_membership(environ, first_of_three)
     assert caught.value.where == where
-    assert caught.value.remedy
+    assert caught.value.remedy and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("address", ["", "no such host", "é..", "a" * 300, "[::1"])
+def test_an_address_that_is_none_is_refused_and_not_waited_for(address: str) -> None:
+    with pytest.raises(UserError, match="is no name or address of a machine") as caught:
+        checked_address(address, "MASTER_ADDR")
+    assert caught.value.where == "MASTER_ADDR" and len(str(caught.value)) < 400
+
+
+def test_addresses_of_this_machine_are_taken() -> None:
+    assert [checked_address(address, "") for address in ("localhost", "127.0.0.1", "::1")]
