@@ -8,7 +8,9 @@ names is an error that names it. Nothing but the standard library is imported he
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +22,7 @@ EXIT_USER_ERROR = 2  # trainer.errors has it; trainer is what is looked at here
 
 def main() -> None:
     """Run a command."""
+    _end_on_interrupt()
     os.environ["PYTHONSAFEPATH"] = "1"
     if (problem := foreign_package()) is not None:
         print(f"Please check: {problem}", file=sys.stderr)
@@ -30,9 +33,30 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(EXIT_USER_ERROR)
+    if sys.argv[1:2] == ["train"]:
+        from trainer.signals import hold_stop_signals
+
+        hold_stop_signals()
     from launcher.cli import main as run_command
 
     run_command()
+
+
+def _end_on_interrupt() -> None:
+    """Let Ctrl-C end the process quietly as long as there is nothing to save or to clean up.
+
+    Python's own handler would raise wherever an import stands, which not every library survives. A rank of our launcher
+    is born with it held back; its death tells the launcher, which speaks for all.
+    """
+    is_rank = "MASKWRIGHT_ERROR_FILE" in os.environ  # launcher.rank has it
+    signal.signal(signal.SIGINT, signal.SIG_DFL if is_rank else _end_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _end_at_once(_number: int, _frame: object) -> None:
+    with suppress(OSError):
+        os.write(2, b"Interrupted.\n")
+    os._exit(128 + signal.SIGINT)
 
 
 def foreign_package() -> str | None:

@@ -7,12 +7,21 @@ from typing import Annotated, Literal
 import typer
 
 from launcher.bench_commands import bench_app
-from launcher.command import AsJson, Command, ConfigSource, Overrides, RunFolder, console_of_results
+from launcher.command import (
+    AsJson,
+    Command,
+    ConfigSource,
+    Overrides,
+    RunFolder,
+    TrainingCommand,
+    console_of_results,
+)
 from launcher.console import make_console
 from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
+from trainer.streams import use_consoles
 
 app = typer.Typer(
     name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -90,7 +99,7 @@ def validate(
         print(line)
 
 
-@app.command(cls=Command)
+@app.command(cls=TrainingCommand)
 def train(
     config: ConfigSource,
     overrides: Overrides = None,
@@ -132,7 +141,8 @@ def train(
 ) -> int:
     """Train. The same command resumes a run that was stopped.
 
-    USR1, TERM and Ctrl-C save a checkpoint at the next step and end with exit code 75; a second Ctrl-C stops at once.
+    USR1, TERM, HUP and Ctrl-C save a checkpoint at the next step and end with exit code 75; a second Ctrl-C stops at
+    once.
 
     \b
     Examples:
@@ -201,5 +211,6 @@ def convert(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command of this process."""
+    use_consoles()
     app(prog_name="maskwright")

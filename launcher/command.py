@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from typer.core import TyperCommand
 
-from launcher.console import Card, exit_code, make_console, print_card
-from trainer.errors import MaskwrightError
+from launcher.console import EXIT_INTERRUPTED, Card, exit_code, make_console, print_card
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError
+from trainer.streams import loss_of, reader_has_left
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,21 +23,67 @@ _OPTIONS_OF_SEVERAL_VALUES = ("--input",)
 
 
 class Command(TyperCommand):
-    """Ends with the exit code that its function returns (None is 0); an expected error becomes a card."""
+    """Ends with the exit code that its function returns (None is 0); an expected error becomes a card.
+
+    What a command prints on stdout is its result: where that could not be written, code 0 becomes 2. A reader that
+    leaves (`| head`) has what it wants.
+    """
+
+    prints_results = True
+
+    @contextmanager
+    def interrupts(self, received: list[int]) -> Iterator[None]:
+        """Raise KeyboardInterrupt in the command, and note that; libraries may make another error of it."""
+
+        def handle(number: int, _frame: object) -> None:
+            received.append(number)
+            raise KeyboardInterrupt
+
+        previous = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, _repeat_option(args, _OPTIONS_OF_SEVERAL_VALUES))
 
     def invoke(self, ctx: Any) -> None:
+        received: list[int] = []
         try:
-            code = super().invoke(ctx)
-        except MaskwrightError as error:
-            print_card(Card.of(error))
-            code = exit_code(error)
-        except KeyboardInterrupt as error:
-            print("Interrupted.", file=sys.stderr)
-            code = exit_code(error)
-        raise typer.Exit(code or 0)
+            with self.interrupts(received):
+                code = super().invoke(ctx)
+        except BaseException as error:
+            if received or isinstance(error, KeyboardInterrupt):  # whatever became of it on its way
+                print("Interrupted.", file=sys.stderr)
+                code = EXIT_INTERRUPTED
+            elif isinstance(error, MaskwrightError):
+                print_card(Card.of(error))
+                code = exit_code(error)
+            else:
+                raise
+        raise typer.Exit(code or (_code_of_results() if self.prints_results else EXIT_FINISHED))
+
+
+class TrainingCommand(Command):
+    """Its results are files, what it prints is a convenience, and it has handlers of its own for Ctrl-C."""
+
+    prints_results = False
+
+    @contextmanager
+    def interrupts(self, received: list[int]) -> Iterator[None]:
+        yield
+
+
+def _code_of_results() -> int:
+    """0, or 2 with a card where something that was printed on stdout did not arrive."""
+    sys.stdout.flush()
+    error = loss_of(sys.stdout)
+    if error is None or reader_has_left(sys.stdout):
+        return EXIT_FINISHED
+    remedy = "Send the output to a place that has room."
+    print_card(Card("Please check", f"The output could not be written: {error.strerror}.", "stdout", remedy))
+    return EXIT_USER_MISTAKE
 
 
 def _repeat_option(args: list[str], names: tuple[str, ...]) -> list[str]:

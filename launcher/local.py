@@ -27,12 +27,12 @@ from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, ended
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
 from trainer.node import make_die_with_parent
 from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
+from trainer.signals import STOP_SIGNALS
 from trainer.tracking.status import AT_ONCE, change_status, read_status
 
 GRACE_S = 15.0
 """After a rank has failed, the others have this long to end by themselves, and again this long after a TERM."""
 POLL_S = 0.1
-FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TAIL_BYTES = 4096
 
 
@@ -158,7 +158,8 @@ def _received_signals() -> Iterator[deque[signal.Signals]]:
     def handle(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    previous = {number: signal.signal(number, handle) for number in FORWARDED_SIGNALS}
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield received
     finally:
@@ -169,6 +170,13 @@ def _received_signals() -> Iterator[deque[signal.Signals]]:
 def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nodes | None) -> list[RankProcess]:
     threads = max(1, core_count() // process_count)
     die_with_parent = make_die_with_parent()
+
+    def prepare() -> None:
+        die_with_parent()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, STOP_SIGNALS
+        )  # until it can handle them, in Python's own start as well
+
     ranks: list[RankProcess] = []
     listener, memberships = _places(process_count, nodes)
     try:
@@ -187,7 +195,7 @@ def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nod
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=prepare,
                 pass_fds=() if rank or listener is None else (listener.fileno(),),
             )
             if output:
@@ -230,7 +238,10 @@ def _places(process_count: int, nodes: Nodes | None) -> tuple[socket.socket | No
 
 
 def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: float) -> bool:
-    """Wait until every rank has ended, forwarding signals; True when a second Ctrl-C asked to end at once."""
+    """Wait until every rank has ended, forwarding signals; True when they are to end at once.
+
+    A second Ctrl-C asks for that, and so does one that met a rank which had nothing to save yet and died of it.
+    """
     interrupts = 0
     failed_at: float | None = None
     terminated = False
@@ -242,6 +253,8 @@ def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: f
                 return True
             for rank in ranks:
                 rank.send(number)
+        if any(rank.process.returncode == -signal.SIGINT for rank in ranks):
+            return True
         now = time.monotonic()
         if failed_at is None and any(rank.failed for rank in ranks):
             failed_at = now
@@ -258,7 +271,7 @@ def _watch(ranks: list[RankProcess], received: deque[signal.Signals], grace_s: f
                 if rank.process.returncode is None:
                     rank.terminate()
         time.sleep(POLL_S)
-    return False
+    return any(rank.process.returncode == -signal.SIGINT for rank in ranks)
 
 
 def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:

@@ -91,19 +91,6 @@ def describe_rank(rank: int, log: str) -> str:
     return f"rank {rank}; its log: {log}" if log else f"rank {rank}"
 
 
-def hold_stop_signals() -> None:
-    """Keep USR1 and TERM pending until training has its handlers (trainer.signals lets them through).
-
-    A job that is preempted while torch is still being imported then saves at its first step and requeues, where
-    the default action would end it at once. After training, when the handlers are gone, a late one is ignored: it
-    must not turn exit code 75 into a death by signal. Ctrl-C stays live.
-    """
-    held = (signal.SIGUSR1, signal.SIGTERM)
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
-    for number in held:
-        signal.signal(number, signal.SIG_IGN)  # Linux keeps a blocked signal pending even so
-
-
 def run_rank(work: Callable[[], int], run_dir: Path | None) -> int:
     """Do this rank's work and return its exit code; whatever escapes is reported, never raised.
 
@@ -112,6 +99,7 @@ def run_rank(work: Callable[[], int], run_dir: Path | None) -> int:
     try:
         code = work()
         if os.environ.get(ERROR_FILE_VARIABLE):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on it could only hide that the work is done
             ended_file(Path(os.environ[ERROR_FILE_VARIABLE])).touch()
         return code
     except SystemExit:

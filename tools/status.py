@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from trainer.errors import UserError
 from trainer.liveness.heartbeat import Heartbeat, read_heartbeats
 from trainer.node import has_process
 from trainer.paths import user_path
+from trainer.streams import reader_has_left
 from trainer.tracking.jsonl import read_last
 from trainer.tracking.status import ENDED, Status, read_status
 
@@ -88,14 +90,14 @@ def show_status(run: str, watch: bool, as_json: bool, console: Console) -> None:
 
 
 def _until_it_ends(run: str) -> Iterator[RunView]:
-    """A look every few seconds, where something has changed, up to the end of the run."""
+    """A look every few seconds, where something has changed, up to the end of the run or until nobody reads it."""
     before: dict[str, Any] | None = None
     while True:
         view = look_at(run)
         now = {name: value for name, value in view.to_dict().items() if not name.endswith(("_age_seconds", "_at"))}
         if now != before:
             yield view
-        if view.ended:
+        if view.ended or reader_has_left(sys.stdout):
             return
         before = now
         time.sleep(WATCH_INTERVAL_S)

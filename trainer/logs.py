@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.errors import cannot_write
+from trainer.streams import PATIENCE_S, Console
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -47,14 +48,13 @@ def rank_log(path: Path, rank: int) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    console_descriptor = os.dup(1)
+    console = Console(os.dup(1), getattr(sys.stdout, "encoding", None) or "utf-8", PATIENCE_S)
     with open(path, "a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        console = os.fdopen(console_descriptor, "w", buffering=1) if rank == 0 else file
         handlers = _install_handlers(file, console if rank == 0 else None)
         try:
-            yield console
+            yield console if rank == 0 else file
         except BaseException:
             logging.getLogger(__name__).exception("this rank stops")
             raise
@@ -67,7 +67,6 @@ def rank_log(path: Path, rank: int) -> Iterator[TextIO]:
             os.dup2(saved[1], 2)
             os.close(saved[0])
             os.close(saved[1])
-            console.flush()
 
 
 def _install_handlers(file: TextIO, console: TextIO | None) -> list[logging.Handler]:

@@ -1,4 +1,4 @@
-"""Requests to stop: USR1 (the scheduler's early warning), TERM, Ctrl-C, and the end of the job's time.
+"""Requests to stop: USR1 (the scheduler's early warning), TERM, HUP (the terminal has gone), Ctrl-C, the job's end.
 
 A handler only sets a flag; ranks look at it at a step boundary and agree on one step to save and stop at.
 A second Ctrl-C stops at once.
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
+_HANG_UP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)  # nohup has it ignored
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *_HANG_UP, signal.SIGINT)
 
 JOB_END = "SLURM_JOB_END_TIME"
 """When SLURM will end the job, seconds since 1970. Newer SLURM sets it; for others slurm/train.sbatch does."""
@@ -45,11 +45,24 @@ class StopRequest:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
 
+def hold_stop_signals() -> None:
+    """Keep all but Ctrl-C pending until training, or the launcher, has its handlers.
+
+    A job that is preempted while torch is still being imported then saves at its first step and requeues, where
+    the default action would end it at once. After training, when the handlers are gone, a late one is ignored: it
+    must not turn exit code 75 into a death by signal. Ctrl-C ends at once what has nothing to save yet.
+    """
+    held = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    for number in held:
+        signal.signal(number, signal.SIG_IGN)  # Linux keeps a blocked signal pending even so
+
+
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Install the handlers; the previous ones come back at the end.
 
-    The launcher holds signals back while the process starts: they are let through here, when they can be handled.
+    Signals are held back while the process starts: they are let through here, when they can be handled.
     """
     request = StopRequest()
     previous = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}

@@ -85,8 +85,8 @@ def run(
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
         give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
+    world = distributed.start(Limits.of(config.watchdog).of_start)
     with stop_requests() as stop:
-        world = distributed.start(Limits.of(config.watchdog).of_start)
         try:
             compare(world, lambda: facts_of_start(config, resume, dry_run))
             with (

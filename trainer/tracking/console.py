@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -18,6 +18,9 @@ from rich.progress import (
 )
 
 from trainer.batch_plan import BatchPlan
+from trainer.streams import loss_of
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingConsole:
@@ -28,11 +31,14 @@ class TrainingConsole:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._plan: BatchPlan | None = None
+        self._lost = False
 
     def say(self, line: str) -> None:
-        """Print one line. Where the console is a file on a full disk the line is lost, but not the run."""
-        with contextlib.suppress(OSError):
-            self._rich.print(line, markup=False)
+        """Print one line. Where the console cannot be written the line is lost, but not the run."""
+        self._rich.print(line, markup=False)
+        if not self._lost and (error := loss_of(self._rich.file)) is not None:
+            self._lost = True
+            logger.info("the console cannot be written (%s); the run goes on without it", error.strerror)
 
     def start(self, step: int, plan: BatchPlan) -> None:
         """Begin to show progress: a bar, on a terminal."""

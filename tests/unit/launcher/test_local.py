@@ -20,6 +20,7 @@ import atexit, os, signal, sys, time
 from pathlib import Path
 from launcher.rank import ERROR_FILE_VARIABLE, ended_file
 atexit.register(ended_file(Path(os.environ[ERROR_FILE_VARIABLE])).touch)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # a rank is born with them held back
 rank = int(os.environ["RANK"])
 here = Path(os.environ["TEST_FOLDER"])
 def report(error):
@@ -240,7 +241,7 @@ def test_a_rank_that_hangs_while_another_failed_is_ended(folder: Path, capfd: py
     assert "losses stay non-finite" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_reaches_every_rank_exactly_once(folder: Path, number: signal.Signals) -> None:
     launcher = start_launcher(
         folder,

@@ -1,0 +1,46 @@
+"""The console is a convenience: what is behind it does not change how a command ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.commands import TIMEOUT_S
+from tests.ranks import losses, tiny_config, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(command: str, redirection: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of maskwright in bash; the exit code is its own."""
+    line = f"{shlex.quote(sys.executable)} -m launcher {command} {redirection}; exit ${{PIPESTATUS[0]}}"
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, cwd=ROOT
+    )
+
+
+def test_a_run_goes_on_without_its_reader_and_without_a_console(workspace: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = f"train {write_config(tiny_config(workspace, run_dir), tmp_path / 'config.yaml')}"
+    read = shell(f"{command} --nproc-per-node 2", "| head -n 1")
+    assert (read.returncode, read.stderr, len(read.stdout.splitlines())) == (0, "", 1)
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert log.count("the console cannot be written (Broken pipe); the run goes on without it") == 1
+    assert len(losses(run_dir)) == 20
+    full = shell(f"{command} --resume never", ">/dev/full 2>/dev/full")
+    assert full.returncode == 0 and len(losses(run_dir)) == 20
+    closed = shell(command, "<&- >&- 2>&-")
+    assert closed.returncode == 0, "a finished run"
+
+
+def test_results_that_did_not_arrive_are_said_and_a_reader_that_left_is_not(tmp_path: Path) -> None:
+    command = f"plan demo run.dir={tmp_path}"
+    full = shell(command, ">/dev/full")
+    assert full.returncode == 2
+    assert full.stderr.startswith("Please check: The output could not be written: No space left on device.\n")
+    left = shell(command, "| true")
+    assert (left.returncode, left.stderr) == (0, "")
