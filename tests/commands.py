@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TIMEOUT_S = 200
-"""Of one command; far above what any takes on a busy machine."""
+from tests.waiting import TIMEOUT_S
 
 
 def maskwright(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:

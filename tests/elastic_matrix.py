@@ -89,7 +89,7 @@ def resume_all(
 
 
 def _run_in_turn(ranks: int, configs: Sequence[Config]) -> None:
-    codes = run_ranks(_train_all, ranks, configs, timeout_s=30 + 30 * len(configs))
+    codes = run_ranks(_train_all, ranks, configs)
     assert codes == [EXIT_FINISHED] * ranks, codes
 
 

@@ -124,11 +124,15 @@ def inject(faults: Sequence[Fault]) -> None:
 
 
 def injecting_environment(folder: Path, faults: Sequence[Fault]) -> dict[str, str]:
-    """Variables with which every Python that a command starts as a rank injects the faults."""
+    """Variables with which every Python that a command starts as a rank injects the faults.
+
+    A rank that ends by itself leaves a file `ended-RANK` in the folder.
+    """
     (folder / "faults.pickle").write_bytes(pickle.dumps(list(faults)))
     lines = (
-        "import os, pickle",
+        "import atexit, os, pathlib, pickle",
         "if 'RANK' in os.environ:",
+        f"    atexit.register(pathlib.Path({str(folder)!r}, 'ended-' + os.environ['RANK']).touch)",
         "    from tests.fault_points import inject",
         f"    inject(pickle.load(open({str(folder / 'faults.pickle')!r}, 'rb')))",
     )

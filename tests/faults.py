@@ -23,8 +23,6 @@ from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 
-BOUND_S = 60
-"""Within which all ranks end after a fault; a start takes some seconds of it on a busy machine."""
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
@@ -44,7 +42,7 @@ def with_dropout(workspace: Path, run_dir: Path, **sections: Any) -> Config:
 def train_with(config: Config, *faults: Fault, world_size: int = 2, resume: str = "auto") -> Outcome:
     """Train on ranks that meet faults; they must end by themselves (I3)."""
     with started_ranks(train_rank, world_size, config, resume, faults) as ranks:
-        codes = ranks.wait(BOUND_S)
+        codes = ranks.wait()
         return Outcome(codes, ranks.output())
 
 

@@ -1,61 +1,83 @@
-"""Hold a run at a step for as long as a test needs, so that what the test does there races nothing."""
+"""Hold a run, or a preparation, at a point for as long as a test needs, so that what it does there races nothing."""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from pathlib import Path
 
-_VARIABLE = "MASKWRIGHT_TEST_GATE"
-_SITE = f"""
-import os
-if "RANK" in os.environ and {_VARIABLE!r} in os.environ:
-    from tests.gate import wait_at_the_gate
-    wait_at_the_gate()
-"""
+_POLL_S = 0.02
+_RECORD = re.compile(r"/(unit|shard)-\d+\.json$")
 
 
 class Gate:
-    """A file that says which step is the last one that ranks may train: before the next one all of them wait.
+    """A file that says after which step ranks wait, all of them.
 
-    When that step is in the metrics, all ranks are there. Signals reach them, and are answered when the gate opens.
+    When that step is in the metrics, rank 0 is there. A signal to stop is answered there, without another step.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "gate"
-        site = folder / "site-of-the-gate"
-        site.mkdir()
-        (site / "sitecustomize.py").write_text(_SITE)
-        paths = [str(site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        self.environment = {_VARIABLE: str(self._path), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        self.path = folder / "gate"
+        self.environment = _environment(folder, "gate-of-steps", f"wait_at_the_gate({str(self.path)!r})", "RANK")
         """Variables with which every Python that a command starts as a rank waits at this gate."""
 
     def close_after(self, step: int) -> None:
         """Let no rank train beyond a step."""
-        temporary = self._path.with_name("gate.new")
+        temporary = self.path.with_name("gate.new")
         temporary.write_text(str(step))
-        temporary.replace(self._path)
+        temporary.replace(self.path)
 
     def open(self) -> None:
         """Let them go on to the end."""
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
-def wait_at_the_gate() -> None:
+def wait_at_the_gate(path: str | Path) -> None:
     """Runs in a rank: look at the gate before each step."""
     from trainer.loop import Loop
 
-    train_step, path = Loop._train_step, Path(os.environ[_VARIABLE])
+    agree = Loop._agree
 
-    def is_open(step: int) -> bool:
+    def is_closed(step: int) -> bool:
         try:
-            return step <= int(path.read_text())
+            return step > int(Path(path).read_text())
         except FileNotFoundError:
-            return True
+            return False
 
-    def step_when_open(self: Loop, *arguments: object) -> object:
-        while not is_open(self.state.step + 1):
-            time.sleep(0.02)
-        return train_step(self, *arguments)  # type: ignore[arg-type]
+    def agree_when_open(self: Loop, *arguments: object) -> object:
+        while is_closed(self.state.step + 1) and not self.stop.received:
+            time.sleep(_POLL_S)
+        return agree(self, *arguments)  # type: ignore[arg-type]
 
-    Loop._train_step = step_when_open  # type: ignore[method-assign,assignment]
+    Loop._agree = agree_when_open  # type: ignore[method-assign,assignment]
+
+
+def record_gate(folder: Path, limit: int) -> dict[str, str]:
+    """Variables with which processes that prepare or import wait, when so many units are finished, for their end.
+
+    Each worker may finish one more.
+    """
+    return _environment(folder, f"gate-of-{limit}-records", f"wait_before_records({limit})")
+
+
+def wait_before_records(limit: int) -> None:
+    """Runs in a process that prepares or imports: wait where the record of a unit gets its name."""
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and _RECORD.search(new := os.fsdecode(arguments[1])):
+            while sum(1 for path in Path(new).parent.iterdir() if _RECORD.search(str(path))) >= limit:
+                time.sleep(_POLL_S)
+
+    sys.addaudithook(watch)
+
+
+def _environment(folder: Path, name: str, call: str, only_with: str = "PATH") -> dict[str, str]:
+    """Variables with which every Python that has the variable `only_with` makes a call of this module as it starts."""
+    site = folder / name
+    site.mkdir()
+    lines = ("import os", f"if {only_with!r} in os.environ:", f"    import tests.gate; tests.gate.{call}")
+    (site / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+    paths = [str(site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tests.waiting import TIMEOUT_S
 from trainer.config import Config
 from trainer.config_file import parse_config
 from trainer.tracking.jsonl import read_lines
@@ -30,7 +31,7 @@ EXIT_ERROR = 99
 
 
 def train(
-    config: Config, world_size: int = 1, resume: str = "auto", dry_run: bool = False, timeout_s: float = 120
+    config: Config, world_size: int = 1, resume: str = "auto", dry_run: bool = False, timeout_s: float = TIMEOUT_S
 ) -> int:
     """Run `trainer.train.run` on every rank; returns the exit code they all ended with."""
     codes = run_ranks(_train, world_size, config, resume, dry_run, timeout_s=timeout_s)
@@ -45,7 +46,7 @@ def _train(config: Config, resume: str, dry_run: bool) -> int:
     return run(config, resume, dry_run, prepare_raw_text)
 
 
-def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeout_s: float = 120) -> list[int]:
+def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeout_s: float = TIMEOUT_S) -> list[int]:
     """Call `work(*arguments)` on `world_size` ranks, show what they print, return their exit codes in rank order."""
     with started_ranks(work, world_size, *arguments) as ranks:
         return ranks.wait(timeout_s)
@@ -57,7 +58,7 @@ class Ranks:
     def __init__(self, processes: list[ForkServerProcess], outputs: list[Path]) -> None:
         self.processes, self._outputs = processes, outputs
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
         """Exit codes in rank order, when all have ended by themselves; fails when one does not in time."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:

@@ -1,12 +1,28 @@
-"""Wait for a run in another process, and find its ranks."""
+"""Wait for what another process does: for a state, never for a time."""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.ranks import metrics
+from trainer.tracking.jsonl import read_lines
+
+TIMEOUT_S = 600.0
+"""Of one wait; only what hangs takes longer, on a machine with ten times the work that it has cores for too."""
+
+
+def wait_for(condition: Callable[[], bool], what: str, poll_s: float = 0.02) -> None:
+    """Wait until a condition holds.
+
+    Args:
+        what: is waited for, for the message when it does not come.
+    """
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: waited for {TIMEOUT_S:g} s"
+        time.sleep(poll_s)
 
 
 def rank_processes(launcher: subprocess.Popen[str]) -> list[int]:
@@ -17,10 +33,19 @@ def rank_processes(launcher: subprocess.Popen[str]) -> list[int]:
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """Wait until a step's metrics are written; fails when the run ends before."""
-    while process.poll() is None:
-        lines = metrics(run_dir)
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.05)
-    output = process.communicate()[0]
-    raise AssertionError(f"the run ended before step {step}:\n{output}")
+
+    def reached() -> bool:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before step {step}:\n{process.communicate()[0]}")
+        lines = read_lines(run_dir / "metrics.jsonl")
+        return bool(lines) and lines[-1]["step"] >= step
+
+    wait_for(reached, f"step {step}")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(
     waited = {"every_steps": 4, "keep_last": 9}
     assert train(tiny_config(workspace, tmp_path / "a", deepspeed=preset, checkpoint=waited), 2) == EXIT_FINISHED
     background = tiny_config(workspace, tmp_path / "b", deepspeed=preset, checkpoint=BACKGROUND)
-    assert run_ranks(with_slow_writes, 2, background) == [EXIT_FINISHED] * 2
+    assert run_ranks(with_held_writes, 2, background) == [EXIT_FINISHED] * 2
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     names = [f"step-{step:08d}" for step in (4, 8, 12, 16, 20)]
     for name in names:
@@ -54,28 +54,44 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(
     convert(str(checkpoint), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
 
 
-def with_slow_writes(config: Config, seconds: float = 0.4) -> int:
-    """Runs on each rank: rank 1's disk takes longer than some steps do, so that training goes on meanwhile."""
+def with_held_writes(config: Config, steps: int = 1) -> int:
+    """Runs on each rank: rank 1's disk takes nothing until so many steps are trained, or training waits for it."""
     from trainer import snapshot
+    from trainer.checkpoint.commit import Saver
     from trainer.loop import Loop
     from trainer.train import run
 
-    write, train_step, steps = snapshot._write, Loop._train_step, []
+    write, begin, finish, train_step = snapshot._write, Saver.begin, Saver.finish, Loop._train_step
+    takes, trained, meanwhile = threading.Event(), [], []
 
-    def slow_write(path: Path, content: object) -> None:
-        if os.environ["RANK"] == "1":
-            time.sleep(seconds)
+    def held_write(path: Path, content: object) -> None:
+        if os.environ["RANK"] == "1" and threading.current_thread() is not threading.main_thread():
+            takes.wait()
         write(path, content)
+
+    def begin_held(self: Saver, *arguments: object) -> None:
+        takes.clear()
+        trained.clear()
+        begin(self, *arguments)  # type: ignore[arg-type]
+
+    def finish_released(self: Saver) -> Path | None:
+        takes.set()
+        return finish(self)
 
     def noted_step(self: Loop, *arguments: object) -> object:
         if self.saver._unfinished is not None:
-            steps.append(self.state.step)
-        return train_step(self, *arguments)  # type: ignore[arg-type]
+            meanwhile.append(self.state.step)
+        result = train_step(self, *arguments)  # type: ignore[arg-type]
+        trained.append(self.state.step)
+        if len(trained) >= steps:
+            takes.set()
+        return result
 
-    snapshot._write = slow_write
+    snapshot._write = held_write
+    Saver.begin, Saver.finish = begin_held, finish_released  # type: ignore[method-assign,assignment]
     Loop._train_step = noted_step  # type: ignore[method-assign,assignment]
     code = run(config)
-    assert steps, "no step was trained while a save was being written: this test shows nothing"
+    assert meanwhile, "no step was trained while a save was being written: this test shows nothing"
     return code
 
 
@@ -164,7 +180,7 @@ def stopped_during_a_save(config: Config) -> int:
         return original(self, *arguments)  # type: ignore[arg-type]
 
     Loop._agree = agree  # type: ignore[method-assign,assignment]
-    return with_slow_writes(config, seconds=2.0)
+    return with_held_writes(config, steps=2)
 
 
 def test_a_run_killed_while_a_save_is_written_goes_on_from_the_one_before(workspace: Path, tmp_path: Path) -> None:
@@ -191,7 +207,7 @@ def killed_during_a_save(config: Config) -> int:
         return original(self, *arguments)  # type: ignore[arg-type]
 
     Loop._train_step = step  # type: ignore[method-assign,assignment]
-    return with_slow_writes(config, seconds=2.0)
+    return with_held_writes(config, steps=2)
 
 
 def test_the_time_that_saves_stopped_training_for_is_in_the_metrics(workspace: Path, tmp_path: Path) -> None:

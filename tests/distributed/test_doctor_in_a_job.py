@@ -10,9 +10,8 @@ from typing import Any
 
 from tests.commands import start_maskwright
 from tests.ranks import free_port, tiny_config, write_config
+from tests.waiting import TIMEOUT_S
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-
-TIMEOUT_S = 150
 
 
 def start_node(run_dir: Path, rank: int, count: int, port: int, answer_s: float = 120) -> subprocess.Popen[str]:
@@ -67,10 +66,10 @@ def test_bad_nodes_are_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:
     """The second node has another folder, the third one never comes."""
     port, folders = free_port(), [tmp_path / "run", tmp_path / "elsewhere"]
     folders[1].mkdir()
-    nodes = [start_node(folder, rank, 3, port, answer_s=20) for rank, folder in enumerate(folders)]
+    nodes = [start_node(folder, rank, 3, port, answer_s=40) for rank, folder in enumerate(folders)]
     codes, outputs, found = outcome(nodes, tmp_path / "run")
     assert codes == [EXIT_USER_MISTAKE, EXIT_FINISHED], outputs
     assert found["bad_nodes"] == ["node-1", "node-2"] and not found["ok"]
     assert "--exclude=node-1,node-2" in outputs[0]
     assert "shared folder (node-1): it does not see what node-0 wrote" in outputs[0]
-    assert "answer (node-2): none in 20 s" in outputs[0]
+    assert "answer (node-2): none in 40 s" in outputs[0]

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 
 from tests.elastic_matrix import SAVED_STEP, Layout, difference, layout_config
 from tests.fault_points import Fault, Point, die_in_the_file, inject, kill
-from tests.faults import BOUND_S, train_with, whole_checkpoints
+from tests.faults import train_with, whole_checkpoints
 from tests.ranks import losses, metrics, started_ranks, train
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
@@ -47,7 +47,7 @@ def convert_rank(run_dir: Path, output: Path, faults: Sequence[Fault]) -> int:
 
 def convert_with(run_dir: Path, output: Path, *faults: Fault) -> int:
     with started_ranks(convert_rank, 1, run_dir, output, faults) as process:
-        return process.wait(BOUND_S)[0]
+        return process.wait()[0]
 
 
 @pytest.mark.parametrize("moment", CONVERSIONS)

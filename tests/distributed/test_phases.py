@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,12 @@ import numpy as np
 import pytest
 
 from launcher.console import make_console
+from tests.commands import maskwright, start_maskwright
 from tests.elastic_matrix import _train_all
 from tests.faults import assert_same_weights, with_dropout
+from tests.gate import Gate
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
-from tests.waiting import rank_processes, wait_for_step
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
 from tools.simulate import SimulateOptions, make_plan
 from tools.simulate.exactness import check_exactness
@@ -87,20 +87,22 @@ def test_the_steps_are_those_that_the_config_asks_for_and_the_metrics_say_so(cle
     assert flops[32] / flops[16] > 1.01
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(1200)
 def test_killed_in_the_warm_up_and_around_the_change_of_blocks_it_ends_bit_for_bit_as_if_it_had_not_been(
     clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = growing(with_dropout, workspace, tmp_path / "run", data={"workers": 1})
-    path = write_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2"]
+    command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
+    gate = Gate(tmp_path)
     for step in (5, 16):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        gate.close_after(step)
+        process = start_maskwright(*command, **gate.environment)
         wait_for_step(process, tmp_path / "run", step)
         os.kill(rank_processes(process)[step % 2], signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode == 1
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        gate.open()
+        output = process.communicate(timeout=TIMEOUT_S)[0]
+        assert process.returncode == 1, output
+    finished = maskwright(*command)
     assert finished.returncode == EXIT_FINISHED, finished.stdout + finished.stderr
     assert "resuming from step-" in finished.stdout
     assert losses(tmp_path / "run") == losses(run_dir_of(clean))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import TIMEOUT_S, start_maskwright
+from tests.commands import start_maskwright
 from tests.damage import DAMAGES
 from tests.faults import with_dropout
 from tests.gate import Gate
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
-from tests.waiting import rank_processes, wait_for_step
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates, faults_of
 from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE

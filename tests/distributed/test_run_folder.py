@@ -12,7 +12,7 @@ import pytest
 
 from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.ranks import metrics, run_ranks, tiny_config, train, write_config
-from tests.waiting import rank_processes, wait_for_step
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates
 from trainer.checkpoint.retention import estimated_bytes
 from trainer.config import Config
@@ -44,12 +44,12 @@ def test_fault_18_a_second_job_is_refused_and_a_killed_ones_folder_is_taken_over
         assert len(logs) == 2 and not any("Another job" in log for log in logs), "nor in the first one's logs"
     finally:
         first.kill()  # the kernel kills the ranks with it
-    first.communicate(timeout=60)
+    first.communicate(timeout=TIMEOUT_S)
     assert json.loads((run_dir / RECORD).read_text())["pid"] == main_rank, "nobody has released it"
     second = start_maskwright(*command)
     wait_for_step(second, run_dir, step + 60)
     second.send_signal(signal.SIGTERM)
-    output = second.communicate(timeout=60)[0]
+    output = second.communicate(timeout=TIMEOUT_S)[0]
     assert second.returncode == EXIT_STOPPED_AFTER_SAVING, output
     assert f"took over the run folder from process {main_rank} on {socket.gethostname()}" in output
     assert "its process is gone" in output and "resuming from step-" in output

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from launcher.console import EXIT_INTERRUPTED
-from tests.commands import TIMEOUT_S, assert_one_card, maskwright, start_maskwright
-from tests.faults import BOUND_S, processes_with, whole_checkpoints
+from tests.commands import assert_one_card, maskwright, start_maskwright
+from tests.faults import processes_with, whole_checkpoints
 from tests.ranks import free_port, losses, tiny_config, write_config
-from tests.waiting import rank_processes, wait_for_step
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
 from trainer.tracking.status import AT_ONCE, read_status
 
@@ -33,7 +33,7 @@ def start_nodes(config: Path, *overrides: str, **variables: str) -> list[subproc
 
 
 def outputs(launchers: Sequence[subprocess.Popen[str]]) -> list[str]:
-    return [launcher.communicate(timeout=BOUND_S)[0] for launcher in launchers]
+    return [launcher.communicate(timeout=TIMEOUT_S)[0] for launcher in launchers]
 
 
 def test_two_launchers_train_one_run_and_ctrl_c_at_either_stops_both(workspace: Path, tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import start_maskwright
 from tests.conftest import write_text
+from tests.gate import record_gate
 from tests.ranks import losses, metrics, tiny_config, train, write_config
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for
 from tools.prepare import prepare
 from tools.validate import validate
 from trainer.config import Config
@@ -87,10 +88,9 @@ def test_the_cache_goes_by_content_tokenizer_and_settings(
     assert train(config, resume="auto") == EXIT_USER_MISTAKE, "a resume on other text is refused"
 
 
-def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
+def launch(config: Config, folder: Path, **variables: str) -> subprocess.Popen[str]:
     path = write_config(config, folder / "config.yaml")
-    command = [sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return start_maskwright("train", path, "--nproc-per-node", "2", **variables)
 
 
 def large_text(folder: Path) -> Path:
@@ -107,37 +107,34 @@ def large_text(folder: Path) -> Path:
 
 
 def wait_for_units(run_dir: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(list((run_dir.parent / "text-cache").glob("*/.prepare/unit-*.json"))) < count:
-        assert time.monotonic() < deadline, "nothing is prepared"
-        time.sleep(0.05)
+    records = "*/.prepare/unit-*.json"
+    wait_for(lambda: len(list((run_dir.parent / "text-cache").glob(records))) >= count, f"{count} units")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 def test_killed_and_stopped_while_preparing_it_goes_on_and_the_bytes_are_those_of_prepare(
     workspace: Path, tmp_path: Path
 ) -> None:
     texts, run_dir = large_text(tmp_path / "texts"), tmp_path / "run"
     config = from_text(workspace, run_dir, texts, train={"steps": 1})
-    process = launch(config, tmp_path)
+    process = launch(config, tmp_path, **record_gate(tmp_path, 1))
     wait_for_units(run_dir, 1)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
-    assert process.wait(60) == 1, process.communicate()[0]
-    process.communicate()
+    os.kill(rank_processes(process)[1], signal.SIGKILL)
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == 1, output
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "text-cache").glob("*/.prepare/unit-*.json")}
     assert kept
 
-    process = launch(config, tmp_path)
+    process = launch(config, tmp_path, **record_gate(tmp_path, len(kept) + 1))
     wait_for_units(run_dir, len(kept) + 1)
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == EXIT_STOPPED_AFTER_SAVING, output
     assert "stopped on SIGTERM; the same command goes on" in output
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items()), "finished units are kept"
 
     process = launch(config, tmp_path)
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == EXIT_FINISHED, output
     clean = tmp_path / "clean"
     prepare([str(texts)], str(workspace / "tokenizer"), str(clean), workers=2, validation_fraction=0.1)

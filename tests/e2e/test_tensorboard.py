@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import TIMEOUT_S, start_maskwright
+from tests.gate import Gate
 from tests.ranks import losses, metrics, tiny_config, train, write_config
+from tests.waiting import wait_for_step
 from trainer.config import Config
 from trainer.config_file import dump_config
 from trainer.errors import EXIT_FINISHED
@@ -107,11 +108,10 @@ def test_after_a_kill_and_a_resume_no_step_is_shown_twice(workspace: Path, tmp_p
     config = watched_config(workspace, run_dir, train={"steps": 100}, logging={"every_steps": 1, "tensorboard": True})
     path = write_config(config, tmp_path / "my.yaml")
     kill_at = random.choice([7, 8, 9, 12, 13, 14])
-    process = start_maskwright("train", path)
-    deadline = time.monotonic() + TIMEOUT_S
-    while process.poll() is None and max((line["step"] for line in metrics(run_dir)), default=0) < kill_at:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    gate = Gate(tmp_path)
+    gate.close_after(kill_at)
+    process = start_maskwright("train", path, **gate.environment)
+    wait_for_step(process, run_dir, kill_at)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == -signal.SIGKILL, "killed before it was done"

@@ -22,8 +22,9 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from launcher.console import make_console
-from tests.commands import TIMEOUT_S, maskwright
+from tests.commands import maskwright
 from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
+from tests.waiting import TIMEOUT_S
 from tools.prepare import prepare
 from trainer.data.shards import read_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED

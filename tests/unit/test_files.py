@@ -22,7 +22,7 @@ def test_one_of_several_creates_a_file_and_none_leaves_anything_else(
     path, start = tmp_path / "job.json", Barrier(8)
 
     def create(number: int) -> bool:
-        start.wait(10)
+        start.wait()
         return create_synced(path, b"%d" % number * 1000)
 
     with ThreadPoolExecutor(8) as pool:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.waiting import TIMEOUT_S
 from trainer.signals import STOP_SIGNALS
 
 NAMES = [number.name for number in STOP_SIGNALS]
@@ -20,7 +21,7 @@ def send(name):
 
 def check(script: str, *arguments: str) -> None:
     command = [sys.executable, "-c", PRELUDE + script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 0, result.stderr
 
 

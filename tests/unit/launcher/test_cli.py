@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from launcher.command import parse_count
+from tests.waiting import TIMEOUT_S
 
 COMMANDS = [
     ("demo",),
@@ -36,7 +37,7 @@ HEAVY = ("torch", "transformers", "deepspeed", "datasets", "numpy")
 def maskwright(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "COLUMNS": "200", **variables}
     command = [sys.executable, "-m", "launcher", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ)
 
 
 def assert_is_a_card(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -52,7 +53,7 @@ def test_row_14_help_imports_nothing_heavy() -> None:
         "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
@@ -138,7 +139,8 @@ app()
 """
 
     def end(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
 
     assert_is_a_card(end("damaged"), 3, "Damaged: cut short", "a.tok", "Again.")
     interrupted = end("interrupt")

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from launcher.local import core_count, launch
+from tests.waiting import TIMEOUT_S, is_running, wait_for
 
 PRELUDE = """
 import atexit, os, signal, sys, time
@@ -64,25 +64,11 @@ def start_launcher(folder: Path, script: str, process_count: int = 2, grace_s: f
 
 
 def wait_for_files(folder: Path, *names: str) -> None:
-    deadline = time.monotonic() + 20
-    while not all((folder / name).exists() for name in names):
-        assert time.monotonic() < deadline, f"{names} did not appear"
-        time.sleep(0.02)
+    wait_for(lambda: all((folder / name).exists() for name in names), f"the files {names}")
 
 
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(pids: list[int], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
-        time.sleep(0.02)
+def wait_until_gone(pids: list[int]) -> None:
+    wait_for(lambda: not any(is_running(pid) for pid in pids), f"the end of {pids}")
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((75, 75), 75), ((0, 75), 75), ((0, 3), 3), ((75, 4), 4)])
@@ -117,10 +103,10 @@ def test_row_12_the_first_cause_is_shown_not_its_echo(folder: Path, capfd: pytes
         folder,
         """
         if rank == 1:
-            note("failed")
+            import atexit
+            atexit.register(note, "reported")
             report(ValueError("the true cause"))
-        wait_for("failed")
-        time.sleep(0.5)
+        wait_for("reported")
         report(RuntimeError("Connection closed by peer"))
         """,
     )
@@ -191,10 +177,8 @@ def test_a_killed_rank_is_the_cause_though_its_peer_reports_first(
         """
         if rank == 0:
             note("pid", os.getpid())
-            time.sleep(60)
-        import launcher.rank
+            time.sleep(3600)
         wait_for("pid")
-        time.sleep(0.5)
         os.kill(int((here / "pid").read_text()), signal.SIGKILL)
         report(RuntimeError("Connection closed by peer"))
         """,
@@ -219,7 +203,6 @@ def test_row_10_only_the_first_rank_has_the_console(folder: Path, capfd: pytest.
 
 
 def test_a_rank_that_hangs_while_another_failed_is_ended(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    start = time.monotonic()
     code = launch_script(
         folder,
         """
@@ -232,10 +215,9 @@ def test_a_rank_that_hangs_while_another_failed_is_ended(folder: Path, capfd: py
         while True:
             time.sleep(1)
         """,
-        grace_s=0.5,
+        grace_s=3.0,  # within which it has to note the signal, before it is killed
     )
     assert code == 4
-    assert time.monotonic() - start < 10
     assert (folder / "terminated").exists()
     wait_until_gone([int((folder / "deaf").read_text())])
     assert "losses stay non-finite" in capfd.readouterr().err
@@ -259,7 +241,7 @@ def test_a_signal_reaches_every_rank_exactly_once(folder: Path, number: signal.S
     wait_for_files(folder, "ready0", "ready1")
     # To the whole process group, as a terminal does with Ctrl-C.
     os.killpg(launcher.pid, number)
-    assert launcher.wait(timeout=20) == 75
+    assert launcher.wait(timeout=TIMEOUT_S) == 75
     assert [(folder / f"count{rank}").read_text() for rank in range(2)] == ["1", "1"]
 
 
@@ -277,7 +259,7 @@ def test_a_second_interrupt_kills_at_once(folder: Path) -> None:
     launcher.send_signal(signal.SIGINT)
     wait_for_files(folder, "saving0", "saving1")
     launcher.send_signal(signal.SIGINT)
-    _, shown = launcher.communicate(timeout=5)
+    _, shown = launcher.communicate(timeout=TIMEOUT_S)
     assert launcher.returncode == 130
     assert "Interrupted" in shown
     wait_until_gone([int((folder / f"ready{rank}").read_text()) for rank in range(2)])
@@ -289,22 +271,21 @@ def test_an_interrupt_before_training_says_so_without_a_traceback(folder: Path) 
         """
         def work():
             note(f"ready{rank}")
-            time.sleep(60)
+            time.sleep(3600)
         from launcher.rank import run_rank
         sys.exit(run_rank(work, None))
         """,
     )
     wait_for_files(folder, "ready0", "ready1")
     launcher.send_signal(signal.SIGINT)
-    _, shown = launcher.communicate(timeout=10)
+    _, shown = launcher.communicate(timeout=TIMEOUT_S)
     assert launcher.returncode == 130
     assert shown.strip() == "Interrupted."
 
 
 def test_ranks_die_with_a_killed_launcher(folder: Path) -> None:
-    launcher = start_launcher(folder, 'note(f"pid{rank}", os.getpid())\ntime.sleep(60)')
+    launcher = start_launcher(folder, 'note(f"pid{rank}", os.getpid())\ntime.sleep(3600)')
     wait_for_files(folder, "pid0", "pid1")
-    time.sleep(0.1)
     launcher.kill()
     launcher.wait()
     wait_until_gone([int((folder / f"pid{rank}").read_text()) for rank in range(2)])
@@ -315,7 +296,7 @@ def test_workers_of_a_rank_are_gone_when_launch_returns(folder: Path) -> None:
         folder,
         """
         import subprocess
-        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         note(f"worker{rank}", worker.pid)
         os._exit(rank)
         """,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, run_rank
+from tests.waiting import TIMEOUT_S
 from trainer.errors import UserError, mark_origin
 
 BATCH_ERROR = UserError("batch does not divide", where="batch.global_size", remedy="Set it to 8.")
@@ -139,6 +140,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 print("alive")
 """
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=60)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=TIMEOUT_S)
     assert result.stdout.split() == [signal.SIGUSR1.name, "alive"]
     assert result.returncode == 0

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.ranks import FORK_SERVER
-
-DEADLINE_S = 60.0
+from tests.waiting import TIMEOUT_S
 
 
 class Killable:
@@ -33,18 +32,18 @@ class Killable:
         running = self._process.is_alive()
         if running:
             os.killpg(self.pid, signal.SIGKILL)
-        self._process.join(DEADLINE_S)
+        self._process.join(TIMEOUT_S)
         return running
 
     def wait(self) -> int:
         """Wait for the end; returns the exit code, negative for a signal."""
-        self._process.join(DEADLINE_S)
+        self._process.join(TIMEOUT_S)
         assert self._process.exitcode is not None, "still running"
         return self._process.exitcode
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds or the function has ended."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while self._process.is_alive() and not condition():
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.002)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.tiny_bench import write_tiny_model
+from tests.waiting import TIMEOUT_S, wait_for
 from tools.bench import step as bench
 from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members, require_equal_losses
 from tools.bench.step_report import Peaks, StepReport, draw_chart
@@ -201,13 +201,17 @@ def test_a_benchmark_that_is_ended_leaves_nobody_measuring(tmp_path: Path) -> No
     bench_process = start_maskwright("bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size)
     parent = psutil.Process(bench_process.pid)
 
-    deadline, ranks = time.monotonic() + 60, list[psutil.Process]()
-    while len(ranks) < 2:
-        assert time.monotonic() < deadline and bench_process.poll() is None
-        time.sleep(0.1)
+    ranks = list[psutil.Process]()
+
+    def are_there() -> bool:
+        nonlocal ranks
+        assert bench_process.poll() is None
         with contextlib.suppress(psutil.Error):  # one that ends meanwhile
             ranks = [child for child in parent.children() if any("run_variant" in word for word in child.cmdline())]
+        return len(ranks) == 2
+
+    wait_for(are_there, "two ranks", poll_s=0.1)
     bench_process.terminate()
-    bench_process.communicate(timeout=30)
-    _, alive = psutil.wait_procs(ranks, timeout=30)
+    bench_process.communicate(timeout=TIMEOUT_S)
+    _, alive = psutil.wait_procs(ranks, timeout=TIMEOUT_S)
     assert not alive

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_text
+from tests.gate import record_gate
 from tests.unit.tools.conftest import Importer, folder_hashes, read_token_documents
 from tests.unit.tools.token_files import write_datatrove, write_megatron
+from tests.waiting import TIMEOUT_S, wait_for
 from tools.import_tokens.output import WORK_FOLDER
 from trainer.data.shards import MANIFEST, read_manifest
 from trainer.errors import UserError
@@ -32,22 +34,21 @@ def test_a_killed_import_continues_and_gives_the_same_bytes(
     many = write_megatron(tmp_path / "b", [[[BEGIN, *one, END]] for one in documents * 40])
     output = tmp_path / "killed"
     code = textwrap.dedent(f"""
-        import time
         import tools.import_tokens.convert as convert
         from tools.import_tokens import import_tokens
         convert.SHARD_TOKENS = 5000
-        write = convert.write_shard
-        convert.write_shard = lambda *arguments: (write(*arguments), time.sleep(0.05))[0]
         import_tokens([{str(linked)!r}, {str(many)!r}], {str(tokenizer)!r}, {str(output)!r})
     """)
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **record_gate(tmp_path, 3)},
     )
-    deadline = time.monotonic() + 60
-    while len(list((output / WORK_FOLDER).glob("shard-*.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(list((output / WORK_FOLDER).glob("shard-*.json"))) >= 3, "three shards")
     process.send_signal(killed)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
     assert killed != signal.SIGINT or "run the same command again" in printed
     with pytest.raises(UserError, match="not a prepared data set"):

@@ -20,8 +20,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from tests.conftest import write_text
+from tests.gate import record_gate
 from tests.unit.tools.conftest import folder_hashes, quiet_console, read_token_documents
 from tests.unit.tools.test_readers import write_rows, write_texts
+from tests.waiting import TIMEOUT_S, is_running, wait_for
 from tools.prepare import prepare
 from tools.prepare.encode import Encoder, split_text
 from tools.prepare.inputs import find_inputs
@@ -97,19 +99,16 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
         tools.prepare.plan.MINIMUM_UNIT_BYTES = 65536
         prepare([{str(path)!r}], {str(tokenizer)!r}, {str(output)!r}, workers=2, console=Console())
     """)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while len(list((output / WORK_FOLDER).glob("unit-*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    environ = {**os.environ, **record_gate(tmp_path, 2)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
+    wait_for(lambda: len(list((output / WORK_FOLDER).glob("unit-*.json"))) >= 2, "two units")
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(killed)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
     assert killed == signal.SIGKILL or "run the same command again" in printed
-    deadline = time.monotonic() + 10
-    while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) >= 2 and not any(is_running(worker) for worker in workers)
+    assert len(workers) >= 2
+    wait_for(lambda: not any(is_running(worker) for worker in workers), "the end of the workers")
     with pytest.raises(UserError, match="not a prepared data set"):
         read_manifest(output)
 
@@ -352,11 +351,3 @@ def test_what_a_user_can_mend_in_a_worker_is_no_traceback(tmp_path: Path, small_
         assert problem in shown.problem and shown.where == where and remedy in shown.remedy
     elsewhere = _portable(FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere"), str(output), unit)
     assert isinstance(elsewhere, FileNotFoundError)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.commands import assert_one_card, maskwright
 from tests.conftest import write_text
 from tests.unit.tools.conftest import folder_hashes, quiet_console
+from tests.waiting import TIMEOUT_S
 from tools.inspect import verify
 from tools.prepare import prepare
 from tools.prepare.encode import Encoder
@@ -240,7 +241,7 @@ def test_a_users_function_comes_from_the_current_folder(own_words: Path, tokeniz
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=TIMEOUT_S,
     )
     assert result.returncode == 0, result.stderr
     found = document_words(own_words / "data", WORD_STARTS, Tokenizer.from_file(str(tokenizer / "tokenizer.json")))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import write_text
+from tests.gate import record_gate, wait_before_records
 from tests.unit.tools.conftest import UNIT_BYTES, folder_hashes, quiet_console, read_token_documents, records
 from tests.unit.tools.killable import Killable
 from tests.unit.tools.test_readers import write_rows
@@ -31,6 +32,14 @@ def run_tasks(arguments: dict, tasks: list[Share], workers: int) -> None:
     job = open_job(**arguments)
     for share in tasks:
         prepare_task(job, share.task, share.tasks, workers)
+
+
+def run_tasks_in_part(arguments: dict, tasks: list[Share], workers: int, folder: Path, limit: int) -> None:
+    """The same, but not to its end: units wait when so many are finished."""
+    folder.mkdir()
+    os.environ |= record_gate(folder, limit)
+    wait_before_records(limit)
+    run_tasks(arguments, tasks, workers)
 
 
 def all_tasks(count: int) -> list[Share]:
@@ -72,12 +81,13 @@ def test_tasks_killed_at_any_time_give_the_bytes_of_a_clean_run(
     job = open_job(**arguments)
     assert len(job.units) >= 16
 
-    killed = 0
+    limit = len(job.units) - 2  # none of them ends before the kill
     for wanted in sorted(generator.sample(range(len(job.units) - 2), 2)):
-        with Killable(run_tasks, arguments, all_tasks(tasks), workers) as process:
+        part = (arguments, all_tasks(tasks), workers, tmp_path / f"to-{wanted}", limit)
+        with Killable(run_tasks_in_part, *part) as process:
             process.wait_until(lambda wanted=wanted: len(records(job)) > wanted)
             time.sleep(generator.uniform(0.0, 0.03))
-            killed += process.kill()
+            assert process.kill()
     finished = {name: (job.work_folder / name).stat().st_mtime_ns for name in records(job)}
     # The rest with another number of tasks.
     with Killable(run_tasks, arguments, all_tasks(tasks + 1), workers) as process:
@@ -85,7 +95,6 @@ def test_tasks_killed_at_any_time_give_the_bytes_of_a_clean_run(
     kept = {name: (job.work_folder / name).stat().st_mtime_ns for name in finished}
     finalize_job(job)
 
-    assert killed
     assert kept == finished, "a finished unit was written again"
     assert folder_hashes(tmp_path / "data") == folder_hashes(expected)
 

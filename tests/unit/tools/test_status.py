@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.commands import assert_one_card, maskwright, start_maskwright
+from tests.waiting import TIMEOUT_S
 from tools.status import SILENCE_S, describe, look_at
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.liveness.heartbeat import Heartbeat, heartbeat_path
@@ -139,7 +140,7 @@ def test_the_command_prints_json_watches_to_the_end_and_refuses_what_is_no_run(t
     assert watching.stdout.readline().strip() == str(run_dir)
     change_status(run_dir, state="finished", step=9)
     rest = watching.stdout.read()
-    assert watching.wait(60) == EXIT_FINISHED
+    assert watching.wait(TIMEOUT_S) == EXIT_FINISHED
     assert "state       finished" in rest and rest.count("state  ") == 2, "once for each change"
 
     (tmp_path / "empty").mkdir()
@@ -153,5 +154,5 @@ def test_row_14_status_imports_nothing_heavy(tmp_path: Path) -> None:
         "except SystemExit as end:\n    assert end.code == 0\n"
         "print('heavy:', [name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert result.stdout.splitlines()[-1] == "heavy: []", result.stderr
