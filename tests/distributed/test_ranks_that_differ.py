@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.commands import start_maskwright
-from tests.faults import BOUND_S
 from tests.ranks import free_port, run_ranks, tiny_config, write_config
+from tests.waiting import TIMEOUT_S
 from trainer import distributed
 from trainer.config import Config
 from trainer.config_file import parse_config
@@ -136,7 +136,7 @@ def test_a_config_that_one_node_lacks_ends_both_launchers_with_one_card(workspac
     sources = (config, tmp_path / "missing.yaml")
     launchers = [start_maskwright("train", source, *nodes, str(node)) for node, source in enumerate(sources)]
     for launcher in launchers:
-        output = launcher.communicate(timeout=BOUND_S)[0]
+        output = launcher.communicate(timeout=TIMEOUT_S)[0]
         assert launcher.returncode == EXIT_USER_MISTAKE, output
         assert output.count("Please check: No config file or recipe") == 1
         assert "missing.yaml, on rank 1 (" in output and "Traceback" not in output

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from launcher.__main__ import PACKAGES
+from tests.waiting import TIMEOUT_S
 from trainer.checkpoint.find import checkpoints_folder
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def run(command: list[str], folder: Path, code: int = 0) -> str:
     unset = ("PYTHONPATH", "PYTHONSAFEPATH")
     environ = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
-        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == code, done.stdout
     return done.stdout
