@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import glob
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -59,7 +61,7 @@ class Walk:
             UserError: when there is no such path, for a link that leads nowhere and a folder that cannot be listed.
         """
         if os.path.isdir(path):
-            return list(self._below(path))
+            return list(self._below(path, self.takes))
         if os.path.exists(path):
             return [(path, os.path.basename(path))]
         if os.path.islink(path):
@@ -69,7 +71,15 @@ class Walk:
         raise _no_such_path(given, path)
 
     def _matches(self, pattern: str) -> Iterator[tuple[str, str]]:
-        for match in sorted(glob.glob(pattern, recursive=True)):
+        """What a glob names. Below a `**` each folder is searched once: glob itself goes round where links do."""
+        above, recursive, below = pattern.partition("/**")
+        if recursive and (not below or below.startswith("/")):
+            named = re.compile(_regex_of("**" + below))
+            for folder in sorted(filter(os.path.isdir, glob.glob(above or "/"))):
+                takes = self.takes if not below else lambda path, top=folder: _reason_by_name(named, path, top)
+                yield from self._below(folder, takes)
+            return
+        for match in sorted(glob.glob(pattern)):
             if not os.path.isdir(match):
                 if not os.path.exists(match):
                     raise _dead_link(match)
@@ -80,9 +90,9 @@ class Walk:
             elif reason := self._reason_to_skip(match, [entry.name for entry in _entries_of(match)]):
                 self.passed_over.counts[reason] += 1
             else:
-                yield from self._below(match)
+                yield from self._below(match, self.takes)
 
-    def _below(self, top: str) -> Iterator[tuple[str, str]]:
+    def _below(self, top: str, takes: Callable[[str], str | None]) -> Iterator[tuple[str, str]]:
         """Files below a folder, through links to folders as well; each folder is searched once."""
         above = {_identity(folder) for folder in Path(os.path.realpath(top)).parents}
         seen, folders, links = {_identity(top)}, [top], list[str]()
@@ -104,7 +114,7 @@ class Walk:
                 if entry.name.startswith("."):
                     self.passed_over.counts["hidden"] += 1
                 elif not _is_folder(entry):
-                    reason = self.takes(entry.path) if entry.is_file() else "no regular file"
+                    reason = takes(entry.path) if entry.is_file() else "no regular file"
                     if reason is None:
                         yield entry.path, os.path.relpath(entry.path, top)
                     else:
@@ -126,6 +136,17 @@ class Walk:
         if "metrics.jsonl" in names and "checkpoints" in names:
             return "run"
         return None
+
+
+def _regex_of(pattern: str) -> str:
+    """A glob, as a regular expression for a path relative to its fixed part; `**` stands for any folders, or none."""
+    *folders, last = pattern.split("/")
+    parts = ["(?:.*/)?" if folder == "**" else fnmatch.translate(folder)[4:-3] + "/" for folder in folders]
+    return "".join(parts) + (".*" if last == "**" else fnmatch.translate(last)[4:-3])
+
+
+def _reason_by_name(named: re.Pattern[str], path: str, top: str) -> str | None:
+    return None if named.fullmatch(os.path.relpath(path, top)) else "not of this pattern"
 
 
 def _entries_of(folder: str) -> list[os.DirEntry[str]]:
