@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from launcher.command import AsJson, Command, write_result
+from launcher.command import MOST_LOCAL_RANKS, AsJson, Command, Group, write_result
 from launcher.console import make_console
 
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 Rounds = Annotated[int, typer.Option(metavar="N", min=1, help="Turns of each variant.")]
 
@@ -102,7 +102,9 @@ def bench_step(
     ] = "small",
     micro_size: Annotated[int, typer.Option("--micro", metavar="N", min=1, help="Sequences a rank and step.")] = 8,
     seq_len: Annotated[int, typer.Option(metavar="N", min=8, max=32768, help="Tokens a sequence.")] = 512,
-    ranks: Annotated[int, typer.Option(metavar="N", min=1, help="Processes of each variant, on this machine.")] = 1,
+    ranks: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Processes of each variant, on this machine.")
+    ] = 1,
     precision: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option(help="Of forward and backward.", show_default="bf16 on CUDA")
     ] = None,

@@ -8,9 +8,12 @@ import typer
 
 from launcher.bench_commands import bench_app
 from launcher.command import (
+    MOST_LOCAL_RANKS,
+    MOST_RANKS,
     AsJson,
     Command,
     ConfigSource,
+    Group,
     Overrides,
     RunFolder,
     TrainingCommand,
@@ -21,12 +24,18 @@ from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
+from trainer.plain_text import printable
 from trainer.streams import use_consoles
 
 app = typer.Typer(
-    name="maskwright", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+    name="maskwright",
+    cls=Group,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-checkpoint_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+checkpoint_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer", help="Train a tokenizer.")
 app.add_typer(data_app, name="data", help="Look at prepared data, verify it, or simulate a run over it.")
 app.add_typer(bench_app, name="bench", help="Measure speed, side by side with others.")
@@ -81,7 +90,10 @@ def validate(
     config: ConfigSource,
     overrides: Overrides = None,
     process_count: Annotated[
-        int, typer.Option("--nproc-per-node", metavar="N", min=1, help="Ranks to check the batch arithmetic for.")
+        int,
+        typer.Option(
+            "--nproc-per-node", metavar="N", min=1, max=MOST_RANKS, help="Ranks to check the batch arithmetic for."
+        ),
     ] = 1,
 ) -> None:
     """Check everything that can be checked without training; a mistake is named, and the exit code is 2.
@@ -96,7 +108,7 @@ def validate(
     from tools.validate import validate as validate_run
 
     for line in validate_run(loaded, process_count):
-        print(line)
+        print(printable(line))
 
 
 @app.command(cls=TrainingCommand)
@@ -109,13 +121,20 @@ def train(
             "--nproc-per-node",
             metavar="N",
             min=1,
+            max=MOST_LOCAL_RANKS,
             help="Ranks to start on this machine, one a GPU. Inside srun or torchrun, which start them, leave it out.",
             show_default="1",
         ),
     ] = None,
     node_count: Annotated[
         int | None,
-        typer.Option("--nnodes", metavar="K", min=1, help="Machines, without SLURM: run the command on each of them."),
+        typer.Option(
+            "--nnodes",
+            metavar="K",
+            min=1,
+            max=MOST_RANKS,
+            help="Machines, without SLURM: run the command on each of them.",
+        ),
     ] = None,
     node_rank: Annotated[
         int | None, typer.Option(metavar="I", min=0, help="Which of them this is, from 0.", show_default=False)

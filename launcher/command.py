@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from launcher.console import EXIT_INTERRUPTED, Card, exit_code, make_console, print_card
-from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError, UserError
+from trainer.plain_text import fit
 from trainer.streams import loss_of, reader_has_left
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_UsageError: Any = typer.BadParameter.__base__
+MOST_LOCAL_RANKS = 1024
+"""Processes that one command starts on a machine."""
+MOST_RANKS = 1 << 20
+"""Far above any cluster; a larger number is a slip."""
 _OPTIONS_OF_SEVERAL_VALUES = ("--input",)
 
 
@@ -31,7 +39,7 @@ class Command(TyperCommand):
 
     prints_results = True
 
-    @contextmanager
+    @contextlib.contextmanager
     def interrupts(self, received: list[int]) -> Iterator[None]:
         """Raise KeyboardInterrupt in the command, and note that; libraries may make another error of it."""
 
@@ -46,12 +54,25 @@ class Command(TyperCommand):
             signal.signal(signal.SIGINT, previous)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _repeat_option(args, _OPTIONS_OF_SEVERAL_VALUES))
+        with _short_usage_errors():
+            left = super().parse_args(ctx, _repeat_option(args, _OPTIONS_OF_SEVERAL_VALUES))
+            self._check_numbers(ctx)
+        return left
+
+    def _check_numbers(self, ctx: Any) -> None:
+        """Refuse what passes typer's bounds, or has none: nan, infinity and whole numbers of more than 63 bits."""
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number.", ctx=ctx, param_hint=parameter.opts)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise typer.BadParameter("The number is too large.", ctx=ctx, param_hint=parameter.opts)
 
     def invoke(self, ctx: Any) -> None:
         received: list[int] = []
         try:
             with self.interrupts(received):
+                _check_current_folder()
                 code = super().invoke(ctx)
         except BaseException as error:
             if received or isinstance(error, KeyboardInterrupt):  # whatever became of it on its way
@@ -60,6 +81,9 @@ class Command(TyperCommand):
             elif isinstance(error, MaskwrightError):
                 print_card(Card.of(error))
                 code = exit_code(error)
+            elif isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+                print_card(_of_system(error))
+                code = EXIT_USER_MISTAKE
             else:
                 raise
         raise typer.Exit(code or (_code_of_results() if self.prints_results else EXIT_FINISHED))
@@ -70,7 +94,7 @@ class TrainingCommand(Command):
 
     prints_results = False
 
-    @contextmanager
+    @contextlib.contextmanager
     def interrupts(self, received: list[int]) -> Iterator[None]:
         yield
 
@@ -84,6 +108,46 @@ def _code_of_results() -> int:
     remedy = "Send the output to a place that has room."
     print_card(Card("Please check", f"The output could not be written: {error.strerror}.", "stdout", remedy))
     return EXIT_USER_MISTAKE
+
+
+class Group(TyperGroup):
+    """Commands under one name; an unknown one is named in short."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        with _short_usage_errors():
+            return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _short_usage_errors() -> Iterator[None]:
+    """Make what typer says of the command line, which quotes it, short and printable."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = fit(error.message, 1000)
+        raise
+
+
+def _check_current_folder() -> None:
+    """
+    Raises:
+        UserError: where it was removed, for every relative path would fail.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        problem = f"The current folder cannot be used: {error.strerror}."
+        raise UserError(problem, where="the current folder", remedy="Change to a folder that exists.") from None
+
+
+def _of_system(error: OSError) -> Card:
+    """What the system says of a file or folder that a command could not use."""
+    return Card(
+        "Please check",
+        f"{error.strerror or type(error).__name__}: '{os.fsdecode(error.filename)}'.",
+        os.fsdecode(error.filename),
+        "See to the path, its permissions and the space on its disk, and run the same command again.",
+    )
 
 
 def _repeat_option(args: list[str], names: tuple[str, ...]) -> list[str]:
@@ -111,7 +175,7 @@ def parse_count(text: str) -> int:
         digits, factor = digits[:-1], _SUFFIXES[digits[-1].upper()]
     try:
         value = Decimal(digits) * factor
-    except InvalidOperation:
+    except ArithmeticError:  # no number, or an exponent beyond Decimal's
         value = Decimal("nan")
     if not value.is_finite() or value != value.to_integral_value() or not 0 <= value < 2**63:
         raise typer.BadParameter(f"'{text}' is no whole number such as 512, 8_192, 1.5G or 10T.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.errors import EXIT_UNEXPECTED, MaskwrightError
+from trainer.plain_text import fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,10 @@ class Card:
     def of(cls, error: MaskwrightError) -> Card:
         return cls(error.title, error.problem, error.where, error.remedy)
 
+    def fitted(self) -> Card:
+        """The card as it is shown: short, whatever a value or a library's message holds, and printable."""
+        return Card(self.title, fit(self.problem, 1500), fit(self.where, 600), fit(self.remedy, 1000))
+
 
 def exit_code(error: BaseException) -> int:
     """The process exit code that an exception stands for."""
@@ -45,11 +50,11 @@ def make_console(file: TextIO | None = None) -> Console:
     Square brackets are text, not markup: they stand in file names and tokens. Off a terminal, lines are neither
     wrapped nor cut, so that a log can be searched.
     """
-    from rich.console import Console
+    from trainer.rich_console import PlainConsole
 
     stream = file or sys.stderr
     is_terminal = stream.isatty()
-    return Console(
+    return PlainConsole(
         file=stream,
         markup=False,
         emoji=False,
@@ -61,7 +66,7 @@ def make_console(file: TextIO | None = None) -> Console:
 
 def print_card(card: Card, file: TextIO | None = None) -> None:
     """Print the card on stderr (or `file`): a panel on a terminal, plain lines off it."""
-    stream = file or sys.stderr
+    stream, card = file or sys.stderr, card.fitted()
     if stream.isatty():
         _print_panel(card, stream)
     else:

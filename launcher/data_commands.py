@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from launcher.command import AsJson, Command, console_of_results, parse_count, write_result
+from launcher.command import MOST_LOCAL_RANKS, AsJson, Command, Group, console_of_results, parse_count, write_result
 from launcher.console import make_console
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 
-tokenizer_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+tokenizer_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 Inputs = Annotated[
     list[str],
@@ -71,7 +71,8 @@ def prepare(
         typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Tokenizing processes.", show_default="one a core")
+        int | None,
+        typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Tokenizing processes.", show_default="one a core"),
     ] = None,
     validation_fraction: Annotated[
         float,

@@ -6,14 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from launcher.command import AsJson, ConfigSource, Overrides, console_of_results
+from launcher.command import MOST_LOCAL_RANKS, MOST_RANKS, AsJson, ConfigSource, Overrides, console_of_results
 
 
 def plan(
     config: ConfigSource,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(metavar="G", min=1, help="Ranks on each node, one a GPU.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_RANKS, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(metavar="G", min=1, max=MOST_LOCAL_RANKS, help="Ranks on each node, one a GPU.")
+    ] = 1,
     device: Annotated[
         Literal["h200", "h100", "a100", "cpu"] | None,
         typer.Option(help="What to time it on: a GPU by its data sheet, or this machine's CPU.", show_default="this"),

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from launcher.console import Card, exit_code, print_card
 from trainer.errors import MaskwrightError, origin_of
+from trainer.plain_text import printable
 
 ERROR_FILE_VARIABLE = "MASKWRIGHT_ERROR_FILE"
 INTERRUPTED = "KeyboardInterrupt"
@@ -131,7 +132,7 @@ def print_report(report: ErrorReport) -> None:
         print("Interrupted.", file=sys.stderr)
         return
     if report.traceback:
-        print(report.traceback, file=sys.stderr)
+        print(printable(report.traceback), file=sys.stderr)
     print_card(report.card)
 
 
@@ -186,7 +187,7 @@ def _print_own(report: ErrorReport) -> None:
             line += f" The traceback is in {report.log}"
         else:
             line += f"\n{report.traceback}"
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def _is_in_log(report: ErrorReport) -> bool:

@@ -126,8 +126,8 @@ def find_site(given: str | None, environ: Mapping[str, str]) -> tuple[Site, Path
         UserError: when it is not there, or not right.
     """
     path = DEFAULT_SITE
-    if given or environ.get(SITE_VARIABLE):
-        path = user_path(given or environ[SITE_VARIABLE], "--site" if given else SITE_VARIABLE)
+    if given is not None or environ.get(SITE_VARIABLE):
+        path = user_path(environ[SITE_VARIABLE], SITE_VARIABLE) if given is None else user_path(given, "--site")
         if not path.is_file():
             where = f"--site {path}" if given else f"{SITE_VARIABLE}={path}"
             raise UserError(

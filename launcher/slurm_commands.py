@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.command import MOST_LOCAL_RANKS, MOST_RANKS
 from launcher.console import make_console
 
 Text = str | None
@@ -26,13 +27,13 @@ def submit(
             show_default=False,
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1)] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_RANKS)] = 1,
     gpus_per_node: Annotated[Text, typer.Option(metavar="G", help="One rank each; TYPE:G where types differ.")] = None,
     tasks_per_node: Annotated[
-        int | None, typer.Option(metavar="R", min=1, help="Ranks a node, on nodes without GPUs.")
+        int | None, typer.Option(metavar="R", min=1, max=MOST_LOCAL_RANKS, help="Ranks a node, on nodes without GPUs.")
     ] = None,
     cpus_per_task: Annotated[
-        int | None, typer.Option(metavar="C", min=1, help="Cores a rank.", show_default="1 + data.workers")
+        int | None, typer.Option(metavar="C", min=1, max=65_536, help="Cores a rank.", show_default="1 + data.workers")
     ] = None,
     time: Annotated[Text, typer.Option(metavar="T", help="Time limit of each start, such as 24:00:00.")] = None,
     partition: Annotated[Text, typer.Option(metavar="NAME")] = None,
@@ -53,7 +54,10 @@ def submit(
     chain: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Queue N jobs that go on one after the other, where jobs must not be requeued."
+            metavar="N",
+            min=1,
+            max=1000,
+            help="Queue N jobs that go on one after the other, where jobs must not be requeued.",
         ),
     ] = 1,
     convert: Annotated[

@@ -113,6 +113,7 @@ def submit(asked: Submission, console: Console) -> None:
     site, site_path = find_site(asked.site, os.environ)
     jobs = _Jobs(asked, config, site)
     jobs.check()
+    scripts = jobs.scripts()
     if not asked.dry_run:
         jobs.check_folder()
     from tools.validate import validate
@@ -122,9 +123,9 @@ def submit(asked: Submission, console: Console) -> None:
         console.print(line)
     console.print(f"site: {site_path}" if site_path else "site: none (see slurm/site.example.yaml)")
     if asked.dry_run:
-        sys.stdout.write(jobs.train_script() + (f"\n{jobs.convert_script()}" if asked.convert else ""))
+        sys.stdout.write("\n".join(scripts.values()))
         return
-    jobs.write()
+    jobs.write(scripts)
     numbers, conversion = jobs.queue()
     ranks = f"{asked.nodes} nodes × {asked.ranks_per_node} ranks = {world_size} ranks"
     for line in jobs.describe(numbers, conversion, ranks):
@@ -236,15 +237,21 @@ class _Jobs:
         comment = (f"Written by `maskwright submit --convert` for {self.run_dir}.",)
         return render(_template("convert"), comment, options, (), settings)
 
-    def write(self) -> None:
+    def scripts(self) -> dict[Path, str]:
+        """What is to be queued.
+
+        Raises:
+            UserError: for an option that no line of a script can hold.
+        """
+        scripts = {self.script: self.train_script()}
+        return {**scripts, self.conversion: self.convert_script()} if self.asked.convert else scripts
+
+    def write(self, scripts: dict[Path, str]) -> None:
         """
         Raises:
             UserError: when the run folder cannot be written.
         """
-        scripts = {self.script: self.train_script(), self.folder / "config.yaml": dump_config(self.config)}
-        if self.asked.convert:
-            scripts[self.conversion] = self.convert_script()
-        for path, text in scripts.items():
+        for path, text in {**scripts, self.folder / "config.yaml": dump_config(self.config)}.items():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.logs.mkdir(exist_ok=True)

@@ -123,7 +123,8 @@ def _full_disk_explained(target: Path) -> Iterator[None]:
 
 
 def _check_arguments(dtype: str, max_shard_size: str) -> None:
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", max_shard_size.upper()):
+    size = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) *[KMGT]B", max_shard_size.upper())
+    if size is None or float(size[1]) == 0:
         raise UserError(
             f"Not a size: '{max_shard_size}'.", where=f"--max-shard-size {max_shard_size}", remedy="Write 5GB or 500MB."
         )

@@ -44,6 +44,7 @@ from trainer.data.start_planes import (
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.paths import real_path, user_path
+from trainer.plain_text import printable
 
 BLOCK_TOKENS = 510  # seq_len 512 without its two special tokens
 BLOCKS_SHOWN = 3
@@ -314,4 +315,4 @@ def _thread_count() -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")

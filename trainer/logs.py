@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from trainer.errors import cannot_write
+from trainer.plain_text import printable
 from trainer.streams import PATIENCE_S, Console
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -69,13 +70,20 @@ def rank_log(path: Path, rank: int) -> Iterator[TextIO]:
             os.close(saved[1])
 
 
+class _PlainFormatter(logging.Formatter):
+    """For the user's console: names and paths in a message cannot move its cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _install_handlers(file: TextIO, console: TextIO | None) -> list[logging.Handler]:
     to_file = logging.StreamHandler(file)
     to_file.setFormatter(logging.Formatter(FORMAT))
     handlers: list[logging.Handler] = [to_file]
     if console is not None:
         to_console = logging.StreamHandler(console)
-        to_console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        to_console.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
         to_console.setLevel(logging.WARNING)
         # Other libraries' warnings stay in the file, and so does the traceback of what ends this rank.
         to_console.addFilter(lambda record: record.name.startswith("trainer.") and record.exc_info is None)

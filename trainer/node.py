@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,8 +24,9 @@ def job_id() -> str:
 
 
 def restart_count() -> int:
-    """How often SLURM has requeued this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    """How often SLURM has requeued this job; 0 where the variable is no number: it is only told."""
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def has_process(pid: int) -> bool:

@@ -12,8 +12,9 @@ import re
 # C0 and C1 with DEL, line and paragraph separators, and marks that turn the order of what follows around.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _UNPRINTABLE = re.compile(r"(?![\n\t])[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_LONG_WORD = re.compile(r"\S{201,}")
-_WORD_KEPT, _TAIL_KEPT = 140, 40  # characters of a long word, at its start and at its end
+_LONG_WORD = re.compile(r"\S{401,}")
+_WORD_KEPT = 300  # characters of a long word; a path on a cluster can have so many
+_LINES_KEPT = 12
 
 
 def has_control(text: str) -> bool:
@@ -22,7 +23,10 @@ def has_control(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Write control characters and what is not Unicode as escapes (`\\x1b`); line ends and tabs stay."""
+    """Write control characters and what is not Unicode as escapes (`\\u001b`); line ends and tabs stay.
+
+    JSON stays JSON of the same value.
+    """
     return _UNPRINTABLE.sub(_escape, text)
 
 
@@ -39,9 +43,12 @@ def shorten(text: str, limit: int = 200) -> str:
     return f"{text[: limit - tail]}…({len(text) - limit:,} more characters)…{text[-tail:]}"
 
 
-def shorten_words(text: str) -> str:
-    """Cut each word, that is a value or a name, of more than 200 characters."""
-    return _LONG_WORD.sub(lambda match: shorten(match[0], _WORD_KEPT + _TAIL_KEPT), text)
+def fit(text: str, limit: int) -> str:
+    """Make text printable and short: words (values, paths), lines, and all of it, `limit` characters at most."""
+    lines = shorten(_LONG_WORD.sub(lambda match: shorten(match[0], _WORD_KEPT), printable(text)), limit).splitlines()
+    return "\n".join(
+        [*lines[:_LINES_KEPT], *([f"… and {more:,} more lines"] if (more := len(lines) - _LINES_KEPT) > 0 else [])]
+    )
 
 
 def listed(items: list[str], limit: int = 5, separator: str = ", ") -> str:
@@ -51,4 +58,4 @@ def listed(items: list[str], limit: int = 5, separator: str = ", ") -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode("ascii")
+    return f"\\u{ord(match[0]):04x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,25 +61,26 @@ def parse_share(text: str) -> Share:
     Raises:
         UserError: for anything else.
     """
-    task, _, tasks = text.partition("/")
-    if not (task.isdecimal() and tasks.isdecimal()):
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None:
         raise UserError(
             f"'{text}' is no task.", where=f"--task {text}", remedy="Give --task I/N, such as 0/8 for the first of 8."
         )
-    return Share(int(task), int(tasks))
+    return Share(int(match[1]), int(match[2]))
 
 
 def share_of_job_array(environ: Mapping[str, str]) -> Share | None:
     """The share of this element of a SLURM job array; None outside one.
 
     Raises:
-        UserError: for an array whose numbers are not evenly spaced: a gap in it would leave units out.
+        UserError: for an array whose numbers are not evenly spaced: a gap in it would leave units out; and where a
+            variable is missing or no number.
     """
     if "SLURM_ARRAY_TASK_ID" not in environ:
         return None
-    number, count = int(environ["SLURM_ARRAY_TASK_ID"]), int(environ["SLURM_ARRAY_TASK_COUNT"])
-    first, step = int(environ["SLURM_ARRAY_TASK_MIN"]), int(environ.get("SLURM_ARRAY_TASK_STEP", 1)) or 1
-    last = int(environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+    number, count = _of_array(environ, "ID"), _of_array(environ, "COUNT")
+    first, step = _of_array(environ, "MIN"), _of_array(environ, "STEP", 1) or 1
+    last = _of_array(environ, "MAX", first + (count - 1) * step)
     if (last - first) != (count - 1) * step or (number - first) % step:
         raise UserError(
             f"The job array has {count} tasks from {first} to {last}, which are not evenly spaced.",
@@ -86,3 +88,17 @@ def share_of_job_array(environ: Mapping[str, str]) -> Share | None:
             remedy="Give sbatch a plain range (--array=0-7), or say which share this is with --task I/N.",
         )
     return Share((number - first) // step, count)
+
+
+def _of_array(environ: Mapping[str, str], what: str, default: int | None = None) -> int:
+    name = f"SLURM_ARRAY_TASK_{what}"
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(
+            f"{name} is no number, so which share this is cannot be told.",
+            where=f"{name}={text or ''}",
+            remedy="Say which with --task I/N, or unset SLURM_ARRAY_TASK_ID outside a job array.",
+        )
+    return int(text)

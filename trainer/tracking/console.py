@@ -6,7 +6,6 @@ import logging
 from datetime import timedelta
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
 )
 
 from trainer.batch_plan import BatchPlan
+from trainer.rich_console import PlainConsole
 from trainer.streams import loss_of
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class TrainingConsole:
     """Rank 0's view of a run, written to `stream`."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._rich = Console(file=stream, highlight=False, soft_wrap=True)
+        self._rich = PlainConsole(file=stream, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._plan: BatchPlan | None = None
