@@ -129,7 +129,7 @@ def find_site(given: str | None, environ: Mapping[str, str]) -> tuple[Site, Path
     if given is not None or environ.get(SITE_VARIABLE):
         path = user_path(environ[SITE_VARIABLE], SITE_VARIABLE) if given is None else user_path(given, "--site")
         if not path.is_file():
-            where = f"--site {path}" if given else f"{SITE_VARIABLE}={path}"
+            where = f"--site {path}" if given is not None else f"{SITE_VARIABLE}={path}"
             raise UserError(
                 f"There is no site file '{path}'.", where=where, remedy=f"Write one: {EXAMPLE} explains it."
             )
