@@ -168,8 +168,8 @@ def metrics_reference() -> str:
         "(xxh3_128 of the rest, as JSON with sorted keys).\n\n"
         + _table(("field", "meaning"), _attributes(CheckpointManifest)),
         "`state` holds:\n\n" + _table(("field", "meaning"), _attributes(TrainState)),
-        "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format`, `version`.\n\n"
-        + _table(("field", "meaning"), _DATA_MANIFEST.items()),
+        "## Data manifest\n\n`manifest.json` in a folder that `maskwright prepare` wrote; also `format`, `version` and "
+        "`checksum`, as above.\n\n" + _table(("field", "meaning"), _DATA_MANIFEST.items()),
     ]
     return "\n".join(parts)
 

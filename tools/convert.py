@@ -30,7 +30,7 @@ from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
-from trainer.files import sync_files, sync_folder
+from trainer.files import give_usual_mode, sync_files, sync_folder
 from trainer.paths import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -266,10 +266,8 @@ def _quiet() -> Iterator[None]:
 
 def _publish(temporary: Path, target: Path) -> None:
     """Make the finished folder durable, and give it its name."""
-    mask = os.umask(0)
-    os.umask(mask)
     for path in temporary.iterdir():
-        path.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
+        give_usual_mode(path)
     sync_files(temporary)
     if target.is_dir():  # empty: checked at the start
         target.rmdir()

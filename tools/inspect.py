@@ -19,14 +19,16 @@ from rich.console import Console
 from rich.text import Text
 
 from tools.marked_text import SENTENCE_MARK, WORD_MARK, MarkedText
-from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
+from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import (
     MANIFEST,
+    SPLITS,
     Manifest,
     ShardEntry,
+    check_content,
     document_starts,
     read_manifest,
     verify_shard,
@@ -36,7 +38,6 @@ from trainer.data.start_planes import (
     SETTING_OF_PLANE,
     START_PLANES,
     WORD_STARTS,
-    plane_bytes,
     planes_of,
     read_starts,
     starts_at,
@@ -101,10 +102,10 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
         DamagedError: names every damaged file, with the bytes concerned.
     """
     console = console or Console(stderr=True, markup=False)
-    data_sets = {path: read_manifest(path) for path in _data_sets(folder).values()}
+    data_sets, faults = _read_manifests(_data_sets(folder))
     shards = [(path, manifest, entry) for path, manifest in data_sets.items() for entry in manifest.shards]
     total = sum(size for _, _, entry in shards for size, _ in entry.files.values())
-    faults = [fault for path, manifest in data_sets.items() for fault in _manifest_faults(path, manifest)]
+    faults += [fault for path, manifest in data_sets.items() for fault in _manifest_faults(path, manifest)]
     with ReadProgress(console, "Verifying", total) as progress, ThreadPoolExecutor(_thread_count()) as pool:
         read = 0
         futures = {pool.submit(_shard_faults, *shard): shard[2] for shard in shards}
@@ -129,13 +130,23 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
 
 
 def _data_sets(folder: str | Path) -> dict[str, Path]:
-    """The data set in a folder, or its splits."""
+    """The data set in a folder, or its splits: both, where one of them has a manifest."""
     path = user_path(folder)
-    inner = {name: path / name for name in SPLITS if (path / name / MANIFEST).is_file()}
-    if (path / MANIFEST).is_file() or not inner:
+    if (path / MANIFEST).is_file() or not any((path / name / MANIFEST).is_file() for name in SPLITS):
         read_manifest(path)  # says what is wrong when it is none
         return {real_path(path).name: path}
-    return inner
+    return {name: path / name for name in SPLITS}
+
+
+def _read_manifests(data_sets: dict[str, Path]) -> tuple[dict[Path, Manifest], list[str]]:
+    """The manifests that can be read, by folder, and what is wrong with the others."""
+    manifests, faults = {}, []
+    for path in data_sets.values():
+        try:
+            manifests[path] = read_manifest(path)
+        except DamagedError as error:
+            faults.append(f"{path.name}/{MANIFEST}: {error.problem}")
+    return manifests, faults
 
 
 def _describe(data: ShardSet) -> dict[str, Any]:
@@ -215,6 +226,7 @@ def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
     """Where the separators lie among `length` tokens from token `start` on, from the document offsets."""
     ends = []
     for entry, base in _shards_of(data, start, length):
+        check_content(data.folder, entry, "doc")
         separators = document_starts(data.folder, entry)[1:].astype(np.int64) - 1 + base - start
         ends += separators[(separators >= 0) & (separators < length)].tolist()
     return ends
@@ -222,10 +234,11 @@ def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
 
 def _starts(data: ShardSet, plane: str, start: int, length: int) -> np.ndarray:
     """bool [length]: the bits of a start plane from token `start` on."""
-    parts = [
-        read_starts(data.folder, entry, plane, max(start - base, 0), min(start + length - base, entry.tokens))
-        for entry, base in _shards_of(data, start, length)
-    ]
+    parts = []
+    for entry, base in _shards_of(data, start, length):
+        check_content(data.folder, entry, plane)
+        first, end = max(start - base, 0), min(start + length - base, entry.tokens)
+        parts.append(read_starts(data.folder, entry, plane, first, end))
     return np.concatenate(parts)
 
 
@@ -248,10 +261,6 @@ def tokenizer_folder(data_set: Path) -> Path | None:
 
 def _manifest_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = []
-    for name in ("tokens", "documents"):
-        counted, said = sum(getattr(entry, name) for entry in manifest.shards), getattr(manifest, name)
-        if counted != said:
-            faults.append(f"{MANIFEST}: {said:,} {name}, but its shards have {counted:,}")
     for plane, setting in SETTING_OF_PLANE.items():
         lacking = [entry.name for entry in manifest.shards if plane not in entry.files]
         if setting in manifest.settings and lacking:
@@ -273,9 +282,8 @@ def _shard_faults(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[s
 
 def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[str]:
     """Whether a shard that matches its checksums also makes sense."""
-    dtype = np.dtype(manifest.dtype)
-    if entry.files["tok"][0] != entry.tokens * dtype.itemsize:
-        return [f"{entry.name}.tok: {entry.files['tok'][0]:,} bytes cannot be {entry.tokens:,} tokens of {dtype.name}"]
+    if not entry.tokens:
+        return []
     starts = document_starts(folder, entry).astype(np.int64)
     if (
         len(starts) != entry.documents + 1
@@ -284,7 +292,7 @@ def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> lis
         or (np.diff(starts) < 1).any()
     ):
         return [f"{entry.name}.doc: not the borders of {entry.documents:,} documents in {entry.tokens:,} tokens"]
-    tokens = np.memmap(folder / f"{entry.name}.tok", dtype, "r")
+    tokens = np.memmap(folder / f"{entry.name}.tok", manifest.dtype, "r")
     if (tokens[starts[1:] - 1] != manifest.separator_id).any():
         return [f"{entry.name}.doc: a document does not end with the separator {manifest.separator_id}"]
     for start in range(0, len(tokens), _SCANNED_TOKENS):
@@ -297,9 +305,7 @@ def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> lis
 
 def _plane_faults(folder: Path, entry: ShardEntry, plane: str, documents: np.ndarray) -> list[str]:
     """Whether a start plane fits the tokens and, int64 [documents + 1], the borders of the documents."""
-    name, size = f"{entry.name}.{plane}", entry.files[plane][0]
-    if size != plane_bytes(entry.tokens):
-        return [f"{name}: {size:,} bytes cannot be a bit for each of {entry.tokens:,} tokens"]
+    name = f"{entry.name}.{plane}"
     packed = np.memmap(folder / name, np.uint8, "r")
     if entry.tokens % 8 and packed[-1] >> entry.tokens % 8:
         return [f"{name}: bits are set after the last of {entry.tokens:,} tokens"]

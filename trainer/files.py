@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,11 @@ def bytes_hash(content: bytes) -> str:
 def shipped(package: str, name: str) -> Path:
     """Give the path of a file or folder that ships inside a package, in a clone and in an installed wheel."""
     return Path(str(files(package) / name))
+
+
+def json_hash(content: Any) -> str:
+    """xxh3_128 of a JSON value with sorted keys: the checksum that a manifest has of itself."""
+    return bytes_hash(json.dumps(content, sort_keys=True).encode())
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -105,3 +111,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let a file be read by whom the umask allows: safetensors and tempfile make files for their owner alone."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")  # asking by os.umask sets it
+    mask = next(int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    path.chmod(0o666 & ~mask)

@@ -307,7 +307,7 @@ class _ShardOpener:
     def open(self, path: str, split: str, quarantine: Sequence[str] = ()) -> ShardSet:
         folder = self.folder(path, split)
         reading = ReadSettings(self.settings.read, self.settings.verify_reads)
-        shards = ShardSet(folder, quarantine, reading, self.check_sizes)
+        shards = ShardSet(folder, quarantine, reading, self.check_sizes, self.vocabulary.size)
         manifest = shards.manifest
         if manifest.tokenizer_sha256 != self.vocabulary.sha256:
             raise UserError(

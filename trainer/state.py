@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pydantic import ConfigDict
+
+from trainer.typed_json import Count
+
 
 @dataclass
 class TrainState:
@@ -25,12 +29,14 @@ class TrainState:
         recent_grad_norms: the same for `resilience.max_grad_norm_ratio`.
     """
 
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    begun_at: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+    begun_at: Count = 0
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     recent_grad_norms: list[float] = field(default_factory=list)

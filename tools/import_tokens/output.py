@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tools.prepare.job import SPLITS, TOKENIZER_FOLDER
-from trainer.data.shards import MANIFEST, Manifest, read_manifest
+from tools.prepare.job import TOKENIZER_FOLDER
+from trainer.data.shards import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_manifest
 from trainer.errors import UserError
 from trainer.files import replace_synced, sync_files, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-WORK_FOLDER = ".import"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Output:
 
     @property
     def work_folder(self) -> Path:
-        return self.folder / WORK_FOLDER
+        return self.folder / IMPORT_WORK_FOLDER
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -246,7 +246,7 @@ def _print_summary(
         _say(
             console,
             f"{place.folders[name]}: {manifest.documents:,} documents, the longest of "
-            f"{manifest.statistics['longest_document_tokens']:,} tokens; {manifest.tokens:,} tokens in "
+            f"{manifest.statistics.get('longest_document_tokens', 0):,} tokens; {manifest.tokens:,} tokens in "
             f"{len(manifest.shards):,} shard(s){links}",
         )
     for note in notes:

@@ -19,7 +19,7 @@ import xxhash
 from tools.import_tokens.clean import Cleaner, Counts
 from tools.import_tokens.source import FlatFile, TokenSource
 from tools.prepare.worker import split_of
-from trainer.data.shards import SUM_BYTES, ShardEntry, ShardWriter, check_sizes
+from trainer.data.shards import SUM_BYTES, ShardEntry, ShardWriter, check_sizes, read_entry
 from trainer.errors import DamagedError
 from trainer.files import file_hash, replace_synced, sync_folder
 from trainer.paths import real_path
@@ -78,12 +78,9 @@ def read_record(work_folder: Path, number: int) -> ShardRecord | None:
         splits = {}
         for name, part in raw.pop("splits").items():
             entry = part.pop("entry")
-            if entry:
-                files = {suffix: (size, digest) for suffix, (size, digest) in entry.pop("files").items()}
-                entry = ShardEntry(files=files, **entry)
-            splits[name] = SplitPart(entry, **part)
+            splits[name] = SplitPart(read_entry(entry) if entry else None, **part)
         return ShardRecord(counts=counts, splits=splits, **raw)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

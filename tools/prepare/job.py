@@ -19,8 +19,17 @@ from tools.prepare.plan import Unit, plan_units
 from tools.prepare.readers import ReadSettings
 from tools.prepare.segment import StartSettings
 from tools.prepare.summary import counted, human_bytes
-from tools.prepare.worker import WORK_FOLDER, UnitRecord, WorkSettings, read_record
-from trainer.data.shards import MANIFEST, SUFFIXES, Manifest, check_sizes, read_manifest, token_dtype
+from tools.prepare.worker import UnitRecord, WorkSettings, read_record
+from trainer.data.shards import (
+    MANIFEST,
+    PREPARE_WORK_FOLDER,
+    SPLITS,
+    SUFFIXES,
+    Manifest,
+    check_sizes,
+    read_manifest,
+    token_dtype,
+)
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import DamagedError, UserError, nearest
 from trainer.paths import user_path
@@ -28,7 +37,6 @@ from trainer.paths import user_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPLITS = ("train", "validation")
 TOKENIZER_FOLDER = "tokenizer"
 ON_BAD_DOCUMENT = ("stop", "skip")
 
@@ -122,7 +130,7 @@ class Job:
 
     @property
     def work_folder(self) -> Path:
-        return self.output / WORK_FOLDER
+        return self.output / PREPARE_WORK_FOLDER
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -23,16 +23,15 @@ from tools.prepare.encode import Encoder
 from tools.prepare.estimate import Estimate, estimate_output
 from tools.prepare.hints import input_notes
 from tools.prepare.inputs import InputFile, find_inputs
-from tools.prepare.job import SPLITS, TOKENIZER_FOLDER, Job, open_job
+from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.option_names import CONFIG
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.summary import human_bytes
 from tools.prepare.work_folder import recorded_units
-from tools.prepare.worker import WORK_FOLDER
 from trainer import distributed
 from trainer.config import Config
 from trainer.consistency import compare
-from trainer.data.shards import MANIFEST, split_folder
+from trainer.data.shards import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, split_folder
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.files import file_hash, replace_synced
@@ -126,7 +125,7 @@ def _is_raw(path: str, config: Config) -> bool:
         return not user_path(path, "data").exists()
     folder = user_path(path, "data")
     if folder.is_dir():
-        unfinished = (folder / WORK_FOLDER).exists() or (folder / TOKENIZER_FOLDER / "tokenizer.json").exists()
+        unfinished = (folder / PREPARE_WORK_FOLDER).exists() or (folder / TOKENIZER_FOLDER / "tokenizer.json").exists()
         if unfinished or any((folder / name / MANIFEST).exists() for name in ("", *SPLITS)):
             return False
     elif not folder.exists() and not any(character in path for character in "*?["):

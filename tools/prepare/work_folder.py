@@ -16,10 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.prepare.job import SPLITS, Job, setting_differences
+from tools.prepare.job import Job, setting_differences
 from tools.prepare.plan import Unit
 from tools.prepare.summary import counted, listing, say
 from tools.prepare.worker import record_path
+from trainer.data.shards import SPLITS
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.files import create_synced, replace_synced, sync_files, sync_folder, unique_token

@@ -25,11 +25,10 @@ from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
-from trainer.data.shards import ShardEntry, ShardWriter, remove_shard
+from trainer.data.shards import ShardEntry, ShardWriter, read_entry, remove_shard
 from trainer.errors import MaskwrightError, UserError
 from trainer.files import replace_synced, sync_folder, unique_name
 
-WORK_FOLDER = ".prepare"
 REPORT_SECONDS = 0.5
 _SPLIT_SEED = 0x6D61736B  # fixed: a document is on the same side in every data set
 
@@ -79,12 +78,9 @@ def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
         record = UnitRecord(raw["identity"], raw["empty_documents"], Losses(**losses))
         for name, split in raw["splits"].items():
             entry = split.pop("entry")
-            if entry:
-                files = {suffix: (size, digest) for suffix, (size, digest) in entry.pop("files").items()}
-                entry = ShardEntry(files=files, **entry)
-            record.splits[name] = SplitRecord(entry or None, **split)
+            record.splits[name] = SplitRecord(read_entry(entry) if entry else None, **split)
         return record
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -18,7 +18,7 @@ from trainer.config_file import load_config, recipe_names
 from trainer.data.mixture import mixture_order
 from trainer.data.quarantine import kept_stretches
 from trainer.data.run_order import RunOrder
-from trainer.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
+from trainer.data.shards import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.errors import UserError
 from trainer.paths import user_path
 from trainer.phases import Phases, lay_out
@@ -165,21 +165,22 @@ def _paper_source(options: SimulateOptions) -> SimulatedSource:
             where=f"--tokens {tokens} --shards {shards}",
             remedy="Give fewer --shards.",
         )
-    dtype = token_dtype(options.vocabulary_size or PAPER_VOCABULARY)
     with tempfile.TemporaryDirectory() as folder:
-        _write_paper_manifest(Path(folder), tokens, shards, dtype)
+        _write_paper_manifest(Path(folder), tokens, shards, options.vocabulary_size or PAPER_VOCABULARY)
         return replace(_read_source(folder), name="paper")
 
 
-def _write_paper_manifest(folder: Path, tokens: int, shards: int, dtype: np.dtype) -> None:
+def _write_paper_manifest(folder: Path, tokens: int, shards: int, vocabulary_size: int) -> None:
     """Like any manifest, so that reading it costs what it costs with real data; its hashes are of nothing."""
+    dtype = token_dtype(vocabulary_size)
     ends = [(number + 1) * tokens // shards for number in range(shards)]
     entries = []
     for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         size = end - start
-        files = {"tok": (size * dtype.itemsize, _NO_HASH), "doc": (16, _NO_HASH), "sum": (8, _NO_HASH)}
+        sizes = {"tok": size * dtype.itemsize, "doc": 16, "sum": -(-size * dtype.itemsize // SUM_BYTES) * 8}
+        files = {suffix: (count, _NO_HASH) for suffix, count in sizes.items()}
         entries.append(ShardEntry(f"shard-{number:05d}", size, 1, files))
-    manifest = Manifest(dtype.str, "", PAPER_VOCABULARY, 2, tokens, shards, tuple(entries))
+    manifest = Manifest(dtype.str, "", vocabulary_size, 2, tokens, shards, tuple(entries))
     (folder / MANIFEST).write_text(manifest.to_json())
 
 

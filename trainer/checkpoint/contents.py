@@ -18,6 +18,7 @@ from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config_file import dump_config
 from trainer.engine import TrainingEngine
 from trainer.errors import UserError
+from trainer.files import give_usual_mode
 from trainer.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
 
@@ -62,6 +63,7 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
         tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items()}
         save_file(tensors, folder / PROBE)
+        give_usual_mode(folder / PROBE)
 
     return write
 

@@ -13,13 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from heapq import heappop, heappush
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
+from pydantic import ConfigDict
+
 from trainer.errors import DamagedError
-from trainer.files import bytes_hash, file_hash, replace_synced
+from trainer.files import file_hash, json_hash, replace_synced
 from trainer.state import TrainState
+from trainer.typed_json import Count, Seconds, as_type
 
 FORMAT = "maskwright-checkpoint"
 VERSION = 1
@@ -28,6 +31,7 @@ MODEL_FOLDER = "huggingface"  # config.json and tokenizer, inside the checkpoint
 PROBE = "probe.safetensors"
 RUN_CONFIG = "config.yaml"  # of the start that saved it
 HASH_THREADS = 4
+_SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,12 @@ class CheckpointManifest(Records):
         saved_at: seconds since 1970.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     state: dict[str, Any]
-    files: dict[str, tuple[int, str]]
+    files: dict[str, tuple[Count, str]]
     versions: dict[str, str] = field(default_factory=dict)
-    saved_at: float = 0.0
+    saved_at: Seconds = 0.0
 
     @property
     def step(self) -> int:
@@ -78,13 +84,8 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}))  # as it is read
-    content["checksum"] = _checksum(content)
+    content["checksum"] = json_hash(content)
     replace_synced(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """Of the manifest itself: a digit that flips in it would resume at another place without a word."""
-    return bytes_hash(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -107,20 +108,29 @@ def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str]:
     """The manifest of a folder, or None and what is wrong with it."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        checksum = raw.pop("checksum", None)  # checkpoints from before it had one have none
-        if checksum is not None and checksum != _checksum(raw):
+        # One digit that flips would resume at another place without a word. Checkpoints from before it had a checksum
+        # have none.
+        checksum = raw.pop("checksum", None)
+        if checksum is not None and checksum != json_hash(raw):
             raise ValueError("its content differs from its checksum")
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError("written by another version of maskwright")
-        files = {name: (int(size), str(digest)) for name, (size, digest) in raw.pop("files").items()}
-        if not files:
+        manifest = as_type(CheckpointManifest, raw)
+        as_type(TrainState, manifest.state)
+        if not manifest.files:
             raise ValueError("it names no files")
-        TrainState(**raw["state"])
-        return CheckpointManifest(files=files, **raw), ""
+        if outside := [name for name in manifest.files if not _is_inside(name)]:
+            raise ValueError(f"it names files outside of the checkpoint, such as {outside[0][:_SHOWN_CHARACTERS]!r}")
+        return manifest, ""
     except FileNotFoundError:
         return None, f"{MANIFEST}: missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{MANIFEST}: cannot be read ({error})"
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def find_faults(

@@ -12,20 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.shard_set import ShardSet
+from trainer.data.shards import check_content, check_sizes
 from trainer.errors import DamagedError
 
 _MAPPED_FILES = 64  # kept open; a data set may have thousands, a batch reads from few
 
 
 class DocumentBorders:
-    """The document borders of one data set, looked up by block; `.doc` files are mapped on first use."""
+    """The document borders of one data set, looked up by block.
+
+    A `.doc` file is mapped on first use and, where reads are verified, compared with its checksum when this process
+    first maps it: borders that have moved would train another run without a word.
+    """
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # the one used last comes last
+        self._checked: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}  # a worker maps the files itself
+        return {**self.__dict__, "_maps": OrderedDict(), "_checked": set()}  # a worker maps the files itself
 
     def document_starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
         """Which tokens of blocks begin a document, or what a block holds of one.
@@ -38,7 +44,8 @@ class DocumentBorders:
             [B, payload]; the first token of a block is always True, and so is the first one from another shard.
 
         Raises:
-            DamagedError: when offsets in a `.doc` file, which ascend, lead out of the block.
+            DamagedError: when a `.doc` file differs from its checksum, or its offsets, which ascend, lead out of the
+                block.
         """
         _, shards, offsets, lengths = self.shards.pieces(blocks, payload).T
         places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
@@ -77,7 +84,14 @@ class DocumentBorders:
         if mapped is None:
             if len(self._maps) == _MAPPED_FILES:
                 self._maps.popitem(last=False)
-            mapped = np.memmap(self.shards.folder / f"{self.shards.manifest.shards[shard].name}.doc", "<u8", "r")
+            entry = self.shards.manifest.shards[shard]
+            if shard not in self._checked:
+                if self.shards.settings.verify:
+                    check_content(self.shards.folder, entry, "doc")
+                else:
+                    check_sizes(self.shards.folder, entry)
+                self._checked.add(shard)
+            mapped = np.memmap(self.shards.folder / f"{entry.name}.doc", "<u8", "r")
         self._maps[shard] = mapped
         return mapped
 

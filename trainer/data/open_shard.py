@@ -24,7 +24,8 @@ class ReadSettings:
 
     Attributes:
         method: "mmap", or "pread" for file systems on which mapping is slow or unsafe.
-        verify: compare each MiB of a token file with its sum when a process first reads from it.
+        verify: compare each MiB of a token file with its sum when a process first reads from it, and a file of
+            document borders with its checksum.
     """
 
     method: Literal["mmap", "pread"] = "mmap"
@@ -38,6 +39,7 @@ class OpenShard:
     mostly what another rank needs. `advise` says ahead of time what will be read instead.
 
     Args:
+        vocabulary_size: ids from it on are damage: a model has no row for them.
         checked: bool [mebibytes], which MiB this process has found whole; kept by the caller, for a shard may be
             closed and opened again.
 
@@ -46,11 +48,18 @@ class OpenShard:
     """
 
     def __init__(
-        self, folder: Path, entry: ShardEntry, dtype: np.dtype, settings: ReadSettings, checked: NDArray[np.bool_]
+        self,
+        folder: Path,
+        entry: ShardEntry,
+        dtype: np.dtype,
+        vocabulary_size: int,
+        settings: ReadSettings,
+        checked: NDArray[np.bool_],
     ) -> None:
         self._path = folder / f"{entry.name}.tok"
         self._entry, self._dtype, self._item = entry, dtype, dtype.itemsize
-        self._checked = checked
+        self._vocabulary_size, self._checked = vocabulary_size, checked
+        self._checks_ids_read = not settings.verify and vocabulary_size <= np.iinfo(dtype).max
         self._sums = _read_sums(folder, entry) if settings.verify and not checked.all() else None
         try:
             self._file = os.open(self._path, os.O_RDONLY)
@@ -75,15 +84,20 @@ class OpenShard:
             [n, length] in the stored dtype.
 
         Raises:
-            DamagedError: when a MiB that is read differs from its sum, or the file is shorter than recorded.
+            DamagedError: when a MiB that is read differs from its sum, an id is beyond the vocabulary, or the file is
+                shorter than recorded.
         """
         if self._sums is not None:
             self._verify(starts, length)
-        if self._tokens is None:
-            return self._pread(starts, length)
+        tokens = self._pread(starts, length) if self._tokens is None else self._gather(self._tokens, starts, length)
+        if self._checks_ids_read and tokens.size:
+            self._check_ids(tokens, int(starts.min()) * self._item // SUM_BYTES)
+        return tokens
+
+    def _gather(self, tokens: np.ndarray, starts: NDArray[np.int64], length: int) -> np.ndarray:
         if length not in self._stretches:  # two lengths or so: the block's, and parts of it at the shard's ends
-            shape = (len(self._tokens) - length + 1, length)
-            self._stretches[length] = as_strided(self._tokens, shape, self._tokens.strides * 2, writeable=False)
+            shape = (len(tokens) - length + 1, length)
+            self._stretches[length] = as_strided(tokens, shape, tokens.strides * 2, writeable=False)
         return self._stretches[length][starts]
 
     def advise(self, starts: NDArray[np.int64], length: int) -> None:
@@ -137,7 +151,20 @@ class OpenShard:
                     f"or leave this part out on purpose: quarantine: ['{self._entry.name}:{number}'] beside the path "
                     "in data.train, in a new run.",
                 )
+            self._check_ids(np.frombuffer(part, self._dtype), number)
             self._checked[number] = True
+
+    def _check_ids(self, tokens: np.ndarray, number: int) -> None:
+        """Raise DamagedError for an id beyond the vocabulary; `number` is the MiB, or the first one, read from."""
+        largest = int(tokens.max())
+        if largest >= self._vocabulary_size:
+            raise DamagedError(
+                f"{self._path.name} holds the id {largest:,} (seen from MiB {number} on), and the vocabulary ends at "
+                f"{self._vocabulary_size - 1:,}.",
+                where=str(self._path),
+                remedy="Prepare the data set again with the tokenizer of the run; `maskwright data verify` lists all "
+                "damage.",
+            )
 
 
 def mebibytes(entry: ShardEntry) -> int:

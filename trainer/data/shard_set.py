@@ -36,6 +36,7 @@ class ShardSet:
         quarantine: parts to leave out, as `trainer.data.quarantine` describes them.
         settings: how to read.
         check: compare the sizes of all files with the manifest now. One rank does it for all.
+        vocabulary_size: of the model that reads; default the manifest's. An id beyond it is damage.
 
     Raises:
         UserError: for a folder that is no data set, or a quarantine that names what is not there.
@@ -48,10 +49,12 @@ class ShardSet:
         quarantine: Sequence[str] = (),
         settings: ReadSettings | None = None,
         check: bool = True,
+        vocabulary_size: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         self.dtype = np.dtype(self.manifest.dtype)
+        self.vocabulary_size = vocabulary_size or self.manifest.vocabulary_size
         self.settings = settings or ReadSettings()
         stretches = kept_stretches(self.manifest, quarantine, str(folder))
         self._shards, self._offsets, lengths = np.array(stretches, np.int64).reshape(-1, 3).T.copy()
@@ -158,7 +161,7 @@ class ShardSet:
         if shard is None:
             entry = self.manifest.shards[number]
             checked = self._checked.setdefault(number, np.zeros(mebibytes(entry), np.bool_))
-            shard = OpenShard(self.folder, entry, self.dtype, self.settings, checked)
+            shard = OpenShard(self.folder, entry, self.dtype, self.vocabulary_size, self.settings, checked)
             self._open[number] = shard
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()

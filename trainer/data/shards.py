@@ -11,7 +11,7 @@ A data set is a folder with `manifest.json` and, for each shard,
 
 Read in the order of the manifest the shards are one long stream of tokens. A block is a view of `payload`
 consecutive tokens of that stream, so the sequence length can change without tokenizing again. A folder
-without a manifest is not a data set.
+without a manifest is not a data set. `trainer.data.manifest_checks` says what a manifest may hold.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from pydantic import ConfigDict
 
+from trainer.data.manifest_checks import check_entry, check_manifest, is_shard_name
 from trainer.data.start_planes import StartPlaneWriter
-from trainer.errors import DamagedError, UserError
-from trainer.files import file_hash, sync_and_close, sync_folder, unique_token, write_synced
+from trainer.errors import DamagedError, MaskwrightError, UserError
+from trainer.files import file_hash, json_hash, sync_and_close, sync_folder, unique_token, write_synced
 from trainer.paths import user_path
+from trainer.typed_json import Count, as_type
 
 FORMAT = "maskwright-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SUFFIXES = ("tok", "doc", "sum")  # of every shard; start planes come on request
 SUM_BYTES = 1 << 20  # bytes of NAME.tok behind one sum
+SPLITS = ("train", "validation")  # folders of the two data sets of `prepare --validation-fraction`
+PREPARE_WORK_FOLDER, IMPORT_WORK_FOLDER = ".prepare", ".import"  # in the output of a job that is not finished
 _SEPARATOR_STARTS_NOTHING = np.zeros(1, bool)
 
 
@@ -44,22 +49,26 @@ _SEPARATOR_STARTS_NOTHING = np.zeros(1, bool)
 class ShardEntry:
     """One shard as the manifest records it; `files` maps a suffix (tok, doc, sum, wrd, snt) to [bytes, xxh3_128]."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
-    tokens: int
-    documents: int
-    files: dict[str, tuple[int, str]]
+    tokens: Count
+    documents: Count
+    files: dict[str, tuple[Count, str]]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a data set is. It holds no times and no paths of a machine: the same input gives the same bytes."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     dtype: str
     tokenizer_sha256: str
-    vocabulary_size: int
-    separator_id: int
-    tokens: int
-    documents: int
+    vocabulary_size: Count
+    separator_id: Count
+    tokens: Count
+    documents: Count
     shards: tuple[ShardEntry, ...]
     sources: tuple[dict[str, Any], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +87,9 @@ class Manifest:
         return [[entry.name, entry.files["tok"][1], entry.files["doc"][1]] for entry in self.shards]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))  # as it is read
+        content["checksum"] = json_hash(content)
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -90,32 +101,68 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         UserError: when the folder is no data set.
-        DamagedError: when the manifest cannot be read or is of another version.
+        DamagedError: when the manifest is missing where shards are, cannot be read, contradicts itself or is of another
+            version.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        inner = [name for name in ("train", "validation") if (Path(folder) / name / MANIFEST).is_file()]
-        remedy = f"Did you mean {Path(folder) / inner[0]}? " if inner else ""
-        raise UserError(
-            f"'{folder}' is not a prepared data set: it has no {MANIFEST}.",
-            where=str(folder),
-            remedy=remedy + "Write one with `maskwright prepare --input TEXT --tokenizer DIR --output DIR`; "
-            "if that was interrupted, run the same command again.",
-        )
+        raise _no_manifest(Path(folder))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+        checksum = raw.pop("checksum", None)  # data sets from before it had one have none
+        if checksum is not None and checksum != json_hash(raw):
+            raise ValueError("its content differs from its checksum")
         if raw.pop("format") != FORMAT or raw.pop("version") != VERSION:
             raise ValueError("not a manifest of this version")
-        entries = tuple(
-            ShardEntry(**{**entry, "files": {k: (int(v[0]), str(v[1])) for k, v in entry["files"].items()}})
-            for entry in raw.pop("shards")
-        )
-        sources = tuple(raw.pop("sources"))
-        return Manifest(shards=entries, sources=sources, **raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = as_type(Manifest, raw)
+        check_manifest(manifest, token_dtype(manifest.vocabulary_size))
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
-            f"Cannot read the manifest: {error}.", where=str(path), remedy="Prepare the data set again."
+            f"Cannot read the manifest: {error}.",
+            where=str(path),
+            remedy="Copy it again from where it is whole, or prepare the data set again.",
         ) from None
+
+
+def read_entry(raw: dict[str, Any]) -> ShardEntry:
+    """The entry of a shard as the record of a unit has it.
+
+    Raises:
+        ValueError: when its types are wrong, its sizes contradict each other, or its name leads out of the folder.
+    """
+    entry = as_type(ShardEntry, raw)
+    check_entry(entry)
+    return entry
+
+
+def _no_manifest(folder: Path) -> UserError | DamagedError:
+    """Why a folder without a manifest is no data set: damage, where there are shards that nobody is writing."""
+    work_folders = [PREPARE_WORK_FOLDER, IMPORT_WORK_FOLDER]
+    unfinished = any((place / name).exists() for place in (folder, folder.parent) for name in work_folders)
+    inner = [name for name in SPLITS if (folder / name / MANIFEST).is_file()]
+    beside = [name for name in SPLITS if folder.name in SPLITS and (folder.parent / name / MANIFEST).is_file()]
+    lost = [place for place in (folder, *(folder / name for name in SPLITS)) if _holds_shards(place)]
+    if beside and folder not in lost:
+        lost.append(folder)
+    if lost and not unfinished:
+        return DamagedError(
+            f"'{lost[0]}' belongs to a data set, but its {MANIFEST} is missing.",
+            where=str(lost[0] / MANIFEST),
+            remedy="Copy it again from where it is whole, or prepare the data set again.",
+        )
+    remedy = f"Did you mean {folder / inner[0]}? " if inner else ""
+    return UserError(
+        f"'{folder}' is not a prepared data set: it has no {MANIFEST}.",
+        where=str(folder),
+        remedy=remedy + "Write one with `maskwright prepare --input TEXT --tokenizer DIR --output DIR`; "
+        "if that was interrupted, run the same command again.",
+    )
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether there are token files, and no manifest."""
+    return not (folder / MANIFEST).is_file() and any(folder.glob("*.tok"))
 
 
 def split_folder(path: str | Path, split: str) -> Path:
@@ -183,6 +230,7 @@ class ShardWriter:
 
 def remove_shard(folder: Path, name: str) -> None:
     """Remove the files of a shard, if there are any."""
+    assert is_shard_name(name)
     for path in folder.glob(f"{name}.*"):
         path.unlink(missing_ok=True)
 
@@ -204,6 +252,30 @@ def check_sizes(folder: Path, entry: ShardEntry) -> None:
                 where=str(path),
                 remedy="Copy the data set again, or prepare it again; `maskwright data verify` lists all damage.",
             )
+
+
+def check_content(folder: Path, entry: ShardEntry, suffix: str) -> None:
+    """Raise DamagedError when a file of a shard, read whole, differs from its checksum, or cannot be read."""
+    path = folder / f"{entry.name}.{suffix}"
+    size, digest = entry.files[suffix]
+    try:
+        whole = path.stat().st_size == size and file_hash(path) == digest
+        problem = f"{path.name} differs from its checksum in the manifest"
+    except FileNotFoundError:
+        whole, problem = False, f"{path.name} is missing"
+    except OSError as error:
+        raise MaskwrightError(
+            f"Cannot read {path.name}: {error.strerror}.",
+            where=str(path),
+            remedy="Check the file system; then start the same command again.",
+        ) from None
+    if not whole:
+        raise DamagedError(
+            f"{problem}.",
+            where=str(path),
+            remedy="Copy the shard again from where it is whole, or prepare the data set again; "
+            "`maskwright data verify` lists all damage.",
+        )
 
 
 def verify_shard(folder: Path, entry: ShardEntry, progress: Callable[[int], None] | None = None) -> list[str]:

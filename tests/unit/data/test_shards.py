@@ -93,7 +93,7 @@ def test_a_block_may_span_several_shards(tmp_path: Path):
     assert ShardSet(tmp_path).read_blocks(np.array([0]), 9).tolist() == [stream_of(shards)[:9]]
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(1, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (250_002, "<u4")])
+@pytest.mark.parametrize(("size", "dtype"), [(3, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (250_002, "<u4")])
 def test_ids_take_two_bytes_as_long_as_they_fit(size: int, dtype: str, tmp_path: Path):
     assert token_dtype(size).str == dtype
     write_data_set(tmp_path, [[[size - 1, 0]]], size)

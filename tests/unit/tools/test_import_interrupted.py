@@ -18,8 +18,7 @@ from tests.gate import record_gate
 from tests.unit.tools.conftest import Importer, folder_hashes, read_token_documents
 from tests.unit.tools.token_files import write_datatrove, write_megatron
 from tests.waiting import TIMEOUT_S, wait_for
-from tools.import_tokens.output import WORK_FOLDER
-from trainer.data.shards import MANIFEST, read_manifest
+from trainer.data.shards import IMPORT_WORK_FOLDER, MANIFEST, read_manifest
 from trainer.errors import UserError
 
 BEGIN, END = 0, 2
@@ -46,7 +45,7 @@ def test_a_killed_import_continues_and_gives_the_same_bytes(
         text=True,
         env={**os.environ, **record_gate(tmp_path, 3)},
     )
-    wait_for(lambda: len(list((output / WORK_FOLDER).glob("shard-*.json"))) >= 3, "three shards")
+    wait_for(lambda: len(list((output / IMPORT_WORK_FOLDER).glob("shard-*.json"))) >= 3, "three shards")
     process.send_signal(killed)
     printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
@@ -54,7 +53,7 @@ def test_a_killed_import_continues_and_gives_the_same_bytes(
     with pytest.raises(UserError, match="not a prepared data set"):
         read_manifest(output)
 
-    done = {path.stem for path in (output / WORK_FOLDER).glob("shard-*.json")}
+    done = {path.stem for path in (output / IMPORT_WORK_FOLDER).glob("shard-*.json")}
     times = {name: (output / f"{name}.doc").stat().st_mtime_ns for name in done}
     monkeypatch.setattr("tools.import_tokens.convert.SHARD_TOKENS", 5000)
     run_import([linked, many], output)
@@ -75,7 +74,8 @@ def test_an_unfinished_import_never_lets_a_later_one_write_into_the_users_file(
     with pytest.raises(UserError, match="holds id 60,000"):
         run_import([good, bad], tmp_path / "data")
     assert (tmp_path / "data" / "shard-00000.tok").samefile(tmp_path / "a.bin")
-    (tmp_path / "data" / WORK_FOLDER / "shard-00000.json").unlink()  # as if killed between the link and its record
+    record = tmp_path / "data" / IMPORT_WORK_FOLDER / "shard-00000.json"
+    record.unlink()  # as if killed between the link and its record
     with pytest.raises(UserError, match="holds id 60,000"):
         run_import([good, bad], tmp_path / "data")
     run_import(write_megatron(tmp_path / "c", [[documents[5]]]), tmp_path / "data", link=False)
@@ -146,8 +146,8 @@ def test_an_output_that_is_in_use_or_holds_something_is_refused(
         run_import(source, tmp_path / "a.bin" / "data")
     with pytest.raises(UserError, match=r"Cannot create the output folder: (Not a directory|File exists)"):
         run_import(source, tmp_path / "a.bin")
-    (tmp_path / "data" / WORK_FOLDER).mkdir(parents=True)
-    with open(tmp_path / "data" / WORK_FOLDER / "lock", "w") as file:
+    (tmp_path / "data" / IMPORT_WORK_FOLDER).mkdir(parents=True)
+    with open(tmp_path / "data" / IMPORT_WORK_FOLDER / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="Another import is writing"):
             run_import(source, tmp_path / "data")

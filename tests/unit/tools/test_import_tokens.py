@@ -15,9 +15,8 @@ from tests.commands import assert_one_card, maskwright
 from tests.unit.tools.conftest import Importer, folder_hashes, quiet_console, read_token_documents
 from tests.unit.tools.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import import_tokens
-from tools.import_tokens.output import WORK_FOLDER
 from tools.inspect import show, verify
-from trainer.data.shards import read_manifest
+from trainer.data.shards import IMPORT_WORK_FOLDER, read_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 
 BEGIN, PAD, END = 0, 1, 2
@@ -82,7 +81,7 @@ def test_an_import_gives_the_bytes_that_prepare_gives(
     verify(tmp_path / "data", console=quiet_console())
     show(tmp_path / "data")
     assert "60, " in capsys.readouterr().out
-    assert not (tmp_path / "data" / WORK_FOLDER).exists()
+    assert not (tmp_path / "data" / IMPORT_WORK_FOLDER).exists()
     assert {name: digest for name, digest in folder_hashes(tmp_path).items() if name in before} == before
 
 

@@ -28,9 +28,9 @@ from tools.prepare import prepare
 from tools.prepare.encode import Encoder, split_text
 from tools.prepare.inputs import find_inputs
 from tools.prepare.plan import plan_units
-from tools.prepare.worker import WORK_FOLDER, _portable, split_of
+from tools.prepare.worker import _portable, split_of
 from trainer.data.shard_set import ShardSet
-from trainer.data.shards import read_manifest
+from trainer.data.shards import PREPARE_WORK_FOLDER, read_manifest
 from trainer.errors import MaskwrightError, UserError
 
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]
@@ -101,7 +101,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     """)
     environ = {**os.environ, **record_gate(tmp_path, 2)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
-    wait_for(lambda: len(list((output / WORK_FOLDER).glob("unit-*.json"))) >= 2, "two units")
+    wait_for(lambda: len(list((output / PREPARE_WORK_FOLDER).glob("unit-*.json"))) >= 2, "two units")
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.send_signal(killed)
     printed, _ = process.communicate(timeout=TIMEOUT_S)
@@ -112,7 +112,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     with pytest.raises(UserError, match="not a prepared data set"):
         read_manifest(output)
 
-    done = [record.stem.replace("unit", "shard") for record in (output / WORK_FOLDER).glob("unit-*.json")]
+    done = [record.stem.replace("unit", "shard") for record in (output / PREPARE_WORK_FOLDER).glob("unit-*.json")]
     times = {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
     monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 65536)
     run_prepare([path], output)
@@ -227,7 +227,7 @@ def test_the_manifest_and_the_summary_count_alike(tmp_path: Path, run_prepare) -
     assert summary.splits["train"].longest_document_tokens == max(map(len, documents))
     assert summary.splits["train"].text_bytes == path.stat().st_size - 2 * 49 - 1
     assert manifest["sources"] == [{"name": "text.txt", "files": 1, "bytes": path.stat().st_size}]
-    assert not (tmp_path / "data" / WORK_FOLDER).exists()
+    assert not (tmp_path / "data" / PREPARE_WORK_FOLDER).exists()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_what_a_user_can_mend_in_a_worker_is_no_traceback(tmp_path: Path, small_
         ),
     ]
     for error, problem, where, remedy in cases:
-        shown = pickle.loads(pickle.dumps(_portable(error, str(output / WORK_FOLDER), unit)))
+        shown = pickle.loads(pickle.dumps(_portable(error, str(output / PREPARE_WORK_FOLDER), unit)))
         assert isinstance(shown, UserError)
         assert problem in shown.problem and shown.where == where and remedy in shown.remedy
     elsewhere = _portable(FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere"), str(output), unit)

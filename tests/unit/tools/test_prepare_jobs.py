@@ -14,7 +14,8 @@ from tools.prepare import finalize_job, open_job, prepare_job, prepare_task
 from tools.prepare.encode import Encoder
 from tools.prepare.share import Share
 from tools.prepare.work_folder import JOB_FILE
-from tools.prepare.worker import WORK_FOLDER, write_unit
+from tools.prepare.worker import write_unit
+from trainer.data.shards import PREPARE_WORK_FOLDER
 from trainer.errors import DamagedError, UserError
 
 
@@ -58,7 +59,7 @@ def test_the_joining_refuses_foreign_parts_and_names_them(tmp_path: Path, make_j
 
     with pytest.raises(UserError, match="not of this job") as caught:
         finalize_job(job)
-    for name in (f"{WORK_FOLDER}/unit-00001.json", "shard-00099.tok", f"{WORK_FOLDER}/unit-00098.json"):
+    for name in (f"{PREPARE_WORK_FOLDER}/unit-00001.json", "shard-00099.tok", f"{PREPARE_WORK_FOLDER}/unit-00098.json"):
         assert name in caught.value.problem
         (job.output / name).unlink()
     with pytest.raises(UserError, match=r"1 of \d+ units are not written"):

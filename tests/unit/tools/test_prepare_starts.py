@@ -24,8 +24,7 @@ from tools.prepare.estimate import estimate_output
 from tools.prepare.inputs import find_inputs
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings
-from tools.prepare.worker import WORK_FOLDER
-from trainer.data.shards import document_starts, read_manifest
+from trainer.data.shards import PREPARE_WORK_FOLDER, document_starts, read_manifest
 from trainer.data.start_planes import SENTENCE_STARTS, WORD_STARTS, read_starts
 from trainer.errors import UserError
 
@@ -203,7 +202,7 @@ def test_units_of_an_interrupted_run_with_other_settings_are_done_again(
     with pytest.raises(UserError, match="raised ValueError: refused"):
         run_prepare([path], data, word_starts="tokenizer", sentence_starts="own_words:not_the_last")
     assert list(data.glob("shard-*.wrd")) and list(data.glob("shard-*.snt"))
-    assert list((data / WORK_FOLDER).glob("unit-*.json"))
+    assert list((data / PREPARE_WORK_FOLDER).glob("unit-*.json"))
     run_prepare([path], data, **later)
     run_prepare([path], own_words / "clean", **later)
 
