@@ -27,7 +27,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.inputs import run_folder
 from trainer.model.build import COMPUTE_DTYPES
-from trainer.model.configuration import attention_dropout_of, head_width_of
+from trainer.model.configuration import attention_dropout_of, head_width_of, heads_of
 from trainer.remembered import recall, remember
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def shape_of(config: Config, model_config: PretrainedConfig, micro_size: int) ->
     """That of the run's last blocks."""
     return AttentionShape(
         batch=micro_size,
-        heads=model_config.num_attention_heads,
+        heads=heads_of(model_config),
         seq_len=config.data.seq_len,
         width=head_width_of(model_config),
         dropout=attention_dropout_of(model_config),

@@ -47,9 +47,10 @@ class ModelConfig(Section):
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
     from_pretrained: Line | None = None
-    """A Hugging Face checkpoint folder or hub name whose weights training continues from."""
+    """A Hugging Face checkpoint folder or hub name whose weights training continues from. Where its config names no
+    model type, or one that the weights are not of, their names decide."""
     tokenizer: Line | None = None
-    """Tokenizer folder. Default: the one inside `from_pretrained`."""
+    """Tokenizer folder. Default: the one inside `from_pretrained`, which also takes the place of a recipe's."""
     overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
     document_attention: bool = False

@@ -7,7 +7,7 @@ recipe or another file, and `a.b=c` on the command line overrides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw = _read_with_parents(find_config(source), seen=())
     for override in overrides:
         _apply_override(raw, override)
+    model = raw.get("model")
+    if isinstance(model, dict) and isinstance(model.get("tokenizer"), _OfRecipe):
+        model["tokenizer"] = str(model["tokenizer"])
     return parse_config(raw, str(source))
 
 
@@ -87,7 +90,9 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         chain = " → ".join(p.name for p in (*seen, path))
         raise UserError(f"`extends` goes round in a circle: {chain}.", where=str(path), remedy="Break the circle.")
     raw = read_mapping(path, example="trainer/recipes/demo.yaml")
-    parent = raw.pop("extends", None)
+    parent, model = raw.pop("extends", None), raw.get("model")
+    if path.parent == real_path(RECIPES) and isinstance(model, dict) and "tokenizer" in model:
+        model["tokenizer"] = _OfRecipe(model["tokenizer"])
     if parent is None:
         return raw
     if not isinstance(parent, str):
@@ -123,10 +128,24 @@ def _merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     for section, names in _ALTERNATIVES:
         section_of_child = child.get(section)
         if isinstance(section_of_child, dict) and any(section_of_child.get(name) is not None for name in names):
-            for name in names if isinstance(merged.get(section), dict) else ():
-                merged[section].pop(name, None)
+            _drop_alternatives(merged, section, names, section_of_child)
     _merge_into(merged, child)
     return merged
+
+
+class _OfRecipe(str):
+    """The tokenizer that a recipe names, which nobody has chosen: it gives way to a checkpoint's own."""
+
+
+def _drop_alternatives(raw: dict[str, Any], section: str, names: Sequence[str], chosen: Mapping[str, Any]) -> None:
+    """Make room for another choice."""
+    place = raw.get(section)
+    if not isinstance(place, dict):
+        return
+    for name in names:
+        place.pop(name, None)
+    if chosen.get("from_pretrained") is not None and isinstance(place.get("tokenizer"), _OfRecipe):
+        del place["tokenizer"]
 
 
 def _merge_into(target: dict[str, Any], child: dict[str, Any]) -> None:
@@ -152,9 +171,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(problem, where=override, remedy="Write section.key=value, as in batch.micro_size=4.")
     for section, names in _ALTERNATIVES:
         if parts[0] == section and parts[-1] in names and len(parts) == 2 and value is not None:
-            for name in names:
-                if isinstance(raw.get(section), dict) and name != parts[1]:
-                    raw[section].pop(name, None)
+            _drop_alternatives(raw, section, names, {parts[1]: value})
     place = raw
     for part in parts[:-1]:
         if not isinstance(place.get(part), dict):

@@ -7,13 +7,17 @@ in a preset. No deepspeed import: `maskwright validate` uses this on a login nod
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.errors import UserError, nearest
 from trainer.files import shipped
 from trainer.paths import user_path
+from trainer.plain_text import shorten
 from trainer.user_files import read_json
 
 PRESETS = shipped("trainer", "ds_configs")
@@ -42,66 +46,105 @@ OWNED_KEYS = {
     "seed": "run.seed",
 }
 
-ALLOWED_KEYS = (
-    "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "aio",
-)
+# Of each key that is read, the values that DeepSpeed's own models take; a test compares the two. Its models are not
+# used themselves: to import them takes seconds, and a compiler where there is a GPU.
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Elements = Annotated[int, Field(ge=0, lt=2**40)]
+_Flag = bool | None
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Names = list[str] | str
+_Object = dict[str, Any]
+_Section = _Object | None
 
-ALLOWED_ZERO_KEYS = (
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "offload_param",
-    "offload_optimizer",
-    "sub_group_size",
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params",
-    "allgather_sequential",
-    "ignore_unused_parameters",
-    "round_robin_gradients",
-    "parameter_alignment",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "memory_efficient_linear",
-    "log_trace_cache_warnings",
-    "enable_sanity_checks",
-    "leaf_module",
-)
-
-_OFFLOAD_KEYS = {
-    "offload_param": ("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
-    "offload_optimizer": (
-        "device",
-        "nvme_path",
-        "buffer_count",
-        "pin_memory",
-        "pipeline_read",
-        "pipeline_write",
-        "fast_init",
-        "ratio",
-    ),
+ALLOWED_KEYS: Mapping[str, Any] = {
+    "zero_optimization": _Section,
+    "zero_force_ds_cpu_optimizer": bool,
+    "communication_data_type": Literal["fp32", "fp16", "bf16"] | None,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "comms_logger": _Object,
+    "flops_profiler": _Object,
+    "aio": _Section,
 }
+
+ALLOWED_ZERO_KEYS: Mapping[str, Any] = {
+    "stage": Literal[0, 1, 2, 3],
+    "contiguous_gradients": bool,
+    "reduce_scatter": bool,
+    "reduce_bucket_size": Annotated[int, Field(gt=0, lt=2**40)],
+    "use_multi_rank_bucket_allreduce": bool,
+    "allgather_partitions": bool,
+    "allgather_bucket_size": _Elements,
+    "overlap_comm": _Flag,
+    "offload_param": _Section,
+    "offload_optimizer": _Section,
+    "sub_group_size": _Count,
+    "prefetch_bucket_size": _Elements,
+    "param_persistence_threshold": _Count,
+    "model_persistence_threshold": _Count,
+    "max_live_parameters": _Count,
+    "max_reuse_distance": _Count,
+    "module_granularity_threshold": Annotated[int, Field(gt=-(2**63), lt=2**63)],
+    "use_all_reduce_for_fetch_params": bool,
+    "allgather_sequential": bool,
+    "ignore_unused_parameters": bool,
+    "round_robin_gradients": bool,
+    "parameter_alignment": bool,
+    "zero_hpz_partition_size": _Count,
+    "zero_quantized_weights": bool,
+    "zero_quantized_nontrainable_weights": bool,
+    "zero_quantized_gradients": bool,
+    "memory_efficient_linear": bool,
+    "log_trace_cache_warnings": bool,
+    "enable_sanity_checks": bool,
+    "leaf_module": _Section,
+}
+
+_Device = Literal["none", "cpu", "nvme"]
+_SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "zero_optimization.offload_param": {
+        "device": _Device,
+        "nvme_path": str | None,
+        "buffer_count": _Count,
+        "buffer_size": _Elements,
+        "max_in_cpu": _Count,
+        "pin_memory": bool,
+    },
+    "zero_optimization.offload_optimizer": {
+        "device": _Device,
+        "nvme_path": str | None,
+        "buffer_count": _Count,
+        "pin_memory": bool,
+        "pipeline_read": bool,
+        "pipeline_write": bool,
+        "fast_init": bool,
+        "ratio": _Share,
+    },
+    "zero_optimization.leaf_module": {"classes": _Names, "names": _Names, "name_suffixes": _Names},
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        "profile_step": _Count,
+        "module_depth": int,
+        "top_modules": _Count,
+        "detailed": bool,
+        "output_file": str | None,
+    },
+    "aio": {
+        "block_size": _Count,
+        "queue_depth": _Count,
+        "intra_op_parallelism": _Count,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+}
+QUANTIZED_KEYS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+"""Of zero_optimization: what has kernels on GPUs only."""
 
 
 def preset_names() -> list[str]:
@@ -140,46 +183,50 @@ def check_preset(preset: Any, where: str) -> None:
                 where=f"{where}: {key}",
                 remedy=f"Remove it there and set {OWNED_KEYS[key]} in the run config.",
             )
-        _check_known(key, ALLOWED_KEYS, "", where)
-    zero = _object(preset, "zero_optimization", "", where)
+        _check(preset, key, ALLOWED_KEYS, "", where)
+    zero = preset.get("zero_optimization") or {}
     for key in zero:
-        _check_known(key, ALLOWED_ZERO_KEYS, "zero_optimization.", where)
-    for section, known in _OFFLOAD_KEYS.items():
-        for key in _object(zero, section, "zero_optimization.", where):
-            _check_known(key, known, f"zero_optimization.{section}.", where)
-        if zero.get(section, {}).get("device") == "nvme":
+        _check(zero, key, ALLOWED_ZERO_KEYS, "zero_optimization.", where)
+    for path, known in _SECTIONS.items():
+        prefix, _, name = path.rpartition(".")
+        section = (zero if prefix else preset).get(name) or {}
+        for key in section:
+            _check(section, key, known, f"{path}.", where)
+        if section.get("device") == "nvme":
             raise UserError(
                 "State that is offloaded to NVMe is not in the checkpoint's tensors, so such a run could not resume.",
-                where=f"{where}: zero_optimization.{section}.device",
+                where=f"{where}: {path}.device",
                 remedy="Set it to cpu; an encoder's optimizer state fits in the memory of any host.",
             )
-    if zero.get("stage") not in (0, 1, 2, 3):
+    if "stage" not in zero:
         raise UserError(
-            f"zero_optimization.stage must be 0, 1, 2 or 3, got {zero.get('stage')!r}.",
+            "zero_optimization.stage must be 0, 1, 2 or 3, got None.",
             where=f"{where}: zero_optimization.stage",
             remedy="Set the stage.",
         )
 
 
-def _object(parent: dict[str, Any], key: str, prefix: str, where: str) -> dict[str, Any]:
-    """The JSON object at `key`; empty when there is none."""
-    value = parent.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(
-            f"{prefix}{key} must be an object, got {value!r}.",
-            where=f"{where}: {prefix}{key}",
-            remedy="See ds_configs/zero3_offload.json.",
-        )
-    return value or {}
-
-
-def _check_known(key: str, known: tuple[str, ...], prefix: str, where: str) -> None:
+def _check(section: Mapping[str, Any], key: str, known: Mapping[str, Any], prefix: str, where: str) -> None:
+    """Refuse a key that is not read, and a value that DeepSpeed does not take."""
     if key not in known:
         raise UserError(
-            f"Unknown DeepSpeed key '{prefix}{key}'.{nearest(key, known)}",
+            f"Unknown DeepSpeed key '{prefix}{key}'.{nearest(key, list(known))}",
             where=f"{where}: {prefix}{key}",
             remedy=f"Known here: {', '.join(known)}.",
         )
+    try:
+        TypeAdapter(known[key]).validate_python(section[key])
+    except ValidationError as error:
+        must = (
+            "must be an object"
+            if known[key] in (_Object, _Section)
+            else error.errors()[0]["msg"].replace("Input should", "must")
+        )
+        raise UserError(
+            f"{prefix}{key} {must}, got {shorten(repr(section[key]))}.",
+            where=f"{where}: {prefix}{key}",
+            remedy="Correct the value; the presets in ds_configs/ are examples.",
+        ) from None
 
 
 def stage_of(preset: dict[str, Any]) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.config import OptimizerConfig
+from trainer.deepspeed_config import QUANTIZED_KEYS
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.gradient_norm import sum_of_squares
@@ -79,6 +80,13 @@ class TrainingEngine:
                 "This device cannot train in fp16.",
                 where="train.precision=fp16",
                 remedy="Set train.precision to bf16 or fp32.",
+            )
+        quantized = [key for key in QUANTIZED_KEYS if ds_config["zero_optimization"].get(key)]
+        if quantized and world.device.type == "cpu":
+            raise UserError(
+                "DeepSpeed quantizes on GPUs only.",
+                where=f"deepspeed: zero_optimization.{quantized[0]}",
+                remedy="Remove it, or train on GPUs.",
             )
         model = built.model
         self._positions = install(model)

@@ -27,7 +27,8 @@ from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.description import describe_run
 from trainer.errors import UserError
-from trainer.model.build import build_config
+from trainer.model.rehearsal import rehearse
+from trainer.model.source import check_source, source_note
 from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.paths import real_path, user_path
 from trainer.phases import Phases, lay_out, with_micro_size
@@ -49,8 +50,8 @@ class Inputs:
     order: RunOrder
     objectives: tuple[MaskedLanguageModelling, ...]
     """Of each phase."""
-    tokenizer_note: str
-    """How the tokenizer differs from the one of the checkpoint to continue from; empty when it does not."""
+    notes: tuple[str, ...]
+    """How the model to continue from, and the tokenizer, differ from what their files say."""
 
     @property
     def objective(self) -> MaskedLanguageModelling:
@@ -109,7 +110,7 @@ class Inputs:
                 for attended, phase in zip(self.attended_tokens, self.order.phases, strict=True)
             )
             lines.append(f"attention: within documents; a token attends to {attended} on average")
-        return [*lines, self.tokenizer_note] if self.tokenizer_note else lines
+        return [*lines, *self.notes]
 
 
 def open_inputs(
@@ -146,7 +147,7 @@ def open_inputs(
         validation=_open_validation(config, base.objectives[-1], opener),
         order=order,
         objectives=base.objectives,
-        tokenizer_note=_tokenizer_note(config, base.tokenizer),
+        notes=base.notes,
     )
 
 
@@ -177,7 +178,7 @@ def describe_unprepared(
     ]
     order, plan = _arrange(config, world_size, base, tokens)
     stage = stage_of(compose(config, base.preset, plan))
-    return describe_run(config, plan, order, stage, tokens, None)
+    return [*describe_run(config, plan, order, stage, tokens, None), *base.notes]
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class _Base:
     vocabulary: Vocabulary
     phases: Phases
     objectives: tuple[MaskedLanguageModelling, ...]
+    notes: tuple[str, ...]
 
     @classmethod
     def of(cls, config: Config, micro_size: int | None = None) -> _Base:
@@ -198,10 +200,11 @@ class _Base:
         check_precision(config, preset)
         folder, tokenizer = _tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
-        build_config(config.model, vocabulary, config.data.seq_len)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
+        rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
         objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
-        return cls(preset, folder, tokenizer, vocabulary, phases, objectives)
+        notes = filter(None, (source_note(config.model), _tokenizer_note(config, tokenizer)))
+        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
@@ -223,6 +226,8 @@ def tokenizer_source(config: Config) -> str:
     """Folder or hub name of the tokenizer."""
     folder = config.model.from_pretrained if config.model.tokenizer is None else config.model.tokenizer
     assert folder is not None
+    if config.model.from_pretrained is not None:
+        check_source(config.model.from_pretrained)
     return folder
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, tiny_config
 from trainer.batch_plan import plan_batch
 from trainer.config_file import parse_config
 from trainer.deepspeed_config import (
-    _OFFLOAD_KEYS,
+    _SECTIONS,
     ALLOWED_KEYS,
     ALLOWED_ZERO_KEYS,
     OWNED_KEYS,
@@ -76,8 +79,13 @@ def test_row_04_every_preset_is_found_by_name_and_loads_through_deepspeeds_own_r
 
 
 def known_to_deepspeed() -> int:
-    """Runs on a rank of its own, so that pytest's process needs no deepspeed."""
+    """Runs on a rank of its own, so that pytest's process needs no deepspeed.
+
+    Each key is one of DeepSpeed's, and no value that we take is refused by it.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
         DeepSpeedZeroOffloadParamConfig,
@@ -88,9 +96,33 @@ def known_to_deepspeed() -> int:
         return aliases | set(model.model_fields)
 
     assert set(ALLOWED_ZERO_KEYS) <= names(DeepSpeedZeroConfig)
-    assert set(_OFFLOAD_KEYS["offload_param"]) <= names(DeepSpeedZeroOffloadParamConfig)
-    assert set(_OFFLOAD_KEYS["offload_optimizer"]) <= names(DeepSpeedZeroOffloadOptimizerConfig)
+    assert set(_SECTIONS["zero_optimization.offload_param"]) <= names(DeepSpeedZeroOffloadParamConfig)
+    assert set(_SECTIONS["zero_optimization.offload_optimizer"]) <= names(DeepSpeedZeroOffloadOptimizerConfig)
+    takes = {
+        DeepSpeedZeroConfig: ALLOWED_ZERO_KEYS,
+        DeepSpeedZeroOffloadParamConfig: _SECTIONS["zero_optimization.offload_param"],
+        DeepSpeedZeroOffloadOptimizerConfig: _SECTIONS["zero_optimization.offload_optimizer"],
+        DeepSpeedZeroLeafModuleConfig: _SECTIONS["zero_optimization.leaf_module"],
+        CommsLoggerConfig: _SECTIONS["comms_logger"],
+    }
+    for model, keys in takes.items():
+        for key, annotation in keys.items():
+            for value in ODD_VALUES:
+                assert not accepted(TypeAdapter(annotation).validate_python, value) or accepted(
+                    lambda given, model=model, key=key: model(**{key: given}), value
+                ), f"{model.__name__}: {key}={value!r}"
     return 0
+
+
+ODD_VALUES = [None, True, -1, 0, 1, 2.5, 5e8, 10**30, math.inf, math.nan, "big", "auto", "cpu", "5", [], ["a"], [1], {}]
+
+
+def accepted(read: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        read(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def test_every_key_that_we_allow_is_one_that_deepspeed_reads():
@@ -132,6 +164,30 @@ def test_row_03_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
         ({"zero_optimization": 1}, "zero_optimization must be an object, got 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param must be an object, got 'cpu'"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "could not resume"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": math.inf}}, "reduce_bucket_size must be a finite"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},
+            "reduce_bucket_size must be greater than 0, got",
+        ),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "big"}}, "must be a valid integer"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 10**30}}, "sub_group_size"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "x"}}}, "device must be 'none', 'cpu' or"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 2}}},
+            "ratio must be less than or equal to 1",
+        ),
+        ({"zero_optimization": {"stage": 3, "leaf_module": 3}}, "leaf_module must be an object, got 3"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"class": "x"}}}, "Did you mean 'classes'?"),
+        ({"zero_optimization": {"stage": True, "overlap_comm": "auto"}}, "overlap_comm must be a valid boolean"),
+        ({"zero_optimization": {"stage": 1}, "comms_logger": None}, "comms_logger must be an object, got None"),
+        (
+            {"zero_optimization": {"stage": 1}, "communication_data_type": "fp8"},
+            "communication_data_type must be 'fp32'",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 0},
+            "gradient_predivide_factor must be greater",
+        ),
     ],
 )
 def test_row_01_a_mistake_in_a_preset_is_an_error_that_names_the_key(preset: Any, words: str):
@@ -139,6 +195,31 @@ def test_row_01_a_mistake_in_a_preset_is_an_error_that_names_the_key(preset: Any
         check_preset(preset, "my.json")
     assert words in caught.value.problem
     assert "my.json" in caught.value.where
+
+
+def test_an_offload_that_is_null_is_none():
+    check_preset({"zero_optimization": {"stage": 1, "offload_optimizer": None, "leaf_module": None}}, "my.json")
+
+
+def train_with_quantized_weights(config: Any) -> int:
+    from trainer import distributed
+    from trainer.engine import TrainingEngine
+    from trainer.inputs import open_inputs
+    from trainer.liveness.watchdog import Limits
+    from trainer.model.build import build_model
+
+    world = distributed.start(Limits.of(config.watchdog).of_start)
+    inputs = open_inputs(config, world.size)
+    built = build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
+    with pytest.raises(UserError, match="DeepSpeed quantizes on GPUs only"):
+        TrainingEngine(built, inputs.ds_config, config.optimizer, world)
+    return 0
+
+
+def test_quantized_weights_on_a_cpu_are_refused(workspace: Path, tmp_path: Path):
+    path = tmp_path / "quantized.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}))
+    assert run_ranks(train_with_quantized_weights, 1, tiny_config(workspace, tmp_path, deepspeed=str(path))) == [0]
 
 
 def test_row_04_an_unknown_preset_lists_the_names():

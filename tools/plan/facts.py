@@ -14,6 +14,7 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs import load_vocabulary, open_inputs
+from trainer.model.source import source_note
 from trainer.phases import lay_out
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
@@ -57,6 +58,8 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     """
     check_precision(config, load_preset(config.deepspeed))
     unknown: list[str] = []
+    if note := source_note(config.model):
+        unknown.append(note)
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)

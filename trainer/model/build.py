@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
-from trainer.model.configuration import attention_of, build_config, position_offset, position_table
+from trainer.model.account import account_for_keys
+from trainer.model.configuration import attention_of, build_config, position_offset, position_table, vocabulary_rows
 from trainer.model.prediction_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.paths import is_local, user_path
@@ -141,6 +142,7 @@ def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str
             dtype=torch.float32,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are accounted for below, by name
             trust_remote_code=False,
             weights_only=True,
         )
@@ -150,28 +152,8 @@ def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str
             where="model.from_pretrained",
             remedy="Give a folder as save_pretrained writes it, with config.json and whole weight files.",
         ) from error
-    _account_for_keys(model, source, report, notes)
+    notes.extend(account_for_keys(model, source, report))
     return model
-
-
-def _account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, Any], notes: list[str]) -> None:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(parameters.intersection(report["missing_keys"]))
-    encoder = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-    if encoder:
-        raise UserError(
-            f"'{source}' lacks {len(encoder)} weights of the encoder of {type(model).__name__}: {_listed(encoder)}.",
-            where="model.from_pretrained",
-            remedy="Give a checkpoint of this architecture; its config.json and its weights may not belong together.",
-        )
-    if missing:
-        notes.append(f"checkpoint: no weights for {_listed(missing)}; initialised at random")
-    if report["unexpected_keys"]:
-        notes.append(f"checkpoint: not used: {_listed(sorted(report['unexpected_keys']))}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _correct_ties(model: PreTrainedModel, notes: list[str]) -> None:
@@ -201,29 +183,42 @@ def _refuse_not_finite(model: PreTrainedModel, source: str | None) -> None:
 
 def _fit_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary, notes: list[str]) -> None:
     """Give every token of the tokenizer a row; surplus rows of a padded checkpoint stay."""
-    table = model.get_input_embeddings()
-    assert isinstance(table, nn.Embedding)
-    rows = table.num_embeddings
+    rows = vocabulary_rows(model)
     if vocabulary.size > rows:
-        _grow_vocabulary(model, vocabulary.size)
+        grow_vocabulary(model, vocabulary.size)
         notes.append(f"vocabulary: resized from {rows:,} to {vocabulary.size:,}; new rows start at the mean")
     elif vocabulary.size < rows:
         notes.append(f"vocabulary: the tokenizer has {vocabulary.size:,} tokens; the model keeps its {rows:,} rows")
-    pad = model.config.pad_token_id
+    pad = getattr(model.config, "pad_token_id", None)
     if pad is not None and pad != vocabulary.pad_id:
         notes.append(f"padding: the tokenizer's id is {vocabulary.pad_id}; the model keeps its own, {pad}")
 
 
-def _grow_vocabulary(model: PreTrainedModel, size: int) -> None:
+def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     """Append rows drawn closely around the mean of the old ones (nlp.stanford.edu/~johnhew/vocab-expansion.html).
 
     transformers grows the embedding and the decoder; a bias of tied weights it fills with zeros or, where it is not
     the decoder's own (ESM), forgets. Here every output bias gets the mean as well, so that a new token starts as an
-    average one.
+    average one. On the meta device shapes alone change.
+
+    Raises:
+        UserError: when the class cannot grow.
     """
     decoder = model.get_output_embeddings()
     old_biases = {name: bias.detach().clone() for name, bias in _output_biases(model, decoder)}
-    model.resize_token_embeddings(size, mean_resizing=True)
+    if model.device.type == "meta":  # there is nothing to take a mean of
+        for kind in ("embeddings_weights", "lm_head_weights", "lm_head_bias"):
+            setattr(model, f"_init_added_{kind}_with_mean", lambda *_, **__: None)
+    takes_mean = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
+    try:
+        model.resize_token_embeddings(size, **({"mean_resizing": True} if takes_mean else {}))
+    except Exception as error:  # NotImplementedError, AttributeError, ...: each class has its own way
+        raise UserError(
+            f"{type(model).__name__} cannot be given the rows for a vocabulary of {size:,} tokens, more than its "
+            f"{vocabulary_rows(model):,} ({type(error).__name__}: {' '.join(str(error).split())}).",
+            where="model.tokenizer",
+            remedy="Use the checkpoint's own tokenizer, without further tokens, or train a model of another type.",
+        ) from error
     for name, bias in _output_biases(model, model.get_output_embeddings()):
         old = old_biases[name]
         bias.data = torch.cat([old, old.mean().expand(size - len(old))])

@@ -22,8 +22,7 @@ from transformers import (
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
 from trainer.model.presets import PRESETS
-from trainer.paths import is_local, user_path
-from trainer.user_files import read_json
+from trainer.model.source import read_source
 
 if TYPE_CHECKING:
     from trainer.data.vocabulary import Vocabulary
@@ -103,10 +102,23 @@ def attention_of(config: PretrainedConfig) -> str:
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
+def heads_of(config: PretrainedConfig) -> int:
+    """Heads of the attention; 0 for a class without attention (FNet), or with another kind of it (Perceiver)."""
+    return getattr(config, "num_attention_heads", None) or 0
+
+
 def head_width_of(config: PretrainedConfig) -> int:
-    """Width of one head of the attention."""
-    width = getattr(config, "true_hidden_size", config.hidden_size)  # MobileBERT's, within its bottlenecks
-    return getattr(config, "head_dim", None) or width // config.num_attention_heads
+    """Width of one head of the attention; 0 where there are none."""
+    if not heads_of(config):
+        return 0
+    width = getattr(config, "true_hidden_size", None) or config.hidden_size  # MobileBERT's, within its bottlenecks
+    return getattr(config, "head_dim", None) or width // heads_of(config)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the table of tokens, which not every class has in an nn.Embedding (I-BERT), or gives out (Perceiver)."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else model.config.vocab_size
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
@@ -143,34 +155,9 @@ def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
             )
         return "model.preset", dict(PRESETS[settings.preset])
     if settings.config is not None:
-        return "model.config", _read_config_json(settings.config, "model.config")
+        return "model.config", read_source(settings.config, "model.config")[0]
     assert settings.from_pretrained is not None
-    return "model.from_pretrained", _read_config_json(settings.from_pretrained, "model.from_pretrained")
-
-
-def _read_config_json(source: str, where: str) -> dict[str, Any]:
-    path = user_path(source, where)
-    path = path / "config.json" if path.is_dir() else path
-    remedy = "Give a folder with config.json, as save_pretrained writes it."
-    try:
-        if is_local(source):
-            fields = read_json(path, where, remedy)
-        else:
-            fields, _ = PretrainedConfig.get_config_dict(source)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"Cannot read a model config from '{source}': {first_line}",
-            where=where,
-            remedy=remedy,
-        ) from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise UserError(
-            f"'{path}' is not a Hugging Face model config: it names no model_type.",
-            where=where,
-            remedy="Give a config.json as save_pretrained writes it.",
-        )
-    return {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
+    return "model.from_pretrained", read_source(settings.from_pretrained, "model.from_pretrained")[0]
 
 
 def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfig]:
@@ -184,6 +171,13 @@ def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfi
         )
     config_class = CONFIG_MAPPING[model_type]
     decodes = any({**vars(config_class()), **fields}.get(name) for name in ("is_decoder", "is_encoder_decoder"))
+    if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
+        raise UserError(
+            f"'{model_type}' is a model of several parts ({', '.join(config_class.sub_configs)}), and only encoders of "
+            "text are trained here.",
+            where=where,
+            remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",
+        )
     if config_class not in MODEL_FOR_MASKED_LM_MAPPING or decodes:
         raise UserError(
             f"'{model_type}', as configured, is no encoder with a masked-LM head.",
@@ -253,7 +247,9 @@ def _check_sizes(config: PretrainedConfig, where: str) -> None:
         value = getattr(config, name, None)
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.", where=where, remedy=_set_override(name))
-    heads = config.num_attention_heads
+    heads = heads_of(config)
+    if not heads:
+        return
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
         raise UserError(
             f"hidden_size {config.hidden_size} is not divisible by num_attention_heads {heads}.",

@@ -7,7 +7,7 @@ from collections import Counter
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainer.model.configuration import head_width_of
+from trainer.model.configuration import head_width_of, heads_of
 
 _NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
 
@@ -25,8 +25,8 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     classes are counted by the same rule from their nn.Linear modules. Elementwise work, norms, softmax, embedding
     look-ups and recomputation are not counted. With document attention only products within a document count, even
     where a block mask makes sdpa compute the others as well: they are no work of the model. Local attention
-    (ModernBERT) is counted as if it were full. Weights may be on the meta device or partitioned: only their declared
-    sizes are read.
+    (ModernBERT) is counted as if it were full, and attention of another kind (Perceiver's) not at all. Weights may be
+    on the meta device or partitioned: only their declared sizes are read.
 
     Args:
         model: a masked-LM model.
@@ -46,8 +46,8 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
-    attention = 4 * attended_tokens * config.num_attention_heads * head_width_of(config)
-    attention *= config.num_hidden_layers * getattr(config, "inner_group_num", 1)
+    attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from trainer.memory_model import PassPeaks
 from trainer.model.build import constant_inputs
-from trainer.model.configuration import attention_of
+from trainer.model.configuration import attention_of, vocabulary_rows
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
 from trainer.objectives.mlm import Documents
@@ -115,16 +115,15 @@ class StepTracer:
             logits = self._positions.logits(output.logits, index)
             functional.cross_entropy(logits.float(), index, reduction="sum").backward()
 
-        table = model.get_input_embeddings().weight
-        assert isinstance(table, torch.Tensor)
+        rows = vocabulary_rows(model)
         with _KernelsOf(self._device_type):
             hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in model.parameters()]
-            freeing = _traced(one_pass, vocabulary_size=len(table))
+            freeing = _traced(one_pass, vocabulary_size=rows)
             for hook in hooks:
                 hook.remove()
-            making = _traced(one_pass, vocabulary_size=len(table))
+            making = _traced(one_pass, vocabulary_size=rows)
             held = sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
-            adding = _traced(one_pass, vocabulary_size=len(table))
+            adding = _traced(one_pass, vocabulary_size=rows)
         model.zero_grad(set_to_none=True)
         peaks = PassPeaks(freeing.peak, making.peak, held + adding.peak)
         return TracedStep(peaks, freeing.logits_at_peak, making.kernels)

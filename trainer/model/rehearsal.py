@@ -1,0 +1,136 @@
+"""A start rehearsed without storage: what a model's class would refuse later is refused before data are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.model.account import account_for_weights
+from trainer.model.build import constant_inputs, grow_vocabulary
+from trainer.model.configuration import build_config, vocabulary_rows
+from trainer.model.prediction_head import install
+from trainer.model.stock import prove_convertible, stock_model
+from trainer.model.weight_files import weight_shapes
+
+if TYPE_CHECKING:
+    from trainer.data.vocabulary import Vocabulary
+
+_META = "meta"
+
+
+def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int]) -> None:
+    """Do on torch's meta device what a start does with a model: load, grow, save and read, one block forward.
+
+    Args:
+        seq_lens: tokens a block: `data.seq_len`, and those of the phases.
+
+    Raises:
+        UserError: as `build_config` and `build_model`, and for a config whose class cannot compute a block.
+    """
+    config = build_config(settings, vocabulary, seq_lens[0])
+    where = _section(settings)
+    _refuse_not_finite_fields(config, settings, where)
+    model = stock_model(config, _META)
+    _refuse_empty_weights(model, settings, where)
+    if settings.from_pretrained is not None:
+        account_for_weights(config, settings.from_pretrained, weight_shapes(settings.from_pretrained))
+        if vocabulary_rows(model) < vocabulary.size:
+            grow_vocabulary(model, vocabulary.size)
+    prove_convertible(model)
+    install(model)
+    for seq_len in sorted(set(seq_lens)):
+        _one_block(model, settings, seq_len, where)
+
+
+def _section(settings: ModelConfig) -> str:
+    given = ("preset", "config", "from_pretrained")
+    return next(f"model.{name}" for name in given if getattr(settings, name) is not None)
+
+
+def _place(name: str, settings: ModelConfig, where: str) -> str:
+    """Where a user has set a field of the model's config."""
+    return f"model.overrides.{name}" if name in settings.overrides else f"{where}: {name}"
+
+
+def _refuse_not_finite_fields(config: PretrainedConfig, settings: ModelConfig, where: str) -> None:
+    for name, value in config.to_dict().items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in _leaves(value)):
+            raise UserError(
+                f"{name} of the model's config is not finite: {value}.",
+                where=_place(name, settings, where),
+                remedy="Give a finite number.",
+            )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _refuse_empty_weights(model: PreTrainedModel, settings: ModelConfig, where: str) -> None:
+    """A table of no rows is built without a word, and fails at the first look-up."""
+    for weight, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            zeros = [name for name, value in model.config.to_dict().items() if type(value) is int and value == 0]
+            guilty = [name for name in zeros if name.endswith(("_size", "_dim", "embeddings", "width"))]
+            raise UserError(
+                f"{type(model).__name__} would have a weight without elements, {weight} {list(parameter.shape)}"
+                + (f": {', '.join(guilty)} is 0." if guilty else "."),
+                where=_place(guilty[0], settings, where) if guilty else where,
+                remedy="Give at least 1.",
+            )
+
+
+def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, where: str) -> None:
+    """Compute a block's logits; what a class can only do with values (Longformer, Reformer) it does at the start."""
+    device = torch.device(_META)
+    input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            output = model.train()(input_ids=input_ids, **constant_inputs(model, seq_len, device))
+    except NotImplementedError:
+        return
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if "meta" in message:
+            return
+        name = _guilty_field(model.config, message)
+        raise UserError(
+            f"{type(model).__name__} cannot compute a block of {seq_len} tokens: {message}",
+            where=_place(name, settings, where) if name else where,
+            remedy="Correct it in the model's config or model.overrides, or set another data.seq_len.",
+        ) from None
+    shape, expected = list(output.logits.shape), [1, seq_len, vocabulary_rows(model)]
+    if shape != expected:
+        raise UserError(
+            f"{type(model).__name__} gives logits of shape {shape} for {seq_len} tokens, and not {expected}.",
+            where="data.seq_len",
+            remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+        )
+
+
+def _guilty_field(config: PretrainedConfig, message: str) -> str | None:
+    """The field that an error speaks of: by its name, or by a value that the class's default has not."""
+    fields = config.to_dict()
+    named = [name for name in fields if name in message]
+    if named:
+        return max(named, key=len)
+    usual = type(config)().to_dict()
+    words = {word.strip(".,:;()[]'\"") for word in message.split()}
+    changed = [
+        name
+        for name, value in fields.items()
+        if type(value) is int and value > 1 and value != usual.get(name) and str(value) in words
+    ]
+    return changed[0] if len(changed) == 1 else None

@@ -1,0 +1,178 @@
+"""The folder that a model's config comes from: which file is the config, and of what model type the weights are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError
+from trainer.model.account import account_for_weights
+from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
+from trainer.paths import is_local, user_path
+from trainer.user_files import read_json
+
+_WHERE = "model.from_pretrained"
+_CONFIG = "config.json"
+_STEP_FOLDER = re.compile(r"step-\d+$")
+
+
+def check_source(source: str) -> None:
+    """Refuse a folder that is no model's, before its tokenizer or its config is looked for.
+
+    Raises:
+        UserError: for a run of maskwright, with the command that makes a model of it, and for pointers of Git LFS.
+    """
+    if not is_local(source):
+        return
+    folder = user_path(source, _WHERE)
+    if not folder.is_dir():
+        return
+    is_run = any(_STEP_FOLDER.match(path.name) for path in (folder / "checkpoints").glob("step-*"))
+    if is_run or (_STEP_FOLDER.match(folder.resolve().name) and (folder / "manifest.json").is_file()):
+        run = folder.resolve() if is_run else folder.resolve().parent.parent
+        output = f"{run.name}-model"
+        raise UserError(
+            f"'{source}' is a {'run' if is_run else 'checkpoint'} of maskwright, not yet a model.",
+            where=_WHERE,
+            remedy=f"Run `maskwright convert {shlex.quote(source)} --output {shlex.quote(output)}`, and set "
+            f"model.from_pretrained={shlex.quote(output)}.",
+        )
+    refuse_lfs_pointers(folder)
+
+
+def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
+    """The fields of a model's config, of which `model_type` is one of transformers' if the folder tells it.
+
+    Where a checkpoint's config names no type, or one that its weights are not of, their names decide: Chinese BERTs
+    are often published as `roberta`, and older checkpoints name none.
+
+    Args:
+        source: a file, a folder, or a name on the hub.
+        where: the config key that gives it.
+
+    Returns:
+        The fields, and a line for the user on what was decided; empty when all is as it should be.
+
+    Raises:
+        UserError: when there is no config, or its model type is not known.
+    """
+    if where == _WHERE:
+        check_source(source)
+    path = _config_file(source, where)
+    if path is not None:
+        fields = read_json(path, where, "Give a folder with config.json, as save_pretrained writes it.")
+    else:
+        fields = _from_hub(source, where)
+    if not isinstance(fields, dict):
+        raise _no_config(source, where, "it is no JSON object")
+    fields = {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
+    declared = fields.get("model_type")
+    weights = _known_weights(source) if where == _WHERE else None
+    decided = _type_of_weights(source, fields, weights) if weights else None
+    if decided is not None:
+        said = f"{path.name if path else _CONFIG} says '{declared}'" if declared else "its config names none"
+        note = f"model type: {decided}, as the names of the weights are ({said})"
+        return {**fields, "model_type": decided}, note
+    if not isinstance(declared, str):
+        raise _no_config(source, where, "it names no model_type", _is_bert_like(source))
+    is_other = path is not None and path.name != _CONFIG and where == _WHERE
+    return fields, f"model config: {path.name}" if path is not None and is_other else ""
+
+
+def source_note(settings: ModelConfig) -> str:
+    """The line of `read_source` on a model to continue from; empty when there is nothing to say."""
+    return read_source(settings.from_pretrained, _WHERE)[1] if settings.from_pretrained is not None else ""
+
+
+def _config_file(source: str, where: str) -> Path | None:
+    """config.json or, where there is none, the one file such as bert_config.json; None for a name on the hub."""
+    if not is_local(source):
+        return None
+    path = user_path(source, where)
+    if not path.is_dir() or (path / _CONFIG).exists():
+        return path / _CONFIG if path.is_dir() else path
+    others = [file for file in sorted(path.glob("*_config.json")) if _describes_a_model(file)]
+    return others[0] if len(others) == 1 else path / _CONFIG
+
+
+def _describes_a_model(path: Path) -> bool:
+    try:
+        fields = read_json(path, _WHERE, "")
+    except (UserError, OSError):
+        return False
+    return isinstance(fields, dict) and {"vocab_size", "hidden_size"} <= fields.keys()
+
+
+def _from_hub(source: str, where: str) -> Any:
+    try:
+        return PretrainedConfig.get_config_dict(source)[0]
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(
+            f"Cannot read a model config from '{source}': {message[:300]}",
+            where=where,
+            remedy="Give a folder with config.json, as save_pretrained writes it, or a name that the hub has.",
+        ) from None
+
+
+def _type_of_weights(source: str, fields: Mapping[str, Any], weights: Mapping[str, torch.Size]) -> str | None:
+    """The model type that the weights' names begin with, where it is not the config's and fits; None otherwise."""
+    declared, begins = fields.get("model_type"), {name.partition(".")[0] for name in weights}
+    if isinstance(declared, str) and _prefix_of(declared) in begins:
+        return None
+    found = [name for name in _masked_lm_types() if name.replace("-", "_") in begins and name != declared]
+    if len(found) != 1 or not _fits(source, fields, found[0], weights):
+        return None
+    return found[0]
+
+
+def _known_weights(source: str) -> dict[str, torch.Size] | None:
+    """The weights, if they can be read: a plan needs none, and a start says why they cannot."""
+    try:
+        return weight_shapes(source)
+    except UserError:
+        return None
+
+
+def _masked_lm_types() -> Collection[str]:
+    return [name for name, config_class in CONFIG_MAPPING.items() if config_class in MODEL_FOR_MASKED_LM_MAPPING]
+
+
+def _prefix_of(model_type: str) -> str | None:
+    """What the names of the weights of a type's encoder begin with."""
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_MASKED_LM_MAPPING:
+        return None
+    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    return model_class.base_model_prefix
+
+
+def _fits(source: str, fields: Mapping[str, Any], model_type: str, weights: Mapping[str, torch.Size]) -> bool:
+    """Whether the encoder of a type has all its weights there, in the shapes that the config says."""
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
+        account_for_weights(config, source, weights)
+    except Exception:  # a config of another class may be refused in any way
+        return False
+    return True
+
+
+def _is_bert_like(source: str) -> str:
+    folder = user_path(source, _WHERE) if is_local(source) else None
+    if folder is not None and (folder / "vocab.txt").is_file():
+        return ' With a vocab.txt it may be a BERT: add "model_type": "bert".'
+    return ' Add it, as in "model_type": "bert".'
+
+
+def _no_config(source: str, where: str, why: str, hint: str = "") -> UserError:
+    return UserError(
+        f"The config in '{source}' is not that of a Hugging Face model: {why}.",
+        where=where,
+        remedy=f"Give a config.json as save_pretrained writes it.{hint}",
+    )
