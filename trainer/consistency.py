@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.data.shards import MANIFEST, split_folder
 from trainer.deepspeed_config import load_preset
 from trainer.distributed import World
-from trainer.errors import MaskwrightError, UserError, mark_origin
+from trainer.errors import HangError, MaskwrightError, UserError, mark_origin
 from trainer.files import file_hash
 from trainer.inputs import Inputs, tokenizer_source
 from trainer.node import node_name
@@ -64,7 +64,10 @@ def tell_others(error: MaskwrightError) -> None:
     Raises:
         MaskwrightError: on every rank, the error of the first one that has one.
     """
-    world = distributed.start()
+    try:
+        world = distributed.start()
+    except HangError:  # nobody waits for it
+        raise error from None
     try:
         distributed.raise_together(world, error)  # the first thing that the others do as well, in `compare`
     finally:

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from trainer.errors import cannot_write
 from trainer.plain_text import printable
-from trainer.streams import PATIENCE_S, Console
+from trainer.streams import PATIENCE_S, ConsoleStream
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -49,7 +49,7 @@ def rank_log(path: Path, rank: int) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    console = Console(os.dup(1), getattr(sys.stdout, "encoding", None) or "utf-8", PATIENCE_S)
+    console = ConsoleStream(os.dup(1), getattr(sys.stdout, "encoding", None) or "utf-8", PATIENCE_S)
     with open(path, "a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

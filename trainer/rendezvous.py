@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import HangError, UserError
 from trainer.files import unique_token
 from trainer.node import node_name
 
@@ -84,7 +84,8 @@ def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
     """Start the process group.
 
     Raises:
-        UserError: on rank 0, when another process has the port.
+        UserError: on rank 0, when another process has the port; on all, when they do not fit together.
+        HangError: when not all have come in time.
     """
     import torch.distributed as dist  # what it documents is not all in its __all__
 
@@ -112,7 +113,10 @@ def call_the_roll(store: Any, own: Place, timeout: timedelta) -> None:
 
     Raises:
         UserError: on every rank that has come, when their number or kind of device differs, or one is there twice.
+        HangError: when not all have come in time.
     """
+    import torch.distributed as dist
+
     token = unique_token()
     first = Place(**json.loads(store.compare_set("first", "", json.dumps(asdict(own)))))
     seated = json.loads(store.compare_set(f"seat {own.rank}", "", json.dumps([token, own.node])))
@@ -121,7 +125,15 @@ def call_the_roll(store: Any, own: Place, timeout: timedelta) -> None:
     if error is not None or arrived == own.size:
         told = [error.problem, error.where, error.remedy] if error is not None else []
         store.compare_set("verdict", "", json.dumps(told))
-    store.wait(["verdict"], timeout)
+    try:
+        store.wait(["verdict"], timeout)
+    except dist.DistStoreError:
+        minutes = timeout.total_seconds() / 60
+        raise HangError(
+            f"{store.add('arrived', 0):,} of {own.size:,} ranks have come within {minutes:,.0f} minutes.",
+            where=f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            remedy="See whether every node was started, and reaches this address.",
+        ) from None
     verdict = json.loads(store.get("verdict"))
     if not verdict:
         return

@@ -18,7 +18,7 @@ _STANDARD = (0, 1, 2)
 _PART_BYTES = 4096  # a pipe that has room has room for so many (PIPE_BUF)
 
 
-class Console(io.TextIOWrapper):
+class ConsoleStream(io.TextIOWrapper):
     """A text stream over a descriptor that never raises; what cannot be written is lost.
 
     Characters that the encoding lacks are written as escapes.
@@ -92,17 +92,17 @@ def use_consoles() -> None:
         old: TextIO | None = getattr(sys, name)
         if old is not None:
             old.flush()
-        setattr(sys, name, Console(descriptor, old.encoding if old is not None else "utf-8", patience))
+        setattr(sys, name, ConsoleStream(descriptor, old.encoding if old is not None else "utf-8", patience))
 
 
 def loss_of(stream: IO[str]) -> OSError | None:
     """The first reason why something could not be written to a stream; None where there was none."""
-    return stream.lost if isinstance(stream, Console) else None
+    return stream.lost if isinstance(stream, ConsoleStream) else None
 
 
 def reader_has_left(stream: IO[str]) -> bool:
     """Whether nobody reads a stream any more, or ever will."""
-    if not isinstance(stream, Console):
+    if not isinstance(stream, ConsoleStream):
         return False
     poll = select.poll()
     poll.register(stream.fileno(), 0)  # errors and a hang-up are told unasked

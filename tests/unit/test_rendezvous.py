@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from trainer.errors import UserError
+from trainer.errors import HangError, UserError
 from trainer.rendezvous import Place, call_the_roll, close_listening_sockets, listen
 
 
@@ -77,3 +77,9 @@ def test_ranks_that_do_not_fit_together_all_hear_it(
         thread.join()
     assert len(heard) == len(places)
     assert all(said in line and bool(line) == bool(said) for line in heard), heard
+
+
+def test_ranks_that_do_not_come_are_counted() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(HangError, match="1 of 2 ranks have come"):
+        call_the_roll(store, Place(0, 2, "gloo", "node"), timedelta(seconds=0.2))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import TIMEOUT_S
-from trainer.streams import Console, loss_of, reader_has_left
+from trainer.streams import ConsoleStream, loss_of, reader_has_left
 
 SPEAK = r"""
 import sys
@@ -45,7 +45,7 @@ def test_what_cannot_be_printed_is_lost_and_nothing_else(redirection: str, tmp_p
 
 def test_the_first_reason_is_kept_and_a_reader_that_left_is_known() -> None:
     reading, writing = os.pipe()
-    console = Console(writing)
+    console = ConsoleStream(writing)
     print("read", file=console)
     assert loss_of(console) is None and not reader_has_left(console)
     os.close(reading)
@@ -60,7 +60,7 @@ def test_the_first_reason_is_kept_and_a_reader_that_left_is_known() -> None:
 
 def test_a_reader_that_waits_holds_up_the_work_once_and_what_it_missed_is_lost() -> None:
     reading, writing = os.pipe()
-    console = Console(writing, patience_s=0.2)
+    console = ConsoleStream(writing, patience_s=0.2)
     start = time.monotonic()
     for number in range(3000):
         print(f"{number:04d} {'.' * 95}", file=console)
@@ -76,7 +76,7 @@ def test_a_descriptor_that_does_not_block_gets_everything() -> None:
     os.set_blocking(writing, False)
     command = f'import os, time; time.sleep(0.3); data = os.fdopen({reading}, "rb").read(); print(len(data))'
     reader = subprocess.Popen([sys.executable, "-c", command], pass_fds=[reading], stdout=subprocess.PIPE, text=True)
-    console = Console(writing)
+    console = ConsoleStream(writing)
     console.write("x" * 300_000)
     console.flush()
     os.close(writing)
