@@ -24,7 +24,7 @@ from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
 from trainer.data.shards import token_dtype
-from trainer.data.vocabulary import load_tokenizer
+from trainer.data.vocabulary import load_tokenizer, vocabulary_of
 
 VARIANTS = {
     "no marks": StartSettings(),
@@ -48,7 +48,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        file, dtype = str(Path(folder) / "tokenizer.json"), token_dtype(len(tokenizer))
+        file, dtype = str(Path(folder) / "tokenizer.json"), token_dtype(vocabulary_of(tokenizer, arguments.tokenizer).size)
         encoders = {name: Encoder(file, dtype, starts.segmenters()) for name, starts in VARIANTS.items()}
     for encoder in encoders.values():
         encoder.encode(batches[0][:1])  # jieba reads its dictionary

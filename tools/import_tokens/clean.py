@@ -189,12 +189,19 @@ class Cleaner:
 
     def _refuse_foreign_ids(self, chunk: Chunk, source: TokenSource) -> None:
         tokens, size = chunk.tokens, self._vocabulary.size
-        if not len(tokens) or (int(tokens.max()) < size and int(tokens.min()) >= 0):
+        if not len(tokens):
             return
-        place = int(np.flatnonzero((tokens >= size) | (tokens < 0))[0])
+        unused = self._vocabulary.unused_ids
+        if int(tokens.max()) >= size or int(tokens.min()) < 0:
+            foreign, known = (tokens >= size) | (tokens < 0), f"the tokenizer has ids 0 to {size - 1:,}"
+        elif unused and (foreign := np.isin(tokens, unused)).any():
+            known = "the tokenizer has no token of that id"
+        else:
+            return
+        place = int(np.flatnonzero(foreign)[0])
         raise UserError(
             f"Document {_document_at(chunk, place):,} of '{source.name}' (counted from 0) holds id "
-            f"{int(tokens[place]):,}; the tokenizer has ids 0 to {size - 1:,}.",
+            f"{int(tokens[place]):,}; {known}.",
             where=source.path,
             remedy="Give the tokenizer that the data were tokenized with, with all of its added tokens.",
         )

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainer.errors import UserError
 from trainer.paths import is_local, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+MAXIMUM_ROWS = 1 << 24  # an id beyond is a mistake: at width 768 the table alone would take 48 GiB
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Vocabulary:
     """Ids of one tokenizer.
 
     Attributes:
-        size: number of ids, added tokens included (len(tokenizer)).
+        size: rows of the embedding: one more than the largest id, added tokens included. len(tokenizer) is less where
+            ids are left out.
         begin_id, end_id: put at both ends of every block (<s> and </s>, or [CLS] and [SEP]).
         separator_id: stored after each document; the same as end_id.
         special_ids: all special ids, sorted; never predicted, never drawn as a random replacement.
         sha256: identity of the tokenizer; shards and checkpoints record it.
+        unused_ids: ids below `size` that no token has, sorted; they never come up in data, and are never drawn.
     """
 
     size: int
@@ -35,6 +41,7 @@ class Vocabulary:
     pad_id: int
     special_ids: tuple[int, ...]
     sha256: str
+    unused_ids: tuple[int, ...] = ()
 
 
 def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTrainedTokenizerFast:
@@ -88,7 +95,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
     """Read the ids that training needs.
 
     Raises:
-        UserError: when the tokenizer lacks a mask, pad, begin or end token.
+        UserError: when the tokenizer lacks a mask, pad, begin or end token, or has an id that no model has a row for.
     """
     begin = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
@@ -106,8 +113,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
             remedy="Add it with tokenizer.add_special_tokens and save the folder again.",
         )
     assert begin is not None and end is not None and tokenizer.mask_token_id is not None
+    size, unused = _rows(tokenizer, where)
     return Vocabulary(
-        size=len(tokenizer),
+        size=size,
         begin_id=begin,
         end_id=end,
         separator_id=end,
@@ -115,7 +123,24 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
         pad_id=_first(tokenizer.pad_token_id),
         special_ids=tuple(sorted({*tokenizer.all_special_ids, begin, end})),
         sha256=tokenizer_sha256(tokenizer),
+        unused_ids=unused,
     )
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[int, tuple[int, ...]]:
+    """The number of rows that a tokenizer's ids need, and the ids below it that no token has."""
+    ids = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
+    largest = int(ids[-1])
+    if largest >= MAXIMUM_ROWS:
+        raise UserError(
+            f"The tokenizer has the id {largest:,}: a model would need a row for each id up to there.",
+            where=where,
+            remedy=f"Give a tokenizer whose ids are below {MAXIMUM_ROWS:,}; most likely an added token's is wrong.",
+        )
+    size = max(len(tokenizer), largest + 1)
+    backend = tokenizer.backend_tokenizer  # where two ids spell the same token, get_vocab() has one of them
+    missing = np.setdiff1d(np.arange(size), ids, assume_unique=True).tolist()
+    return size, tuple(number for number in missing if backend.id_to_token(number) is None)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -43,7 +43,7 @@ class TokenMasking:
         replace_mask, replace_random: shares in [0, 1] that sum to at most 1.
         mask_id: id of the mask token.
         vocabulary_size: number of ids; every token is below it.
-        special_ids: ids never predicted and never drawn, separators and block ends included.
+        special_ids: ids never predicted and never drawn: separators and block ends, and ids that no token has.
     """
 
     mask_ratio: float

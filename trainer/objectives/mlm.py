@@ -67,7 +67,7 @@ class MaskedLanguageModelling:
             replace_random=settings.replace_random,
             mask_id=vocabulary.mask_id,
             vocabulary_size=vocabulary.size,
-            special_ids=vocabulary.special_ids,
+            special_ids=(*vocabulary.special_ids, *vocabulary.unused_ids),
         )
 
     def frame(self, blocks: np.ndarray) -> np.ndarray:
