@@ -48,7 +48,10 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        file, dtype = str(Path(folder) / "tokenizer.json"), token_dtype(vocabulary_of(tokenizer, arguments.tokenizer).size)
+        file, dtype = (
+            str(Path(folder) / "tokenizer.json"),
+            token_dtype(vocabulary_of(tokenizer, arguments.tokenizer).size),
+        )
         encoders = {name: Encoder(file, dtype, starts.segmenters()) for name, starts in VARIANTS.items()}
     for encoder in encoders.values():
         encoder.encode(batches[0][:1])  # jieba reads its dictionary

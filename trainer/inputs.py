@@ -23,6 +23,7 @@ from trainer.data.open_shard import ReadSettings
 from trainer.data.run_order import RunOrder
 from trainer.data.shard_set import ShardSet
 from trainer.data.shards import split_folder
+from trainer.data.tokenizer_files import loading_note
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.description import describe_run
@@ -203,7 +204,7 @@ class _Base:
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
         objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
-        notes = filter(None, (source_note(config.model), _tokenizer_note(config, tokenizer)))
+        notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
 
 
@@ -219,7 +220,8 @@ def load_vocabulary(config: Config) -> Vocabulary:
 
 def _tokenizer(config: Config) -> tuple[str, Any]:
     folder = tokenizer_source(config)
-    return folder, load_tokenizer(folder, of_checkpoint=config.model.tokenizer is None)
+    key = "model.from_pretrained" if config.model.tokenizer is None else "model.tokenizer"
+    return folder, load_tokenizer(folder, where=f"{key}={folder}")
 
 
 def tokenizer_source(config: Config) -> str:
@@ -264,7 +266,7 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
     if source is None or config.model.tokenizer in (None, source):
         return ""
     try:
-        before, now = load_tokenizer(source, of_checkpoint=True).get_vocab(), tokenizer.get_vocab()
+        before, now = load_tokenizer(source).get_vocab(), tokenizer.get_vocab()
     except UserError:
         return (
             f"tokenizer: {source} has none of its own, so it is not checked that the ids are those it was trained with"

@@ -51,6 +51,11 @@ def fit(text: str, limit: int) -> str:
     )
 
 
+def foreign_message(error: BaseException, limit: int = 500) -> str:
+    """What a library's exception says, on one line: the cause is often not in its first one."""
+    return shorten(" ".join(str(error).split()) or type(error).__name__, limit)
+
+
 def listed(items: list[str], limit: int = 5, separator: str = ", ") -> str:
     """Join the first few items, and say how many more there are."""
     more = len(items) - limit

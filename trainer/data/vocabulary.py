@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.data.tokenizer_files import (
+    bert_vocabulary,
+    check_files,
+    sentencepiece_is_missing,
+    sentencepiece_needed,
+)
 from trainer.errors import UserError
 from trainer.paths import is_local, user_path
+from trainer.plain_text import foreign_message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MAXIMUM_ROWS = 1 << 24  # an id beyond is a mistake: at width 768 the table alone would take 48 GiB
+_OLD_HUB_NAME = re.compile(r"(albert|bert|camembert|distilbert|distilroberta|roberta|xlm|xlm-roberta)-[\w.-]+")
+"""Names without an owner, from before the hub asked for one; there will be no more of them."""
 
 
 @dataclass(frozen=True)
@@ -44,51 +54,74 @@ class Vocabulary:
     unused_ids: tuple[int, ...] = ()
 
 
-def load_tokenizer(folder: str | Path, of_checkpoint: bool = False) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer from a folder or a hub name.
+def load_tokenizer(folder: str | Path, where: str = "") -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a folder or a hub name; code that it brings along is never run.
+
+    One word is a folder, unless it is one of the hub's old names (bert-base-chinese): so a mistyped folder is found at
+    once, and not after the hub's retries.
 
     Args:
-        of_checkpoint: the name is that of a model to continue from, where one word without a slash may be a hub
-            name (bert-base-chinese); a tokenizer's own name is then a folder.
+        where: the option or key that named it.
 
     Raises:
-        UserError: when there is none, or only a slow one.
+        UserError: when there is none, or only a slow one, or one that needs code of its own.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    path = user_path(folder)
-    local = is_local(folder) or ("/" not in str(folder) and not of_checkpoint)
+    path, where = user_path(folder), where or str(folder)
+    local = is_local(folder) or not ("/" in str(folder) or _OLD_HUB_NAME.fullmatch(str(folder)))
     if local and not path.is_dir():
         raise UserError(
             f"No tokenizer folder at '{folder}'.",
-            where=str(folder),
-            remedy="Train one with `maskwright tokenizer train --input TEXT --output DIR`, or correct the path.",
+            where=where,
+            remedy="Train one with `maskwright tokenizer train --input TEXT --output DIR`, or correct the path. A name "
+            "on the Hugging Face hub has its owner in front, as google-bert/bert-base-chinese.",
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if local else str(folder), use_fast=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own for a bad folder
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"Cannot load a tokenizer from '{folder}': {first_line}",
-            where=str(folder),
-            remedy="Give a folder with tokenizer.json, as `maskwright tokenizer train` writes it.",
-        ) from error
+    if local:
+        check_files(path)
+    tokenizer = _load(path if local else str(folder), where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"The tokenizer in '{folder}' is a {type(tokenizer).__name__}, not a fast one.",
-            where=str(folder),
+            where=where,
             remedy="Convert it to a PreTrainedTokenizerFast (a folder with tokenizer.json).",
         )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         # A model's folder without tokenizer files: transformers makes an empty one of the model's type.
         raise UserError(
             f"'{folder}' has no tokenizer of its own: its vocabulary would be empty.",
-            where=str(folder),
+            where=where,
             remedy="Give a folder with tokenizer.json, as `maskwright tokenizer train` writes it.",
         )
     return tokenizer
+
+
+def _load(source: Path | str, where: str) -> Any:
+    """Load whatever tokenizer there is; whatever transformers says of a bad one becomes one error."""
+    from transformers import AutoTokenizer, BertTokenizer
+
+    try:
+        bert = bert_vocabulary(source) if isinstance(source, Path) else None
+        if bert is not None:
+            return BertTokenizer.from_pretrained(str(source), **bert.options)
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and its own for a bad folder
+        message = foreign_message(error)
+        if "trust_remote_code" in message:
+            raise UserError(
+                f"The tokenizer of '{source}' needs code of its own (auto_map), which is never run.",
+                where=where,
+                remedy="If you trust it, load it yourself and save it as a fast tokenizer: "
+                "AutoTokenizer.from_pretrained(…, trust_remote_code=True).save_pretrained(DIR), and give that folder.",
+            ) from error
+        if ("sentencepiece" in message or "tiktoken" in message) and sentencepiece_is_missing():
+            raise sentencepiece_needed(f"The tokenizer of '{source}' is a SentencePiece model", where) from error
+        raise UserError(
+            f"Cannot load a tokenizer from '{source}': {message}",
+            where=where,
+            remedy="Give a folder with tokenizer.json, as `maskwright tokenizer train` and save_pretrained write it, "
+            "or one whose config.json names the model_type that its vocabulary files belong to.",
+        ) from error
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
