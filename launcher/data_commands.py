@@ -90,6 +90,14 @@ def prepare(
             "with too many fields; skip counts it. A damaged file always stops."
         ),
     ] = "stop",
+    special_in_text: Annotated[
+        Literal["ids", "text", "refuse"] | None,
+        typer.Option(
+            help="What a special token that stands in the text becomes: its id (begin, end, pad and mask stay text), "
+            "or text; or its document counts as bad.",
+            show_default="ids, or what DIR was begun with",
+        ),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +164,7 @@ def prepare(
         delimiter=delimiter,
         word_starts=word_starts,
         sentence_starts=sentence_starts,
+        special_in_text=special_in_text,
     )
     if finalize:
         preparation.finalize_job(job, console)

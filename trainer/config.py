@@ -112,6 +112,9 @@ class TextConfig(Section):
     fields; skip counts it."""
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
+    special_in_text: Literal["ids", "text", "refuse"] | None = None
+    """What a special token that stands in a text becomes: its id, but for begin, end, pad and mask, which stay text; or
+    all stay text; or the document is refused. Default: ids; a run that has begun keeps the data that it began with."""
     cache: Line | None = None
     """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
 

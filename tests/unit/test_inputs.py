@@ -123,4 +123,4 @@ def test_a_checkpoint_without_a_tokenizer_cannot_be_compared_and_that_is_said(
     )
     with pytest.raises(UserError, match="has no tokenizer of its own") as caught:
         open_inputs(alone, 1)
-    assert caught.value.where == str(checkpoint)
+    assert caught.value.where == f"model.from_pretrained={checkpoint}"

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from tools.prepare.segment import Segmenter
+from tools.prepare.special_tokens import NONE_SPECIAL, SpecialTokens, TokenCounter, TokenTally
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 512
@@ -33,31 +34,40 @@ class EncodedText:
 class Encoder:
     """A tokenizer that treats every text as text.
 
-    No special token is added, and a literal "</s>" or "<mask>" in a text does not become the special id. A text
-    of more than a million characters is encoded in pieces, cut where a word starts: `tokenizers` needs about a
-    hundred bytes a character, and a text of gigabytes should not need hundreds of them.
+    No special token is added, and a literal "</s>" or "<mask>" in a text does not become the special id; what others
+    become `special` says. A text of more than a million characters is encoded in pieces, cut where a word starts:
+    `tokenizers` needs about a hundred bytes a character, and a text of gigabytes should not need hundreds of them.
 
     Args:
         segmenters: for each start plane to mark its function from a text to offsets, which sees a whole text however
             long; None marks the words of the tokenizer's pre-tokenizer.
+        special: what becomes of special tokens that stand in a text.
     """
 
     def __init__(
-        self, tokenizer_file: str, dtype: np.dtype, segmenters: Mapping[str, Segmenter | None] | None = None
+        self,
+        tokenizer_file: str,
+        dtype: np.dtype,
+        segmenters: Mapping[str, Segmenter | None] | None = None,
+        special: SpecialTokens = NONE_SPECIAL,
     ) -> None:
-        self._tokenizer = Tokenizer.from_file(tokenizer_file)
+        self._tokenizer = special.open(tokenizer_file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.post_processor = None  # some cut the blanks off the offsets; none is part of a shard's identity
-        self._tokenizer.encode_special_tokens = True
         self._dtype = dtype
         self._segmenters = dict(segmenters or {})
         self._needs_words = None in self._segmenters.values()
         self._needs_spans = any(self._segmenters.values())
         self._blank_ids = _blank_ids(self._tokenizer)
+        self._counter = TokenCounter(special, self._tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> list[EncodedText]:
-        """The ids of each of the texts (at least one), and where words and sentences start in it."""
+    def encode(self, texts: Sequence[str], tally: TokenTally | None = None) -> list[EncodedText]:
+        """The ids of each of the texts (at least one), and where words and sentences start in it.
+
+        Args:
+            tally: where special and unknown tokens are counted.
+        """
         ids, words, spans = [], [], []
         token_counts, before = [0] * len(texts), 0
         for number, begin, piece, encoding in self._encode_pieces(texts):
@@ -70,6 +80,8 @@ class Encoder:
             token_counts[number] += len(encoding)
             before += len(piece)
         joined, borders = np.concatenate(ids), np.cumsum([0, *token_counts])
+        if tally is not None:
+            self._counter.count(texts, joined, borders, tally)
         starts = {}
         for plane, segmenter in self._segmenters.items():
             if segmenter is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tools.prepare.bad_documents import Losses
 from tools.prepare.job import Job
 from tools.prepare.option_names import OptionNames
 from tools.prepare.plan import Unit
+from tools.prepare.special_tokens import TokenTally
 from tools.prepare.summary import counted, describe_refused, listing
 from tools.prepare.work_folder import foreign_parts, remove_temporaries
 from tools.prepare.worker import UnitRecord, read_record, record_path
@@ -115,11 +117,15 @@ def _join(job: Job, records: Sequence[UnitRecord], name: str) -> Manifest:
     splits = [record.splits[name] for record in records]
     entries = tuple(split.entry for split in splits if split.entry)
     losses = total_losses(records)
+    tally = TokenTally()
+    for record in records:
+        tally.add(record.tally)
     statistics: dict[str, Any] = {
         "text_bytes": sum(split.text_bytes for split in splits),
         "longest_document_tokens": max((split.longest_document_tokens for split in splits), default=0),
         "empty_documents_in_input": sum(record.empty_documents for record in records),
         "refused_documents_in_input": losses.refused,
+        "tokens_in_input": asdict(tally),
     }
     if losses.refused_bytes:
         statistics["refused_bytes_in_input"] = losses.refused_bytes

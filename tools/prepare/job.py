@@ -18,6 +18,7 @@ from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.plan import Unit, plan_units
 from tools.prepare.readers import ReadSettings
 from tools.prepare.segment import StartSettings
+from tools.prepare.special_tokens import SpecialTokens, way_of
 from tools.prepare.summary import counted, human_bytes
 from tools.prepare.worker import UnitRecord, WorkSettings, read_record
 from trainer.data.shards import (
@@ -30,6 +31,7 @@ from trainer.data.shards import (
     read_manifest,
     token_dtype,
 )
+from trainer.data.tokenizer_files import loading_note
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import DamagedError, UserError, nearest
 from trainer.paths import user_path
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FOLDER = "tokenizer"
+JOB_FILE = "job.json"  # in the work folder
 ON_BAD_DOCUMENT = ("stop", "skip")
 
 
@@ -55,6 +58,7 @@ def open_job(
     delimiter: str | None = None,
     names: OptionNames = COMMAND_LINE,
     excluded: Sequence[str | os.PathLike[str]] = (),
+    special_in_text: str | None = None,
 ) -> Job:
     """Find the inputs and load the tokenizer; nothing is written yet.
 
@@ -75,6 +79,9 @@ def open_job(
         delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
         names: how messages name these options.
         excluded: folders that are not searched for input besides `output`.
+        special_in_text: "ids": a special token that stands in a text becomes its id, but for those of begin, end, pad
+            and mask, which stay text; "text": all stay text; "refuse": a document that holds any is a bad one. None is
+            what the output was begun with, or "ids".
 
     Raises:
         UserError: for any mistake in the arguments or the input.
@@ -97,6 +104,8 @@ def open_job(
     loaded = load_tokenizer(tokenizer)
     starts = StartSettings(word_starts, sentence_starts)
     starts.check(loaded.backend_tokenizer)
+    folder, vocabulary = user_path(output, "--output"), vocabulary_of(loaded, tokenizer)
+    begun = [*(folder / name / MANIFEST for name in ("", *SPLITS)), folder / PREPARE_WORK_FOLDER / JOB_FILE]
     return Job(
         output=folder,
         inputs=found,
@@ -105,10 +114,12 @@ def open_job(
         validation_fraction=validation_fraction,
         skip_bad_documents=on_bad_document == "skip",
         starts=starts,
+        special=SpecialTokens.of(loaded, vocabulary, way_of(special_in_text, begun)),
         tokenizer=loaded,
-        vocabulary=vocabulary_of(loaded, tokenizer),
+        vocabulary=vocabulary,
         delimiter=check_delimiter(delimiter, found.format, names),
         names=names,
+        tokenizer_note=loading_note(tokenizer),
     )
 
 
@@ -123,10 +134,12 @@ class Job:
     validation_fraction: float
     skip_bad_documents: bool
     starts: StartSettings
+    special: SpecialTokens
     tokenizer: PreTrainedTokenizerFast
     vocabulary: Vocabulary
     delimiter: str | None = None
     names: OptionNames = COMMAND_LINE
+    tokenizer_note: str = ""
 
     @property
     def work_folder(self) -> Path:
@@ -162,6 +175,7 @@ class Job:
             "validation_fraction": self.validation_fraction,
             "inputs": xxhash.xxh3_128_hexdigest(listing.encode()),
             **self.starts.recorded(),
+            **self.special.recorded(),
         }
 
     def shard_files(self, units: Iterable[Unit]) -> set[str]:
@@ -191,6 +205,7 @@ class Job:
                 self.names,
             ),
             starts=self.starts,
+            special=self.special,
         )
 
     def record(self, unit: Unit) -> UnitRecord | None:

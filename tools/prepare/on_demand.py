@@ -26,14 +26,16 @@ from tools.prepare.inputs import InputFile, find_inputs
 from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.option_names import CONFIG
 from tools.prepare.run import finalize_job, prepare_task
-from tools.prepare.summary import human_bytes
+from tools.prepare.special_tokens import TEXT, SpecialTokens
+from tools.prepare.summary import describe_tokens, human_bytes
 from tools.prepare.work_folder import recorded_units
 from trainer import distributed
+from trainer.checkpoint.resume import DATA_ORDER
 from trainer.config import Config
 from trainer.consistency import compare
-from trainer.data.shards import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, split_folder
+from trainer.data.shards import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import MaskwrightError, UserError
 from trainer.files import file_hash, replace_synced
 from trainer.inputs import run_folder, tokenizer_source
 from trainer.paths import user_path
@@ -97,7 +99,7 @@ def look_up(config: Config) -> Found:
         job = _open(config, path, Path(os.devnull))
         sums = _known_sums(_cache(config), job.inputs.files)
         if len(sums) == len(job.inputs.files):
-            folder = _cache(config) / _name_of(job, path, sums)
+            folder = _begun_with(config, job, path, sums) or _cache(config) / _name_of(job, path, sums)
             if _is_prepared(folder):
                 found.folders[path] = folder
                 continue
@@ -151,6 +153,7 @@ def _open(config: Config, path: str, output: Path) -> Job:
         delimiter=text.delimiter,
         names=CONFIG,
         excluded=_own_folders(config),
+        special_in_text=text.special_in_text,
     )
 
 
@@ -174,7 +177,27 @@ def _shared_job(config: Config, path: str, world: World) -> Job:
     if unknown and world.is_main:
         cache.mkdir(parents=True, exist_ok=True)
         replace_synced(cache / _SUMS, json.dumps({**_read_sums(cache), **known}).encode())
-    return replace(job, output=cache / _name_of(job, path, known))
+    begun = distributed.from_main(world, _begun_with(config, job, path, known) if world.is_main else None)
+    return replace(job, output=begun or cache / _name_of(job, path, known))
+
+
+def _begun_with(config: Config, job: Job, path: str, sums: Sums) -> Path | None:
+    """The prepared folder that the run has begun with, where the default was another: all special tokens as text.
+
+    Of the validation text a run records nothing: it keeps what is there.
+    """
+    if config.data.text.special_in_text is not None:
+        return None
+    as_text = replace(job, special=SpecialTokens.of(job.tokenizer, job.vocabulary, TEXT))
+    folder, today = (_cache(config) / _name_of(one, path, sums) for one in (as_text, job))
+    try:
+        order = json.loads((run_folder(config) / DATA_ORDER).read_text(encoding="utf-8"))
+        begun = [source["fingerprint"] for source in order["sources"]]
+        same = read_manifest(split_folder(folder, "train")).fingerprint in begun
+    except (OSError, ValueError, KeyError, TypeError, MaskwrightError):
+        return None  # no such run, or none that can be read: it has nothing to keep
+    trained_on = path in [source.path for source in config.data.train]
+    return folder if same or not (trained_on or _is_prepared(today)) else None
 
 
 def _facts(job: Job, path: str) -> dict[str, Any]:
@@ -217,7 +240,9 @@ def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bo
         if time.monotonic() - told > _TELL_SECONDS:
             say(f"{len(recorded_units(job)):,} of {len(job.units):,} units are prepared")
             told = time.monotonic()
-    distributed.build_together(world, lambda: finalize_job(job) if world.is_main else None)
+    summary = distributed.build_together(world, lambda: finalize_job(job) if world.is_main else None)
+    for line in describe_tokens(summary) if summary is not None else ():
+        say(line)
     return True
 
 
@@ -226,7 +251,7 @@ def _estimate(job: Job) -> Estimate:
         file = Path(scratch) / "tokenizer.json"
         job.tokenizer.backend_tokenizer.save(str(file))
         reading = replace(job.work_settings().reading, scratch=scratch)
-        return estimate_output(job.units, reading, Encoder(str(file), job.dtype), job.dtype)
+        return estimate_output(job.units, reading, Encoder(str(file), job.dtype, special=job.special), job.dtype)
 
 
 def _cache(config: Config) -> Path:

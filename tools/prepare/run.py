@@ -195,7 +195,8 @@ def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console
     kept = len(units) - len(remaining)
     if not remaining:
         return kept
-    for line in (job.describe_inputs(), *input_notes(job.inputs, job.documents, job.names)):
+    notes = [job.tokenizer_note] if job.tokenizer_note else []
+    for line in (job.describe_inputs(), *notes, *input_notes(job.inputs, job.documents, job.names)):
         say(console, line)
     size = sum(unit.size for unit in remaining)
     _announce(job, remaining, size, kept, workers, console)
@@ -212,7 +213,7 @@ def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers
     """Say from a sample how much these units will give, and check that the disk has room for the whole job's."""
     work = job.work_settings()
     losses = Losses()
-    encoder = Encoder(work.tokenizer_file, job.dtype)
+    encoder = Encoder(work.tokenizer_file, job.dtype, special=job.special)
     estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.of_plane), losses)
     again = f" {kept:,} of {counted(kept + len(remaining), 'unit')} are finished already." if kept else ""
     if estimate.tokens:

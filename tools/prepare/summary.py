@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +11,12 @@ from rich.table import Table
 
 from tools.prepare.bad_documents import Losses
 from tools.prepare.inputs import Inputs
+from tools.prepare.special_tokens import TokenTally
 from trainer.data.shards import Manifest
 
 USUAL_SEQ_LEN = 512
+# Beyond these shares what training sees is another text than the one given: a warning.
+MUCH_UNKNOWN, MUCH_UNKNOWN_TEXT = 0.03, 0.05
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class PrepareSummary:
     """The result of `prepare`. `splits` has "train", and "validation" when a fraction was held out.
 
     With `on_bad_document` "stop" no document is refused. Bytes and repairs are 0 in data sets of earlier versions.
+    `tally` has the special and the unknown tokens of all splits.
     """
 
     output: Path
@@ -59,6 +63,7 @@ class PrepareSummary:
     losses: Losses
     elapsed_seconds: float
     already_prepared: bool
+    tally: TokenTally = field(default_factory=TokenTally)
 
     @classmethod
     def of(
@@ -83,6 +88,7 @@ class PrepareSummary:
             ),
             seconds,
             already,
+            TokenTally(**counts.get("tokens_in_input", {})),
         )
 
     @property
@@ -125,6 +131,27 @@ def unused_tail_tokens(tokens: int, seq_len: int = USUAL_SEQ_LEN) -> int:
     return tokens % (seq_len - 2)
 
 
+def describe_tokens(summary: PrepareSummary) -> list[str]:
+    """What became of special tokens in the text, and how much of it the tokenizer does not know, in lines."""
+    tally = summary.tally
+    lines = [f"{count:,} literal '{token}' became its id." for token, count in tally.as_ids.items() if count]
+    lines += [f"{count:,} literal '{token}' were read as text." for token, count in tally.as_text.items() if count]
+    if not tally.unknown:
+        return lines
+    share = tally.unknown / max(1, summary.tokens - summary.documents)
+    text_share = min(1.0, tally.unknown_characters / max(1, tally.characters))
+    line = (
+        f"{tally.unknown:,} tokens are unknown, {share:.2%} of all, and stand for about {text_share:.1%} of the text."
+    )
+    if share > MUCH_UNKNOWN or text_share > MUCH_UNKNOWN_TEXT:
+        line = (
+            f"WARNING: {line} Training will not see what they stand for: the tokenizer lacks the text's characters, or "
+            "it has words that are too long for it. Train one on this text (maskwright tokenizer train --type "
+            "bytelevel-bpe knows every text), add what it lacks, or clean the text."
+        )
+    return [*lines, line]
+
+
 def print_summary(summary: PrepareSummary, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -141,7 +168,7 @@ def print_summary(summary: PrepareSummary, console: Console) -> None:
     table.add_row("shards", *(f"{split.shards:,}" for split in splits))
     table.add_row("folder", *(str(split.folder) for split in splits))
     console.print(table)
-    for line in account(summary):
+    for line in (*describe_tokens(summary), *account(summary)):
         say(console, line)
 
 

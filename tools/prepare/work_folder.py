@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.prepare.job import Job, setting_differences
+from tools.prepare.job import JOB_FILE, Job, setting_differences
 from tools.prepare.plan import Unit
 from tools.prepare.summary import counted, listing, say
 from tools.prepare.worker import record_path
@@ -24,8 +24,6 @@ from trainer.data.shards import SPLITS
 from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.files import create_synced, replace_synced, sync_files, sync_folder, unique_token
-
-JOB_FILE = "job.json"
 
 
 def claim_folder(job: Job) -> None:

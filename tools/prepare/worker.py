@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from tools.prepare.bad_documents import Losses
+from tools.prepare.bad_documents import BadDocument, Losses
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
+from tools.prepare.option_names import OptionNames
 from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
+from tools.prepare.special_tokens import NONE_SPECIAL, SPECIAL_IN_TEXT, SpecialTokens, TokenTally
 from trainer.data.shards import ShardEntry, ShardWriter, read_entry, remove_shard
 from trainer.errors import MaskwrightError, UserError
 from trainer.files import replace_synced, sync_folder, unique_name
@@ -45,6 +47,7 @@ class WorkSettings:
     validation_fraction: float
     reading: ReadSettings
     starts: StartSettings = field(default_factory=StartSettings)
+    special: SpecialTokens = NONE_SPECIAL
 
 
 @dataclass
@@ -64,6 +67,7 @@ class UnitRecord:
     empty_documents: int = 0
     losses: Losses = field(default_factory=Losses)
     splits: dict[str, SplitRecord] = field(default_factory=dict)
+    tally: TokenTally = field(default_factory=TokenTally)
 
 
 def record_path(work_folder: str | Path, number: int) -> Path:
@@ -75,7 +79,8 @@ def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
     try:
         raw = json.loads(record_path(work_folder, number).read_text())
         losses = raw["losses"] if "losses" in raw else {"refused": raw["refused_documents"]}  # of earlier versions
-        record = UnitRecord(raw["identity"], raw["empty_documents"], Losses(**losses))
+        tally = TokenTally(**raw.get("tally", {}))  # which have none
+        record = UnitRecord(raw["identity"], raw["empty_documents"], Losses(**losses), tally=tally)
         for name, split in raw["splits"].items():
             entry = split.pop("entry")
             record.splits[name] = SplitRecord(read_entry(entry) if entry else None, **split)
@@ -102,7 +107,7 @@ def write_unit(
     writers: dict[str, ShardWriter] = {}
     tokens, reported = 0, time.monotonic()
     for texts, position in _batches(unit, settings, record):
-        for text, encoded in zip(texts, encoder.encode(texts), strict=True):
+        for text, encoded in zip(texts, encoder.encode(texts, record.tally), strict=True):
             raw = text.encode()
             name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
             if name not in writers:
@@ -143,6 +148,12 @@ def _batches(unit: Unit, settings: WorkSettings, record: UnitRecord) -> Iterator
             if not text or text.isspace():
                 record.empty_documents += 1
                 continue
+            if (token := settings.special.refused(text)) is not None:
+                bad = _special_in_text(token, text, piece.file.path, settings.reading.names)
+                if settings.reading.on_bad_document != "skip":
+                    raise bad.explain()
+                record.losses.refuse(bad)
+                continue
             texts.append(text)
             characters += len(text)
             position = before + consumed
@@ -154,6 +165,18 @@ def _batches(unit: Unit, settings: WorkSettings, record: UnitRecord) -> Iterator
         yield texts, position
 
 
+def _special_in_text(token: str, text: str, path: str, names: OptionNames) -> BadDocument:
+    place = text.index(token)
+    around = " ".join(text[max(0, place - 30) : place + len(token) + 30].split())
+    error = UserError(
+        f"A document holds the special token '{token}': …{around}…",
+        where=path,
+        remedy=f"Leave such documents out with {names('on-bad-document', 'skip')}, or take the token for text or for "
+        f"its id: {names('special-in-text', 'text')}, or ids.",
+    )
+    return BadDocument(SPECIAL_IN_TEXT, lambda: error, len(text.encode()))
+
+
 def work(connection: Connection, settings: WorkSettings) -> None:
     """The process's main function: takes (unit, identity) until None, sends progress, done and failed messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
@@ -163,7 +186,9 @@ def work(connection: Connection, settings: WorkSettings) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         unit = None
         try:
-            encoder = Encoder(settings.tokenizer_file, np.dtype(settings.dtype), settings.starts.segmenters())
+            encoder = Encoder(
+                settings.tokenizer_file, np.dtype(settings.dtype), settings.starts.segmenters(), settings.special
+            )
             while (task := connection.recv()) is not None:
                 unit, identity = task
 

@@ -111,8 +111,8 @@ def _load(source: Path | str, where: str) -> Any:
             raise UserError(
                 f"The tokenizer of '{source}' needs code of its own (auto_map), which is never run.",
                 where=where,
-                remedy="If you trust it, load it yourself and save it as a fast tokenizer: "
-                "AutoTokenizer.from_pretrained(…, trust_remote_code=True).save_pretrained(DIR), and give that folder.",
+                remedy="If you trust it, load it yourself with AutoTokenizer, save it as a fast tokenizer with "
+                "save_pretrained, and give that folder.",
             ) from error
         if ("sentencepiece" in message or "tiktoken" in message) and sentencepiece_is_missing():
             raise sentencepiece_needed(f"The tokenizer of '{source}' is a SentencePiece model", where) from error

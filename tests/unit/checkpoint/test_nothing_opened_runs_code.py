@@ -171,7 +171,7 @@ def test_a_tokenizer_runs_nothing_and_asks_nothing(
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
-    with pytest.raises(UserError, match="Cannot load a tokenizer"):
+    with pytest.raises(UserError, match="needs code of its own"):
         load_tokenizer(folder)
     assert not asked
     assert not marker.exists()
