@@ -117,7 +117,7 @@ def _reads_vocab_txt_itself(folder: Path) -> bool:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     named = _json_object(folder / "tokenizer_config.json").get("tokenizer_class")
-    named = named or TOKENIZER_MAPPING_NAMES.get(_json_object(folder / "config.json").get("model_type"))
+    named = named or TOKENIZER_MAPPING_NAMES.get(str(_json_object(folder / "config.json").get("model_type")))
     kind = getattr(transformers, str(named), None) or getattr(transformers, str(named).removesuffix("Fast"), None)
     files = getattr(kind, "vocab_files_names", None) or {}
     return VOCAB_TXT in files.values() and kind is not transformers.BertTokenizer
