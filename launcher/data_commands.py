@@ -20,6 +20,38 @@ Inputs = Annotated[
 ]
 
 
+Format = Annotated[
+    Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"],
+    typer.Option(
+        help="auto goes by the file name; with hub, PATH is the name of a dataset on the Hugging Face hub, or "
+        "NAME:CONFIG:SPLIT."
+    ),
+]
+TextField = Annotated[
+    str,
+    typer.Option(help="The column that holds the text (all formats but text); a.b is the field b within a."),
+]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="C",
+        help="What separates the fields of csv: one character, or tab.",
+        show_default="a comma; a tab in .tsv files",
+    ),
+]
+Documents = Annotated[
+    Literal["file", "paragraph", "line", "row"] | None,
+    typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
+]
+OnBadDocument = Annotated[
+    Literal["stop", "skip"],
+    typer.Option(
+        help="What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row "
+        "with too many fields; skip counts it. A damaged file always stops."
+    ),
+]
+
+
 @tokenizer_app.command("train", cls=Command)
 def tokenizer_train(
     inputs: Inputs,
@@ -31,45 +63,47 @@ def tokenizer_train(
     vocabulary_size: Annotated[
         int, typer.Option("--vocab-size", metavar="N", min=1, help="Tokens, special ones included.")
     ] = 50_265,
+    cased: Annotated[
+        bool, typer.Option("--cased", help="wordpiece: keep capitals and accents (the other types always do).")
+    ] = False,
+    format: Format = "auto",
+    field: TextField = "text",
+    delimiter: Delimiter = None,
+    documents: Documents = None,
+    on_bad_document: OnBadDocument = "stop",
 ) -> None:
     """Train a tokenizer on text; the folder loads with AutoTokenizer.from_pretrained.
 
     \b
-    Example:
+    Examples:
       maskwright tokenizer train --input texts/*.txt --output tokenizer --vocab-size 32000
+      maskwright tokenizer train --input dump.jsonl --field body --type wordpiece --cased --output tokenizer
     """
     from tools.tokenizer import train_tokenizer
 
-    train_tokenizer(inputs, output, kind, vocabulary_size, make_console())
+    train_tokenizer(
+        inputs,
+        output,
+        kind,
+        vocabulary_size,
+        make_console(),
+        cased=cased,
+        format=format,
+        field=field,
+        documents=documents,
+        delimiter=delimiter,
+        on_bad_document=on_bad_document,
+    )
 
 
 def prepare(
     inputs: Inputs,
     tokenizer: Annotated[str, typer.Option(metavar="DIR", help="The tokenizer folder.")],
     output: Annotated[str, typer.Option(metavar="DIR", help="The data folder to write.")],
-    format: Annotated[
-        Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"],
-        typer.Option(
-            help="auto goes by the file name; with hub, PATH is the name of a dataset on the Hugging Face hub, or "
-            "NAME:CONFIG:SPLIT."
-        ),
-    ] = "auto",
-    field: Annotated[
-        str,
-        typer.Option(help="The column that holds the text (all formats but text); a.b is the field b within a."),
-    ] = "text",
-    delimiter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="C",
-            help="What separates the fields of csv: one character, or tab.",
-            show_default="a comma; a tab in .tsv files",
-        ),
-    ] = None,
-    documents: Annotated[
-        Literal["file", "paragraph", "line", "row"] | None,
-        typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
-    ] = None,
+    format: Format = "auto",
+    field: TextField = "text",
+    delimiter: Delimiter = None,
+    documents: Documents = None,
     workers: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Tokenizing processes.", show_default="one a core"),
@@ -83,13 +117,7 @@ def prepare(
             help="Share of the documents to hold out; writes DIR/train and DIR/validation.",
         ),
     ] = 0.0,
-    on_bad_document: Annotated[
-        Literal["stop", "skip"],
-        typer.Option(
-            help="What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row "
-            "with too many fields; skip counts it. A damaged file always stops."
-        ),
-    ] = "stop",
+    on_bad_document: OnBadDocument = "stop",
     special_in_text: Annotated[
         Literal["ids", "text", "refuse"] | None,
         typer.Option(

@@ -206,11 +206,28 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
 
 
 def _write(model: Any, folder: Path, temporary: Path, max_shard_size: str) -> None:
-    from transformers import AutoTokenizer
-
     with _quiet():
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False).save_pretrained(temporary)
+        _write_tokenizer(model, folder, temporary)
+
+
+def _write_tokenizer(model: Any, folder: Path, temporary: Path) -> None:
+    """Write the tokenizer, no longer than the model's positions; with WordPiece a vocab.txt, which older code reads."""
+    from transformers import AutoTokenizer
+
+    from trainer.model.configuration import position_offset, position_table
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
+    table = position_table(model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions if table is None else table.num_embeddings - position_offset(model)
+    if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
+        tokenizer.model_max_length = positions
+    tokenizer.save_pretrained(temporary)
+    pieces = tokenizer.backend_tokenizer.model
+    numbers = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    if type(pieces).__name__ == "WordPiece" and max(numbers) + 1 == len(numbers):  # a line's number is its token's id
+        pieces.save(str(temporary))
 
 
 def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, before: torch.Tensor) -> float:

@@ -43,8 +43,8 @@ class StepProgress:
             self._bar.update(self._task, completed=done, state=state)
         elif time.monotonic() - self._printed >= LINE_SECONDS:
             left = ""
-            if self._total and done:
-                left = f", {_clock(self.seconds * max(0, self._total - done) / done)} left"
+            if 0 < done < self._total:
+                left = f", {_clock(self.seconds * (self._total - done) / done)} left"
             self._console.print(f"{self._label}: {state}{left}", highlight=False, soft_wrap=True)
             self._printed = time.monotonic()
 

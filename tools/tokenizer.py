@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +18,28 @@ from rich.console import Console
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.normalizers import Normalizer
 
+from tools.interruptible import run_interruptibly
+from tools.prepare.csv_rows import check_delimiter
+from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs, resolve_documents
-from tools.prepare.plan import Piece, plan_units
+from tools.prepare.job import check_on_bad_document
+from tools.prepare.option_names import COMMAND_LINE
+from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.readers import ReadSettings
+from tools.prepare.summary import describe_refused, say
+from tools.training_text import LONGEST_WORD, TrainingText
 from trainer.errors import UserError, nearest
-from trainer.files import sync_folder
+from trainer.files import sync_folder, unique_name
 from trainer.paths import new_folder
+from trainer.plain_text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 KINDS = ("bytelevel-bpe", "wordpiece", "unigram")
 MODEL_MAX_LENGTH = 512
+LARGEST_VOCABULARY = 1 << 22  # the trainers take memory for each token that is asked for, found or not
 _SPECIAL_TOKENS = {
     "bytelevel-bpe": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
     "wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
@@ -40,7 +50,6 @@ _SPECIAL_TOKENS = {
 CHARACTER_COVERAGE = 0.9995
 _ALPHABET_SHARE = 30
 _BLANK_RUN = Regex(r"\s+")
-_TEXT_A_STEP = 1 << 16  # characters
 
 
 def train_tokenizer(
@@ -49,6 +58,13 @@ def train_tokenizer(
     kind: str = "bytelevel-bpe",
     vocabulary_size: int = 50_265,
     console: Console | None = None,
+    *,
+    cased: bool = False,
+    format: str = "auto",
+    field: str = "text",
+    documents: str | None = None,
+    delimiter: str | None = None,
+    on_bad_document: str = "stop",
 ) -> Path:
     """Train a tokenizer on the same inputs that `prepare` reads, and save it for AutoTokenizer.from_pretrained.
 
@@ -58,27 +74,37 @@ def train_tokenizer(
     - unigram (arXiv:1804.10959): NFKC, words marked with ▁; special tokens as in bytelevel-bpe.
 
     The same inputs give the same files, but for unigram: its trainer starts from a hash map in random order, and
-    the scores differ in the fourth digit from run to run.
+    the scores differ in the fourth digit from run to run. Words of more than LONGEST_WORD characters are cut.
 
     Args:
         vocabulary_size: number of tokens, the five special ones included; fewer when the text supports no more.
+        cased: of wordpiece: keep capitals and accents, as the cased BERT.
+        format, field, documents, delimiter, on_bad_document: how the input is read, as in `open_job`.
 
     Returns:
         the folder written.
 
     Raises:
-        UserError: for an empty input, a vocabulary too small for its characters, and an output that holds something.
+        UserError: for an empty input, a vocabulary too small for its characters, an output that holds something, and
+            a mistake in how the input is to be read.
     """
     console = console or Console(markup=False)
-    _check(kind, vocabulary_size)
+    _check(kind, vocabulary_size, cased)
     folder = new_folder(output)
-    found = find_inputs(inputs)
-    documents = resolve_documents(None, found.format)
-    with tempfile.TemporaryDirectory() as scratch:
-        reading = ReadSettings(found.format, documents, "text", scratch)
+    check_on_bad_document(on_bad_document, COMMAND_LINE)
+    found = find_inputs(inputs, format, COMMAND_LINE, [folder])
+    documents = resolve_documents(documents, found.format)
+    delimiter = check_delimiter(delimiter, found.format, COMMAND_LINE)
+    for line in input_notes(found, documents, COMMAND_LINE):
+        say(console, line)
+    with tempfile.TemporaryDirectory() as scratch, ReadProgress(console, "Reading", found.size) as progress:
+        reading = ReadSettings(found.format, documents, field, scratch, delimiter, on_bad_document)
         pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
-        with ReadProgress(console, "Reading", found.size) as progress:
-            tokenizer = _train(kind, vocabulary_size, pieces, reading, progress)
+        text = TrainingText(pieces, reading, progress)
+        tokenizer = run_interruptibly(
+            lambda cancel: _train(kind, cased, vocabulary_size, text.until(cancel)), text.tick
+        )
+    _say_what_was_lost(text, console)
     reached = tokenizer.get_vocab_size()
     if reached < vocabulary_size:
         console.print(f"Note: this text supports {reached:,} tokens, not {vocabulary_size:,}; more text gives more.")
@@ -87,55 +113,64 @@ def train_tokenizer(
     return folder
 
 
-def _check(kind: str, vocabulary_size: int) -> None:
+def _say_what_was_lost(text: TrainingText, console: Console) -> None:
+    if text.cut_words:
+        say(console, f"Note: {text.cut_words:,} words of more than {LONGEST_WORD:,} characters were cut.")
+    if text.losses.refused:
+        say(console, f"Left out: {describe_refused(text.losses.refused)}.")
+
+
+def _check(kind: str, vocabulary_size: int, cased: bool) -> None:
     if kind not in KINDS:
         raise UserError(
             f"Unknown type of tokenizer '{kind}'.{nearest(kind, KINDS)}",
             where=f"--type {kind}",
             remedy=f"Choose one of {', '.join(KINDS)}.",
         )
-    smallest = len(_SPECIAL_TOKENS[kind]) + (256 if kind == "bytelevel-bpe" else 1)
-    if vocabulary_size < smallest:
+    if cased and kind != "wordpiece":
         raise UserError(
-            f"A {kind} vocabulary needs at least {smallest} tokens, got {vocabulary_size}.",
-            where=f"--vocab-size {vocabulary_size}",
+            f"A {kind} tokenizer is always cased.", where="--cased", remedy="Leave it out, or add --type wordpiece."
+        )
+    smallest = len(_SPECIAL_TOKENS[kind]) + (256 if kind == "bytelevel-bpe" else 1)
+    if not smallest <= vocabulary_size <= LARGEST_VOCABULARY:
+        bound = f"at least {smallest}" if vocabulary_size < smallest else f"at most {LARGEST_VOCABULARY:,}"
+        shown = shorten(str(vocabulary_size), 40)
+        raise UserError(
+            f"A {kind} vocabulary needs {bound} tokens, got {shown}.",
+            where=f"--vocab-size {shown}",
             remedy="RoBERTa has 50265, BERT 30522.",
         )
 
 
-def _train(
-    kind: str, vocabulary_size: int, pieces: Sequence[Piece], reading: ReadSettings, progress: ReadProgress
-) -> Tokenizer:
+def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> Tokenizer:
     special = _special_tokens(kind)
-    tokenizer = _untrained(kind)
+    tokenizer = _untrained(kind, cased)
     common: dict[str, Any] = {"vocab_size": vocabulary_size, "show_progress": False}
     if kind == "bytelevel-bpe":
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(min_frequency=2, initial_alphabet=alphabet, special_tokens=special, **common)
-        tokenizer.train_from_iterator(_texts(pieces, reading, progress), trainer)
+        tokenizer.train_from_iterator(text.texts(), trainer)
         return tokenizer
-    normalizer = _untrained(kind).normalizer  # one of its own: training locks that of the tokenizer
+    normalizer = _untrained(kind, cased).normalizer  # one of its own: training locks that of the tokenizer
     assert normalizer is not None
-    alphabet = _alphabet(normalizer, pieces, reading, vocabulary_size // _ALPHABET_SHARE)
+    alphabet = _alphabet(normalizer, text, vocabulary_size // _ALPHABET_SHARE)
     _check_room(len(special) + len(alphabet), vocabulary_size)
     if kind == "unigram":
         trainer = trainers.UnigramTrainer(
             initial_alphabet=alphabet, unk_token="<unk>", special_tokens=special, **common
         )
         # The trainer keeps every character it sees, so it does not get to see the rare ones.
-        tokenizer.train_from_iterator(_texts(pieces, reading, progress, normalizer, set(alphabet)), trainer)
+        tokenizer.train_from_iterator(text.texts(normalizer, set(alphabet)), trainer)
         return tokenizer
-    return _train_wordpiece(alphabet, vocabulary_size, pieces, reading, progress)
+    return _train_wordpiece(alphabet, cased, vocabulary_size, text)
 
 
-def _train_wordpiece(
-    alphabet: list[str], vocabulary_size: int, pieces: Sequence[Piece], reading: ReadSettings, progress: ReadProgress
-) -> Tokenizer:
+def _train_wordpiece(alphabet: list[str], cased: bool, vocabulary_size: int, text: TrainingText) -> Tokenizer:
     """The trainer numbers the continuations ("##a") in the random order of a hash map, and with them everything
     after. So a first pass finds them, and a second one gets them sorted, as tokens that it must keep."""
 
     def train(keep: list[str], size: int) -> Tokenizer:
-        tokenizer = _untrained("wordpiece")
+        tokenizer = _untrained("wordpiece", cased)
         trainer = trainers.WordPieceTrainer(
             vocab_size=size,
             min_frequency=2,
@@ -144,7 +179,7 @@ def _train_wordpiece(
             special_tokens=[*_special_tokens("wordpiece"), *keep],  # type: ignore[arg-type]
             show_progress=False,
         )
-        tokenizer.train_from_iterator(_texts(pieces, reading, progress), trainer)
+        tokenizer.train_from_iterator(text.texts(), trainer)
         return tokenizer
 
     special = [token.content for token in _special_tokens("wordpiece")]
@@ -172,14 +207,14 @@ def _check_room(needed: int, vocabulary_size: int) -> None:
         )
 
 
-def _untrained(kind: str) -> Tokenizer:
+def _untrained(kind: str, cased: bool) -> Tokenizer:
     if kind == "bytelevel-bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     elif kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+        tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=not cased)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece(prefix="##")
     else:
@@ -218,42 +253,30 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write to a temporary folder, then rename: the output is whole or not there."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save_pretrained(str(temporary))
-    os.replace(temporary, folder)
+    """Write to a temporary folder of its own, then rename: the output is whole or not there, and of one writer."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = unique_name(folder)
+    try:
+        tokenizer.save_pretrained(str(temporary))
+        os.replace(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"Another process has written to '{folder}' meanwhile; it was left as it is.",
+            where=f"--output {folder}",
+            remedy="Use what is there, or choose another --output.",
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(folder.parent)
 
 
-def _texts(
-    pieces: Sequence[Piece],
-    reading: ReadSettings,
-    progress: ReadProgress,
-    normalizer: Normalizer | None = None,
-    alphabet: set[str] | None = None,
-) -> Iterator[str]:
-    """All documents; with a normalizer normalised, and with blanks for the characters that are not in `alphabet`."""
-    before = since = 0
-    for piece in pieces:
-        for text, position in read_documents(piece, reading):
-            if normalizer is not None and alphabet is not None:
-                text = normalizer.normalize_str(text)
-                text = text.translate({ord(character): " " for character in set(text) - alphabet})
-            yield text
-            since += len(text)
-            if since >= _TEXT_A_STEP:
-                progress.update(before + position)
-                since = 0
-        before += piece.size
-
-
-def _alphabet(normalizer: Normalizer, pieces: Sequence[Piece], reading: ReadSettings, usual: int) -> list[str]:
+def _alphabet(normalizer: Normalizer, text: TrainingText, usual: int) -> list[str]:
     """The `usual` most frequent characters of the normalised text, and more down to CHARACTER_COVERAGE; sorted."""
     counts: Counter[str] = Counter()
-    for piece in pieces:
-        for text, _ in read_documents(piece, reading):
-            counts.update(normalizer.normalize_str(text))
+    for part in text.texts(normalizer):
+        counts.update(part)
     frequent = sorted((c for c in counts if not c.isspace()), key=lambda character: (-counts[character], character))
     covered = list(accumulate(counts[character] for character in frequent))
     needed = bisect_left(covered, CHARACTER_COVERAGE * covered[-1]) + 1 if covered else 0

@@ -92,12 +92,7 @@ def open_job(
             where=names("validation-fraction"),
             remedy="0.01 holds out one document in a hundred.",
         )
-    if on_bad_document not in ON_BAD_DOCUMENT:
-        raise UserError(
-            f"Unknown way '{on_bad_document}' with bad documents.{nearest(on_bad_document, ON_BAD_DOCUMENT)}",
-            where=names("on-bad-document", on_bad_document),
-            remedy=f"Choose {' or '.join(ON_BAD_DOCUMENT)}.",
-        )
+    check_on_bad_document(on_bad_document, names)
     folder = user_path(output, "--output")
     found = find_inputs(inputs, format, names, [folder, *excluded])
     documents = resolve_documents(documents, found.format, names)
@@ -121,6 +116,16 @@ def open_job(
         names=names,
         tokenizer_note=loading_note(tokenizer),
     )
+
+
+def check_on_bad_document(given: str, names: OptionNames) -> None:
+    """Refuse an unknown way with documents that cannot be read."""
+    if given not in ON_BAD_DOCUMENT:
+        raise UserError(
+            f"Unknown way '{given}' with bad documents.{nearest(given, ON_BAD_DOCUMENT)}",
+            where=names("on-bad-document", given),
+            remedy=f"Choose {' or '.join(ON_BAD_DOCUMENT)}.",
+        )
 
 
 @dataclass(frozen=True)
