@@ -176,6 +176,8 @@ def tiny_config(workspace: Path, run_dir: Path, **sections: dict[str, Any] | str
     }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    if "schedule" not in sections and raw["train"].get("steps"):
+        raw["schedule"]["warmup_steps"] = min(4, raw["train"]["steps"])
     return parse_config(raw, "test")
 
 

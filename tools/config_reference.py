@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
-from trainer.config_base import keys_of, section_in
+from trainer.config_base import LARGEST, LIMIT, keys_of, section_in
 from trainer.data.shards import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
 from trainer.metrics import (
@@ -54,11 +54,12 @@ A run is described by one YAML file: `maskwright train my.yaml`. In place of a p
   you mean 'weight_decay'?` A key that appears twice is an error as well.
 - **`extends: NAME_OR_PATH`** at the top of a file inherits from a recipe or from another file (looked up beside this
   one first). Sections are merged key by key; lists and single values are replaced. Where exactly one of several keys
-  may be set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`), setting one replaces the
-  parent's.
+  may be set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`; `schedule.warmup_steps`,
+  `warmup_fraction`), setting one replaces the parent's.
 - **`section.key=value`** on the command line overrides, with YAML on the right: `train.steps=1000`,
   `optimizer.betas=[0.9,0.999]`, `'data.train=[{{path: a, weight: 2}}, {{path: b}}]'`.
-- Numbers may be written as `6e-4`. Paths are relative to where the command runs.
+- Numbers may be written as `6e-4`. Beside the bounds below, whole numbers are below 2^48, and others at most 1e9.
+- Paths are relative to where the command runs.
 - What was used, every default spelled out, lies in `RUN/config.yaml`.
 
 Only `run.dir`, one model source, a tokenizer, `data.train` and one length have no default.
@@ -227,11 +228,12 @@ def _describe_annotation(annotation: Any) -> str:
 def _bounds(item: Any) -> list[str]:
     if isinstance(item, FieldInfo):
         return [text for part in item.metadata for text in _bounds(part)]
-    return [f"{word} {_number(getattr(item, name))}" for kind, name, word in _BOUNDS if isinstance(item, kind)]
+    bounds = [(word, getattr(item, name)) for kind, name, word in _BOUNDS if isinstance(item, kind)]
+    return [f"{word} {_number(value)}" for word, value in bounds if value not in (LIMIT, LARGEST)]
 
 
 def _number(value: float) -> str:
-    return "2^63" if value == 2**63 else f"{value:g}"
+    return "2^63" if value == 2**63 else f"{value:,}" if isinstance(value, int) and value >= 10**6 else f"{value:g}"
 
 
 def _describe_default(field: FieldInfo) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tools.prepare.on_demand import look_up
+from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.inputs import describe_unprepared, open_inputs
 from trainer.micro_size import foresee
@@ -17,6 +18,7 @@ def validate(config: Config, world_size: int) -> list[str]:
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
+    config = as_begun(config)
     found = look_up(config)
     micro_size, lines = foresee(config, world_size)
     if not found.estimates:

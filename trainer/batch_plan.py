@@ -8,8 +8,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 from trainer.config import BatchConfig, DataConfig, TrainConfig
+from trainer.config_base import LIMIT
 from trainer.errors import UserError
 from trainer.phases import Phase, Phases
 
@@ -19,6 +21,9 @@ _FOR_EVER = sys.maxsize
 @dataclass(frozen=True)
 class StepShape:
     """One optimizer step in sequences: global_size = micro_size × world_size × accumulation.
+
+    The last step of a phase or of the run may have fewer sequences than its micro-batches have room for: the shapes
+    of tensors stay, and what is left over is padding without predictions.
 
     Attributes:
         seq_len: tokens a sequence.
@@ -38,7 +43,7 @@ class StepShape:
 
     @property
     def rank_size(self) -> int:
-        """Sequences a rank."""
+        """Sequences a rank, padding included."""
         return self.micro_size * self.accumulation
 
     def describe(self) -> str:
@@ -54,8 +59,8 @@ class Stretch:
 
     Attributes:
         end: a step that begins before this sample, and not in an earlier stretch, has the shape.
-        limit: where the phase ends, and no step reaches beyond; the last one is as small as it has to be. None in
-            the last phase.
+        limit: where the phase or the run ends, and no step reaches beyond; the last one is as small as it has to be.
+            None in the last phase of a run that ends with a full step.
     """
 
     end: int
@@ -85,7 +90,7 @@ class BatchPlan:
 
     Attributes:
         total_steps: length of the run.
-        earlier: the steps of other shapes, in order from sample 0 on.
+        earlier: the steps of other shapes and those up to the end of a run of epochs, in order from sample 0 on.
         phase: the last one, counted from 0.
     """
 
@@ -113,17 +118,12 @@ class BatchPlan:
         return self.end_of(0, self.total_steps)
 
     def shape_at(self, sample: int) -> StepShape:
-        """The step that begins at `sample`.
-
-        Raises:
-            UserError: when what is left of a phase does not divide over the ranks, which the steps of one config do not
-                come to.
-        """
+        """The step that begins at `sample`."""
         stretch = self._stretch_at(sample)
         if stretch is None:
             return self._last_shape
         shape, left = stretch.shape, math.inf if stretch.limit is None else stretch.limit - sample
-        return shape if left >= shape.global_size else _rest_of_phase(shape, int(left))
+        return shape if left >= shape.global_size else _smaller(shape, int(left))
 
     def runs(self, first_sample: int, steps: int = _FOR_EVER) -> Iterator[StepRun]:
         """The next `steps` steps, those of equal shape together; as much work as there are different shapes."""
@@ -135,19 +135,25 @@ class BatchPlan:
             sample, left = run.end_sample, left - run.steps
 
     def end_of(self, first_sample: int, steps: int) -> int:
-        """Where the next `steps` steps end.
-
-        Raises:
-            UserError: as `shape_at`, for the first step that cannot be divided.
-        """
+        """Where the next `steps` steps end."""
         return max((run.end_sample for run in self.runs(first_sample, steps)), default=first_sample)
 
     def tokens_ahead(self, sample: int, steps: int) -> int:
         """Positions of the next `steps` steps."""
         return sum(run.steps * run.shape.tokens for run in self.runs(sample, steps))
 
+    @cached_property
+    def sizes_vary(self) -> bool:
+        """Whether some step has another length of blocks or another number of sequences than the full last ones."""
+        return any(run.shape != self._last_shape for run in self.runs(0, self.total_steps))
+
     def describe(self) -> str:
-        return f"{self._last_shape.describe()}, {self.total_steps:,} steps"
+        *_, last = self.runs(0, self.total_steps)
+        stretch = self._stretch_at(last.first_sample)
+        full = stretch.shape if stretch is not None else self._last_shape
+        steps = f"{self.total_steps:,} step{'s' if self.total_steps > 1 else ''}"
+        smaller = f", the last of {last.shape.global_size}" if last.shape.global_size < full.global_size else ""
+        return f"{self._last_shape.describe()}, {steps}{smaller}"
 
     @property
     def _last_shape(self) -> StepShape:
@@ -179,21 +185,32 @@ def micro_sizes(data: DataConfig, batch: BatchConfig, world_size: int) -> list[i
 
 
 def plan_batch(
-    batch: BatchConfig, train: TrainConfig, phases: Phases, world_size: int, epoch_blocks: Sequence[int]
+    batch: BatchConfig,
+    train: TrainConfig,
+    phases: Phases,
+    world_size: int,
+    epoch_blocks: Sequence[int],
+    whole_steps: bool = False,
 ) -> BatchPlan:
     """Derive accumulation and the number of steps.
 
     Args:
         epoch_blocks: blocks in one pass over the training data, in each phase, for `train.epochs`.
+        whole_steps: round epochs up to full steps, as runs did before their last step could be smaller.
 
     Raises:
-        UserError: when a global batch does not divide into micro-batches over the ranks.
+        UserError: when a global batch does not divide into micro-batches over the ranks, or the run is longer than
+            sample numbers reach.
     """
     shapes = [_full_shape(phase, number, len(phases), world_size) for number, phase in enumerate(phases)]
+    end = None
+    if train.epochs is not None and not whole_steps:
+        end = _end_of_epochs(phases, epoch_blocks, Fraction(str(train.epochs)))  # 0.1 is a tenth, as it was written
     earlier = [
         stretch
         for phase, shape in zip(phases, shapes, strict=True)
-        for stretch in _stretches(phase, shape, phases, batch)
+        for part in _cut_at(end, phase)
+        for stretch in _stretches(part, shape, phases, batch)
     ]
     last = shapes[-1]
     sizes = (last.global_size, last.micro_size, world_size, last.accumulation)
@@ -202,11 +219,48 @@ def plan_batch(
         total_steps = train.steps
     elif train.tokens is not None:
         total_steps = _steps_to(plan, Fraction(train.tokens), [Fraction(phase.seq_len) for phase in phases])
+    elif end is not None:
+        total_steps = _steps_to(plan, Fraction(end), [Fraction(1)] * len(phases))
     else:
-        assert train.epochs is not None
         passes = [Fraction(1, max(1, blocks)) for blocks in epoch_blocks]
-        total_steps = _steps_to(plan, Fraction(str(train.epochs)), passes)  # 0.1 is a tenth, as it was written
-    return replace(plan, total_steps=total_steps)
+        total_steps = _steps_to(plan, Fraction(str(train.epochs)), passes)
+    plan = replace(plan, total_steps=total_steps)
+    _check_length(train, plan)
+    return plan
+
+
+def _check_length(train: TrainConfig, plan: BatchPlan) -> None:
+    if plan.end_sample >= LIMIT:
+        name = next(name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None)
+        raise UserError(
+            f"The run would take {plan.end_sample:.2g} sequences; their numbers end at {LIMIT:.2g}.",
+            where=f"train.{name}={getattr(train, name)}, batch.global_size={plan.global_size}",
+            remedy=f"Set a smaller train.{name}.",
+        )
+
+
+def _end_of_epochs(phases: Phases, epoch_blocks: Sequence[int], epochs: Fraction) -> int:
+    """The sample after the last one of so many passes, those of all phases together."""
+    done = Fraction(0)
+    for phase, blocks in zip(phases, epoch_blocks, strict=True):
+        a_pass = max(1, blocks)
+        end = phase.first_sample + math.ceil((epochs - done) * a_pass)
+        if phase.end_sample is None or end <= phase.end_sample:
+            return end
+        done += Fraction(phase.end_sample - phase.first_sample, a_pass)
+    raise AssertionError("the last phase has no end")
+
+
+def _cut_at(end: int | None, phase: Phase) -> Iterator[Phase]:
+    """The phase as it is, or in two parts where the run ends within it.
+
+    The second part is for runs that go on behind samples which a rollback has passed over.
+    """
+    if end is None or end <= phase.first_sample or (phase.end_sample is not None and end >= phase.end_sample):
+        yield phase
+    else:
+        yield replace(phase, end_sample=end)
+        yield replace(phase, first_sample=end)
 
 
 def _steps_to(plan: BatchPlan, target: Fraction, each: Sequence[Fraction]) -> int:
@@ -222,7 +276,7 @@ def _steps_to(plan: BatchPlan, target: Fraction, each: Sequence[Fraction]) -> in
 
 
 def _stretches(phase: Phase, full: StepShape, phases: Phases, batch: BatchConfig) -> Iterator[Stretch]:
-    """Those of one phase: warm-up sizes below its full one and, if another phase follows, its full steps."""
+    """Those of one phase or part of it: warm-up sizes below its full one and, if it has an end, its full steps."""
     begin, limit = phase.first_sample, phase.end_sample
     for end_token, size in _warmup_sizes(batch):
         if size >= full.global_size:
@@ -282,19 +336,9 @@ def _warmup_shape(full: StepShape, size: int, batch: BatchConfig) -> StepShape:
     )
 
 
-def _rest_of_phase(shape: StepShape, left: int) -> StepShape:
-    rest = _divide(left, shape.micro_size, shape.world_size, shape.seq_len, shape.phase)
-    if rest is not None:
-        return rest
-    fitting = _fitting_micro_sizes(left, shape.world_size)
-    micro = f"set the phase's micro_size to one of {fitting}, or " if fitting else ""
-    raise UserError(
-        f"The last step of the phase with blocks of {shape.seq_len} would have {left} sequences, which do not divide "
-        f"into micro-batches of {shape.micro_size} on {_ranks(shape.world_size)}: an earlier start had batches of "
-        "another size.",
-        where=f"data.phases[{shape.phase}]",
-        remedy=f"Use the batch sizes of the earlier start, {micro}move until_tokens.",
-    )
+def _smaller(shape: StepShape, size: int) -> StepShape:
+    """A step of the last `size` sequences, fewer than a full one has, in as few micro-batches as hold them."""
+    return replace(shape, global_size=size, accumulation=-(-size // (shape.micro_size * shape.world_size)))
 
 
 def _divide(global_size: int, micro_size: int, world_size: int, seq_len: int, phase: int) -> StepShape | None:
@@ -303,7 +347,13 @@ def _divide(global_size: int, micro_size: int, world_size: int, seq_len: int, ph
 
 
 def _fitting_micro_sizes(global_size: int, world_size: int) -> list[int]:
-    return [size for size in range(1, global_size + 1) if global_size % (size * world_size) == 0]
+    return divisors(global_size // world_size) if global_size % world_size == 0 else []
+
+
+def divisors(number: int) -> list[int]:
+    """All of a positive number, ascending; as much work as its root is large."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
 
 
 def _ranks(world_size: int) -> str:

@@ -13,7 +13,21 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trainer.config_base import Fraction, Line, Name, PositiveInt, Section
+from trainer.config_base import (
+    MOST_SEQUENCES,
+    Fraction,
+    Line,
+    Minutes,
+    Name,
+    NaturalInt,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Ratio,
+    Section,
+    Sequences,
+)
 from trainer.errors import nearest
 
 
@@ -85,9 +99,9 @@ class SourceConfig(Section):
     """A folder that `maskwright prepare` wrote; or raw text: a file, a folder or a glob, prepared on first use."""
     name: Name | None = None
     """What metrics and stages call it. Default: the last part of `path`."""
-    weight: Annotated[float, Field(ge=0.0)] | None = None
+    weight: NonNegativeFloat | None = None
     """Share of this source in the mixture, relative to the other weights. Default: 1, or from `data.temperature`."""
-    max_epochs: Annotated[float, Field(gt=0.0)] | None = None
+    max_epochs: PositiveFloat | None = None
     """Refuse a run that passes over this source more often."""
     quarantine: list[str] = Field(default_factory=list)
     """Damaged parts to leave out: SHARD, SHARD:MIB or SHARD:MIB-MIB, as `maskwright data verify` names them."""
@@ -126,7 +140,7 @@ def _as_sources(value: Any) -> Any:
 class StageConfig(Section):
     from_tokens: PositiveInt
     """First position, counted as `tokens` in the metrics; rounded up to a whole block."""
-    weights: dict[str, Annotated[float, Field(ge=0.0)]]
+    weights: dict[str, NonNegativeFloat]
     """Weight of each source by name from there on; a source that is left out has none."""
 
 
@@ -135,9 +149,9 @@ class PhaseConfig(Section):
     """Tokens a block until then; at most data.seq_len."""
     until_tokens: PositiveInt
     """Where the phase ends, counted as `tokens` in the metrics; rounded up to whole steps of its global batch."""
-    micro_size: PositiveInt | None = None
+    micro_size: Sequences | None = None
     """Sequences a rank in one forward pass until then; shorter ones leave room for more. Default: batch.micro_size."""
-    global_size: PositiveInt | None = None
+    global_size: Sequences | None = None
     """Sequences an optimizer step until then. Default: batch.global_size."""
 
 
@@ -145,17 +159,18 @@ class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
     """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
     validation: Line | None = None
-    """Held-out folder. Default: no evaluation."""
+    """Held-out data: a folder that `maskwright prepare` wrote, or raw text, such as a file of your own (`data.text`).
+    Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
     """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
     phases: list[PhaseConfig] = Field(default_factory=list)
     """Earlier phases of the run with shorter blocks, each up to a given token; after them seq_len. A phase cuts the
     same data anew, in an order of its own. A resume may change what lies ahead."""
-    temperature: Annotated[float, Field(gt=0.0)] | None = None
+    temperature: Annotated[float, Field(ge=0.1, le=1e6)] | None = None
     """Weigh sources by tokens^(1/temperature) (arXiv:1907.05019): 1 by size, larger towards equal shares."""
     stages: list[StageConfig] = Field(default_factory=list)
     """Later weights, each from a given token on. More may be added while a run goes on, for what lies ahead."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=512)] = 2
     """Loader processes a rank; 0 loads in the training process."""
     chunk_blocks: PositiveInt = 1024
     """Blocks a chunk: what is read from one place (1,024 × 510 tokens × 2 bytes ≈ 1 MiB)."""
@@ -233,26 +248,30 @@ def _count_or_auto(value: Any) -> Any:
         raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
     if value < 1:
         raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
+    if value > MOST_SEQUENCES:
+        raise PydanticCustomError(
+            "count_or_auto", "Input should be less than or equal to {most}", {"most": MOST_SEQUENCES}
+        )
     return value
 
 
 class WarmupConfig(Section):
-    start_size: PositiveInt
+    start_size: Sequences
     """Sequences of the first steps. It and the increment must divide by micro_size × ranks."""
-    increment: PositiveInt | None = None
+    increment: Sequences | None = None
     """Sequences by which the batch grows, each size for an equal share of the tokens. Default: start_size."""
     tokens: PositiveInt
     """When the batch has grown to its global_size, counted as `tokens` in the metrics."""
 
 
 class BatchConfig(Section):
-    global_size: PositiveInt = 256
+    global_size: Sequences = 256
     """Sequences an optimizer step, over all ranks."""
     micro_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
     """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide. auto
     takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
     and masks do not depend on it, dropout does."""
-    memory_gib: Annotated[float, Field(gt=0.0)] | None = None
+    memory_gib: PositiveFloat | None = None
     """With micro_size: auto, the memory that a rank's tensors may take. Default: 90 % of what is free on its GPU; on
     CPU, half of what is available on the machine, divided among its ranks."""
     warmup: WarmupConfig | None = None
@@ -277,27 +296,35 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     """AdamW (arXiv:1711.05101); biases and norms are not decayed."""
-    lr: Annotated[float, Field(gt=0.0)] = 6.0e-4
+    lr: PositiveFloat = 6.0e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
     """Decay rates of the two moments."""
-    eps: Annotated[float, Field(gt=0.0)] = 1.0e-6
+    eps: PositiveFloat = 1.0e-6
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled decay a step, times the learning rate."""
-    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
 
 class ScheduleConfig(Section):
     name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
     """Shape of the learning rate after the warm-up."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    """Steps of linear warm-up from 0."""
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    warmup_steps: NaturalInt | None = None
+    """Steps of linear warm-up from 0, at most those of the run. Default: 6 % of the run's steps, at most 1,000."""
+    warmup_fraction: Fraction | None = None
+    """The same as a share of the run's steps, rounded up; in the place of warmup_steps."""
+    decay_fraction: PositiveFraction = 0.1
     """wsd only: share of all steps, at the end, over which the rate falls to its minimum."""
     min_ratio: Fraction = 0.0
     """Final learning rate over peak (linear, cosine, wsd)."""
+
+    @model_validator(mode="after")
+    def one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError("has both warmup_steps and warmup_fraction: leave one of them out")
+        return self
 
 
 class ProfileConfig(Section):
@@ -314,8 +341,9 @@ class TrainConfig(Section):
     """Length in optimizer steps. Give exactly one of steps, tokens, epochs."""
     tokens: PositiveInt | None = None
     """Length in tokens (sequences × seq_len), rounded up to whole steps."""
-    epochs: Annotated[float, Field(gt=0.0)] | None = None
-    """Length in passes over the training data, rounded up to whole steps."""
+    epochs: PositiveFloat | None = None
+    """Length in passes over the training data, to the sample: the last step is as small as it has to be. Of several
+    sources a pass is as many blocks as they have together; how often each of them is seen follows from its weight."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None
@@ -339,7 +367,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt | None = 500
     """Save every so many steps; null saves only at the end and when stopped."""
-    every_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    every_minutes: Minutes | None = None
     """Also save when so many minutes have passed since the last save."""
     keep_last: PositiveInt = 2
     """How many of the newest whole checkpoints to keep; two at least, whatever is given, as one may be damaged. The
@@ -356,11 +384,11 @@ class ResilienceConfig(Section):
     """stop ends with exit code 4. rollback loads the last good checkpoint and goes on behind the data seen since."""
     max_skipped_steps: PositiveInt = 20
     """Training has diverged after this many skipped steps in a row."""
-    max_loss_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    max_loss_ratio: Ratio | None = None
     """Training has diverged when the loss of a step is above this many times the median of the last steps."""
-    max_grad_norm_ratio: Annotated[float, Field(gt=1.0)] | None = None
+    max_grad_norm_ratio: Ratio | None = None
     """Skip a step whose gradient norm, before clipping, is above this many times the median of the last steps."""
-    window: PositiveInt = 100
+    window: Annotated[int, Field(gt=0, le=1_000_000)] = 100
     """Applied steps that the two medians are taken over; before there are so many, nothing is above them."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks in the whole run; training that diverges once more ends with exit code 4."""
@@ -380,38 +408,42 @@ class EvalConfig(Section):
 
 
 class LoggingConfig(Section):
-    every_steps: PositiveInt = 10
-    """Steps between two lines in metrics.jsonl, in TensorBoard and, off a terminal, on the console."""
+    every_steps: PositiveInt | None = None
+    """Steps between two lines in metrics.jsonl, in TensorBoard and on the console. Default: a twentieth of the run's
+    steps, at least 1 and at most 10."""
     tensorboard: bool = True
     """Write the metrics to RUN/tensorboard as well."""
-
-
-Minutes = Annotated[float, Field(gt=0.0)] | None
 
 
 class WatchdogConfig(Section):
     """Limits are on time without a sign of progress (a batch read, a micro-batch done), not on a phase as a whole."""
 
-    start_minutes: Minutes = 60.0
+    start_minutes: Minutes | None = 60.0
     """End the run (exit code 1) when it makes no progress for so long before its first step is done: reading inputs
     and a checkpoint, building, compiling. All stacks go to the ranks' logs, and the ranks that are behind are named.
     null: never, here and below."""
-    data_minutes: Minutes = 30.0
+    data_minutes: Minutes | None = 30.0
     """The same while any rank waits for data."""
-    step_minutes: Minutes = 30.0
+    step_minutes: Minutes | None = 30.0
     """The same within a step."""
-    evaluate_minutes: Minutes = 30.0
+    evaluate_minutes: Minutes | None = 30.0
     """The same within an evaluation."""
-    save_minutes: Minutes = 60.0
+    save_minutes: Minutes | None = 60.0
     """The same within a save, which counts as a whole: the time in which the slowest rank writes its files."""
-    straggler_minutes: Minutes = 10.0
+    straggler_minutes: Minutes | None = 10.0
     """Time between two looks for ranks that hold up the others; null never looks. A line on the console, no more."""
-    straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.5
+    straggler_ratio: Ratio = 1.5
     """A straggler takes this many times the median rank's time to read its data, or for its forward passes, and loses
     at least 5 % of all time with it."""
 
 
+DEFAULTS = 2  # the newest set; trainer.run_length says what belongs to each
+
+
 class Config(Section):
+    defaults: Annotated[int, Field(ge=1, le=DEFAULTS)] = DEFAULTS
+    """Which set of defaults holds for what follows from the length of the run. A run that has begun keeps the one that
+    it began with. 1: a warm-up of 1,000 steps, epochs rounded up to whole steps, a line every 10 steps."""
     run: RunConfig
     model: ModelConfig
     data: DataConfig

@@ -12,8 +12,22 @@ from pydantic_core import PydanticCustomError
 
 from trainer.plain_text import has_control
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# Beyond these a number is a slip, not a wish; below them all arithmetic holds: sample numbers fit int64, floats stay
+# finite, nothing is made that large.
+LIMIT = 2**48
+LARGEST = 1e9
+MOST_SEQUENCES = 2**24
+MOST_MINUTES = 60 * 24 * 366
+
+PositiveInt = Annotated[int, Field(gt=0, lt=LIMIT)]
+NaturalInt = Annotated[int, Field(ge=0, lt=LIMIT)]
+Sequences = Annotated[int, Field(gt=0, le=MOST_SEQUENCES)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST)]
+Ratio = Annotated[float, Field(gt=1.0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Minutes = Annotated[float, Field(gt=0.0, le=MOST_MINUTES)]
 
 
 def _one_line(text: str) -> str:

@@ -120,6 +120,7 @@ def read_mapping(path: Path, example: str) -> dict[str, Any]:
 _ALTERNATIVES = (
     ("model", ("preset", "config", "from_pretrained")),
     ("train", ("steps", "tokens", "epochs")),
+    ("schedule", ("warmup_steps", "warmup_fraction")),
 )
 
 

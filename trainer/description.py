@@ -9,6 +9,7 @@ from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.data.mixture import describe_mixture
 from trainer.data.run_order import RunOrder
+from trainer.run_length import describe_length
 
 
 def describe_run(
@@ -34,15 +35,10 @@ def describe_run(
         lines += describe_mixture(config.data, order, source_tokens, epochs)
     if len(order.phases) > 1:
         lines += _describe_phases(plan, order)
-    lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order)]
+    lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order), *describe_length(config, plan)]
     lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
     if validation_blocks is not None:
         lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
-    if config.schedule.warmup_steps > plan.total_steps:
-        lines.append(
-            f"schedule: the run ends within the warm-up of {config.schedule.warmup_steps:,} steps, before the rate "
-            "reaches its peak"
-        )
     if config.train.profile is not None and config.train.profile.start > plan.total_steps:
         lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
     return lines

@@ -15,7 +15,6 @@ from trainer.data.shard_set import ShardSet
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import MaskwrightError
-from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 
 EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
@@ -78,7 +77,7 @@ class Evaluator:
         except MaskwrightError as error:
             return None, error
         batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED, starts)
-        batch["labels"].view(len(places), -1)[torch.from_numpy(~inside)] = IGNORED_LABEL
+        self.objective.leave_out(batch, ~inside)
         return batch, None
 
     def _score(self, engine: TrainingEngine, batch: Batch) -> torch.Tensor:

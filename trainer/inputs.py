@@ -33,6 +33,7 @@ from trainer.model.source import check_source, source_note
 from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.paths import real_path, user_path
 from trainer.phases import Phases, lay_out, with_micro_size
+from trainer.run_length import defaults_of, resolve
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
@@ -42,6 +43,7 @@ class Inputs:
     """A checked run, without its model."""
 
     config: Config
+    """With numbers in the place of all that follows from the length of the run."""
     plan: BatchPlan
     ds_config: dict[str, Any]
     tokenizer: Any
@@ -135,7 +137,7 @@ def open_inputs(
     base = _Base.of(config, micro_size)
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
-    order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
+    config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
     if config.model.compile == CUDA_GRAPHS:
         _check_cuda_graphs(config, base.preset, plan)
     return Inputs(
@@ -177,7 +179,7 @@ def describe_unprepared(
         else opener.open(source.path, "train", source.quarantine).tokens
         for source in config.data.train
     ]
-    order, plan = _arrange(config, world_size, base, tokens)
+    config, order, plan = _arrange(config, world_size, base, tokens)
     stage = stage_of(compose(config, base.preset, plan))
     return [*describe_run(config, plan, order, stage, tokens, None), *base.notes]
 
@@ -233,13 +235,15 @@ def tokenizer_source(config: Config) -> str:
     return folder
 
 
-def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[RunOrder, BatchPlan]:
-    """Order and batch arithmetic over sources of so many tokens."""
+def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[Config, RunOrder, BatchPlan]:
+    """The resolved config, order and batch arithmetic over sources of so many tokens."""
     blocks = [[count // objective.payload for count in tokens] for objective in base.objectives]
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
-    plan = plan_batch(config.batch, config.train, base.phases, world_size, [sum(counts) for counts in blocks])
+    epoch_blocks = [sum(counts) for counts in blocks]
+    whole_steps = defaults_of(config).whole_steps
+    plan = plan_batch(config.batch, config.train, base.phases, world_size, epoch_blocks, whole_steps)
     check_epochs(config.data, order, plan.end_sample)
-    return order, plan
+    return resolve(config, plan), order, plan
 
 
 def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) -> None:

@@ -37,7 +37,7 @@ def _freeze(run_dir: Path, inputs: Inputs, say: Callable[[str], None], checkpoin
     config_path, preset_path = run_dir / "config.yaml", run_dir / "deepspeed.json"
     if checkpoint is not None:
         saved = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
-        changes = _changes(saved, inputs.config.model_dump(mode="json"))
+        changes = _changes({"defaults": 1, **saved}, inputs.config.model_dump(mode="json"))
         if saved["deepspeed"] == inputs.config.deepspeed and preset_path.is_file():  # one name: its content may differ
             frozen = json.loads(preset_path.read_text(encoding="utf-8"))
             before, now = ({key: given.get(key) for key in ALLOWED_KEYS} for given in (frozen, inputs.ds_config))

@@ -8,7 +8,7 @@ from trainer.config import ScheduleConfig
 
 
 def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` (1 is the first, `total_steps` the last).
+    """Rate of optimizer step `step` (1 is the first, `total_steps` the last), of a resolved config.
 
     peak · min(1, step / warmup_steps) · shape, where with x the share of the steps after the warm-up that is done and
     m = min_ratio the shape is
@@ -18,13 +18,14 @@ def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleCo
     - wsd: 1, then linear to m over the last decay_fraction of all steps (arXiv:2404.06395);
     - constant: 1.
     """
+    assert schedule.warmup_steps is not None
     warmed_up = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
-    return peak * warmed_up * _shape(step, total_steps, schedule)
+    return peak * warmed_up * _shape(step, total_steps, schedule.warmup_steps, schedule)
 
 
-def _shape(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
+def _shape(step: int, total_steps: int, warmup_steps: int, schedule: ScheduleConfig) -> float:
     floor = schedule.min_ratio
-    done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     done = min(1.0, max(0.0, done))
     if schedule.name == "linear":
         return 1.0 - (1.0 - floor) * done

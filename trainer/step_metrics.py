@@ -65,7 +65,7 @@ class StepMetrics:
             "train/epoch": max(self.order.epochs(state.samples)),
             **self.meter.read(),
             "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
-            **(self._batch_values(shape) if self.plan.earlier else {}),
+            **(self._batch_values(shape) if self.plan.sizes_vary else {}),
             **(self._source_values(state, totals, micro_batches) if len(totals) > 1 else {}),
         }
 

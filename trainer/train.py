@@ -14,6 +14,7 @@ from typing import TextIO
 
 from trainer import distributed
 from trainer.attention_backend import preferring, settle_attention_backend
+from trainer.checkpoint.begun import as_begun
 from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
@@ -101,6 +102,8 @@ def run(
                     _make_ready(run_folder(config), world, lock, say)
                     if world.is_main:  # whose clock decides
                         stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
+                begun = distributed.from_main(world, as_begun(config, resume).defaults if world.is_main else 0)
+                config = config.model_copy(update={"defaults": begun})
                 with activity.within("prepare"):
                     folders = prepare_text(config, world, stop, say)
                 if folders is None:
@@ -219,7 +222,6 @@ def _train(
     if checkpoint and manifest:
         check_place(run_dir, checkpoint)
         check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
-        inputs.plan.end_of(state.samples, inputs.plan.total_steps - state.step)
         if change := describe_layout(manifest.layout, records.layout):
             say(f"resuming in another layout: {change}, step {state.step:,}")
     if not dry_run:

@@ -35,6 +35,7 @@ LINES_BEFORE_STEP_1 = [
     r"run .+: starting afresh \(--resume auto, no checkpoint found\)",
     r"data: [\d,]+ tokens in [\d,]+ blocks of 32; \d+\.\d\d epochs",
     r"batch: 8 sequences a step = 2 micro × 2 ranks × 2 accumulation; 256 tokens a step, 20 steps",
+    r"schedule: 4 steps of warm-up to 0.005, then linear to 0 of it",
     r"deepspeed: zero1 \(stage 1\), fp32",
     r"validation: 16 of \d+ blocks",
     r"evaluation at step 0  loss \S+  perplexity \S+  masked accuracy \S+",

@@ -138,8 +138,8 @@ def test_the_script_is_used_by_hand_with_exported_variables(
         "MASTER_ADDR": "127.0.0.1",
     }
     options = ("--nodes=2", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={tmp_path}/job.log")
-    job = cluster.submit(*options, ROOT / "slurm" / "train.sbatch", "train.steps=3", cwd=tmp_path, **variables)
+    job = cluster.submit(*options, ROOT / "slurm" / "train.sbatch", "train.steps=5", cwd=tmp_path, **variables)
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code) == ("COMPLETED", EXIT_FINISHED), (tmp_path / "job.log").read_text()
-    assert len(losses(tmp_path / "run")) == 3
+    assert len(losses(tmp_path / "run")) == 5
     assert read_starts(tmp_path / "run")[0].world == 2

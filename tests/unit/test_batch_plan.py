@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -74,15 +75,20 @@ def test_the_remedy_offers_only_what_works(global_size: int, micro_size: int, wo
         ({"epochs": 2.5}, 157),
     ],
 )
-def test_the_length_is_rounded_up_to_whole_steps(length: dict[str, float], steps: int):
-    assert plan(16, 4, **length).total_steps == steps
+def test_the_number_of_steps_is_rounded_up(length: dict[str, float], steps: int):
+    found = plan(16, 4, **length)
+    assert found.total_steps == steps
+    if "epochs" in length:
+        assert found.end_sample == math.ceil(1000 * length["epochs"]), "the last step is smaller"
+    else:
+        assert found.end_sample == steps * 16
 
 
 @given(epochs=st.floats(0.01, 100), blocks=st.integers(1, 10**6), batch=st.integers(1, 512))
 def test_epochs_are_covered_and_not_by_a_step_too_many(epochs: float, blocks: int, batch: int):
-    steps = plan(batch, 1, epoch_blocks=blocks, epochs=epochs).total_steps
-    assert steps * batch >= math.floor(epochs * blocks)
-    assert (steps - 1) * batch < epochs * blocks + 1e-6 or steps == 1
+    found = plan(batch, 1, epoch_blocks=blocks, epochs=epochs)
+    assert found.end_sample == math.ceil(Fraction(str(epochs)) * blocks)
+    assert (found.total_steps - 1) * batch < found.end_sample <= found.total_steps * batch
 
 
 def test_the_description_shows_the_arithmetic():

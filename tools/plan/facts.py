@@ -16,6 +16,7 @@ from trainer.errors import MaskwrightError, UserError
 from trainer.inputs import load_vocabulary, open_inputs
 from trainer.model.source import source_note
 from trainer.phases import lay_out
+from trainer.run_length import defaults_of, resolve
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
 
@@ -64,15 +65,18 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)
     blocks = [[count // (phase.seq_len - 2) for count in tokens or ()] for phase in phases]
-    plan = plan_batch(config.batch, config.train, phases, world_size, [sum(counts) for counts in blocks])
+    epoch_blocks, whole_steps = [sum(counts) for counts in blocks], defaults_of(config).whole_steps
+    plan = plan_batch(config.batch, config.train, phases, world_size, epoch_blocks, whole_steps)
     facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))
     facts.steps_known = config.train.epochs is None or tokens is not None
+    if facts.steps_known:
+        facts.config = resolve(config, plan)
     if tokens is not None:
         facts.tokens = sum(tokens)
         order = mixture_order(config.data, phases, blocks, tokens, config.run.seed)
         epochs = order.epochs(plan.end_sample)
         facts.epochs = {source.label: passes for source, passes in zip(config.data.train, epochs, strict=True)}
-    if plan.earlier:
+    if config.data.phases or config.batch.warmup is not None:
         unknown.append("earlier steps: smaller batches and shorter blocks are reckoned at the speed of full steps")
     if config.model.document_attention:
         _attended(facts, world_size)

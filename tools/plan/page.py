@@ -14,6 +14,7 @@ from tools.plan.advice import GPU_COUNTS
 from tools.plan.facts import Facts
 from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
+from trainer.run_length import describe_length
 
 GIB = 2**30
 _LABEL_WIDTH, _WIDTH = 12, 118
@@ -86,6 +87,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     ]
     if facts.steps_known:
         lines.append(("length", _length(facts)))
+        lines += [tuple(line.split(": ", 1)) for line in describe_length(facts.config, facts.plan)]
     else:
         lines.append(("length", f"{config.train.epochs:g} epochs of data that are not there yet: steps not known"))
     if facts.tokens is not None:
@@ -96,7 +98,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _length(facts: Facts) -> str:
     steps, each = facts.plan.total_steps, facts.plan.tokens_per_step
-    how = f"{steps:,} steps, up to {each:,} tokens each:" if facts.plan.earlier else f"{steps:,} steps × {each:,} ="
+    how = f"{steps:,} steps, up to {each:,} tokens each:" if facts.plan.sizes_vary else f"{steps:,} steps × {each:,} ="
     return f"{how} {facts.total_tokens:,} tokens (exact)"
 
 

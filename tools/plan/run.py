@@ -10,6 +10,7 @@ from tools.plan.devices import Device, DeviceName, MeasuredStep, device_here, de
 from tools.plan.facts import Facts, gather_facts
 from tools.plan.layouts import Layout, Layouts
 from trainer.batch_plan import plan_batch
+from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.deepspeed_config import compose, load_preset
 from trainer.memory_model import checkpoint_bytes
@@ -102,6 +103,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     Raises:
         UserError: as `validate`, but that tokenizer and data need not be there.
     """
+    config = as_begun(config)
     world_size = options.nodes * options.gpus_per_node
     precision = config.train.precision
     facts = gather_facts(config, world_size, options.vocabulary_size)

@@ -94,15 +94,16 @@ def _check_shares(
     sources: NDArray[np.int64],
     blocks: NDArray[np.int64],
 ) -> None:
-    shares = rank_share(samples, sources, blocks, 0, 1).reshape(plan.ranks, -1)
-    times = np.bincount(shares.ravel(), minlength=len(samples))
+    by_address = rank_share(samples, sources, blocks, 0, 1)
+    times = np.bincount(by_address, minlength=len(samples))
+    share = -(-len(samples) // plan.ranks)
     found.samples += len(samples)
     found.misplaced += int((times != 1).sum())
     asked = range(plan.ranks) if step == 0 else range(step * OWN_CALLS_A_STEP, (step + 1) * OWN_CALLS_A_STEP)
     for rank in sorted({turn % plan.ranks for turn in asked}):
         own = rank_share(samples, sources, blocks, rank, plan.ranks)
         found.own_calls += 1
-        found.differing_shares += not np.array_equal(own, shares[rank])
+        found.differing_shares += not np.array_equal(own, by_address[rank * share : (rank + 1) * share])
 
 
 def _distinct_chunks(order: SampleOrder, sources: NDArray[np.int64], blocks: NDArray[np.int64]) -> int:

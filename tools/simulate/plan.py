@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from trainer.batch_plan import BatchPlan, Stretch, plan_batch
+from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
 from trainer.config_file import load_config, recipe_names
 from trainer.data.mixture import mixture_order
@@ -22,6 +23,7 @@ from trainer.data.shards import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_
 from trainer.errors import UserError
 from trainer.paths import user_path
 from trainer.phases import Phases, lay_out
+from trainer.run_length import defaults_of
 
 MOST_RANKS = 4096  # simulated without being asked
 USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's
@@ -214,7 +216,7 @@ def _over(source: SimulatedSource, options: SimulateOptions) -> SimulatedPlan:
 
 def _plan_of_config(config_source: str, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
     _refuse(options, ("seq_len", "global_size", "seed"), "stands in the config; override it there (see docs/config.md)")
-    config = load_config(config_source, overrides)
+    config = as_begun(load_config(config_source, overrides))
     batch, data = config.batch, config.data
     # As many ranks as one micro-batch each makes, which divides if any number does.
     micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
@@ -222,7 +224,7 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     phases = lay_out(data, batch)
     epoch_blocks = [sum(source.tokens // (phase.seq_len - 2) for source in sources) for phase in phases]
-    plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks)
+    plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks, defaults_of(config).whole_steps)
     return SimulatedPlan(
         data=data,
         sources=sources,

@@ -27,6 +27,7 @@ from trainer.signals import ignore_stop_signals
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 
+PADDING = -1  # in the place of a sample number: a row without predictions
 _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
 
 
@@ -34,8 +35,9 @@ _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
 class MicroBatches(Sampler[np.ndarray]):
     """This rank's micro-batches of `steps` steps from `first_sample` on, as int64 [micro_size, 3]: t, source, block.
 
-    All of them are of one phase. The blocks of the step after the one handed out are announced to the kernel, which
-    has them read meanwhile.
+    A step with fewer samples than its micro-batches have room for is filled up with rows whose t is PADDING. All of
+    them are of one phase. The blocks of the step after the one handed out are announced to the kernel, which has them
+    read meanwhile.
     """
 
     order: RunOrder | SampleOrder
@@ -69,11 +71,19 @@ class MicroBatches(Sampler[np.ndarray]):
                 for step in places.reshape(steps, size, 3):
                     numbers, sources, blocks = step.T
                     share = step[rank_share(numbers, sources, blocks, self.rank, shape.world_size)]
+                    share = share if len(share) == shape.rank_size else _filled_up(share, step, shape.rank_size)
                     yield share.reshape(shape.accumulation, shape.micro_size, 3)
 
     def _advise(self, share: NDArray[np.int64]) -> None:
         for source, blocks in _by_source(share[:, 1], share[:, 2]):
             self.sources[source].advise(blocks, self.payload)
+
+
+def _filled_up(share: NDArray[np.int64], step: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    """The share [n, 3] with as much padding as makes `rows` of it: its last block again, so that addresses ascend."""
+    padding = np.repeat(share[-1:] if len(share) else step[:1], rows - len(share), axis=0)
+    padding[:, 0] = PADDING
+    return np.concatenate([share, padding])
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,14 @@ class MaskedBlocks(Dataset[Any]):
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
         samples, sources, numbers = places.T
+        padding = samples == PADDING
         try:
             blocks, starts = self._read(sources, numbers)
         except MaskwrightError as error:
             return ReadFailure(error)
         batch = self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed, starts)
+        if padding.any():
+            self.objective.leave_out(batch, padding)
         if len(self.sources) > 1:
             batch["sources"] = torch.from_numpy(sources.copy())
         return batch

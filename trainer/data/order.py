@@ -210,17 +210,16 @@ def rank_share(
     """Which samples of a global batch a rank takes: its slice of the batch sorted by address.
 
     Sorted by (source, block, sample number) and cut into equal slices, each rank, and each node, reads from its own
-    part of the window.
+    part of the window. Where the batch does not divide, as the last one of a run may not, the last slices are shorter.
 
     Args:
         samples: int64 [n], sample numbers of the global batch.
         sources, blocks: int64 [n], where `SampleOrder.locate` found them.
 
     Returns:
-        [n / world_size] positions into the batch, in address order.
+        [⌈n / world_size⌉] positions into the batch, or fewer, in address order.
     """
-    assert len(samples) % world_size == 0, "the global batch divides by the ranks"
-    share = len(samples) // world_size
+    share = -(-len(samples) // world_size)
     by_address = np.lexsort((samples, blocks, sources))
     return by_address[rank * share : (rank + 1) * share]
 

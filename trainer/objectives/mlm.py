@@ -114,6 +114,11 @@ class MaskedLanguageModelling:
         )
 
     @staticmethod
+    def leave_out(batch: Batch, rows: np.ndarray) -> None:
+        """Make padding of some blocks: without predictions they count in no loss. `rows` is bool [B]."""
+        batch["labels"].view(len(rows), -1)[torch.from_numpy(rows)] = IGNORED_LABEL
+
+    @staticmethod
     def predictions(batch: Batch) -> int:
         """How many predictions of the batch count in the loss."""
         return int((batch["labels"] != IGNORED_LABEL).sum())
