@@ -102,7 +102,7 @@ def _gpu_count(text: str) -> int:
 
 
 def submit(asked: Submission, console: Console) -> None:
-    """Validate, write and queue a run; a dry run prints the script on stdout and writes nothing.
+    """Validate, write and queue a run; a dry run prints the scripts on stdout, then the run, and writes nothing.
 
     Raises:
         UserError: for a mistake in config or options, a job in the same run folder, or when SLURM refuses.
@@ -119,15 +119,19 @@ def submit(asked: Submission, console: Console) -> None:
     from tools.validate import validate
 
     world_size = asked.nodes * asked.ranks_per_node
-    for line in validate(config, world_size):
+    ranks = f"{asked.nodes} nodes × {asked.ranks_per_node} ranks = {world_size} ranks"
+    described = validate(config, world_size)
+    if asked.dry_run:  # first, so that on a terminal the summary is what stays in view
+        sys.stdout.write("\n".join(scripts.values()))
+        sys.stdout.flush()
+    for line in described:
         console.print(line)
     console.print(f"site: {site_path}" if site_path else "site: none (see slurm/site.example.yaml)")
     if asked.dry_run:
-        sys.stdout.write("\n".join(scripts.values()))
+        console.print(f"dry run: {ranks}; the script is on stdout, nothing was written or queued")
         return
     jobs.write(scripts)
     numbers, conversion = jobs.queue()
-    ranks = f"{asked.nodes} nodes × {asked.ranks_per_node} ranks = {world_size} ranks"
     for line in jobs.describe(numbers, conversion, ranks):
         console.print(line)
 

@@ -31,7 +31,7 @@ TRAINING_METRICS = {
     "resilience/rollbacks": "returns to a checkpoint so far because training had diverged",
     "resilience/skipped_samples": "blocks passed over by them",
     "throughput/tokens_per_second": "positions a second over all ranks, since the last line",
-    "throughput/mfu": "model FLOP/s over the peak FLOP/s of all devices, since the last line",
+    "throughput/mfu": "model FLOP/s over the peak FLOP/s of all devices, since the last line; null on CPUs",
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
     "time/save_seconds": "time that saving stopped training for since the last line, rank 0, seconds",
     "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
@@ -64,7 +64,7 @@ class ThroughputMeter:
 
     Args:
         flops_per_token: training FLOPs a position, in each phase of the run.
-        peak_flops: FLOP/s of all devices together.
+        peak_flops: FLOP/s of all devices together; NaN when it is not known.
     """
 
     def __init__(self, flops_per_token: Sequence[float], peak_flops: float) -> None:

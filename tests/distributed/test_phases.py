@@ -82,8 +82,7 @@ def test_the_steps_are_those_that_the_config_asks_for_and_the_metrics_say_so(cle
     inputs = open_inputs(clean, 2)
     model = build_model(clean.model, inputs.vocabulary, clean.data.seq_len, 0).model
     flops = {length: flops_per_token(model, length, round(0.15 * (length - 2)) / length) for length in (16, 32)}
-    used = [line["throughput/mfu"] / line["throughput/tokens_per_second"] for line in lines]
-    assert [each / used[0] for each in used] == pytest.approx([flops[length] / flops[16] for length in LENGTHS])
+    assert all(line["throughput/mfu"] is None for line in lines), "a CPU's peak is not known"
     assert flops[32] / flops[16] > 1.01
 
 

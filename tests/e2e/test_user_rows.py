@@ -41,7 +41,7 @@ LINES_BEFORE_STEP_1 = [
     r"evaluation at step 0  loss \S+  perplexity \S+  masked accuracy \S+",
 ]
 STEP_LINE = (
-    r"step (\d+)/20  loss \d+\.\d{4}  lr \d\.\d\de[+-]\d\d  grad_norm \d+\.\d{3}  [\d,]+ tokens/s  mfu [\d.]+%  "
+    r"step (\d+)/20  loss \d+\.\d{4}  lr \d\.\d\de[+-]\d\d  grad_norm \d+\.\d{3}  [\d,]+ tokens/s  mfu –  "
     r"wait [\d.]+%  peak \d+\.\d\d GiB  eta \d+:\d\d:\d\d"
 )
 LATER_LINES = [

@@ -87,7 +87,9 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     ]
     if facts.steps_known:
         lines.append(("length", _length(facts)))
-        lines += [tuple(line.split(": ", 1)) for line in describe_length(facts.config, facts.plan)]
+        for line in describe_length(facts.config, facts.plan):
+            label, _, text = line.partition(": ")
+            lines.append((label, text))
     else:
         lines.append(("length", f"{config.train.epochs:g} epochs of data that are not there yet: steps not known"))
     if facts.tokens is not None:

@@ -12,7 +12,9 @@ from tools.plan.layouts import Layout, Layouts
 from trainer.batch_plan import plan_batch
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
+from trainer.config_base import LARGEST
 from trainer.deepspeed_config import compose, load_preset
+from trainer.errors import UserError
 from trainer.memory_model import checkpoint_bytes
 from trainer.model.footprint import Footprint
 from trainer.phases import lay_out, with_micro_size
@@ -104,6 +106,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         UserError: as `validate`, but that tokenizer and data need not be there.
     """
     config = as_begun(config)
+    _check_options(options)
     world_size = options.nodes * options.gpus_per_node
     precision = config.train.precision
     facts = gather_facts(config, world_size, options.vocabulary_size)
@@ -138,6 +141,20 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         checkpoint=_checkpoint(config, facts, footprint, chosen, options),
         ds_config=compose(config, preset, settled),
     )
+
+
+def _check_options(options: PlanOptions) -> None:
+    """Refuse numbers that are slips: with them figures would overflow, or lists have no end."""
+    bounds = {
+        "--nodes": (options.nodes, 2**20),
+        "--gpus-per-node": (options.gpus_per_node, 2**10),
+        "--vocab-size": (options.vocabulary_size, 2**24),
+        "--network-gbit": (options.network_gbit, LARGEST),
+        "--storage-gb-s": (options.storage_gb_s, LARGEST),
+    }
+    for flag, (value, most) in bounds.items():
+        if value is not None and not value <= most:  # a number that is none is not, either
+            raise UserError(f"It must be at most {most:,.0f}.", where=f"{flag} {value}", remedy="Give another number.")
 
 
 def _checkpoint(

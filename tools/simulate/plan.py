@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from trainer.batch_plan import BatchPlan, Stretch, plan_batch
 from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
+from trainer.config_base import LIMIT
 from trainer.config_file import load_config, recipe_names
 from trainer.data.mixture import mixture_order
 from trainer.data.quarantine import kept_stretches
@@ -30,6 +31,17 @@ USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's
 USUAL_STEPS = 1000
 PAPER_TOKENS, PAPER_SHARDS, PAPER_VOCABULARY = 10**13, 20_000, 50_265
 _NO_HASH = "0" * 32
+_BOUNDS = {
+    "tokens": (1, LIMIT - 1),
+    "shards": (1, 2**18),  # each has an entry in a manifest
+    "vocabulary_size": (1, 2**32),
+    "seq_len": (1, 2**15),
+    "ranks": (1, 2**16),  # each is asked for its share
+    "global_size": (1, 2**20),  # located and sorted at once
+    "steps": (1, 2**32),
+    "first_sample": (0, LIMIT - 1),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -141,9 +153,14 @@ def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOpt
         UserError: for options that do not fit together or make no plan, and what `load_config` raises.
         DamagedError: for a manifest that cannot be read.
     """
-    for name in ("tokens", "shards", "vocabulary_size", "seq_len", "ranks", "global_size", "steps"):
-        if getattr(options, name) == 0:
-            raise UserError("It must be at least 1.", where=f"{_flag(name)} 0", remedy="Give another number.")
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(
+                f"It must be at least {least} and at most {most:,}.",
+                where=f"{_flag(name)} {value}",
+                remedy="Give another number.",
+            )
     if source is None:
         return _over(_paper_source(options), options)
     _refuse(options, ("tokens", "shards", "vocabulary_size"), "describes data on paper, but there is real data to read")

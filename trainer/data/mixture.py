@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from trainer.config import DataConfig
@@ -25,6 +26,7 @@ def mixture_order(
         UserError: when a source that has a weight has no block.
     """
     stages = weight_stages(data, phases, tokens)
+    _check_stages(data, [start for start, _ in stages[1:]])
     orders = []
     for number, (phase, counts) in enumerate(zip(phases, blocks, strict=True)):
         begun = max(place for place, (start, _) in enumerate(stages) if start <= phase.first_sample)
@@ -47,10 +49,24 @@ def mixture_order(
     return RunOrder(phases, orders, seed)
 
 
+def _check_stages(data: DataConfig, starts: Sequence[int]) -> None:
+    """Refuse two stages that begin with the same block; `starts` are their first samples."""
+    for number, (first, second) in enumerate(itertools.pairwise(starts)):
+        if first == second:
+            before, stage = data.stages[number], data.stages[number + 1]
+            raise UserError(
+                f"The stages from token {before.from_tokens:,} and from token {stage.from_tokens:,} would begin with "
+                "the same block.",
+                where=f"data.stages[{number + 1}].from_tokens={stage.from_tokens}",
+                remedy=f"Let them begin a block ({data.seq_len} tokens) apart at least, or leave one of them out.",
+            )
+
+
 def weight_stages(data: DataConfig, phases: Phases, tokens: Sequence[int]) -> list[tuple[int, list[float]]]:
     """The weights of the sources over the run, as (first sample, weights), the first from 0 on."""
     if data.temperature is not None:
-        weights = [count ** (1 / data.temperature) for count in tokens]
+        # One token at least: a source of which nothing is left has a weight, and is refused as one without a block.
+        weights = [max(1, count) ** (1 / data.temperature) for count in tokens]
     else:
         weights = [1.0 if source.weight is None else source.weight for source in data.train]
     labels = [source.label for source in data.train]

@@ -232,7 +232,7 @@ def _refuse_empty_sources(blocks: Sequence[int], stages: Sequence[tuple[int, Seq
             raise UserError(
                 f"The {which} of data.train is smaller than one block.",
                 where="data.train" if one else f"data.train[{source}]",
-                remedy=f"Prepare more text{'' if one else ', give it weight 0,'} or lower data.seq_len.",
+                remedy=f"Prepare more text{'' if one else ', leave it out'} or lower data.seq_len.",
             )
 
 

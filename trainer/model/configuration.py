@@ -54,6 +54,7 @@ DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
 """`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
+_MOST_LAYERS, _LARGEST_SIZE = 1024, 2**24  # beyond what anybody trains; without a cap a slip builds modules for hours
 _SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
 
 
@@ -247,6 +248,10 @@ def _check_sizes(config: PretrainedConfig, where: str) -> None:
         value = getattr(config, name, None)
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.", where=where, remedy=_set_override(name))
+    for name, value in config.to_dict().items():
+        most = _MOST_LAYERS if "layers" in name else _LARGEST_SIZE
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{name} must be at most {most:,}, got {value:,}.", where=where, remedy=_set_override(name))
     heads = heads_of(config)
     if not heads:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
@@ -30,11 +31,14 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Dense matmul peak of a device in FLOP/s, and where the figure comes from.
+    """Dense matmul peak of a device in FLOP/s, and where the figure comes from; NaN for a CPU.
 
-    NVIDIA's data sheet for the GPUs it knows by name; for any other device (CPUs, other GPUs, MIG slices) a
-    measured matmul. fp32 counts as TF32 where torch is allowed to use it.
+    NVIDIA's data sheet for the GPUs it knows by name; for other GPUs and MIG slices a measured matmul. fp32 counts as
+    TF32 where torch is allowed to use it. A CPU is on no data sheet, and what a start could measure in passing is the
+    load of that moment: a run whose machine was busy when it began was told that it used 155 % of it.
     """
+    if device.type == "cpu":
+        return math.nan, "a CPU: its peak is not known"
     if device.type == "cuda":
         tf32 = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
         name = torch.cuda.get_device_name(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -83,10 +84,14 @@ def describe(values: dict[str, Any], plan: BatchPlan) -> str:
     return (
         f"loss {_number(values['train/loss'], '.4f')}  lr {values['train/learning_rate']:.2e}  "
         f"grad_norm {_number(values['train/grad_norm'], '.3f')}  "
-        f"{values['throughput/tokens_per_second']:,.0f} tokens/s  mfu {values['throughput/mfu']:.1%}  "
+        f"{values['throughput/tokens_per_second']:,.0f} tokens/s  mfu {_share(values['throughput/mfu'])}  "
         f"wait {values['time/data_wait_fraction']:.1%}  peak {values['memory/peak_gib']:.2f} GiB{skipped}  "
         f"eta {timedelta(seconds=round(seconds_left(values, plan)))}"
     )
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -62,6 +62,7 @@ def test_a_dry_run_prints_a_script_and_writes_nothing(
     submit(run, make_console())
     printed = capsys.readouterr()
     assert "batch: 8 sequences a step = 2 micro × 4 ranks × 1 accumulation" in printed.err
+    assert printed.err.splitlines()[-1].startswith("dry run: 2 nodes × 2 ranks = 4 ranks"), "the last thing in view"
     script, template = printed.out, (SLURM_FOLDER / "train.sbatch").read_text()
     assert script.partition("# --- end of settings ---")[2] == template.partition("# --- end of settings ---")[2]
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0

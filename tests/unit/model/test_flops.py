@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, BLOCKS, PREDICTIONS, SEQ_LEN, masked_batch, tiny_model, vocabulary
@@ -8,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
 from trainer.config import ModelConfig
+from trainer.metrics import ThroughputMeter, as_json
 from trainer.model.build import constant_inputs
 from trainer.model.configuration import DOCUMENT_ATTENTION_MODELS, build_config
-from trainer.model.device_peak import datasheet_peak, device_peak
+from trainer.model.device_peak import datasheet_peak, device_peak, matmul_peak_flops
 from trainer.model.flops import flops_per_token
 from trainer.model.prediction_head import install
 
@@ -96,7 +99,22 @@ def test_datasheet_peaks(name, number_format, teraflops):
     assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
 
-def test_a_cpu_is_measured():
+def test_the_peak_of_a_cpu_is_not_guessed():
     peak, label = device_peak(torch.device("cpu"), torch.float32)
-    assert 1e8 < peak < 1e14
-    assert label == "measured matmul on cpu, fp32"
+    assert math.isnan(peak) and "not known" in label
+    assert 1e8 < matmul_peak_flops(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14, "for benchmarks"
+
+
+def test_mfu_counts_the_flops_of_each_phase_and_is_null_without_a_peak():
+    for peak, shares in ((1e6, (1.0, 3.0)), (math.nan, None)):
+        meter = ThroughputMeter([100.0, 300.0], peak)
+        found = []
+        for phase in (0, 1):
+            meter.restart()
+            meter.trained(64, phase)
+            values = meter.read()
+            found.append(values["throughput/mfu"] / values["throughput/tokens_per_second"] * 1e4)
+        if shares is None:
+            assert as_json({"throughput/mfu": found[0]}) == {"throughput/mfu": None}
+        else:
+            assert found == pytest.approx(shares)
