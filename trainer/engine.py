@@ -149,6 +149,13 @@ class TrainingEngine:
             torch.compiler.cudagraph_mark_step_begin()
         with self._positions.select(prediction_index):
             output = self._engine(input_ids=input_ids, **inputs)
+        shape = output.logits.shape[:2]
+        if not self._positions.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
+            raise UserError(
+                f"{type(self.module).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
+                where="data.seq_len",
+                remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+            )
         return self._positions.logits(output.logits, prediction_index)
 
     def begin_step(self, micro_size: int, accumulation: int) -> None:
