@@ -50,7 +50,7 @@ def check_entry(entry: ShardEntry, item_bytes: int | None = None) -> None:
     for suffix, size in expected.items():
         if sizes[suffix] != size:
             held = f"{entry.tokens:,} tokens and {entry.documents:,} documents"
-            raise ValueError(f"shards: {entry.name}.{suffix} has {sizes[suffix]:,} bytes, but {size:,} hold {held}")
+            raise ValueError(f"shards: {entry.name}.{suffix}: {sizes[suffix]:,} bytes, but {size:,} hold {held}")
 
 
 def check_manifest(manifest: Manifest, dtype: np.dtype) -> None:
