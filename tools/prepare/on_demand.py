@@ -28,6 +28,7 @@ from tools.prepare.option_names import CONFIG
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.special_tokens import TEXT, SpecialTokens
 from tools.prepare.summary import describe_tokens, human_bytes
+from tools.prepare.text_cache import describe_unused
 from tools.prepare.work_folder import recorded_units
 from trainer import distributed
 from trainer.checkpoint.resume import DATA_ORDER
@@ -89,6 +90,8 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
                 return None
             say(f"prepared {path}")
         folders[path] = job.output
+    if folders and world.is_main and (note := describe_unused(_cache(config), folders.values())):
+        say(note)
     return folders
 
 
@@ -110,6 +113,8 @@ def look_up(config: Config) -> Found:
             f"{_cache(config)}; until then the numbers are estimates"
         )
         found.notes += input_notes(job.inputs, job.documents, job.names)
+    if (found.folders or found.estimates) and (note := describe_unused(_cache(config), found.folders.values())):
+        found.notes.append(note)
     return found
 
 

@@ -17,6 +17,7 @@ from tools.prepare.paths import shown
 from trainer.errors import UserError, nearest
 
 _LEADS_NOWHERE = (errno.ELOOP, errno.ENOENT, errno.ENOTDIR)
+_READ_ANYWAY = "link to a folder that is read anyway or above"
 Identity = tuple[int, int]
 """Device and inode: a folder by whatever path it is reached."""
 
@@ -101,7 +102,7 @@ class Walk:
                 link = links.pop(0)
                 identity = _identity(link)
                 if identity in seen or identity in above:
-                    self.passed_over.counts["link to a folder that is read anyway or above"] += 1
+                    self.passed_over.counts[_READ_ANYWAY] += 1
                     continue
                 seen.add(identity)
                 folders.append(link)
@@ -124,6 +125,8 @@ class Walk:
                 elif (identity := _identity(entry.path)) not in seen:
                     seen.add(identity)
                     folders.append(entry.path)
+                else:  # a link led there before
+                    self.passed_over.counts[_READ_ANYWAY] += 1
 
     def _reason_to_skip(self, folder: str, names: list[str]) -> str | None:
         """Why a folder within an input is not searched: it is the output, or holds what a command wrote."""

@@ -22,6 +22,7 @@ from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, CONFIG
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.text_cache import describe_unused
 from trainer.data.shards import read_manifest
 from trainer.errors import UserError
 
@@ -283,3 +284,16 @@ def test_values_in_skipped_lines_are_counted_in_bytes(tmp_path: Path) -> None:
     rows: list[Any] = texts_of(path, losses=losses)
     assert rows == ["x\ufffd"] and losses.repaired == 1
     assert losses.refused_bytes == len('{"text": 5}\n') + 2
+
+
+def test_the_text_cache_says_what_a_run_does_not_use(tmp_path: Path) -> None:
+    cache = tmp_path / "text-cache"
+    assert describe_unused(cache, []) is None
+    write(cache / "texts-1" / "manifest.json", "x" * 600)
+    write(cache / "texts-2" / "train" / "manifest.json", "x" * 400)
+    write(cache / "sums.json", "{}")
+    write(cache / "mine" / "notes.txt")
+
+    note = describe_unused(cache, [cache / "texts-1"])
+    assert note and "1 preparation that this run does not use, 400 B: texts-2;" in note
+    assert describe_unused(cache, [cache / "texts-1", cache / "texts-2"]) is None
