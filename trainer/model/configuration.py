@@ -170,7 +170,7 @@ def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfi
             where=where,
             remedy="Correct model_type, or install a version of transformers that has it.",
         )
-    config_class = CONFIG_MAPPING[model_type]
+    config_class: Any = CONFIG_MAPPING[model_type]
     decodes = any({**vars(config_class()), **fields}.get(name) for name in ("is_decoder", "is_encoder_decoder"))
     if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
         raise UserError(
