@@ -220,7 +220,7 @@ def test_without_document_attention_no_border_is_read(tmp_path: Path):
     sources = [ShardSet(tmp_path)]
     (tmp_path / "shard-00000.doc").unlink()
     assert all("documents" not in batch for batch in batches_of(sources, steps=1))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedError, match=r"shard-00000\.doc is missing"):
         batches_of(sources, steps=1, document_attention=True)
 
 
