@@ -12,6 +12,9 @@ from typing import Any
 
 import xxhash
 
+_LFS_POINTER = b"version https://git-lfs"
+_LARGEST_POINTER = 1024  # bytes
+
 
 def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
     """xxh3_128 of a file, hexadecimal; `on_read` is told the bytes of each part that is read."""
@@ -37,6 +40,15 @@ def shipped(package: str, name: str) -> Path:
 def json_hash(content: Any) -> str:
     """xxh3_128 of a JSON value with sorted keys: the checksum that a manifest has of itself."""
     return bytes_hash(json.dumps(content, sort_keys=True).encode())
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Say whether a file is the small text that Git LFS leaves where a clone did not fetch the content."""
+    try:
+        is_small = path.is_file() and path.stat().st_size <= _LARGEST_POINTER
+        return is_small and path.read_bytes().startswith(_LFS_POINTER)
+    except OSError:
+        return False
 
 
 def write_synced(path: Path, content: bytes) -> None:

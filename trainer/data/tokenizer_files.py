@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.files import is_lfs_pointer
 from trainer.paths import user_path
 
 TOKENIZER_JSON, VOCAB_TXT = "tokenizer.json", "vocab.txt"
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LFS_POINTER = b"version https://git-lfs"
-_LARGEST_POINTER = 1024  # bytes
 _CASED_SHARE = 0.01  # of the words with ASCII letters; names that were added to an uncased vocabulary are fewer
 
 
@@ -99,16 +98,6 @@ def sentencepiece_needed(problem: str, where: str | Path) -> UserError:
         remedy="Install it with `pip install sentencepiece` (in a clone of maskwright: pip install -e "
         "'.[sentencepiece]').",
     )
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the small text that Git LFS leaves where a clone did not fetch the content."""
-    try:
-        if path.stat().st_size > _LARGEST_POINTER:
-            return False
-        return path.read_bytes().startswith(_LFS_POINTER)
-    except OSError:
-        return False
 
 
 def _reads_vocab_txt_itself(folder: Path) -> bool:

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.errors import UserError
+from trainer.files import is_lfs_pointer
 from trainer.paths import is_local, user_path
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_LFS_MARK = b"version https://git-lfs"
 _WHERE = "model.from_pretrained"
 
 
@@ -64,7 +64,7 @@ def refuse_lfs_pointers(folder: Path) -> None:
     Raises:
         UserError: naming those that are pointers.
     """
-    pointers = [path.name for path in sorted(folder.glob("*")) if _is_pointer(path)]
+    pointers = [path.name for path in sorted(folder.glob("*")) if is_lfs_pointer(path)]
     if pointers:
         raise UserError(
             f"In '{folder}' Git LFS has left a pointer in the place of {', '.join(pointers[:4])}: the content was not "
@@ -72,16 +72,6 @@ def refuse_lfs_pointers(folder: Path) -> None:
             where=_WHERE,
             remedy="Run `git lfs pull` in that folder.",
         )
-
-
-def _is_pointer(path: Path) -> bool:
-    try:
-        if not path.is_file() or path.stat().st_size > 1024:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(_LFS_MARK)) == _LFS_MARK
-    except OSError:
-        return False
 
 
 def _parts(source: str, found: Path) -> list[Path]:
