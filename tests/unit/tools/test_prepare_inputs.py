@@ -214,7 +214,7 @@ def test_zstd_windows_of_two_gibibytes_are_read_and_said(tmp_path: Path, log: in
         ("a.parquet", b"plain text, and longer\n", "no parquet file"),
         ("a.arrow", b"plain text, and longer\n", "no arrow file"),
         ("a.parquet", b"PAR1" + b"\0" * 40, "cut short"),
-        ("a.txt.gz", gzip.compress(b"text\n" * 1000, mtime=0)[:-20], "cut short"),  # the same name of the test each time
+        ("a.txt.gz", gzip.compress(b"text\n" * 1000, mtime=0)[:-20], "cut short"),  # mtime: one name of the test
     ],
 )
 def test_damage_is_said_only_of_what_is_damaged(tmp_path: Path, name: str, content: bytes, remedy: str) -> None:
