@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tests.unit.data.test_shards import flip, write_data_set
 from trainer.config import Config
 from trainer.data.order import rank_share
-from trainer.data.shards import SUM_BYTES, read_manifest
+from trainer.data.shards import SUM_BYTES, ShardEntry, read_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import open_inputs
 
@@ -130,35 +129,36 @@ def test_row_19_damaged_validation_data_stops_all_ranks(workspace: Path, data: P
 
 def _swap(folder: Path) -> None:
     """Shards exchanged, manifest and all: a data set that is whole, but another."""
-    raw = json.loads((folder / "manifest.json").read_text())
-    raw["shards"].reverse()
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    manifest = read_manifest(folder)
+    _write(folder, manifest.shards[::-1])
 
 
 def _rename(folder: Path) -> None:
     for path in folder.glob("shard-00001.*"):
         path.rename(folder / f"other{path.suffix}")
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace("shard-00001", "other"))
+    first, second = read_manifest(folder).shards
+    _write(folder, (first, replace(second, name="other")))
 
 
 def _change(folder: Path) -> None:
-    raw = json.loads((folder / "manifest.json").read_text())
     write_data_set(folder / "new", [[[7] * 9998 + [8]] * 63])
     for suffix in ("tok", "doc", "sum"):
         (folder / "new" / f"shard-00000.{suffix}").replace(folder / f"shard-00001.{suffix}")
-    new = json.loads((folder / "new" / "manifest.json").read_text())
-    raw["shards"][1] = {**new["shards"][0], "name": "shard-00001"}
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    new = read_manifest(folder / "new").shards[0]
+    _write(folder, (read_manifest(folder).shards[0], replace(new, name="shard-00001")))
 
 
 def _add(folder: Path) -> None:
-    raw = json.loads((folder / "manifest.json").read_text())
+    shards = read_manifest(folder).shards
     for suffix in ("tok", "doc", "sum"):
         shutil.copyfile(folder / f"shard-00000.{suffix}", folder / f"shard-00002.{suffix}")
-    raw["shards"].append({**raw["shards"][0], "name": "shard-00002"})
-    raw["tokens"] = sum(shard["tokens"] for shard in raw["shards"])
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    _write(folder, (*shards, replace(shards[0], name="shard-00002")))
+
+
+def _write(folder: Path, shards: tuple[ShardEntry, ...]) -> None:
+    totals = {name: sum(getattr(entry, name) for entry in shards) for name in ("tokens", "documents")}
+    manifest = replace(read_manifest(folder), shards=shards, **totals)
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
 
 
 def test_row_19_a_resume_on_other_shards_is_refused_with_the_difference(
