@@ -158,6 +158,9 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
 def _fill(model: Any, files: ZeroFiles) -> None:
     """Copy parameters and buffers into the model, each of which must be there and no other.
 
+    Parameters that a class computes itself and freezes (RoFormer's sinusoidal positions) are in no checkpoint, and stay
+    as it has computed them.
+
     Raises:
         DamagedError: naming those that are too many or too few.
     """
@@ -166,7 +169,7 @@ def _fill(model: Any, files: ZeroFiles) -> None:
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     found = origins(model, files.shapes)
     differ = (
-        sorted(parameters.keys() - found.keys())
+        sorted(name for name in parameters.keys() - found.keys() if parameters[name].requires_grad)
         + sorted(files.shapes.keys() - parameters.keys())
         + sorted(files.buffers.keys() - buffers.keys())
     )
@@ -177,7 +180,8 @@ def _fill(model: Any, files: ZeroFiles) -> None:
             remedy="Convert with the transformers version that the checkpoint's manifest names.",
         )
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(files.read_weight(found[name]))
+        if name in found:
+            parameter.data.copy_(files.read_weight(found[name]))
     for name, value in files.buffers.items():
         buffers[name].copy_(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,14 @@ def test_logits_that_do_not_repeat_or_are_not_finite_are_found_before_the_first_
     workspace: Path, tmp_path: Path
 ) -> None:
     assert run_ranks(start_with_noise, 1, tiny_config(workspace, tmp_path / "run")) == [0]
+
+
+def test_weights_that_a_class_computes_and_freezes_are_in_no_checkpoint_and_convert(
+    workspace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roformer", "embedding_size": 32, **TINY_ROBERTA}))
+    source = {"preset": None, "config": str(tmp_path), "overrides": {}}
+    config = tiny_config(workspace, tmp_path / "run", model=source, train={"steps": 2})
+    assert train(config, 1) == EXIT_FINISHED
+    conversion = convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert conversion.difference_from_training == conversion.difference_after_reload == 0.0

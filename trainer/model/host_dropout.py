@@ -71,7 +71,8 @@ def attention_with_dropout(
 
     Args:
         query, key, value: [B, heads, S, width].
-        attention_mask: bool, True where a token may look at another; broadcast to [B, heads, S, S].
+        attention_mask: bool, True where a token may look at another, or to be added to the scores (LayoutLM's);
+            broadcast to [B, heads, S, S].
 
     Returns:
         [B, S, heads, width], and None for the weights.
@@ -80,8 +81,10 @@ def attention_with_dropout(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query * scale) @ key.transpose(-1, -2)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype is torch.bool:
         scores = scores.masked_fill(~attention_mask, -math.inf)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
     kept, kept_share = draw_kept(weights.shape, dropout, weights.dtype)
     output = (weights * kept) @ (value * (1.0 / kept_share))

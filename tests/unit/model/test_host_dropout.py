@@ -75,3 +75,17 @@ def test_a_model_keeps_its_class_and_weights_and_computes_the_same_when_nothing_
     dropped = model(input_ids=ids).logits
     torch.manual_seed(1)
     assert torch.equal(model(input_ids=ids).logits, dropped) and not torch.allclose(dropped, before)
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1e-6])  # the second is rounded to nothing, by the way of dropout
+def test_a_mask_that_is_added_does_what_one_of_booleans_does(dropped: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 7, 8)
+    allowed = torch.rand(2, 1, 7, 7) < 0.7
+    allowed |= torch.eye(7, dtype=torch.bool)
+    added = torch.zeros(2, 1, 7, 7).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    module = nn.Module()
+    by_boolean, by_sum = (
+        attention_with_dropout(module, query, key, value, mask, dropped)[0] for mask in (allowed, added)
+    )
+    torch.testing.assert_close(by_sum, by_boolean)
