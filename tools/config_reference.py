@@ -152,8 +152,8 @@ def metrics_reference() -> str:
         "## Every line\n\n" + _table(("name", "meaning"), COUNTERS.items()),
         "## Training lines\n\nEvery `logging.every_steps` steps, and at the first and the last step.\n\n"
         + _table(("name", "meaning"), TRAINING_METRICS.items()),
-        "In a run whose batches or blocks change their size (`batch.warmup`, `data.phases`), also:\n\n"
-        + _table(("name", "meaning"), BATCH_METRICS.items()),
+        "In a run whose batches or blocks change their size (`batch.warmup`, `data.phases`, a smaller last step), "
+        "also:\n\n" + _table(("name", "meaning"), BATCH_METRICS.items()),
         "In a run that mixes several sources, also for each of them:\n\n"
         + _table(("name", "meaning"), SOURCE_METRICS.items()),
         "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
