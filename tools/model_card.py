@@ -12,6 +12,7 @@ from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.config import BatchConfig, DataConfig
 from trainer.data.mixture import mixture_order
 from trainer.data.order_changes import phases_of
+from trainer.metrics import EVALUATION_METRICS
 from trainer.paths import real_path
 from trainer.phases import lay_out, tokens_before
 from trainer.state import TrainState
@@ -26,7 +27,7 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
-    evaluations = [line for line in lines if line.get("eval/loss") is not None]
+    evaluations = [line for line in lines if all(line.get(name) is not None for name in EVALUATION_METRICS)]
     name = config["run"]["name"] if config else manifest.model["class"]
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [masked-lm, maskwright]\n---",

@@ -22,6 +22,7 @@ from trainer.paths import user_path
 from trainer.streams import reader_has_left
 from trainer.tracking.jsonl import read_last
 from trainer.tracking.status import ENDED, Status, read_status
+from trainer.typed_json import as_type
 
 SILENCE_S = 60.0
 """Ranks that have given no sign of life for so long, and some heartbeats more, look dead."""
@@ -156,15 +157,19 @@ def _status_from_other_files(run_dir: Path) -> Status:
     """What metrics and checkpoints tell of a run that has no status: an older version's."""
     line = read_last(run_dir / "metrics.jsonl", "train/loss") or {}
     saved = sorted(path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
-    return Status(
-        step=line.get("step", 0),
-        samples=line.get("samples", 0),
-        tokens=line.get("tokens", 0),
-        train_loss=line.get("train/loss"),
-        tokens_per_second=line.get("throughput/tokens_per_second"),
-        last_checkpoint=saved[-1] if saved else "",
-        updated_at=line.get("time", 0.0),
-    )
+    facts = {
+        "step": line.get("step"),
+        "samples": line.get("samples"),
+        "tokens": line.get("tokens"),
+        "train_loss": line.get("train/loss"),
+        "tokens_per_second": line.get("throughput/tokens_per_second"),
+        "last_checkpoint": saved[-1] if saved else "",
+        "updated_at": line.get("time"),
+    }
+    try:
+        return as_type(Status, {name: value for name, value in facts.items() if value is not None})
+    except ValueError:  # numbers that no run has written
+        return Status(last_checkpoint=str(facts["last_checkpoint"]))
 
 
 def describe(view: RunView) -> list[str]:

@@ -34,6 +34,7 @@ from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.paths import real_path, user_path
 from trainer.phases import Phases, lay_out, with_micro_size
 from trainer.run_length import defaults_of, resolve
+from trainer.run_names import check_named_files
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
@@ -199,6 +200,7 @@ class _Base:
     @classmethod
     def of(cls, config: Config, micro_size: int | None = None) -> _Base:
         _check_run_folder(config)
+        check_named_files(config, run_folder(config))
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
         folder, tokenizer = _tokenizer(config)

@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.files import replace_synced
+from trainer.side_files import replace_side_file
 
 
 def recall(path: Path) -> list[dict[str, Any]]:
     """The records, oldest first; nothing when the file cannot be read: it only saves a search."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
 
 
 def remember(path: Path, record: dict[str, Any]) -> None:
     """Add a record."""
-    replace_synced(path, (json.dumps([*recall(path), record], indent=1) + "\n").encode())
+    replace_side_file(path, (json.dumps([*recall(path), record], indent=1) + "\n").encode())

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from trainer.distributed import World
 from trainer.errors import MaskwrightError, UserError, cannot_write
 from trainer.files import create_synced, sync_folder, unique_name, unique_token, write_synced
 from trainer.node import has_process, job_id, restart_count
+from trainer.typed_json import Count, Pid, Seconds, as_type
 
 logger = logging.getLogger(__name__)
 GUARD, RECORD = ".lock", "lock.json"
@@ -56,11 +57,11 @@ class Holder:
     host: str
     boot: str
     namespace: str
-    pid: int
-    ticks: int
-    since: float
+    pid: Pid
+    ticks: Count
+    since: Seconds
     slurm_job: str
-    restarts: int
+    restarts: Count
     record_lock: bool
 
     def __str__(self) -> str:
@@ -102,7 +103,7 @@ class RunLock:
             self._last_beat = _clock()
         except OSError as error:
             self.release()
-            raise cannot_write(self._run_dir, self._run_dir, error) from None
+            raise cannot_write(Path(error.filename or self._run_dir), self._run_dir, error) from None
         except BaseException:
             self.release()
             raise
@@ -344,9 +345,8 @@ def _read(path: Path) -> Holder | None:
         OSError: when it is there and cannot be read.
     """
     try:
-        record, known = json.loads(path.read_text(encoding="utf-8")), {field.name for field in fields(Holder)}
-        return Holder(**{name: value for name, value in record.items() if name in known})  # a later version's has more
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return as_type(Holder, json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

@@ -6,13 +6,13 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.errors import MaskwrightError, cannot_write
-from trainer.files import replace_synced
 from trainer.node import job_id, node_name, restart_count
-from trainer.tracking.jsonl import read_lines
+from trainer.side_files import read_lines, replace_side_file
+from trainer.typed_json import Count, Seconds, as_type
 
 STARTS = "starts.jsonl"
 
@@ -30,19 +30,17 @@ class Start:
         world: ranks.
     """
 
-    time: float
-    step: int
+    time: Seconds
+    step: Count
     job: str
-    restart: int
+    restart: Count
     nodes: str
-    world: int
+    world: Count
 
 
 def read_starts(run_dir: Path) -> list[Start]:
     """The starts of a run, oldest first."""
-    known = {field.name for field in fields(Start)}
-    lines = read_lines(run_dir / STARTS)
-    return [Start(**{name: value for name, value in line.items() if name in known}) for line in lines]
+    return read_lines(run_dir / STARTS, lambda line: as_type(Start, line))
 
 
 def idle_starts(starts: Iterable[Start], job: str, step: int) -> int:
@@ -82,7 +80,7 @@ def record_start(run_dir: Path, step: int, world_size: int, max_idle_starts: int
         )
     path = run_dir / STARTS
     try:
-        replace_synced(path, "".join(json.dumps(asdict(start)) + "\n" for start in (*starts, this)).encode())
+        replace_side_file(path, "".join(json.dumps(asdict(start)) + "\n" for start in (*starts, this)).encode())
     except OSError as error:
         raise cannot_write(path, run_dir, error) from None
     job = f"SLURM job {this.job}, restart {this.restart}, " if this.job else ""

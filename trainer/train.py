@@ -47,7 +47,7 @@ from trainer.node import job_id, node_name
 from trainer.objectives.mlm import Batch
 from trainer.paths import real_path
 from trainer.profiling import StepProfiler
-from trainer.run_folder import settle
+from trainer.run_folder import check_replaceable, settle
 from trainer.run_lock import RunLock, held
 from trainer.signals import StopRequest, stop_requests, time_to_stop
 from trainer.starts import record_start
@@ -205,6 +205,10 @@ def _train(
     say = console.say if console is not None else _nothing
 
     checkpoint = None if dry_run else choose(world, run_dir, resume, say)
+    if not dry_run:
+        distributed.build_together(
+            world, lambda: check_replaceable(run_dir, resume, checkpoint) if world.is_main else None
+        )
     manifest = read_manifest(checkpoint) if checkpoint else None
     state = TrainState(**manifest.state) if manifest else TrainState()
     activity.at_step(state.step, is_started=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.data.order_changes import order_differences
 from trainer.errors import UserError
+from trainer.inputs import sha256_of
 from trainer.paths import real_path
+from trainer.side_files import read_json_object
 
 DATA_ORDER = "data_order.json"  # in the run folder
 
@@ -57,11 +58,15 @@ def _layout(layout: dict[str, Any]) -> str:
 
 def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's data order, with the shards that its run folder records if they belong to it."""
-    path = real_path(folder).parent.parent / DATA_ORDER
+    frozen = read_json_object(real_path(folder).parent.parent / DATA_ORDER)
+    if frozen is None:
+        return saved
+    digest = frozen.pop("sha256", None)
+    if digest is not None and digest != sha256_of(frozen):  # it is only more precise than the checkpoint's own
+        return saved
     try:
-        frozen = json.loads(path.read_text(encoding="utf-8"))
         prints = [[source["fingerprint"] for source in order["sources"]] for order in (saved, frozen)]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LookupError, TypeError):
         return saved
     return {**saved, "sources": frozen["sources"]} if prints[0] == prints[1] else saved
 

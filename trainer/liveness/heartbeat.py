@@ -16,11 +16,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.liveness.activity import Activity
 from trainer.node import node_name
+from trainer.side_files import read_record
+from trainer.typed_json import Count, Integer, Number, Pid, Seconds
 
 logger = logging.getLogger(__name__)
 FOLDER = "heartbeats"
@@ -48,17 +50,17 @@ class Heartbeat:
         pid: the process there.
     """
 
-    rank: int
-    time: float
-    beat: int
-    interval_seconds: float
-    step: int
+    rank: Count
+    time: Seconds
+    beat: Count
+    interval_seconds: Seconds
+    step: Count
     phase: str
-    position: int
-    phase_seconds: float
+    position: Integer
+    phase_seconds: Number
     node: str
     host: str
-    pid: int
+    pid: Pid
 
 
 def heartbeat_path(run_dir: Path, rank: int) -> Path:
@@ -72,12 +74,7 @@ def interval_seconds(world_size: int) -> float:
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
     """The last one of a rank; None where there is none, or it is being written."""
-    known = {field.name for field in fields(Heartbeat)}
-    try:
-        found = json.loads(heartbeat_path(run_dir, rank).read_bytes())
-        return Heartbeat(**{name: value for name, value in found.items() if name in known})
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+    return read_record(heartbeat_path(run_dir, rank), Heartbeat)
 
 
 def read_heartbeats(run_dir: Path, ranks: Iterable[int]) -> dict[int, Heartbeat]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from trainer.files import replace_synced
+from trainer import side_files
+from trainer.side_files import replace_side_file
 
+_COUNTERS = ("samples", "tokens", "time")  # beside step
 _TAIL_BYTES = 1 << 18
 
 
@@ -29,7 +33,7 @@ class JsonlWriter:
                 kept.append(line)
             elif keep_events and "event" in line:
                 kept.append({**line, "step": resumed_step})
-        replace_synced(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        replace_side_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "ab", buffering=0)
         self._torn = False
 
@@ -60,19 +64,32 @@ def read_last(path: Path, name: str) -> dict[str, Any] | None:
     for text in reversed(tail):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and name in line:
-            return line
+        with contextlib.suppress(ValueError):
+            if name in _metrics_line(line):
+                return line
     return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; one cut off by a crash or a full disk is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """All lines that are metrics; others, such as one cut off by a crash, are left out with a warning."""
+    return side_files.read_lines(path, _metrics_line)
+
+
+def _metrics_line(line: Any) -> dict[str, Any]:
+    """Raise ValueError for what is no line of metrics: an object with a step, its counters and metrics numbers."""
+    if not isinstance(line, dict):
+        raise ValueError("it is no object")
+    step = line.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError("it has no step")
+    for name, value in line.items():
+        if name in _COUNTERS or ("/" in name and not name.startswith("event/")):
+            _check_number(name, value)
+    return line
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is not None and not (type(value) in (int, float) and abs(value) < math.inf):
+        raise ValueError(f"{name[:60]} is no number")

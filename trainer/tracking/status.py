@@ -13,14 +13,16 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import EXIT_FINISHED, DivergedError, MaskwrightError
 from trainer.files import unique_name
 from trainer.node import job_id
+from trainer.side_files import read_record
 from trainer.state import TrainState
+from trainer.typed_json import Count, Number, Pid, Seconds
 
 logger = logging.getLogger(__name__)
 STATUS = "status.json"
@@ -66,33 +68,27 @@ class Status:
 
     state: State = "starting"
     reason: str = ""
-    step: int = 0
-    total_steps: int | None = None
-    samples: int = 0
-    tokens: int = 0
-    train_loss: float | None = None
-    tokens_per_second: float | None = None
-    eta_seconds: float | None = None
+    step: Count = 0
+    total_steps: Count | None = None
+    samples: Count = 0
+    tokens: Count = 0
+    train_loss: Number | None = None
+    tokens_per_second: Number | None = None
+    eta_seconds: Seconds | None = None
     last_checkpoint: str = ""
-    restarts: int = 0
+    restarts: Count = 0
     job_id: str = ""
     nodes: tuple[str, ...] = ()
-    world_size: int = 0
+    world_size: Count = 0
     host: str = ""
-    pid: int = 0
-    started_at: float = 0.0
-    updated_at: float = 0.0
+    pid: Pid = 0
+    started_at: Seconds = 0.0
+    updated_at: Seconds = 0.0
 
 
 def read_status(run_dir: Path) -> Status | None:
     """The status of a run; None where there is none, or it cannot be understood."""
-    known = {field.name for field in fields(Status)}
-    try:
-        found = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
-        status = Status(**{name: value for name, value in found.items() if name in known})
-        return replace(status, nodes=tuple(status.nodes))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+    return read_record(run_dir / STATUS, Status)
 
 
 def _write(run_dir: Path, status: Status) -> None:
