@@ -21,6 +21,7 @@ from trainer.errors import UserError
 from trainer.inputs import Inputs, sha256_of
 from trainer.side_files import read_json_object, replace_side_file
 from trainer.state import TrainState
+from trainer.user_files import to_yaml
 
 _SECTIONS = {"run", "model", "data", "objective", "batch", "optimizer", "schedule", "train", "checkpoint", "eval"}
 
@@ -48,10 +49,10 @@ def _is_frozen_config(path: Path) -> bool:
     try:
         text = path.read_text(encoding="utf-8")
         found = yaml.safe_load(text)
-        dumped = yaml.safe_dump(found, sort_keys=False, width=120)  # as dump_config writes it
+        dumps = (to_yaml(found), yaml.safe_dump(found, sort_keys=False, width=120))  # as it is written now, and was
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return True
-    return not isinstance(found, dict) or (dumped == text and found.keys() >= _SECTIONS)
+    return not isinstance(found, dict) or (text in dumps and found.keys() >= _SECTIONS)
 
 
 def _is_frozen_deepspeed(path: Path) -> bool:

@@ -40,7 +40,9 @@ def not_the_last(text):
 
 
 @pytest.fixture
-def own_words(tmp_path: Path) -> Path:
+def own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the current folder is put there
+    sys.modules.pop("own_words", None)  # of another test's folder
     (tmp_path / "own_words.py").write_text(OWN)
     write_text(tmp_path / "text.txt", documents=5, seed=1)
     return tmp_path
@@ -96,8 +98,11 @@ def test_without_the_options_everything_is_as_it_was(tmp_path: Path) -> None:
         "documents": "paragraph",
         "field": None,
         "validation_fraction": 0.0,
+        "special_in_text": "ids",
         "inputs": "007f25258b5f41b6f3a1f6512f404f52",
     }
+    counted = manifest["statistics"].pop("tokens_in_input")
+    assert counted["characters"] == 28 and not counted["as_ids"] and not counted["as_text"]
     assert manifest["statistics"] == {
         "text_bytes": 27,
         "longest_document_tokens": 6,
