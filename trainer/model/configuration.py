@@ -92,7 +92,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
             remedy="Set model.document_attention=false, or train one of "
             f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
         )
-    _refuse_random_hashing(config)
+    _refuse_what_cannot_be_proven(config, where)
     _check_seq_len(skeleton, seq_len, settings)
     return config
 
@@ -319,8 +319,19 @@ def _refuse_shape_changes(
             )
 
 
-def _refuse_random_hashing(config: PretrainedConfig) -> None:
-    """Reformer's hashes are drawn anew in each pass: no conversion could show that it gives training's logits."""
+def _refuse_what_cannot_be_proven(config: PretrainedConfig, where: str) -> None:
+    """Refuse classes of which no conversion could show that what comes out is what was trained.
+
+    Reformer's hashes are drawn anew in each pass. Funnel's row of padding is set to zero whenever transformers loads
+    it: its `_init_weights` writes through a slice, which does not carry the mark that a weight has been loaded.
+    """
+    if config.model_type == "funnel":
+        raise UserError(
+            "transformers changes a weight of Funnel whenever it loads one (its row of padding), so a trained model "
+            "could never be proven to be what was trained.",
+            where=where,
+            remedy="Train a model of another type.",
+        )
     if "lsh" in getattr(config, "attn_layers", ()) and getattr(config, "hash_seed", None) is None:
         raise UserError(
             f"{type(config).__name__} hashes at random, so its logits are other ones each time, and a trained model "

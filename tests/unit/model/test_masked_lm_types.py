@@ -22,6 +22,7 @@ GROWN = VOCABULARY_SIZE + 20
 TYPES = sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 REFUSED = {
     "bart": "is no encoder",
+    "funnel": "changes a weight of Funnel whenever it loads one",
     "mbart": "is no encoder",
     "mvp": "is no encoder",
     "modernvbert": "is a model of several parts",
