@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,7 @@ def read_yaml(path: Path, where: str = "", remedy: str = "Correct the file.") ->
     Raises:
         UserError: as `parse_yaml`, and when it is not UTF-8, too long, or cannot be read.
     """
-    place, where = f" in '{path}'" if where else "", where or str(path)
-    return parse_yaml(_read_text(path, _MAX_YAML_BYTES, where, remedy), where, remedy, place)
+    return _read(path, _MAX_YAML_BYTES, parse_yaml, where, remedy)
 
 
 def parse_json(text: str, where: str, remedy: str, place: str = "") -> Any:
@@ -105,13 +104,18 @@ def read_json(path: Path, where: str = "", remedy: str = "Correct the file.") ->
     Raises:
         UserError: as `parse_json`, and when it is not UTF-8, too long, or cannot be read.
     """
-    place, where = f" in '{path}'" if where else "", where or str(path)
-    return parse_json(_read_text(path, _MAX_JSON_BYTES, where, remedy), where, remedy, place)
+    return _read(path, _MAX_JSON_BYTES, parse_json, where, remedy)
 
 
 def to_yaml(value: Any) -> str:
     """Write YAML that `parse_yaml` reads as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def _read(path: Path, limit: int, parse: Callable[[str, str, str, str], Any], where: str, remedy: str) -> Any:
+    """Parse a file; the card of a mistake has the path in its place, or in its problem where another place is given."""
+    place, where = f" in '{path}'" if where else "", where or str(path)
+    return parse(_read_text(path, limit, where, remedy), where, remedy, place)
 
 
 def _read_text(path: Path, limit: int, where: str, remedy: str) -> str:
