@@ -15,7 +15,7 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
-from trainer.paths import is_local, user_path
+from trainer.paths import is_local, real_path, user_path
 from trainer.user_files import read_json
 
 _WHERE = "model.from_pretrained"
@@ -35,8 +35,9 @@ def check_source(source: str) -> None:
     if not folder.is_dir():
         return
     is_run = any(_STEP_FOLDER.match(path.name) for path in (folder / "checkpoints").glob("step-*"))
-    if is_run or (_STEP_FOLDER.match(folder.resolve().name) and (folder / "manifest.json").is_file()):
-        run = folder.resolve() if is_run else folder.resolve().parent.parent
+    real = real_path(folder)
+    if is_run or (_STEP_FOLDER.match(real.name) and (real / "manifest.json").is_file()):
+        run = real if is_run else real.parent.parent
         output = f"{run.name}-model"
         raise UserError(
             f"'{source}' is a {'run' if is_run else 'checkpoint'} of maskwright, not yet a model.",
