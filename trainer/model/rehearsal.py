@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trainer.data.vocabulary import Vocabulary
 
 _META = "meta"
+_MOST_WITH_VALUES = 2**28
+"""Parameters of a model that is built with values for its rehearsal: 1 GiB, for a moment."""
 
 
 def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int]) -> None:
@@ -44,8 +46,11 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
             grow_vocabulary(model, vocabulary.size)
     prove_convertible(model)
     install(model)
-    for seq_len in sorted(set(seq_lens)):
-        _one_block(model, settings, seq_len, where)
+    lengths = sorted(set(seq_lens))
+    if not all(_one_block(model, settings, seq_len, where) for seq_len in lengths) and _is_small(model):
+        with_values = stock_model(model.config, "cpu")
+        for seq_len in lengths:
+            _one_block(with_values, settings, seq_len, where)
 
 
 def _section(settings: ModelConfig) -> str:
@@ -92,19 +97,28 @@ def _refuse_empty_weights(model: PreTrainedModel, settings: ModelConfig, where: 
             )
 
 
-def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, where: str) -> None:
-    """Compute a block's logits; what a class can only do with values (Longformer, Reformer) it does at the start."""
-    device = torch.device(_META)
+def _is_small(model: PreTrainedModel) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) <= _MOST_WITH_VALUES
+
+
+def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, where: str) -> bool:
+    """Compute a block's logits on the model's device.
+
+    Returns:
+        False on meta, for a class that looks at values (Longformer, Reformer).
+
+    Raises:
+        UserError: when the class cannot, or gives logits of another shape.
+    """
+    device = model.device
     input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
     try:
         with torch.no_grad():
             output = model.train()(input_ids=input_ids, **constant_inputs(model, seq_len, device))
-    except NotImplementedError:
-        return
     except Exception as error:
         message = " ".join(str(error).split())
-        if "meta" in message:
-            return
+        if device.type == _META and (isinstance(error, NotImplementedError) or "meta" in message):
+            return False
         name = _guilty_field(model.config, message)
         raise UserError(
             f"{type(model).__name__} cannot compute a block of {seq_len} tokens: {message}",
@@ -118,6 +132,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             where="data.seq_len",
             remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
         )
+    return True
 
 
 def _guilty_field(config: PretrainedConfig, message: str) -> str | None:

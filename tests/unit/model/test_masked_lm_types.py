@@ -104,6 +104,7 @@ def test_hashes_that_are_drawn_anew_are_refused(tmp_path: Path):
         ("bert", {"type_vocab_size": 0}, "type_vocab_size is 0", True),
         ("roberta", {"hidden_act": "nothing"}, "nothing", False),
         ("modernbert", {"layer_types": ["full_attention"]}, "", False),
+        ("reformer", {"axial_pos_shape": [4, 5]}, "config.axial_pos_shape factors: (4, 5) multiply to", True),
     ],
 )
 def test_a_config_whose_class_cannot_compute_a_block_is_refused(model_type, changes, words, where, tmp_path: Path):
