@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from tests.ranks import FORK_SERVER
 from tests.waiting import TIMEOUT_S
 
 
 def maskwright(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, cwd=cwd)
+    """Run one command to its end.
+
+    Its process is forked from a server that has the imports behind it, which take longer than most commands. Who sets
+    variables gets one that starts from nothing, since libraries read some of them as they are imported.
+    """
+    words = [str(argument) for argument in arguments]
+    if variables:
+        command = [sys.executable, "-m", "launcher", *words]
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, cwd=cwd)
+    with tempfile.TemporaryDirectory(prefix="maskwright-test-") as scratch:
+        stdout, stderr = Path(scratch, "stdout"), Path(scratch, "stderr")
+        place = (cwd or Path.cwd(), dict(os.environ), stdout, stderr)
+        process = FORK_SERVER.Process(target=_command, args=(words, *place))
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(words, TIMEOUT_S, stdout.read_bytes(), stderr.read_bytes())
+        return subprocess.CompletedProcess(words, process.exitcode, stdout.read_text(), stderr.read_text())
+
+
+def _command(words: list[str], cwd: Path, environ: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Runs in the forked process: take the place that a process of the shell has, and do the command."""
+    from launcher.__main__ import main
+
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    sys.stdin = open(os.devnull)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+    # A user's process forks its workers; here they would come from a fork server of their own.
+    multiprocessing.set_start_method("fork", force=True)
+    sys.argv = ["maskwright", *words]
+    main()
 
 
 def start_maskwright(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
