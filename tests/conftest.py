@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,10 @@ import pytest
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a timing in a test is noise
 hypothesis.settings.load_profile("no deadline")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A background job of a shell ignores Ctrl-C, and so would each process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_text(path: Path, documents: int, seed: int) -> Path:

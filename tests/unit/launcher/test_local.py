@@ -57,6 +57,7 @@ def start_launcher(folder: Path, script: str, process_count: int = 2, grace_s: f
     """The launcher in a process of its own, to send signals to."""
     arguments = (rank_command(folder, script), process_count, grace_s)
     code = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # under nohup, tests are born with it ignored
         "import sys; from pathlib import Path; from launcher.local import launch; "
         f"command, count, grace = {arguments!r}; sys.exit(launch(command, count, Path({str(folder)!r}), grace_s=grace))"
     )
