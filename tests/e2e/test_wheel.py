@@ -70,7 +70,7 @@ def test_the_wheel_holds_what_ships(python: Path) -> None:
     assert {"Author: The maskwright authors", "License-Expression: MIT"} <= set(metadata.read_text().splitlines())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_it_works_in_a_folder_whose_files_have_the_names_of_modules(
     python: Path, workspace: Path, tmp_path: Path
 ) -> None:

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import TIMEOUT_S
+
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 2
-START_SECONDS = 120
-KILL_SECONDS = 60
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
@@ -110,7 +110,7 @@ class SlurmCluster:
         self._kill_all(node)
         daemon.wait()
 
-    def wait_for_nodes(self, nodes: Iterable[str], state: str = "IDLE", seconds: float = START_SECONDS) -> None:
+    def wait_for_nodes(self, nodes: Iterable[str], state: str = "IDLE", seconds: float = TIMEOUT_S) -> None:
         """Wait until nodes are in a state, such as IDLE or DOWN."""
         for node in nodes:
 
@@ -128,7 +128,7 @@ class SlurmCluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=TIMEOUT_S,
         )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}\n{self.logs()}"
         return result.stdout
@@ -141,12 +141,12 @@ class SlurmCluster:
         """The job, or every element of the array."""
         return [_parse(block) for block in self.run("scontrol", "--oneliner", "show", "job", str(job)).splitlines()]
 
-    def wait(self, job: int, seconds: float = 120) -> list[JobState]:
+    def wait(self, job: int, seconds: float = TIMEOUT_S) -> list[JobState]:
         """Wait until a job, or all of an array, has ended; returns the states at the end."""
         self.wait_for(lambda: all(state.ended for state in self.states(job)), f"job {job}", seconds)
         return self.states(job)
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_S) -> None:
         """Wait until a condition holds; a daemon that has ended, or too long a wait, fails the test with the logs."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -196,7 +196,7 @@ class SlurmCluster:
     def _kill_all(self, node: str | None = None) -> None:
         """Kill what runs on a node, or on all, until nothing does: a killed process takes a while to die, and one that
         was being forked is found in the next round only."""
-        deadline = time.monotonic() + KILL_SECONDS
+        deadline = time.monotonic() + TIMEOUT_S
         while processes := self.processes(node):
             assert time.monotonic() < deadline, f"killed, but still there: {processes}"
             for process in processes:

@@ -17,7 +17,7 @@ TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
 
 
 def long_steps(workspace: Path, run_dir: Path, **sections: Any) -> Config:
-    """60 steps that take some tenths of a second, so that there is time to strike at one."""
+    """60 steps that take some tenths of a second."""
     slow = {
         "train": {"steps": 60},
         "batch": {"global_size": 64, "micro_size": 2},
@@ -28,19 +28,25 @@ def long_steps(workspace: Path, run_dir: Path, **sections: Any) -> Config:
 
 def write_site(path: Path, **keys: object) -> Path:
     """A site file for the cluster: its nodes have names that only SLURM knows. JSON is YAML."""
-    # srun gives a step whose first rank has failed five seconds instead of a minute.
-    site = {"environment": {"MASTER_ADDR": "127.0.0.1"}, "srun": ["--wait=5"], **keys}
+    # srun gives a step whose first rank has ended half a minute instead of a whole one.
+    site = {"environment": {"MASTER_ADDR": "127.0.0.1"}, "srun": ["--wait=30"], **keys}
     path.write_text(json.dumps(site))
     return path
 
 
-def run_submit(cluster: SlurmCluster, *arguments: str | Path, site: Path) -> subprocess.CompletedProcess[str]:
-    return maskwright("submit", *arguments, "--site", site, **cluster.environ)
+def run_submit(
+    cluster: SlurmCluster, *arguments: str | Path, site: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return maskwright("submit", *arguments, "--site", site, **{**cluster.environ, **variables})
 
 
-def submit(cluster: SlurmCluster, *arguments: str | Path, site: Path) -> int:
-    """`maskwright submit` on two nodes; returns the number of the job that trains."""
-    result = run_submit(cluster, *arguments, *TWO_NODES, site=site)
+def submit(cluster: SlurmCluster, *arguments: str | Path, site: Path, **variables: str) -> int:
+    """`maskwright submit` on two nodes; returns the number of the job that trains.
+
+    Args:
+        variables: for the environment of the job.
+    """
+    result = run_submit(cluster, *arguments, *TWO_NODES, site=site, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return submitted(result.stderr)
 
@@ -59,7 +65,7 @@ def wait_for_training(cluster: SlurmCluster, run_dir: Path, step: int) -> None:
         lines = metrics(run_dir)
         return bool(lines) and lines[-1]["step"] >= step
 
-    cluster.wait_for(reached, f"step {step}\n{job_logs(run_dir)}", seconds=120)
+    cluster.wait_for(reached, f"step {step}\n{job_logs(run_dir)}")
 
 
 def signal_job(cluster: SlurmCluster, job: int, name: str) -> None:

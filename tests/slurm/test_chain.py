@@ -43,7 +43,7 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     assert f"Another job trains in this run folder: SLURM job {first}, " in job_logs(run_dir)
 
     cluster.kill_node("n1")  # the batch host, and rank 0
-    cluster.wait_for_nodes(["n1"], "DOWN", seconds=60)
+    cluster.wait_for_nodes(["n1"], "DOWN")
     cluster.start_node("n1")
     (end,) = cluster.wait(first)
     assert (end.state, end.restarts) == ("NODE_FAIL", 0)
@@ -52,10 +52,10 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
         return [start.step for start in read_starts(run_dir) if start.job == str(job)]
 
     for job in (second, third):
-        cluster.wait_for(lambda job=job: bool(starts_of(job)), f"job {job}\n{job_logs(run_dir)}", seconds=90)
+        cluster.wait_for(lambda job=job: bool(starts_of(job)), f"job {job}\n{job_logs(run_dir)}")
         start = read_starts(run_dir)[-1]
         # Until it trains, the metrics are those of the job before, which got further than its last checkpoint.
-        cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}", 90)
+        cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}")
         wait_for_training(cluster, run_dir, start.step + 4)
         if job == second:
             cluster.run("scancel", str(job))

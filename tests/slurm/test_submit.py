@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForMaskedLM
 
 from tests.commands import assert_one_card
+from tests.gate import Gate
 from tests.ranks import losses, tiny_config, train, write_config
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import job_logs, long_steps, run_submit, signal_job, submit, wait_for_training, write_site
@@ -26,13 +27,18 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
 ) -> None:
     config, site = long_steps(workspace, tmp_path / "a run"), write_site(tmp_path / "site.yaml")
     run_dir = Path(config.run.dir)
-    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site)
-    for name, step in (("USR1", 10), ("TERM", 22)):
+    gate = Gate(tmp_path)
+    gate.close_after(10)
+    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site, **gate.environment)
+    for name, step, after in (("USR1", 10, 22), ("TERM", 22, 36)):
         wait_for_training(cluster, run_dir, step)
         signal_job(cluster, job, name)
+        cluster.wait_for(lambda: read_status(run_dir).state == "stopped", f"the end after step {step}")
+        gate.close_after(after)
     wait_for_training(cluster, run_dir, 36)
     cluster.kill_node("n2")
-    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 3, f"a requeue\n{job_logs(run_dir)}", seconds=90)
+    gate.open()
+    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 3, f"a requeue\n{job_logs(run_dir)}")
     cluster.start_node("n2")
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", 0, 3), job_logs(run_dir)
@@ -47,8 +53,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
         (str(job), restart, "n[1-2]", 2) for restart in range(4)
     ]
     steps = [start.step for start in starts]
-    assert steps[0] == 0 and 10 <= steps[1] < steps[2] < steps[3] <= 60
-    assert steps[3] % 5 == 0, "the last whole checkpoint"
+    assert steps == [0, 10, 22, 35], "where it was asked to stop, and the last whole checkpoint"
     status = read_status(run_dir)
     assert status is not None and (status.state, status.restarts, status.job_id) == ("finished", 3, str(job))
     AutoModelForMaskedLM.from_pretrained(run_dir / "model")
@@ -61,19 +66,16 @@ def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
     config = tiny_config(
         workspace,
         tmp_path / "run",
-        data={"validation": str(workspace / "data")},  # evaluated before the first step: time for a signal
-        eval={"every_steps": 1_000},
         train={"steps": 10_000},
         resilience={"max_idle_starts": 2},
     )
     run_dir = Path(config.run.dir)
-    site = write_site(tmp_path / "site.yaml")
-    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site)
+    site, gate = write_site(tmp_path / "site.yaml"), Gate(tmp_path)
+    gate.close_after(0)
+    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site, **gate.environment)
     log = run_dir / "logs" / f"slurm-{job}.log"
     for restart in range(2):
-        cluster.wait_for(
-            lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}", seconds=60
-        )
+        cluster.wait_for(lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}")
         signal_job(cluster, job, "USR1")
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("FAILED", EXIT_UNEXPECTED, 2), log.read_text()
@@ -101,7 +103,7 @@ def test_a_bad_node_is_found_before_the_ranks_start_and_excluded(
     site = write_site(tmp_path / "site.yaml", command=str(command))
     arguments = (write_config(config, tmp_path / "config.yaml"), "--exclude-bad-nodes")
     job = submit(cluster, *arguments, site=site)
-    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 1, "a requeue", seconds=90)
+    cluster.wait_for(lambda: cluster.states(job)[0].restarts == 1, "a requeue")
     shown = cluster.run("scontrol", "show", "job", str(job))
     assert "ExcNodeList=n2" in shown, job_logs(run_dir)
     found = json.loads((run_dir / "preflight.json").read_text())
@@ -134,7 +136,7 @@ def test_the_script_is_used_by_hand_with_exported_variables(
         "CONFIG": str(config),
         "RUN": str(tmp_path / "run"),
         "MASKWRIGHT": f"{sys.executable} -m launcher",
-        "SRUN_OPTIONS": "--wait=5",
+        "SRUN_OPTIONS": "--wait=30",
         "MASTER_ADDR": "127.0.0.1",
     }
     options = ("--nodes=2", "--cpus-per-task=1", f"--chdir={ROOT}", f"--output={tmp_path}/job.log")

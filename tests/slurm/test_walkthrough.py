@@ -68,7 +68,7 @@ def test_the_first_run_of_the_readme_works_word_for_word(cluster: SlurmCluster, 
             continue
         if TRAINING_ENDS in body:  # "When it has started"
             started = tmp_path / "runs" / "first" / "status.json"
-            cluster.wait_for(started.exists, "the start of the run", seconds=120)
+            cluster.wait_for(started.exists, "the start of the run")
         said += run_block(body, tmp_path, variables)
     assert submitted(said) and "--- settings of this run ---" in said, said
     assert "finished" in said and "TensorBoard 2" in said, said
