@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 _POLL_S = 0.02
+_OF_RANKS = ("RANK", "SLURM_STEP_ID")
 _RECORD = re.compile(r"/(unit|shard)-\d+\.json$")
 
 
@@ -20,7 +21,7 @@ class Gate:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "gate"
-        self.environment = _environment(folder, "gate-of-steps", f"wait_at_the_gate({str(self.path)!r})", "RANK")
+        self.environment = _environment(folder, "gate-of-steps", f"wait_at_the_gate({str(self.path)!r})", _OF_RANKS)
         """Variables with which every Python that a command starts as a rank waits at this gate."""
 
     def close_after(self, step: int) -> None:
@@ -73,11 +74,11 @@ def wait_before_records(limit: int) -> None:
     sys.addaudithook(watch)
 
 
-def _environment(folder: Path, name: str, call: str, only_with: str = "PATH") -> dict[str, str]:
-    """Variables with which every Python that has the variable `only_with` makes a call of this module as it starts."""
+def _environment(folder: Path, name: str, call: str, only_with: tuple[str, ...] = ("PATH",)) -> dict[str, str]:
+    """Variables with which every Python that has one of `only_with` makes a call of this module as it starts."""
     site = folder / name
     site.mkdir()
-    lines = ("import os", f"if {only_with!r} in os.environ:", f"    import tests.gate; tests.gate.{call}")
+    lines = ("import os", f"if os.environ.keys() & set({only_with!r}):", f"    import tests.gate; tests.gate.{call}")
     (site / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     paths = [str(site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
