@@ -32,7 +32,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_ME
 
 def missing_commands() -> list[str]:
     """What has to be installed before a cluster can start."""
-    wanted = (*_DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo")
+    wanted = (*_DAEMONS, "sbatch", "scontrol", "scancel", "squeue", "sinfo", "sdiag")
     return [name for name in wanted if shutil.which(name, path=_SEARCH_PATH) is None]
 
 
@@ -103,6 +103,16 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node."""
         self._start("slurmd", "-D", "-N", node, node=node)
+
+    def revive_node(self, node: str) -> None:
+        """Start the slurmd of a node that was killed, when the controller has nothing more to tell the dead one.
+
+        It tries again after a minute, also to end a step: the step of the same number in the job's next start would be
+        killed by that.
+        """
+        empty = re.compile(r"^Agent queue size:\s*0$", re.MULTILINE)
+        self.wait_for(lambda: empty.search(self.run("sdiag")) is not None, "the end of the messages to a dead node")
+        self.start_node(node)
 
     def kill_node(self, node: str) -> None:
         """Make a node die: its slurmd and all that runs under it, at once. SLURM takes half a minute to notice."""

@@ -39,7 +39,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     cluster.kill_node("n2")
     gate.open()
     cluster.wait_for(lambda: cluster.states(job)[0].restarts == 3, f"a requeue\n{job_logs(run_dir)}")
-    cluster.start_node("n2")
+    cluster.revive_node("n2")
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("COMPLETED", 0, 3), job_logs(run_dir)
     (conversion,) = cluster.wait(job + 1)
