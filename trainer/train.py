@@ -284,9 +284,14 @@ def _count_start(config: Config, world: World, state: TrainState, say: Callable[
 def _run_with_reports(
     loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
 ) -> int:
-    stragglers = _straggler_watch(loop)
+    stragglers, error = _straggler_watch(loop), None
     if console is not None and status is not None:
-        loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, loop.plan, resumed_step, loop.config)
+        of_run = (loop.plan, resumed_step, loop.config)
+        try:
+            loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, *of_run)
+        except MaskwrightError as caught:
+            error = caught
+    distributed.raise_together(loop.world, error)
     try:
         code = loop.run()
         if status is not None:

@@ -161,3 +161,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused_on_all_ranks(
     output = capsys.readouterr().out
     assert all(f"rank {rank}: Cannot write to the run folder" in output for rank in (0, 1))
     assert output.count("[run.dir=/proc/1/run] Give a run.dir that") == 2
+
+
+def test_a_file_where_tensorboard_writes_is_refused(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "tensorboard").touch()
+    config = tiny_config(workspace, tmp_path, logging={"tensorboard": True})
+    assert train(config, 2) == EXIT_USER_MISTAKE
+    line = f"Cannot write to the run folder: {tmp_path / 'tensorboard'}: File exists. [run.dir={tmp_path}]"
+    assert capsys.readouterr().out.count(line) == 2

@@ -37,7 +37,7 @@ def write_site(path: Path, **keys: object) -> Path:
 def run_submit(
     cluster: SlurmCluster, *arguments: str | Path, site: Path, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    return maskwright("submit", *arguments, "--site", site, **{**cluster.environ, **variables})
+    return maskwright("submit", *arguments, "--site", site, cwd=None, **{**cluster.environ, **variables})
 
 
 def submit(cluster: SlurmCluster, *arguments: str | Path, site: Path, **variables: str) -> int:

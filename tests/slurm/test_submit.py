@@ -33,7 +33,9 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     for name, step, after in (("USR1", 10, 22), ("TERM", 22, 36)):
         wait_for_training(cluster, run_dir, step)
         signal_job(cluster, job, name)
-        cluster.wait_for(lambda: read_status(run_dir).state == "stopped", f"the end after step {step}")
+        cluster.wait_for(
+            lambda: (status := read_status(run_dir)) is not None and status.state == "stopped", f"stop {name}"
+        )
         gate.close_after(after)
     wait_for_training(cluster, run_dir, 36)
     cluster.kill_node("n2")

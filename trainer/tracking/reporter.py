@@ -10,6 +10,7 @@ from typing import Any
 from trainer.batch_plan import BatchPlan
 from trainer.config import Config
 from trainer.config_file import dump_config
+from trainer.errors import cannot_write
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.metrics import as_json
 from trainer.tracking.console import TrainingConsole, seconds_left
@@ -35,7 +36,10 @@ class Reporter:
     ) -> None:
         self.console, self.status, self._stragglers = console, status, stragglers
         self._run_dir, self._plan, self._config = run_dir, plan, config
-        self._open(resumed_step)
+        try:
+            self._open(resumed_step)
+        except OSError as error:
+            raise cannot_write(Path(error.filename or run_dir), run_dir, error) from None
 
     def _open(self, resumed_step: int | None, keep_events: bool = False) -> None:
         self._jsonl = JsonlWriter(self._run_dir / "metrics.jsonl", resumed_step, keep_events)
