@@ -145,7 +145,7 @@ class SlurmCluster:
 
     def submit(self, *arguments: str | Path, cwd: Path, **variables: str) -> int:
         """`sbatch arguments` in a folder, with environment variables; returns the number of the job."""
-        return int(self.run("sbatch", "--parsable", *arguments, cwd=cwd, **variables).strip())
+        return int(self.run("sbatch", "--parsable", *arguments, check=True, cwd=cwd, **variables).strip())
 
     def states(self, job: int) -> list[JobState]:
         """The job, or every element of the array."""

@@ -22,6 +22,11 @@ from trainer.tracking.status import read_status
 ROOT = Path(__file__).parents[2]
 
 
+def state_of(run_dir: Path) -> str:
+    status = read_status(run_dir)
+    return status.state if status is not None else ""
+
+
 def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
@@ -33,9 +38,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     for name, step, after in (("USR1", 10, 22), ("TERM", 22, 36)):
         wait_for_training(cluster, run_dir, step)
         signal_job(cluster, job, name)
-        cluster.wait_for(
-            lambda: (status := read_status(run_dir)) is not None and status.state == "stopped", f"stop {name}"
-        )
+        cluster.wait_for(lambda: state_of(run_dir) == "stopped", f"the end after {name}")
         gate.close_after(after)
     wait_for_training(cluster, run_dir, 36)
     cluster.kill_node("n2")
