@@ -29,7 +29,7 @@ from trainer.model.prediction_head import install
 from trainer.optimizer import build_optimizer
 from trainer.partitions import PARAMETER_NAMES, Partitions
 from trainer.snapshot import HostBuffers, Snapshot
-from trainer.zero_step import shorten_step
+from trainer.zero_step import raise_scale_after_step, shorten_step
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents
@@ -100,6 +100,7 @@ class TrainingEngine:
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             shorten_step(zero, adamw, world.size)
+        self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module = model
         self.device = world.device
         self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
@@ -198,6 +199,7 @@ class TrainingEngine:
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             self._decide(sum_of_squares(grads).sqrt())
         self._engine.step()
+        self._raise_scale()
         return self._engine.was_step_applied() and not self._withheld
 
     def _decide(self, norm: torch.Tensor | float) -> None:

@@ -12,7 +12,7 @@ Each of these is a pass over all gradients, or a wait for the device:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
 
     def divide_in_adamw(_gradients: Any, norm: torch.Tensor) -> None:
         """In the place of `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
-        scale = torch.as_tensor(zero.loss_scale, dtype=torch.float32, device=norm.device)
+        # Filled on the device: a copy of the host's number would wait for all that the device has still to do.
+        scale = torch.full((), zero.loss_scale, dtype=torch.float32, device=norm.device)
         if zero.clip_grad > 0:
             scale = scale * (((norm / scale) + 1e-6) / zero.clip_grad).clamp(min=1.0)
         adamw.grad_scale = scale  # type: ignore[attr-defined]  # torch's GradScaler sets it in the same way
@@ -43,6 +44,34 @@ def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
     # With fp32 accumulation of bf16 gradients the reduction adds them to the accumulator, whatever the ranks.
     if ranks == 1 and not zero.partition_gradients and zero.gradient_accumulation_dtype == zero.dtype:
         zero.reduce_ready_partitions_and_remove_grads = lambda *_: None
+
+
+def raise_scale_after_step(zero: Any) -> Callable[[], None]:
+    """Have fp16's loss scale raised after a step; returns what to call then.
+
+    DeepSpeed raises it within the step, between the norm and the division of the gradients, which on that step are
+    divided by twice what they were multiplied with. A scale that falls falls at once: the step is skipped.
+
+    Args:
+        zero: an optimizer of DeepSpeed of any stage.
+    """
+    update_scale, is_due = zero._update_scale, False
+
+    def postpone(has_overflow: bool = False) -> None:
+        nonlocal is_due
+        if has_overflow:
+            update_scale(True)
+        else:
+            is_due = True
+
+    def raise_scale() -> None:
+        nonlocal is_due
+        if is_due:
+            update_scale(False)
+        is_due = False
+
+    zero._update_scale = postpone
+    return raise_scale
 
 
 def _global_norm(zero: Any, gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -145,3 +145,30 @@ def test_a_trial_ends_at_the_first_that_fails_on_any_rank_and_leaves_nothing_beh
     tried, plain = results
     assert [found for found, _ in tried] == [2, 2]
     assert [norms for _, norms in tried] == [norms for _, norms in plain]
+
+
+def _state_after_a_trial(config: Config) -> int:
+    """Runs on a rank: say how many of AdamW's flat partitions have moments after a micro-batch has fitted."""
+    import deepspeed
+
+    from trainer import distributed
+    from trainer.micro_trial import _Trial
+
+    type(deepspeed.get_accelerator()).is_fp16_supported = lambda _self: True  # torch computes in it on any CPU
+    world = distributed.start()
+    trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len)
+    assert trial is not None
+    assert trial.fits(4)
+    state = trial.engine._engine.optimizer.optimizer.state
+    print(f"moments of {sum('exp_avg' in of_one for of_one in state.values())} partitions")
+    distributed.stop()
+    return 0
+
+
+def test_a_trial_in_fp16_has_the_optimizers_state(
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Gpu A9: a step that is skipped makes none, and what fits without it does not fit the run."""
+    config = auto_config(workspace, tmp_path, None, train={"precision": "fp16", "steps": 4})
+    assert run_ranks(_state_after_a_trial, 1, config) == [0]
+    assert "moments of 2 partitions" in capfd.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,55 @@ def test_the_loss_scale_of_fp16_survives_another_layout(workspace: Path, tmp_pat
     scales = [line["train/loss_scale"] for line in metrics(tmp_path) if "train/loss_scale" in line]
     assert scales == [2.0**16] * 5 + [2.0**15] * 15
     assert losses(tmp_path) == pytest.approx(uninterrupted, abs=TOLERANCE)
+
+
+def with_squares_of_gradients(config: Config, path: str) -> int:
+    """Write the sum of squares of the gradients that each call of AdamW divides by its scale and takes.
+
+    The loss scale doubles after every second step.
+    """
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    from trainer.engine import TrainingEngine
+
+    squares, begin = [], TrainingEngine.__init__
+
+    def begin_with_short_window(engine: TrainingEngine, *arguments: Any) -> None:
+        begin(engine, *arguments)
+        scaler = engine._engine.optimizer.loss_scaler
+        scaler.scale_window, scaler.cur_scale = 2, 2.0**10
+
+    TrainingEngine.__init__ = begin_with_short_window  # type: ignore[method-assign]
+
+    def note(adamw: Any, *_: Any) -> None:
+        parameters = [parameter for group in adamw.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        scale = float(getattr(adamw, "grad_scale", 1.0))
+        squares.append(sum(float(gradient.double().square().sum()) for gradient in gradients) / scale**2)
+
+    register_optimizer_step_pre_hook(note)
+    code = with_fp16_allowed(config)
+    Path(path).write_text(json.dumps(squares))
+    return code
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero2_offload", "zero3"])
+def test_gradients_are_divided_by_the_scale_that_they_were_multiplied_with(
+    preset: str, workspace: Path, tmp_path: Path
+) -> None:
+    """Gpu A10: on a step where the scale doubles as well."""
+    config = tiny_config(
+        workspace,
+        tmp_path / "run",
+        deepspeed=preset,
+        optimizer={"clip": 1e9},
+        train={"precision": "fp16", "steps": 6},
+        logging={"every_steps": 1},
+    )
+    assert run_ranks(with_squares_of_gradients, 1, config, str(tmp_path / "squares")) == [EXIT_FINISHED]
+    lines = [line for line in metrics(tmp_path / "run") if "train/grad_norm" in line]
+    assert len({line["train/loss_scale"] for line in lines}) >= 3, "it doubles every second step"
+    squares = json.loads((tmp_path / "squares").read_text())
+    calls = len(squares) // len(lines)
+    found = [sum(squares[begin : begin + calls]) ** 0.5 for begin in range(0, len(squares), calls)]
+    assert found == pytest.approx([line["train/grad_norm"] for line in lines], rel=1e-3)

@@ -7,6 +7,7 @@ weights on the same masked batches, with the same optimizer; only the draws of d
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -120,7 +121,9 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
     config = config_of(work, variants[0])
     build_config(config.model, vocabulary_of(work), work.seq_len)  # what it refuses is better refused now
     check_data(work, objective_of(work, config))
-    peaks = Peaks(**in_own_processes(f"{__name__}:measure_peaks", {"work": asdict(work)}, [_environments(work)[0]]))
+    peaks = Peaks(
+        **in_own_processes(f"{__name__}:measure_peaks", {"work": asdict(work)}, environments(work, variants[0])[:1])
+    )
     turns = {variant.name: _turn(work, variant) for variant in variants}
     report = StepReport(
         settings={**asdict(work), "rounds": settings.rounds, "check_losses": settings.check_losses},
@@ -216,24 +219,33 @@ def _turn(work: StepWork, variant: StepVariant) -> Callable[[], StepMeasurement]
     arguments = {"work": asdict(work), "variant": asdict(variant)}
 
     def run() -> StepMeasurement:
-        found = in_own_processes("tools.bench.step_loops:run_variant", arguments, _environments(work))
+        found = in_own_processes("tools.bench.step_loops:run_variant", arguments, environments(work, variant))
         return StepMeasurement(**found)
 
     return run
 
 
-def _environments(work: StepWork) -> list[dict[str, str]]:
-    """Of each rank, with a free port to meet at."""
+def environments(work: StepWork, variant: StepVariant) -> list[dict[str, str]]:
+    """Of each rank, with a free port to meet at.
+
+    Hugging Face's Trainer on one rank gets what its user would give it, no place among ranks: with one, accelerate
+    wraps the model in DistributedDataParallel, which costs a pass over the gradients and breaks compiled graphs. It
+    gets one GPU, since it would spread over all that it sees.
+    """
+    common = {
+        "OMP_NUM_THREADS": str(work.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if work.ranks == 1 and variant.loop == "trainer" and not variant.deepspeed:
+        return [{**common, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}]
     with listen() as listener:
         port = listener.getsockname()[1]
-    common = {
+    common |= {
         "MASTER_ADDR": LOCALHOST,
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(work.ranks),
         "LOCAL_WORLD_SIZE": str(work.ranks),
-        "OMP_NUM_THREADS": str(work.threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(work.ranks)]
 

@@ -62,7 +62,7 @@ def run_trainer(work: StepWork, variant: StepVariant) -> StepMeasurement:
         trainer.train()
         peak = course.peak_bytes()
         profiled = rows[work.all_steps * work.ranks * work.micro_size :]
-        first = int(os.environ["RANK"]) * work.micro_size
+        first = int(os.environ.get("RANK", "0")) * work.micro_size
         stride = work.ranks * work.micro_size
 
         def take_step(number: int) -> None:

@@ -66,12 +66,12 @@ def matmul_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float =
     a device: on a busy machine its threads may wait for each other a hundred times as long as they compute.
     """
     # The library's set-up may take longer than all the rest: the rate would be that of the set-up.
-    _matmul_seconds(torch.ones(128, 128, device=device, dtype=dtype))
+    _matmul_seconds(torch.randn(128, 128, device=device, dtype=dtype))
     deadline = time.perf_counter() + seconds
     largest = 8192 if device.type == "cuda" else 2048
     best, size = 0.0, 512
     while size <= largest:
-        left = torch.ones(size, size, device=device, dtype=dtype)
+        left = torch.randn(size, size, device=device, dtype=dtype)  # with ones a GPU draws less power and clocks higher
         rates = []
         for _ in range(4):
             elapsed = _matmul_seconds(left)

@@ -20,7 +20,7 @@ from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.tiny_bench import write_tiny_model
 from tests.waiting import TIMEOUT_S, wait_for
 from tools.bench import step as bench
-from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, members, require_equal_losses
+from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, environments, members, require_equal_losses
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepWork, config_of, objective_of, training_batches
 from tools.bench.synthetic import learnable_tokens
@@ -215,3 +215,17 @@ def test_a_benchmark_that_is_ended_leaves_nobody_measuring(tmp_path: Path) -> No
     bench_process.communicate(timeout=TIMEOUT_S)
     _, alive = psutil.wait_procs(ranks, timeout=TIMEOUT_S)
     assert not alive
+
+
+def test_the_trainer_on_one_rank_has_no_place_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gpu A6: with one, accelerate would wrap the model in DistributedDataParallel."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    places = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    for variant in VARIANTS.values():
+        alone, *_ = environments(StepWork(), variant)
+        pair = environments(StepWork(ranks=2), variant)
+        assert all(places <= set(each) for each in pair)
+        if variant.loop == "trainer" and not variant.deepspeed:
+            assert not places & set(alone) and alone["CUDA_VISIBLE_DEVICES"] == "3"
+        else:
+            assert places <= set(alone)
