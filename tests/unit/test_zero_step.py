@@ -22,10 +22,9 @@ class FromHost(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tensors = [each for each in args if isinstance(each, torch.Tensor)]
-        if isinstance(result, torch.Tensor) and result.device.type == "cuda":
-            if any(each.device.type == "cpu" and each.dim() + each.numel() > 0 for each in tensors):
-                self.found.append(str(func))
+        from_host = any(isinstance(each, torch.Tensor) and each.device.type == "cpu" for each in args)
+        if from_host and isinstance(result, torch.Tensor) and result.device.type == "cuda":
+            self.found.append(str(func))
         return result
 
 
