@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.ranks import FORK_SERVER
+from tests.ranks import FORK_SERVER, ON_GPUS
 from tests.waiting import TIMEOUT_S
 
 
@@ -20,7 +20,7 @@ def maskwright(*arguments: str | Path, cwd: Path | None = None, **variables: str
     variables gets one that starts from nothing, since libraries read some of them as they are imported.
     """
     words = [str(argument) for argument in arguments]
-    if variables:
+    if variables or ON_GPUS:  # CUDA cannot be used after a fork
         command = [sys.executable, "-m", "launcher", *words]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, cwd=cwd)

@@ -10,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,25 @@ from trainer.config import Config
 from trainer.config_file import parse_config
 from trainer.tracking.jsonl import read_lines
 
+ON_GPUS = os.environ.get("MASKWRIGHT_GPU_TESTS") == "1"
+"""Whether tests see the GPUs of this machine; tests/conftest.py hides them otherwise."""
 FORK_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
 """One for all tests: Python has no more than one in a process."""
-# The last is imported by DeepSpeed at initialize, for some seconds.
+# From the fourth on they are imported in the course of a run, for half a second each time.
 FORK_SERVER.set_forkserver_preload(
-    ["trainer.train", "tools.prepare.run", "tests.ranks", "deepspeed.runtime.zero.muon.original_muon"]
+    [
+        "trainer.train",
+        "tools.prepare.on_demand",
+        "tests.ranks",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "deepspeed.module_inject.auto_ep_layer",
+        "tokenizers.trainers",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.convert_slow_tokenizer",
+        "transformers.models.roberta.modeling_roberta",
+        "transformers.processing_utils",
+        "torch.utils.serialization",
+    ]
 )
 EXIT_ERROR = 99
 
@@ -55,7 +70,7 @@ def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeou
 class Ranks:
     """Ranks at work; the exit code of one that a signal ended is the signal's number, negative."""
 
-    def __init__(self, processes: list[ForkServerProcess], outputs: list[Path]) -> None:
+    def __init__(self, processes: list[BaseProcess], outputs: list[Path]) -> None:
         self.processes, self._outputs = processes, outputs
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
@@ -90,8 +105,10 @@ def started_ranks(work: Callable[..., int], world_size: int, *arguments: Any) ->
     port = free_port()
     scratch = Path(tempfile.mkdtemp(prefix="maskwright-test-"))
     outputs = [scratch / f"rank-{rank}" for rank in range(world_size)]
+    # Once a process has looked for GPUs, CUDA cannot be used in what is forked from it.
+    context = multiprocessing.get_context("spawn") if ON_GPUS else FORK_SERVER
     processes = [
-        FORK_SERVER.Process(target=_rank, args=(work, rank, world_size, port, outputs[rank], arguments))
+        context.Process(target=_rank, args=(work, rank, world_size, port, outputs[rank], arguments))
         for rank in range(world_size)
     ]
     for process in processes:
