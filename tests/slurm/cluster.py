@@ -110,9 +110,14 @@ class SlurmCluster:
         It tries again after a minute, also to end a step: the step of the same number in the job's next start would be
         killed by that.
         """
-        empty = re.compile(r"^Agent queue size:\s*0$", re.MULTILINE)
-        self.wait_for(lambda: empty.search(self.run("sdiag")) is not None, "the end of the messages to a dead node")
+        self.wait_for(lambda: not self._messages_under_way(), "the end of the messages to a dead node")
         self.start_node(node)
+
+    def _messages_under_way(self) -> bool:
+        """Whether the controller sends something to nodes, or waits to send it again."""
+        counts = re.findall(r"^Agent (?:queue size|count|thread count):\s*(\d+)$", self.run("sdiag"), re.MULTILINE)
+        assert len(counts) == 3, counts
+        return set(counts) != {"0"}
 
     def kill_node(self, node: str) -> None:
         """Make a node die: its slurmd and all that runs under it, at once. SLURM takes half a minute to notice."""
