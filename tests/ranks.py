@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -70,7 +70,7 @@ def run_ranks(work: Callable[..., int], world_size: int, *arguments: Any, timeou
 class Ranks:
     """Ranks at work; the exit code of one that a signal ended is the signal's number, negative."""
 
-    def __init__(self, processes: list[BaseProcess], outputs: list[Path]) -> None:
+    def __init__(self, processes: Sequence[BaseProcess], outputs: list[Path]) -> None:
         self.processes, self._outputs = processes, outputs
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
