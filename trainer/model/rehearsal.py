@@ -40,6 +40,7 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
     _refuse_not_finite_fields(config, settings, where)
     model = stock_model(config, _META)
     _refuse_empty_weights(model, settings, where)
+    _initialize(model, settings, where)
     if settings.from_pretrained is not None:
         account_for_weights(config, settings.from_pretrained, weight_shapes(settings.from_pretrained))
         if vocabulary_rows(model) < vocabulary.size:
@@ -97,6 +98,19 @@ def _refuse_empty_weights(model: PreTrainedModel, settings: ModelConfig, where: 
             )
 
 
+def _initialize(model: PreTrainedModel, settings: ModelConfig, where: str) -> None:
+    """Draw the weights, which on meta costs nothing, and refuses what a start would: a negative deviation."""
+    try:
+        model.initialize_weights()
+    except Exception as error:
+        name = _guilty_field(model.config, " ".join(str(error).split()))
+        raise UserError(
+            f"{type(model).__name__} cannot draw its first weights: {error}",
+            where=_place(name, settings, where) if name else where,
+            remedy="Correct it in the model's config or model.overrides.",
+        ) from None
+
+
 def _is_small(model: PreTrainedModel) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) <= _MOST_WITH_VALUES
 
@@ -146,6 +160,11 @@ def _guilty_field(config: PretrainedConfig, message: str) -> str | None:
     changed = [
         name
         for name, value in fields.items()
-        if type(value) is int and value > 1 and value != usual.get(name) and str(value) in words
+        if _is_telling(value) and value != usual.get(name) and words & {str(value), f"{value:g}"}
     ]
     return changed[0] if len(changed) == 1 else None
+
+
+def _is_telling(value: Any) -> bool:
+    """Whether a number is seldom enough to know a field by it."""
+    return (type(value) is int and value > 1) or (type(value) in (int, float) and value < 0)

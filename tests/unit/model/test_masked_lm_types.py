@@ -100,6 +100,8 @@ def test_hashes_that_are_drawn_anew_are_refused(tmp_path: Path):
     [
         ("bert", {"initializer_range": float("nan")}, "initializer_range of the model's config is not finite", True),
         ("roberta", {"layer_norm_eps": float("inf")}, "layer_norm_eps of the model's config is not finite", True),
+        ("roberta", {"initializer_range": -1.0}, "cannot draw its first weights: normal expects std >= 0.0", True),
+        ("modernbert", {"initializer_range": -0.5}, "cannot draw its first weights", True),
         ("bert", {"chunk_size_feed_forward": 7}, "chunk size 7", True),
         ("bert", {"type_vocab_size": 0}, "type_vocab_size is 0", True),
         ("roberta", {"hidden_act": "nothing"}, "nothing", False),
