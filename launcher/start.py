@@ -166,8 +166,8 @@ def _train_here(
 def _imports_kept() -> Iterator[None]:
     """Import without the search for garbage, neither now nor, among what was imported, while training.
 
-    Imports make a million objects that stay. To look through them again and again takes a tenth of the imports' time,
-    and later each full search would hold up a step.
+    Imports make a million objects that stay. To look through them again and again takes a fifth of a start, and later
+    each full search would hold up a step.
     """
     gc.disable()
     try:

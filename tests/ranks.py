@@ -99,6 +99,13 @@ class Ranks:
         return "".join(path.read_text(errors="replace") if path.exists() else "" for path in self._outputs)
 
 
+def allow_fp16() -> None:
+    """Runs in a rank: torch computes in fp16 on any CPU, but DeepSpeed wants one that is fast at it."""
+    import deepspeed
+
+    type(deepspeed.get_accelerator()).is_fp16_supported = lambda _self: True
+
+
 @contextmanager
 def started_ranks(work: Callable[..., int], world_size: int, *arguments: Any) -> Iterator[Ranks]:
     """Have `work(*arguments)` called on `world_size` ranks; at the end they are killed and what they printed shown."""

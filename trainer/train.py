@@ -284,14 +284,11 @@ def _count_start(config: Config, world: World, state: TrainState, say: Callable[
 def _run_with_reports(
     loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
 ) -> int:
-    stragglers, error = _straggler_watch(loop), None
-    if console is not None and status is not None:
-        of_run = (loop.plan, resumed_step, loop.config)
-        try:
-            loop.reporter = Reporter(loop.saver.run_dir, console, status, stragglers, *of_run)
-        except MaskwrightError as caught:
-            error = caught
-    distributed.raise_together(loop.world, error)
+    stragglers, of_run = _straggler_watch(loop), (loop.plan, resumed_step, loop.config)
+    loop.reporter = distributed.build_together(
+        loop.world,
+        lambda: Reporter(loop.saver.run_dir, console, status, stragglers, *of_run) if console and status else None,
+    )
     try:
         code = loop.run()
         if status is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import losses, metrics, run_ranks, tiny_config, train
+from tests.ranks import allow_fp16, losses, metrics, run_ranks, tiny_config, train
 from trainer.checkpoint.find import candidates
 from trainer.config import Config
 from trainer.engine import TrainingEngine
@@ -33,13 +33,6 @@ LAYOUTS = [
     ({"precision": "fp32"}, "zero3_offload"),
 ]
 at_every_stage = pytest.mark.parametrize(("train_section", "preset"), LAYOUTS)
-
-
-def allow_fp16() -> None:
-    """torch computes in fp16 on any CPU, but DeepSpeed wants one that is fast at it."""
-    import deepspeed
-
-    type(deepspeed.get_accelerator()).is_fp16_supported = lambda _self: True
 
 
 def fingerprint(engine: TrainingEngine) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.commands import assert_one_card, maskwright
-from tests.ranks import losses, run_ranks, tiny_config, train, write_config
+from tests.ranks import allow_fp16, losses, run_ranks, tiny_config, train, write_config
 from trainer.config import Config
 from trainer.deepspeed_config import load_preset
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
@@ -149,12 +149,10 @@ def test_a_trial_ends_at_the_first_that_fails_on_any_rank_and_leaves_nothing_beh
 
 def _state_after_a_trial(config: Config) -> int:
     """Runs on a rank: say how many of AdamW's flat partitions have moments after a micro-batch has fitted."""
-    import deepspeed
-
     from trainer import distributed
     from trainer.micro_trial import _Trial
 
-    type(deepspeed.get_accelerator()).is_fp16_supported = lambda _self: True  # torch computes in it on any CPU
+    allow_fp16()
     world = distributed.start()
     trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len)
     assert trial is not None

@@ -229,8 +229,8 @@ def environments(work: StepWork, variant: StepVariant) -> list[dict[str, str]]:
     """Of each rank, with a free port to meet at.
 
     Hugging Face's Trainer on one rank gets what its user would give it, no place among ranks: with one, accelerate
-    wraps the model in DistributedDataParallel, which costs a pass over the gradients and breaks compiled graphs. It
-    gets one GPU, since it would spread over all that it sees.
+    wraps the model in DistributedDataParallel on GPUs, which costs a pass over the gradients and breaks compiled
+    graphs. It gets one GPU, since it would spread over all that it sees.
     """
     common = {
         "OMP_NUM_THREADS": str(work.threads),
