@@ -152,8 +152,11 @@ def _no_manifest(folder: Path) -> UserError | DamagedError:
             remedy="Copy it again from where it is whole, or prepare the data set again.",
         )
     remedy = f"Did you mean {folder / inner[0]}? " if inner else ""
+    reason = f"it has no {MANIFEST}"
+    if not folder.exists():
+        reason, remedy = "there is nothing at this path", "Correct the path. "
     return UserError(
-        f"'{folder}' is not a prepared data set: it has no {MANIFEST}.",
+        f"'{folder}' is not a prepared data set: {reason}.",
         where=str(folder),
         remedy=remedy + "Write one with `maskwright prepare --input TEXT --tokenizer DIR --output DIR`; "
         "if that was interrupted, run the same command again.",

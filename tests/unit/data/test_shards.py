@@ -132,6 +132,12 @@ def test_two_writers_of_a_shard_do_not_mix_their_bytes(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 3, "no temporary file is left"
 
 
+def test_a_path_where_nothing_is_is_said_to_be_one(tmp_path: Path):
+    with pytest.raises(UserError, match="there is nothing at this path") as caught:
+        read_manifest(tmp_path / "no-such.txt")
+    assert caught.value.remedy.startswith("Correct the path.")
+
+
 def test_a_folder_without_a_manifest_is_no_data_set_and_the_split_inside_is_named(tmp_path: Path):
     write_data_set(tmp_path / "data" / "train", [[[1]]])
     with pytest.raises(UserError, match="has no manifest") as caught:
