@@ -2,63 +2,113 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from tests.forked import become
 from tests.ranks import FORK_SERVER, ON_GPUS
-from tests.waiting import TIMEOUT_S
+from tests.waiting import TIMEOUT_S, Started
+
+READ_AT_IMPORT = ("CUDA_", "HF_", "PYTHONIO", "TRANSFORMERS_")
+"""Variables that begin like this are read by libraries, or by Python, before a command begins."""
 
 
-def maskwright(*arguments: str | Path, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def maskwright(
+    *arguments: str | Path, cwd: Path | None = None, fresh: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run one command to its end.
 
-    Its process is forked from a server that has the imports behind it, which take longer than most commands. Who sets
-    variables gets one that starts from nothing, since libraries read some of them as they are imported.
+    Args:
+        fresh: in a new interpreter; else it is forked, see `tests.forked`.
+        variables: for its environment.
     """
-    words = [str(argument) for argument in arguments]
-    if variables or ON_GPUS:  # CUDA cannot be used after a fork
+    words, environ = _words(arguments), _environ(variables)
+    if _is_fresh(fresh, variables):
         command = [sys.executable, "-m", "launcher", *words]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, cwd=cwd)
-    with tempfile.TemporaryDirectory(prefix="maskwright-test-") as scratch:
-        stdout, stderr = Path(scratch, "stdout"), Path(scratch, "stderr")
-        place = (cwd or Path.cwd(), dict(os.environ), stdout, stderr)
-        process = FORK_SERVER.Process(target=_command, args=(words, *place))
-        process.start()
-        process.join(TIMEOUT_S)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(words, TIMEOUT_S, stdout.read_bytes(), stderr.read_bytes())
-        return subprocess.CompletedProcess(words, process.exitcode, stdout.read_text(), stderr.read_text())
+    process = _Forked(words, environ, cwd or Path.cwd(), two_streams=True)
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    return subprocess.CompletedProcess(words, process.wait(), stdout, stderr)
 
 
-def _command(words: list[str], cwd: Path, environ: dict[str, str], stdout: Path, stderr: Path) -> None:
-    """Runs in the forked process: take the place that a process of the shell has, and do the command."""
-    from launcher.__main__ import main
+def start_maskwright(*arguments: str | Path, fresh: bool = False, **variables: str) -> Started:
+    """Start one command, stdout and stderr in one stream. The arguments are those of `maskwright`."""
+    words, environ = _words(arguments), _environ(variables)
+    if _is_fresh(fresh, variables):
+        command = [sys.executable, "-m", "launcher", *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    return _Forked(words, environ, Path.cwd(), two_streams=False)
 
-    os.environ.clear()
-    os.environ.update(environ)
+
+class _Forked:
+    """A command that the fork server has started; what it prints goes into files."""
+
+    def __init__(self, words: list[str], environ: dict[str, str], cwd: Path, two_streams: bool) -> None:
+        self._words = words
+        self._scratch = tempfile.TemporaryDirectory(prefix="maskwright-test-")
+        folder = Path(self._scratch.name)
+        self._stdout = folder / "stdout"
+        self._stderr = folder / "stderr" if two_streams else self._stdout
+        self._process = FORK_SERVER.Process(target=_do_command, args=(words, environ, cwd, self._stdout, self._stderr))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self._words, timeout or 0, self._stdout.read_bytes())
+        return self._process.exitcode
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str | None]:
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self._stdout.read_text(), self._stderr.read_text() if self._stderr != self._stdout else None
+
+    def send_signal(self, number: int, /) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _do_command(words: list[str], environ: dict[str, str], cwd: Path, stdout: Path, stderr: Path) -> None:
+    """Runs in the forked process."""
     os.chdir(cwd)
-    sys.stdin = open(os.devnull)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
-    # A user's process forks its workers; here they would come from a fork server of their own.
-    multiprocessing.set_start_method("fork", force=True)
-    sys.argv = ["maskwright", *words]
-    main()
+    become(words, environ)
 
 
-def start_maskwright(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
-    """Start one command, stdout and stderr in one stream."""
-    command = [sys.executable, "-m", "launcher", *map(str, arguments)]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+def _words(arguments: tuple[str | Path, ...]) -> list[str]:
+    return [str(argument) for argument in arguments]
+
+
+def _environ(variables: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def _is_fresh(asked: bool, variables: dict[str, str]) -> bool:
+    # CUDA cannot be used after a fork.
+    return asked or ON_GPUS or any(name.startswith(READ_AT_IMPORT) for name in variables)
 
 
 def assert_one_card(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

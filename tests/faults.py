@@ -23,6 +23,8 @@ from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 
+MARKED = ("environ", "maps")
+"""Where /proc shows the mark of a process that was executed, and of one that was forked."""
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
@@ -95,12 +97,12 @@ def assert_all_ranks_say(run_dir: Path, words: str, world_size: int = 2) -> None
         assert words in log, f"rank {rank}:\n{log}"
 
 
-def processes_with(variable: str) -> list[str]:
-    """Command lines of the processes that were started with NAME=VALUE in their environment (I3)."""
+def processes_with(mark: str) -> list[str]:
+    """Command lines of the processes of a command that was started with `tests.forked.MARK` set to a mark (I3)."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdecimal() and variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+            if folder.name.isdecimal() and any(mark.encode() in (folder / name).read_bytes() for name in MARKED):
                 found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:  # ended meanwhile
             continue

@@ -32,6 +32,7 @@ FORK_SERVER.set_forkserver_preload(
         "trainer.train",
         "tools.prepare.on_demand",
         "tests.ranks",
+        "tests.forked",
         "deepspeed.runtime.zero.muon.original_muon",
         "deepspeed.module_inject.auto_ep_layer",
         "tokenizers.trainers",

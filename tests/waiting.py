@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from trainer.tracking.jsonl import read_lines
 
 TIMEOUT_S = 600.0
 """Of one wait; only what hangs takes longer, on a machine with ten times the work that it has cores for too."""
+
+
+class Started(Protocol):
+    """What tests use of a process that was started, which may be a subprocess.Popen."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[str, str | None]: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 def wait_for(condition: Callable[[], bool], what: str, poll_s: float = 0.02) -> None:
@@ -25,13 +40,13 @@ def wait_for(condition: Callable[[], bool], what: str, poll_s: float = 0.02) -> 
         time.sleep(poll_s)
 
 
-def rank_processes(launcher: subprocess.Popen[str]) -> list[int]:
+def rank_processes(launcher: Started) -> list[int]:
     """The pids of the ranks that `maskwright train --nproc-per-node` has started, in rank order."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [int(child) for child in children]
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: Started, run_dir: Path, step: int) -> None:
     """Wait until a step's metrics are written; fails when the run ends before."""
 
     def reached() -> bool:

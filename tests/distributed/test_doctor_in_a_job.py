@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.commands import start_maskwright
 from tests.ranks import free_port, tiny_config, write_config
-from tests.waiting import TIMEOUT_S
+from tests.waiting import TIMEOUT_S, Started
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 
 
-def start_node(run_dir: Path, rank: int, count: int, port: int, answer_s: float = 120) -> subprocess.Popen[str]:
+def start_node(run_dir: Path, rank: int, count: int, port: int, answer_s: float = 120) -> Started:
     """doctor as the one process of a node, as torchrun would place it."""
     place = {
         "RANK": str(rank),
@@ -27,7 +26,7 @@ def start_node(run_dir: Path, rank: int, count: int, port: int, answer_s: float 
     return start_maskwright("doctor", "--job", run_dir, "--answer-seconds", str(answer_s), **place)
 
 
-def outcome(nodes: list[subprocess.Popen[str]], run_dir: Path) -> tuple[list[int], list[str], dict[str, Any]]:
+def outcome(nodes: list[Started], run_dir: Path) -> tuple[list[int], list[str], dict[str, Any]]:
     outputs = [node.communicate(timeout=TIMEOUT_S)[0] for node in nodes]
     return [node.returncode for node in nodes], outputs, json.loads((run_dir / "preflight.json").read_text())
 

@@ -14,6 +14,7 @@ from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.fault_points import Fault, Point, at_save, fail, injecting_environment, kill
 from tests.faults import processes_with, whole_checkpoints
 from tests.faults import train_with as train_ranks_with
+from tests.forked import MARK
 from tests.ranks import tiny_config, write_config
 from tests.waiting import TIMEOUT_S
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
@@ -31,14 +32,14 @@ def train_with(fault: Fault, workspace: Path, folder: Path) -> tuple[int, str]:
     sources = [{"path": str(workspace / "data" / name), "name": name} for name in ("train", "validation")]
     sections = {**SECTIONS, "data": {**SECTIONS["data"], "train": sources}}
     config = write_config(tiny_config(workspace, folder / "run", **sections), folder / "config.yaml")
-    mark = {"MASKWRIGHT_TEST": uuid.uuid4().hex}
+    mark = {MARK: uuid.uuid4().hex}
     environment = injecting_environment(folder, [fault])
     process = start_maskwright("train", config, "--nproc-per-node", "2", **environment, **mark)
     output = process.communicate(timeout=TIMEOUT_S)[0]
     ended = {path.name for path in folder.glob("ended-*")}
     killed = {fault.rank} if fault.action is kill else set()
     assert ended == {f"ended-{rank}" for rank in {0, 1} - killed}, "the launcher did not have to end one"
-    assert not processes_with(f"MASKWRIGHT_TEST={mark['MASKWRIGHT_TEST']}"), output
+    assert not processes_with(mark[MARK]), output
     return process.returncode, output
 
 
@@ -94,7 +95,7 @@ def port_of(launcher: int) -> int:
 
 def test_fault_12_nobody_can_take_the_port_while_the_ranks_start(workspace: Path, tmp_path: Path) -> None:
     config = write_config(tiny_config(workspace, tmp_path / "run", train={"steps": 2}), tmp_path / "config.yaml")
-    process = start_maskwright("train", config, "--nproc-per-node", "2")
+    process = start_maskwright("train", config, "--nproc-per-node", "2", fresh=True)
     port = port_of(process.pid)
     attempts = 0
     with socket.socket() as other:

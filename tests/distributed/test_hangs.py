@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 import uuid
@@ -18,8 +17,9 @@ import pytest
 
 from tests.commands import start_maskwright
 from tests.faults import processes_with
+from tests.forked import MARK
 from tests.ranks import metrics, run_ranks, tiny_config, write_config
-from tests.waiting import TIMEOUT_S, rank_processes, wait_for, wait_for_step
+from tests.waiting import TIMEOUT_S, Started, rank_processes, wait_for, wait_for_step
 from trainer.errors import EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
 from trainer.tracking.status import Status, read_status
 
@@ -27,15 +27,16 @@ LIMIT_S = 12.0
 
 
 @contextmanager
-def started_run(workspace: Path, folder: Path, **watchdog: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started_run(workspace: Path, folder: Path, **watchdog: Any) -> Iterator[tuple[Started, str]]:
     """`maskwright train` on two ranks, at a step; with a mark that all its processes have in their environment."""
     sections: dict[str, Any] = {"train": {"steps": 100_000}, "watchdog": watchdog, "data": {"workers": 1}}
     config = write_config(tiny_config(workspace, folder / "run", **sections), folder / "config.yaml")
     mark = uuid.uuid4().hex
-    process = start_maskwright("train", config, "--nproc-per-node", "2", MASKWRIGHT_TEST=mark)
+    process = start_maskwright("train", config, "--nproc-per-node", "2", **{MARK: mark})
     try:
         wait_for_step(process, folder / "run", 3)
-        yield process, f"MASKWRIGHT_TEST={mark}"
+        assert len(processes_with(mark)) >= 5, "the launcher, two ranks and a worker of each"
+        yield process, mark
     finally:
         process.kill()
         process.wait()

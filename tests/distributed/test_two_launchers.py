@@ -16,13 +16,14 @@ import pytest
 from launcher.console import EXIT_INTERRUPTED
 from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.faults import processes_with, whole_checkpoints
+from tests.forked import MARK
 from tests.ranks import free_port, losses, tiny_config, write_config
-from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
+from tests.waiting import TIMEOUT_S, Started, rank_processes, wait_for_step
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
 from trainer.tracking.status import AT_ONCE, read_status
 
 
-def start_nodes(config: Path, *overrides: str, **variables: str) -> list[subprocess.Popen[str]]:
+def start_nodes(config: Path, *overrides: str, **variables: str) -> list[Started]:
     """A launcher for each of two nodes, with a rank each; the second one comes first."""
     port = str(free_port())
     nodes = ("--nproc-per-node", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
@@ -32,7 +33,7 @@ def start_nodes(config: Path, *overrides: str, **variables: str) -> list[subproc
     return launchers[::-1]
 
 
-def outputs(launchers: Sequence[subprocess.Popen[str]]) -> list[str]:
+def outputs(launchers: Sequence[Started]) -> list[str]:
     return [launcher.communicate(timeout=TIMEOUT_S)[0] for launcher in launchers]
 
 
@@ -53,7 +54,7 @@ def test_two_launchers_train_one_run_and_ctrl_c_at_either_stops_both(workspace: 
     assert len(losses(run_dir)) == step
 
     mark = uuid.uuid4().hex
-    launchers = start_nodes(config, MASKWRIGHT_TEST=mark)
+    launchers = start_nodes(config, **{MARK: mark})
     wait_for_step(launchers[0], run_dir, step + 3)
     assert all(len(rank_processes(launcher)) == 1 for launcher in launchers)
     # A stopped rank cannot save: the first Ctrl-C waits, the second ends its node at once, and the other one with it.
@@ -66,7 +67,7 @@ def test_two_launchers_train_one_run_and_ctrl_c_at_either_stops_both(workspace: 
     first, second = outputs(launchers)
     assert [launcher.returncode for launcher in launchers] == [EXIT_INTERRUPTED, EXIT_UNEXPECTED], first + second
     assert "the cause is with the launcher of that one's node" in second
-    assert not processes_with(f"MASKWRIGHT_TEST={mark}")
+    assert not processes_with(mark)
     status = read_status(run_dir)
     assert status is not None and (status.state, status.reason, status.restarts) == ("stopped", AT_ONCE, 1)
     assert whole_checkpoints(run_dir) == [step]

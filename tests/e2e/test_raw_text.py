@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tests.commands import start_maskwright
 from tests.conftest import write_text
 from tests.gate import record_gate
 from tests.ranks import losses, metrics, tiny_config, train, write_config
-from tests.waiting import TIMEOUT_S, rank_processes, wait_for
+from tests.waiting import TIMEOUT_S, Started, rank_processes, wait_for
 from tools.prepare import prepare
 from tools.validate import validate
 from trainer.config import Config
@@ -88,7 +87,7 @@ def test_the_cache_goes_by_content_tokenizer_and_settings(
     assert train(config, resume="auto") == EXIT_USER_MISTAKE, "a resume on other text is refused"
 
 
-def launch(config: Config, folder: Path, **variables: str) -> subprocess.Popen[str]:
+def launch(config: Config, folder: Path, **variables: str) -> Started:
     path = write_config(config, folder / "config.yaml")
     return start_maskwright("train", path, "--nproc-per-node", "2", **variables)
 

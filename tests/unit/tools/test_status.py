@@ -135,7 +135,7 @@ def test_the_command_prints_json_watches_to_the_end_and_refuses_what_is_no_run(t
     assert found.keys() >= {*asdict(Status()), "heartbeat_age_seconds", "looks_dead", "silent_ranks"}
     assert (found["state"], found["step"], found["looks_dead"]) == ("training", 3, False)
 
-    watching = start_maskwright("status", run_dir, "--watch")
+    watching = start_maskwright("status", run_dir, "--watch", fresh=True)
     assert watching.stdout is not None
     assert watching.stdout.readline().strip() == str(run_dir)
     change_status(run_dir, state="finished", step=9)
