@@ -30,6 +30,7 @@ from trainer.data.shards import (
     ShardEntry,
     check_content,
     document_starts,
+    file_fault,
     read_manifest,
     verify_shard,
 )
@@ -267,6 +268,8 @@ def _manifest_faults(folder: Path, manifest: Manifest) -> list[str]:
             faults.append(f"{MANIFEST}: {setting} are set, but {lacking[0]} has no .{plane}")
     copy = tokenizer_folder(folder)
     if copy is not None:
+        found = (file_fault(copy / name, *sums) for name, sums in manifest.tokenizer_files.items())
+        faults += [f"{copy.name}/{fault}" for fault in found if fault]
         try:
             if tokenizer_sha256(load_tokenizer(copy)) != manifest.tokenizer_sha256:
                 faults.append(f"{copy.name}: not the tokenizer that wrote the shards")

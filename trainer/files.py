@@ -27,6 +27,12 @@ def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def file_sums(folder: Path) -> dict[str, tuple[int, str]]:
+    """The names of the files in a folder, in order, each with [bytes, xxh3_128]."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: (path.stat().st_size, file_hash(path)) for path in files}
+
+
 def bytes_hash(content: bytes) -> str:
     """xxh3_128 of some bytes, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(content)

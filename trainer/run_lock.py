@@ -95,7 +95,7 @@ class RunLock:
         """
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._guard = os.open(self._run_dir / GUARD, os.O_RDWR | os.O_CREAT, 0o666)
+            self._guard = self._open_guard()
             granted = _lock(self._guard)
             self._holder = _this_process(record_lock=bool(granted))
             while not self._try(granted):
@@ -263,6 +263,20 @@ class RunLock:
             remedy=f"Wait until it has ended, or give another run.dir. If you know that it is dead, remove {GUARD} and "
             f"{RECORD} there.",
         )
+
+    def _open_guard(self) -> int:
+        """Open the file that is locked; what is there in its place is never removed, somebody may rely on it."""
+        path = self._run_dir / GUARD
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            raise UserError(
+                f"{path} is no file that can be locked: {error.strerror}.",
+                where=f"run.dir={self._run_dir}",
+                remedy="If no job trains in this run folder, remove it: the next start makes a new one.",
+            ) from None
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):

@@ -15,6 +15,7 @@ from tests.fuzz.damages import damage
 from tests.fuzz.harness import Outcome, call, seeds, try_all
 from tests.ranks import losses, tiny_config, write_config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.run_lock import GUARD
 
 CASES = 20
 STEPS, NEWEST, OLDER = 8, "step-00000006", "step-00000004"
@@ -89,6 +90,8 @@ def try_damage(seed: int, folder: Path, base: Path, clean: list[float]) -> list[
     right = ()
     if hit <= {"checkpoint", "older", "side"}:
         right = (EXIT_FINISHED, EXIT_DAMAGED) if {"checkpoint", "older"} <= hit else (EXIT_FINISHED,)
+    if not (place / "run" / GUARD).is_file():  # whether somebody else is at work cannot be known then
+        right = (EXIT_FINISHED, EXIT_USER_MISTAKE)
     outcome = run("train", CONFIG, expected=right)
     if "checkpoint" in hit and outcome.code == EXIT_FINISHED:
         first = min(str(file) for file in changed if kind_of(file) == "checkpoint")

@@ -324,3 +324,13 @@ def test_a_record_that_cannot_be_read_is_not_in_the_way(
     lock = locks()
     lock.take()
     assert lock.notes == ["took over the run folder from an earlier job: its record cannot be read"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop"])
+def test_what_cannot_be_locked_is_named_and_left(kind: str, locks: Callable[[], RunLock], tmp_path: Path) -> None:
+    guard = tmp_path / GUARD
+    guard.mkdir() if kind == "folder" else guard.symlink_to(GUARD)
+    with pytest.raises(UserError, match="is no file that can be locked") as caught:
+        locks().take()
+    assert str(guard) in caught.value.problem and "remove it" in caught.value.remedy
+    assert guard.is_symlink() or guard.is_dir()

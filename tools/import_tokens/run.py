@@ -19,11 +19,13 @@ from tools.import_tokens.datatrove import DatatroveFile
 from tools.import_tokens.find import Found, find_sources
 from tools.import_tokens.output import Output
 from tools.import_tokens.write import ShardRecord, ShardSettings
+from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
 from trainer.data.shards import Manifest, document_starts, token_dtype
 from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
+from trainer.files import file_sums
 from trainer.paths import user_path
 
 if TYPE_CHECKING:
@@ -220,6 +222,7 @@ def _manifests(
                 "skipped_documents_in_input": sum(record.counts.skipped for record in records),
             },
             written_by=f"maskwright {version('maskwright')}",
+            tokenizer_files=file_sums(place.folder / TOKENIZER_FOLDER),
         )
     return manifests
 

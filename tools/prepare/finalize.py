@@ -20,7 +20,7 @@ from tools.prepare.work_folder import foreign_parts, remove_temporaries
 from tools.prepare.worker import UnitRecord, read_record, record_path
 from trainer.data.shards import MANIFEST, Manifest
 from trainer.errors import UserError
-from trainer.files import replace_synced, sync_folder
+from trainer.files import file_sums, replace_synced, sync_folder
 
 
 def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
@@ -143,6 +143,7 @@ def _join(job: Job, records: Sequence[UnitRecord], name: str) -> Manifest:
         settings=job.settings,
         statistics=statistics,
         written_by=f"maskwright {version('maskwright')}",
+        tokenizer_files=file_sums(job.tokenizer_folder),
     )
 
 

@@ -75,6 +75,9 @@ def check_manifest(manifest: Manifest, dtype: np.dtype) -> None:
     for source in manifest.sources:
         if not isinstance(source.get("name"), str) or not _is_count(source.get("bytes")):
             raise ValueError("sources: each must have a name and bytes")
+    for name in manifest.tokenizer_files:
+        if not is_shard_name(name):
+            raise ValueError(f"tokenizer_files: {name[:_SHOWN_CHARACTERS]!r} cannot be the name of a file")
     longest = manifest.statistics.get("longest_document_tokens", 0)
     if not _is_count(longest) or longest > manifest.tokens:
         raise ValueError(f"statistics.longest_document_tokens is {str(longest)[:_SHOWN_CHARACTERS]}")

@@ -42,6 +42,7 @@ SUFFIXES = ("tok", "doc", "sum")  # of every shard; start planes come on request
 SUM_BYTES = 1 << 20  # bytes of NAME.tok behind one sum
 SPLITS = ("train", "validation")  # folders of the two data sets of `prepare --validation-fraction`
 PREPARE_WORK_FOLDER, IMPORT_WORK_FOLDER = ".prepare", ".import"  # in the output of a job that is not finished
+CONTENT_DIFFERS = "content differs from its checksum"
 _SEPARATOR_STARTS_NOTHING = np.zeros(1, bool)
 
 
@@ -59,7 +60,11 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set is. It holds no times and no paths of a machine: the same input gives the same bytes."""
+    """What a data set is. It holds no times and no paths of a machine: the same input gives the same bytes.
+
+    `tokenizer_files` maps the names of the files of the tokenizer's copy to [bytes, xxh3_128]; none in older data
+    sets, and in those without a copy.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -74,6 +79,7 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     written_by: str = ""
+    tokenizer_files: dict[str, tuple[Count, str]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -285,16 +291,22 @@ def verify_shard(folder: Path, entry: ShardEntry, progress: Callable[[int], None
     """Compare every byte of a shard with its sums; returns one line for each fault, none when it is whole."""
     faults = []
     for suffix, (size, digest) in entry.files.items():
-        path = folder / f"{entry.name}.{suffix}"
-        if not path.is_file():
-            faults.append(f"{path.name}: missing")
-        elif path.stat().st_size != size:
-            faults.append(f"{path.name}: {path.stat().st_size:,} bytes instead of {size:,}")
-        elif file_hash(path) != digest:
-            faults.append(f"{path.name}: content differs from its checksum{_damaged_places(folder, entry, suffix)}")
+        fault = file_fault(folder / f"{entry.name}.{suffix}", size, digest)
+        if fault.endswith(CONTENT_DIFFERS):
+            fault += _damaged_places(folder, entry, suffix)
+        faults += [fault] if fault else []
         if progress:
             progress(size)
     return faults
+
+
+def file_fault(path: Path, size: int, digest: str) -> str:
+    """Say in what a file differs from its size in bytes and its xxh3_128; empty when it is whole."""
+    if not path.is_file():
+        return f"{path.name}: missing"
+    if (found := path.stat().st_size) != size:
+        return f"{path.name}: {found:,} bytes instead of {size:,}"
+    return f"{path.name}: {CONTENT_DIFFERS}" if file_hash(path) != digest else ""
 
 
 def _damaged_places(folder: Path, entry: ShardEntry, suffix: str) -> str:

@@ -99,6 +99,22 @@ def test_verify_notices_another_tokenizer(data: Path, capsys) -> None:
         verify(data, console=quiet_console())
 
 
+def test_verify_names_the_damaged_file_of_the_tokenizer(data: Path) -> None:
+    """What it says of special tokens is in no shard; a set from before there were sums of it is read as before."""
+    path = data / "tokenizer" / "tokenizer_config.json"
+    for damage, fault in ((lambda: path.write_text('{"a": 1}'), "8 bytes instead of"), (path.unlink, "missing")):
+        damage()
+        with pytest.raises(DamagedError, match=f"train/tokenizer/tokenizer_config.json: {fault}"):
+            verify(data, console=quiet_console())
+    for name in ("train", "validation"):
+        write_manifest(data / name, replace(read_manifest(data / name), tokenizer_files={}))
+    verify(data, console=quiet_console())
+    manifest = replace(read_manifest(data / "train"), tokenizer_files={"../x": (1, "")})
+    write_manifest(data / "train", manifest)
+    with pytest.raises(DamagedError, match="cannot be the name of a file"):
+        verify(data, console=quiet_console())
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
