@@ -22,6 +22,7 @@ from trainer.tracking.jsonl import read_lines
 
 MARKER = ".maskwright-demo"
 RANKS = 2
+"""At most: fewer where there are fewer GPUs than that, but for none, when ranks compute on the CPU."""
 CORPUS_BYTES = 6_000_000
 VOCABULARY_SIZE = 8192
 INTERRUPT_AT_STEP = 500
@@ -47,8 +48,12 @@ def run_demo(directory: str | None, console: Console) -> None:
     _maskwright(
         console, folder, "prepare --input corpus --tokenizer tokenizer --output data --validation-fraction 0.03"
     )
-    console.rule(f"4. Training on {RANKS} ranks with DeepSpeed ZeRO-1, interrupted at step {INTERRUPT_AT_STEP}")
-    train = f"train demo --nproc-per-node {RANKS}"
+    ranks = rank_count()
+    console.rule(
+        f"4. Training on {ranks} rank{'s' if ranks > 1 else ''} with DeepSpeed ZeRO-1, interrupted at step "
+        f"{INTERRUPT_AT_STEP}"
+    )
+    train = f"train demo --nproc-per-node {ranks}"
     _maskwright(console, folder, train, interrupt_at_step=INTERRUPT_AT_STEP)
     console.rule("5. The same command goes on where it stopped")
     _maskwright(console, folder, train)
@@ -57,6 +62,13 @@ def run_demo(directory: str | None, console: Console) -> None:
     console.rule("7. Filled masks, in plain transformers")
     _fill_masks(console, folder / "model")
     _summary(console, folder, time.monotonic() - started)
+
+
+def rank_count() -> int:
+    """How many ranks the demo trains on: each needs a GPU of its own where there are any."""
+    import torch
+
+    return min(RANKS, torch.cuda.device_count() or RANKS)
 
 
 def _fresh_folder(folder: Path) -> Path:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from trainer.errors import MaskwrightError, mark_origin
+from trainer.errors import MaskwrightError, UserError, mark_origin
 from trainer.host_memory import keep_freed_memory
 from trainer.node import node_name
 from trainer.rendezvous import join_group
@@ -59,7 +59,7 @@ def start(timeout: timedelta = START_TIMEOUT) -> World:
         timeout: of the meeting, and of each collective until `set_timeouts`.
 
     Raises:
-        UserError: on rank 0, when another process has the port.
+        UserError: on rank 0, when another process has the port; on every rank, when they have no GPU each.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -69,14 +69,63 @@ def start(timeout: timedelta = START_TIMEOUT) -> World:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        if local_rank < torch.cuda.device_count():  # else it is refused as soon as the ranks have met
+            torch.cuda.set_device(device)
         for name, value in _NCCL_DEFAULTS.items():
             os.environ.setdefault(name, value)
     else:
         keep_freed_memory()
     join_group("nccl" if cuda else "gloo", rank, size, timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
-    return World(rank, size, local_rank, device, control)
+    world = World(rank, size, local_rank, device, control)
+    if (problem := device_problem(gather(world, _own_place(device)))) is not None:
+        raise problem
+    return world
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank computes.
+
+    Attributes:
+        device: the identity of its GPU; empty when it has none.
+        visible: the number of GPUs that it sees; 0 where ranks compute on the CPU.
+    """
+
+    node: str
+    device: str
+    visible: int
+
+
+def device_problem(places: Sequence[Place]) -> UserError | None:
+    """Say which ranks have no GPU of their own, before NCCL does in its way; None when all have, or on CPUs.
+
+    Args:
+        places: of all ranks, by rank.
+    """
+    for rank, place in enumerate(places):
+        before = ((other.node, other.device) for other in places[:rank])
+        same = next((number for number, each in enumerate(before) if each == (place.node, place.device)), None)
+        if not place.visible or (place.device and same is None):
+            continue
+        has = f"the GPU of rank {same}" if place.device else "no GPU"
+        ranks = sum(other.node == place.node for other in places)
+        gpus = len({other.device for other in places if other.node == place.node and other.device})
+        return UserError(
+            f"Rank {rank} has {has}: {place.node} has {ranks} ranks and {gpus} GPU{'s' if gpus != 1 else ''} for them.",
+            where="--nproc-per-node, or --ntasks-per-node of srun",
+            remedy=f"Start one rank a GPU, here {gpus}. A global batch stays what it is. To train on the CPU instead, "
+            'set CUDA_VISIBLE_DEVICES="".',
+        )
+    return None
+
+
+def _own_place(device: torch.device) -> Place:
+    visible = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.index is None or device.index >= visible:
+        return Place(node_name(), "", visible)
+    # The UUID is that of a part of a GPU where it is divided (MIG).
+    return Place(node_name(), str(torch.cuda.get_device_properties(device).uuid), visible)
 
 
 def stop() -> None:
