@@ -27,6 +27,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.inputs import run_folder
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.compiling import compiled_for_attention
 from trainer.model.configuration import attention_dropout_of, head_width_of, heads_of
 from trainer.remembered import recall, remember
 
@@ -113,7 +114,8 @@ def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
     functional.scaled_dot_product_attention(token, token, token)
     # On CPU torch does not look at the order; math, which can compute everything, needs no others behind it.
     others = [name for name in BACKENDS if name != backend] if backend != "math" else []
-    with sdpa_kernel([BACKENDS[name] for name in (backend, *others)], set_priority=True):
+    order = [BACKENDS[name] for name in (backend, *others)]
+    with sdpa_kernel(order, set_priority=True), compiled_for_attention(backend):
         yield
 
 

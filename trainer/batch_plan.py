@@ -147,6 +147,11 @@ class BatchPlan:
         """Whether some step has another length of blocks or another number of sequences than the full last ones."""
         return any(run.shape != self._last_shape for run in self.runs(0, self.total_steps))
 
+    @cached_property
+    def shape_count(self) -> int:
+        """Different shapes of micro-batches in the run, each counted for training and for evaluation."""
+        return 2 * len({(run.shape.micro_size, run.shape.seq_len) for run in self.runs(0, self.total_steps)})
+
     def describe(self) -> str:
         *_, last = self.runs(0, self.total_steps)
         stretch = self._stretch_at(last.first_sample)

@@ -18,6 +18,7 @@ from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.memory_model import GPU_SHARE
 from trainer.model.build import build_model
+from trainer.model.compiling import forget_graphs
 from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
 
 logger = logging.getLogger(__name__)
@@ -42,13 +43,15 @@ def largest_by_trial(
     wanted = config.model.attention_backend  # auto is settled later, among such that take the same memory
     try:
         with preferring(None if wanted == "auto" else wanted, world.device):
-            trial = _Trial.start(config, vocabulary, world, seq_len)
+            trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
             if trial is not None:
                 largest = _last_that_fits(trial, sizes)
     finally:
         if trial is not None:
             trial.engine.close()
         del trial
+        if config.model.compile:
+            forget_graphs()
         _release(world.device)
         if world.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, world.device)
@@ -79,7 +82,7 @@ def limit_memory(config: Config, world: World) -> None:
 class _Trial:
     """An engine that is thrown away, and batches of made-up tokens."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int) -> None:
+    def __init__(self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int) -> None:
         plan = BatchPlan(_ACCUMULATION * world.size, 1, world.size, _ACCUMULATION, seq_len, total_steps=1)
         built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)
         self.world = world
@@ -87,16 +90,17 @@ class _Trial:
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
         )
         if config.model.compile:
-            self.engine.compile(with_cuda_graphs=False)  # which go with a given micro-batch only
+            # CUDA graphs go with a given micro-batch only.
+            self.engine.compile(with_cuda_graphs=False, shapes=shapes)
         self._objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
         self._documents = config.model.document_attention
 
     @classmethod
-    def start(cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int) -> _Trial | None:
+    def start(cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int) -> _Trial | None:
         """None on every rank when not even the engine fits on one of them."""
         trial = None
         try:
-            trial = cls(config, vocabulary, world, seq_len)
+            trial = cls(config, vocabulary, world, seq_len, shapes)
         except torch.OutOfMemoryError as error:
             logger.info("the engine alone does not fit: %s", error)
         return trial if _all_agree(world, trial is not None) else None

@@ -140,7 +140,7 @@ class EngineStepper:
         self._attention.enter_context(preferring(backend, self._world.device))
         self.engine = TrainingEngine(built, preset, config.optimizer, self._world)
         if config.model.compile:
-            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS)
+            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS, shapes=1)
         self._objective, self._config, self._step = objective, config, 0
         self.model, self.device = self.engine.module, self._world.device
 
