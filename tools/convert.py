@@ -60,7 +60,7 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     _remove_leftovers(target)
     model = _load_into_stock_class(folder, manifest)
-    probe = read_probe(folder)
+    probe = read_probe(folder).for_cpu()
     from_training = _compare_with_training(model, probe, folder)
     name, before = type(model).__name__, _probe_logits(model, probe)
     _check_space(target, model, DTYPES[dtype])

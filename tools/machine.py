@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,35 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would find on the PATH."""
-    return next((path for path in map(shutil.which, ("c++", "g++", "clang++")) if path), None)
+    """The C++ compiler that torch.compile would find on the PATH, for the CPU."""
+    return _first_found("c++", "g++", "clang++")
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would find on the PATH; it builds the launcher of each kernel with it."""
+    return os.environ.get("CC") or _first_found("gcc", "clang", "cc")
+
+
+def compile_obstacle(cuda: bool) -> str | None:
+    """Say what torch.compile lacks on this machine; None when it has all.
+
+    Args:
+        cuda: whether it compiles for GPUs, by Triton, or for the CPU.
+    """
+    if not cuda:
+        return None if cpp_compiler() else "torch.compile needs a C++ compiler"
+    if find_spec("triton") is None:
+        return "torch.compile needs the package triton on GPUs"
+    if c_compiler() is None:
+        return "Triton, behind torch.compile, needs a C compiler"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        return f"Triton, behind torch.compile, needs Python's headers, and {headers / 'Python.h'} is not there"
+    return None
+
+
+def _first_found(*names: str) -> str | None:
+    return next((path for path in map(shutil.which, names) if path), None)
 
 
 def cpu_model() -> str:

@@ -22,7 +22,8 @@ from trainer.deepspeed_config import QUANTIZED_KEYS
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.gradient_norm import sum_of_squares
-from trainer.model.build import BuiltModel, constant_inputs, fp32_buffers, restore_fp32_buffers
+from trainer.model.build import BuiltModel, constant_inputs
+from trainer.model.compiling import expect_shapes
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.host_dropout import use_host_dropout
 from trainer.model.prediction_head import install
@@ -92,11 +93,9 @@ class TrainingEngine:
         self._positions = install(model)
         if world.device.type == "cpu":
             use_host_dropout(model)
-        buffers = fp32_buffers(model)
         adamw = build_optimizer(model, optimizer)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
-        restore_fp32_buffers(model, buffers)
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             shorten_step(zero, adamw, world.size)
@@ -118,12 +117,14 @@ class TrainingEngine:
         adamw.register_step_pre_hook(self._withhold_parameters)
         adamw.register_step_post_hook(self._give_parameters_back)
 
-    def compile(self, with_cuda_graphs: bool) -> None:
+    def compile(self, with_cuda_graphs: bool, shapes: int) -> None:
         """torch.compile the module; shapes are static.
 
         Args:
             with_cuda_graphs: what a forward pass returns, and the gradients, are then overwritten by the next one.
+            shapes: of batches that it will be given, in training and in evaluation.
         """
+        expect_shapes(shapes)
         mode = {"mode": "reduce-overhead"} if with_cuda_graphs else {}
         self._engine.compile(compile_kwargs={"dynamic": False, **mode})
         self._has_cuda_graphs = with_cuda_graphs

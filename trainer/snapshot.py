@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from trainer.files import file_hash
+
+logger = logging.getLogger(__name__)
 
 
 class HostBuffers:
@@ -34,11 +37,25 @@ class HostBuffers:
         if fits:
             target = self._spare.pop(fits[0])
         else:
-            pinned = storage.device.type == "cuda"
-            target = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
+            target = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+            if storage.device.type == "cuda":
+                lock_pages(target)
         target.copy_(storage)
         self._taken.append(target)
         return target
+
+
+def lock_pages(storage: torch.UntypedStorage) -> None:
+    """Lock host memory for fast copies from a GPU; where the system does not allow it, they are slower.
+
+    Not `pin_memory=True`: torch's allocator rounds each piece up to a power of two, which could take twice the size of
+    the checkpoint in memory that cannot be swapped.
+    """
+    if not storage.nbytes():
+        return
+    problem = int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+    if problem:
+        logger.info("%d bytes of the host's memory cannot be locked (CUDA error %d)", storage.nbytes(), problem)
 
 
 class Snapshot:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.console import make_console
-from tests.ranks import allow_fp16, losses, metrics, run_ranks, tiny_config, train
+from tests.ranks import TINY_ROBERTA, allow_fp16, losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
 from trainer.config import Config
-from trainer.errors import EXIT_FINISHED, UserError
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 from trainer.inputs import open_inputs
 
 TOLERANCE = 0.01  # nats; measured over 60 steps of this model: 0.0018 to 0.0025
@@ -152,3 +153,33 @@ def test_gradients_are_divided_by_the_scale_that_they_were_multiplied_with(
     calls = len(squares) // len(lines)
     found = [sum(squares[begin : begin + calls]) ** 0.5 for begin in range(0, len(squares), calls)]
     assert found == pytest.approx([line["train/grad_norm"] for line in lines], rel=1e-3)
+
+
+def compare_buffers(config: Config) -> int:
+    """Runs on each rank: 0 when the engine has left each buffer as the model has it."""
+    from trainer import distributed
+    from trainer.deepspeed_config import compose, load_preset
+    from trainer.engine import TrainingEngine
+    from trainer.model.build import build_model
+
+    world = distributed.start()
+    inputs = open_inputs(config, world.size)
+    built = build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
+    before = {name: buffer.clone() for name, buffer in built.model.named_buffers() if buffer.is_floating_point()}
+    assert before, "rotary frequencies"
+    ds_config = compose(config, load_preset(config.deepspeed), inputs.plan)
+    module = TrainingEngine(built, ds_config, config.optimizer, world).module
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    after = dict(module.named_buffers())
+    same = [after[name].dtype == torch.float32 and torch.equal(after[name], value) for name, value in before.items()]
+    return EXIT_FINISHED if all(same) else EXIT_USER_MISTAKE
+
+
+@pytest.mark.parametrize("preset", ["zero1", "zero3"])
+def test_the_engine_leaves_rotary_frequencies_in_fp32(preset: str, workspace: Path, tmp_path: Path) -> None:
+    """Gpu A14: rounded to bf16 they would move an angle at position 500 by half a radian."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    overrides = {name: TINY_ROBERTA[name] for name in names}
+    model = {"preset": "modernbert-base", "overrides": overrides}
+    config = tiny_config(workspace, tmp_path, model=model, deepspeed=preset, train={"steps": 1, "precision": "bf16"})
+    assert run_ranks(compare_buffers, 1, config) == [EXIT_FINISHED]

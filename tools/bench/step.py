@@ -27,7 +27,7 @@ from tools.bench.step_work import (
     objective_of,
     vocabulary_of,
 )
-from tools.machine import cpp_compiler, describe_machine
+from tools.machine import compile_obstacle, describe_machine
 from trainer.config import CUDA_GRAPHS
 from trainer.errors import MaskwrightError, UserError, nearest
 from trainer.model.configuration import build_config
@@ -173,11 +173,12 @@ def _check_writable(option: str, file: str | None) -> None:
 
 def members(group: str, console: Console) -> tuple[str, ...]:
     """The variants of a group that can be measured on this machine; what is left out is said."""
-    cuda, compiler = torch.cuda.is_available(), cpp_compiler()
+    cuda = torch.cuda.is_available()
+    lacking = compile_obstacle(cuda)
     obstacles = {}
     for variant in (VARIANTS[name] for name in GROUPS[group]):
-        if variant.compiled and compiler is None:
-            obstacles[variant.name] = "torch.compile needs a C++ compiler"
+        if variant.compiled and lacking is not None:
+            obstacles[variant.name] = lacking
         elif variant.compiled == CUDA_GRAPHS and not cuda:
             obstacles[variant.name] = "CUDA graphs need a GPU"
     for name, obstacle in obstacles.items():

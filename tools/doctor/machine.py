@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tools.doctor.lines import Line
-from tools.machine import cpp_compiler, cpu_model
+from tools.machine import c_compiler, compile_obstacle, cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
 from trainer.files import shipped, unique_name
 
@@ -126,13 +126,14 @@ def check_compilers() -> list[Line]:
     """What model.compile needs; and torch's CUDA against that of nvcc, which builds DeepSpeed's own kernels."""
     import torch
 
-    lines = []
-    compiler = cpp_compiler()
-    if compiler is None:
-        remedy = "Install g++, or leave model.compile off."
-        lines.append(Line("warn", "c++ compiler", "none; torch.compile needs one", remedy))
+    cuda = torch.cuda.is_available()
+    compiler, obstacle = c_compiler() if cuda else cpp_compiler(), compile_obstacle(cuda)
+    if obstacle is not None:
+        wanted = "pip install triton; gcc and python3-dev from the distribution" if cuda else "Install g++"
+        lines = [Line("warn", "compiler", obstacle, f"{wanted}, or leave model.compile off.")]
     else:
-        lines.append(Line("ok", "c++ compiler", _output(compiler, "--version").partition("\n")[0] or compiler))
+        assert compiler is not None
+        lines = [Line("ok", "compiler", _output(compiler, "--version").partition("\n")[0] or compiler)]
     nvcc = shutil.which("nvcc")
     if torch.version.cuda is None:
         lines.append(Line("ok", "cuda", f"torch {torch.__version__} is built without it"))

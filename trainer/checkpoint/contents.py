@@ -7,12 +7,13 @@ conversion must reproduce them, which proves that what comes out is what was tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config_file import dump_config
@@ -39,11 +40,29 @@ class Probe:
         input_ids: int64 [B, S], one block repeated to the training micro-batch, so that kernels see equal shapes.
         prediction_index: int64 [B·k], flat positions.
         logits: [PROBE_ROWS, vocabulary] at the first positions, in the training precision.
+        device: type of the one that computed them; "cpu" in checkpoints from before it was recorded.
     """
 
     input_ids: torch.Tensor
     prediction_index: torch.Tensor
     logits: torch.Tensor
+    device: str = "cpu"
+
+    def for_cpu(self) -> Probe:
+        """The least that the CPU has to compute to compare the logits.
+
+        On the device that trained, blocks beside the first give the kernels the shapes of training and so the same
+        bits. Another kind of device has other kernels, and a GPU's micro-batch would take it minutes and gigabytes.
+        """
+        if self.device == "cpu":
+            return self
+        count = len(self.prediction_index) // len(self.input_ids)
+        return replace(
+            self,
+            input_ids=self.input_ids[:1],
+            prediction_index=self.prediction_index[:count],
+            logits=self.logits[:count],
+        )
 
 
 def read_probe_block(inputs: Inputs) -> np.ndarray:
@@ -61,8 +80,7 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
         config.save_pretrained(folder / MODEL_FOLDER)
         inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
-        tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items()}
-        save_file(tensors, folder / PROBE)
+        save_probe(probe, folder)
         give_usual_mode(folder / PROBE)
 
     return write
@@ -77,7 +95,8 @@ def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Pro
     input_ids, prediction_index = torch.from_numpy(tokens), torch.from_numpy(index)
     with engine.evaluating():
         logits = engine.network(input_ids.to(engine.device), prediction_index.to(engine.device))
-    return Probe(input_ids, prediction_index, logits[:PROBE_ROWS].cpu())  # a view would keep all of them
+    rows = logits[:PROBE_ROWS].cpu()  # a view would keep all of them
+    return Probe(input_ids, prediction_index, rows, engine.device.type)
 
 
 def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
@@ -104,5 +123,12 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
         )
 
 
+def save_probe(probe: Probe, folder: Path) -> None:
+    tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items() if name != "device"}
+    save_file(tensors, folder / PROBE, None if probe.device == "cpu" else {"device": probe.device})
+
+
 def read_probe(folder: Path) -> Probe:
-    return Probe(**load_file(folder / PROBE))
+    with safe_open(folder / PROBE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        return Probe(**tensors, device=(file.metadata() or {}).get("device", "cpu"))
