@@ -58,8 +58,9 @@ class RankProcess:
         """Whether it has ended. Its process group is killed before the pid is given back, so it is surely its own."""
         if self.process.returncode is not None:
             return True
+        now = time.time()  # before the look: it may be killed, and others report that, between the two
         if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            self.last_seen_alive = time.time()
+            self.last_seen_alive = now
             return False
         self._kill_group()
         self.process.wait()

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.forked import become
+from tests.forked import become, take_place
 from tests.ranks import FORK_SERVER, ON_GPUS
 from tests.waiting import TIMEOUT_S, Started
 
@@ -95,7 +97,36 @@ def _do_command(words: list[str], environ: dict[str, str], cwd: Path, stdout: Pa
     os.chdir(cwd)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    become(words, environ)
+    become(["launcher", *words], environ)
+
+
+def call_forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process as that of a command, whose imports are behind it, and return what it returns.
+
+    Programs of maskwright that it starts are forked from it in turn. Function, arguments and result are pickled.
+    """
+    ours, theirs = FORK_SERVER.Pipe(duplex=False)
+    process = FORK_SERVER.Process(target=_call, args=(theirs, function, arguments, dict(os.environ)))
+    process.start()
+    theirs.close()
+    try:
+        error, result = ours.recv()
+    except EOFError:
+        process.join()
+        raise AssertionError(f"it ended with exit code {process.exitcode} and without a result") from None
+    process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def _call(result: Any, function: Callable[..., Any], arguments: tuple[Any, ...], environ: dict[str, str]) -> None:
+    """Runs in the forked process."""
+    take_place(environ)
+    try:
+        result.send((None, function(*arguments)))
+    except Exception as error:
+        result.send((error, None))
 
 
 def _words(arguments: tuple[str | Path, ...]) -> list[str]:
@@ -108,7 +139,11 @@ def _environ(variables: dict[str, str]) -> dict[str, str]:
 
 def _is_fresh(asked: bool, variables: dict[str, str]) -> bool:
     # CUDA cannot be used after a fork.
-    return asked or ON_GPUS or any(name.startswith(READ_AT_IMPORT) for name in variables)
+    return (
+        asked
+        or ON_GPUS
+        or any(name.startswith(READ_AT_IMPORT) and os.environ.get(name) != value for name, value in variables.items())
+    )
 
 
 def assert_one_card(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,25 +28,29 @@ MARK = "MASKWRIGHT_TEST"
 _kept: list[mmap.mmap] = []
 
 
+PROGRAMS = {"launcher": "launcher.__main__", "tools.bench.own_process": "tools.bench.own_process"}
+"""What is started as `python -m NAME`, and the module whose `main` it runs."""
+
+
 class ForkingPopen(subprocess.Popen):
-    """Starts `python -m launcher …` as a fork of this process; everything else as ever."""
+    """Starts one of PROGRAMS as a fork of this process; everything else as ever."""
 
     def __init__(self, args: Sequence[str] | str, **options: Any) -> None:
-        words = _words_of_launcher(args)
-        if words is not None:
+        words = _words_of_program(args)
+        if words:
             environ = dict(options.get("env") or os.environ)
             kept = tuple(options.get("pass_fds", ()))
             options["preexec_fn"] = partial(_go_on_as, words, environ, kept, options.get("preexec_fn"))
         super().__init__(args, **options)
 
 
-def _words_of_launcher(args: Sequence[str] | str) -> list[str] | None:
-    """The arguments of `maskwright` in a command that is Python with it; None in another."""
+def _words_of_program(args: Sequence[str] | str) -> list[str]:
+    """The name and the arguments of one of PROGRAMS in a command that is Python with it; empty for another command."""
     words = [str(word) for word in args]
     if isinstance(args, str) or not words or words[0] != sys.executable:
-        return None
+        return []
     start = 2 if words[1:2] == ["-P"] else 1
-    return words[start + 2 :] if words[start : start + 2] == ["-m", "launcher"] else None
+    return words[start + 1 :] if words[start : start + 1] == ["-m"] and words[start + 1] in PROGRAMS else []
 
 
 def _go_on_as(words: list[str], environ: Mapping[str, str], kept: Sequence[int], prepare: Any) -> NoReturn:
@@ -75,7 +80,22 @@ class _Forked(multiprocessing.get_context("fork").Process):
 
 
 def become(words: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Take the place that a new process with this environment has, and do a command of maskwright."""
+    """Take the place that a new process with this environment has, and run one of PROGRAMS.
+
+    Args:
+        words: its name, and its arguments.
+    """
+    take_place(environ)
+    sys.argv = ["maskwright", *words[1:]]
+    for folder in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if (site := Path(folder, "sitecustomize.py")).is_file():
+            runpy.run_path(str(site))
+            break
+    import_module(PROGRAMS[words[0]]).main()
+
+
+def take_place(environ: Mapping[str, str]) -> None:
+    """Have the environment, the streams and the ways to start processes that a new process has."""
     os.environ.clear()
     os.environ.update(environ)
     if MARK in environ:  # /proc shows what was mapped, but not an environment that a process gave itself
@@ -93,11 +113,3 @@ def become(words: Sequence[str], environ: Mapping[str, str]) -> None:
     # A user's process forks its workers; here they would come from a fork server of their own.
     multiprocessing.set_start_method("fork", force=True)
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
-    sys.argv = ["maskwright", *words]
-    for folder in filter(None, environ.get("PYTHONPATH", "").split(os.pathsep)):
-        if (site := Path(folder, "sitecustomize.py")).is_file():
-            runpy.run_path(str(site))
-            break
-    from launcher.__main__ import main
-
-    main()

@@ -187,6 +187,7 @@ _DATA_MANIFEST = {
     "settings": "what decided the cut into documents and splits",
     "statistics": "bytes of text, longest document, empty documents, refused documents by reason",
     "written_by": "the command that wrote it",
+    "tokenizer_files": "of the copy of the tokenizer: file name → bytes, xxh3_128; none in older data sets",
 }
 assert _DATA_MANIFEST.keys() == {field.name for field in dataclasses.fields(Manifest)}
 assert {field.name for field in dataclasses.fields(ShardEntry)} == {"name", "tokens", "documents", "files"}

@@ -42,6 +42,7 @@ BACKENDS = {
 }
 """By their names in `model.attention_backend`."""
 _CANDIDATES = ("flash", "cudnn", "efficient")  # math keeps all S² probabilities: no choice for a GPU
+_DETERMINISTIC = ("flash", "math")  # the others add in an order of their own, or refuse to
 _WORTH = 0.97  # another than the first that can be used has to take less than this share of its time
 _MEASURED_S = 0.2  # for each candidate
 _TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # of outputs and gradients, over the largest of them
@@ -79,13 +80,18 @@ def settle_attention_backend(
         UserError: on every rank, when the one that the config names cannot be used.
     """
     wanted, shape = config.model.attention_backend, shape_of(config, model_config, micro_size)
+    if config.train.deterministic and world.device.type == "cuda" and model_config._attn_implementation == "sdpa":
+        names = _DETERMINISTIC if wanted == "auto" else [wanted]
+        backend = distributed.build_together(world, lambda: _first_usable(names, shape, world))
+        say(f"attention: the {backend} backend, which is deterministic")
+        return backend
     obstacle = _obstacle(config, model_config, world.device)
     if obstacle is not None:
         if wanted != "auto":
             say(f"attention: model.attention_backend={wanted} has no effect: {obstacle}")
         return None
     if wanted != "auto":
-        distributed.build_together(world, lambda: _check_usable(wanted, shape, world))
+        distributed.build_together(world, lambda: _first_usable([wanted], shape, world))
         say(f"attention: the {wanted} backend, as the config says")
         return wanted
     return fastest(config, shape, world, say, keep) if world.device.type == "cuda" else None
@@ -114,6 +120,8 @@ def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
     functional.scaled_dot_product_attention(token, token, token)
     # On CPU torch does not look at the order; math, which can compute everything, needs no others behind it.
     others = [name for name in BACKENDS if name != backend] if backend != "math" else []
+    if torch.are_deterministic_algorithms_enabled():
+        others = [name for name in others if name in _DETERMINISTIC]
     order = [BACKENDS[name] for name in (backend, *others)]
     with sdpa_kernel(order, set_priority=True), compiled_for_attention(backend):
         yield
@@ -240,14 +248,16 @@ def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[],
     return attend
 
 
-def _check_usable(backend: str, shape: AttentionShape, world: World) -> None:
-    if not usable(shape, world.device, [backend]):
+def _first_usable(names: Sequence[str], shape: AttentionShape, world: World) -> str:
+    found = next((name for name in names if usable(shape, world.device, [name])), None)
+    if found is None:
         raise UserError(
-            f"The {backend} backend of torch's attention cannot be used for {shape.precision}, heads of {shape.width} "
+            f"The {names[0]} backend of torch's attention cannot be used for {shape.precision}, heads of {shape.width} "
             f"and attention dropout {shape.dropout:g} on {world.device_name}.",
-            where=f"model.attention_backend={backend}",
+            where=f"model.attention_backend={names[0]}",
             remedy="Set model.attention_backend=auto.",
         )
+    return found
 
 
 def _obstacle(config: Config, model_config: PretrainedConfig, device: torch.device) -> str | None:

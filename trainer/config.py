@@ -348,6 +348,10 @@ class TrainConfig(Section):
     """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None
     """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
+    deterministic: bool = False
+    """On GPUs: use kernels that give the same bits at each start, so that a resume there is bit for bit. It costs
+    speed: attention is flash's deterministic variant or math, and what is compiled is not tuned by timing. On a CPU
+    nothing changes."""
     profile: ProfileConfig | None = None
     """Write a trace of some steps by torch.profiler to RUN/profile, for TensorBoard's profiler or Perfetto. Default:
     none, at no cost."""
@@ -459,6 +463,15 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+
+    @model_validator(mode="after")
+    def attention_is_as_deterministic_as_the_rest(self) -> Self:
+        if self.train.deterministic and self.model.attention_backend in ("cudnn", "efficient"):
+            raise ValueError(
+                f"with train.deterministic=true needs model.attention_backend auto, flash or math, not "
+                f"{self.model.attention_backend}, which adds up in an order of its own each time"
+            )
+        return self
 
     @model_validator(mode="after")
     def micro_size_is_known_to_cuda_graphs(self) -> Self:

@@ -41,8 +41,9 @@ def largest_by_trial(
     limit_memory(config, world)
     trial = largest = None
     wanted = config.model.attention_backend  # auto is settled later, among such that take the same memory
+    usual = "flash" if config.train.deterministic else None
     try:
-        with preferring(None if wanted == "auto" else wanted, world.device):
+        with preferring(usual if wanted == "auto" else wanted, world.device):
             trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
             if trial is not None:
                 largest = _last_that_fits(trial, sizes)

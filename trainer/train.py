@@ -26,6 +26,7 @@ from trainer.checkpoint.retention import prepare_folder
 from trainer.config import CUDA_GRAPHS, Config
 from trainer.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.data.loader import MaskedBlocks, TrainingBatches
+from trainer.determinism import make_deterministic
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
@@ -102,6 +103,8 @@ def run(
                     _make_ready(run_folder(config), world, lock, say)
                     if world.is_main:  # whose clock decides
                         stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
+                if config.train.deterministic:
+                    say(make_deterministic(world.device))
                 begun = distributed.from_main(world, as_begun(config, resume).defaults if world.is_main else 0)
                 config = config.model_copy(update={"defaults": begun})
                 with activity.within("prepare"):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from tests.commands import TIMEOUT_S
-from tests.ranks import losses, tiny_config, write_config
+from tests.ranks import losses, tiny_config, train, write_config
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +38,11 @@ def test_a_run_goes_on_without_its_reader_and_without_a_console(workspace: Path,
     assert closed.returncode == 0, "a finished run"
 
 
-def test_results_that_did_not_arrive_are_said_and_a_reader_that_left_is_not(tmp_path: Path) -> None:
-    command = f"plan demo run.dir={tmp_path}"
+def test_results_that_did_not_arrive_are_said_and_a_reader_that_left_is_not(workspace: Path, tmp_path: Path) -> None:
+    assert train(tiny_config(workspace, tmp_path / "run", train={"steps": 1})) == EXIT_FINISHED
+    command = f"status {tmp_path / 'run'}"
     full = shell(command, ">/dev/full")
-    assert full.returncode == 2
+    assert full.returncode == EXIT_USER_MISTAKE
     assert full.stderr.startswith("Please check: The output could not be written: No space left on device.\n")
     left = shell(command, "| true")
     assert (left.returncode, left.stderr) == (0, "")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from tests.commands import assert_one_card, maskwright, start_maskwright
+from tests.commands import assert_one_card, call_forked, maskwright, start_maskwright
 from tests.tiny_bench import write_tiny_model
 from tests.waiting import TIMEOUT_S, wait_for
 from tools.bench import step as bench
@@ -33,6 +33,11 @@ MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "load_average": 0.
 
 def quiet() -> Console:
     return Console(file=io.StringIO())
+
+
+def measure(settings: StepBenchmark) -> StepReport:
+    """Runs in a process of its own."""
+    return bench_step(settings, quiet())
 
 
 def measured(seconds: float, losses: list[float], to_loss: float | None = None) -> StepMeasurement:
@@ -70,7 +75,7 @@ def test_all_loops_train_alike_and_are_reported(tmp_path: Path) -> None:
     names = ("hf", "hf-deepspeed", "torch", "torch-memory", "ours")
     files = {"markdown": str(tmp_path / "step.md"), "chart": str(tmp_path / "step.png")}
     settings = StepBenchmark(variants=names, work=work, rounds=1, threads=1, check_losses=True, **files)
-    report = bench_step(settings, quiet())
+    report = call_forked(measure, settings)
     facts = json.loads(report.to_json())
     assert facts["losses"]["agree"] and facts["losses"]["bound"] == 1e-4
     curve = facts["losses"]["curves"]["hf"]
@@ -92,7 +97,8 @@ def test_all_loops_train_alike_and_are_reported(tmp_path: Path) -> None:
 
 def test_two_ranks_and_the_time_to_a_loss(tmp_path: Path) -> None:
     work = replace(TINY, model=write_tiny_model(tmp_path), ranks=2, steps=20, warmup_steps=0, target_loss=100.0)
-    report = bench_step(StepBenchmark(variants=("hf", "torch", "ours"), work=work, rounds=1, threads=1), quiet())
+    settings = StepBenchmark(variants=("hf", "torch", "ours"), work=work, rounds=1, threads=1)
+    report = call_forked(measure, settings)
     for variant in report.variants:
         facts = report.facts(variant.name)
         assert facts["seconds_to_loss"] is not None and facts["seconds_to_loss"] > 0
@@ -177,7 +183,8 @@ def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path:
     vocabulary = objective.vocabulary
     assert vocabulary.size == read_manifest(workspace / "data" / "train").vocabulary_size
     assert all(int(batch["input_ids"].max()) < vocabulary.size for batch in batches)
-    report = bench_step(StepBenchmark(variants=("torch-masked",), work=work, rounds=1, threads=1), quiet())
+    settings = StepBenchmark(variants=("torch-masked",), work=work, rounds=1, threads=1)
+    report = call_forked(measure, settings)
     (measured,) = report.measurements["torch-masked"]
     assert 0.5 * np.log(vocabulary.size) < measured.losses[0] < 1.5 * np.log(vocabulary.size)
     too_many = ("--data", workspace / "data", "--steps", "100000", "--seq-len", "32")
@@ -198,7 +205,9 @@ def test_a_group_leaves_out_what_the_machine_cannot_run(monkeypatch: pytest.Monk
 def test_a_benchmark_that_is_ended_leaves_nobody_measuring(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path)
     size = ("--micro", "2", "--seq-len", "32", "--steps", "100000", "--rounds", "1")
-    bench_process = start_maskwright("bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size)
+    bench_process = start_maskwright(
+        "bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size, fresh=True
+    )
     parent = psutil.Process(bench_process.pid)
 
     ranks = list[psutil.Process]()
