@@ -113,7 +113,9 @@ def bench_step(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Timed steps a turn.", show_default="8, 50 or 1,000 by what is asked"),
+        typer.Option(
+            metavar="N", min=1, help="Timed steps a turn.", show_default="8; 50 on GPUs; 50 or 1,000 for losses"
+        ),
     ] = None,
     rounds: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Turns of each variant.", show_default="3; 1 for losses")
@@ -143,11 +145,13 @@ def bench_step(
       maskwright bench step --check-losses --micro 2 --seq-len 128
       maskwright bench step --variants hf,ours-fast --time-to-loss 8.5
     """
-    from tools.bench.step import StepBenchmark, default_precision, members, require_equal_losses
+    from tools.bench.step import StepBenchmark, default_precision, default_steps, members, require_equal_losses
     from tools.bench.step import bench_step as measure
     from tools.bench.step_work import StepWork
 
-    usual = 1000 if time_to_loss is not None else 50 if check_losses else 8
+    usual, warmup = default_steps()
+    if time_to_loss is not None or check_losses:
+        usual, warmup = 1000 if time_to_loss is not None else 50, 0
     work = StepWork(
         model=model,
         micro_size=micro_size,
@@ -155,7 +159,7 @@ def bench_step(
         ranks=ranks,
         precision=precision or default_precision(),
         steps=steps or usual,
-        warmup_steps=2 if usual == 8 else 0,
+        warmup_steps=warmup,
         data=data,
         target_loss=time_to_loss,
     )

@@ -6,17 +6,23 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sysconfig
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_DRIVER_TIMEOUT_S = 60
 PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "datasets", "pyarrow")
 
 
-def describe_machine() -> dict[str, Any]:
-    """CPU model, usable cores, load average over a minute, memory, and the versions that matter for speed."""
+def describe_machine(with_gpus: bool = False) -> dict[str, Any]:
+    """CPU model, usable cores, load average over a minute, memory, and the versions that matter for speed.
+
+    Args:
+        with_gpus: also the versions below torch, where it is built for CUDA; imports torch.
+    """
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -24,7 +30,8 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))}
+        | (_below_torch() if with_gpus else {}),
     }
 
 
@@ -35,6 +42,22 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"load average {machine['load_average']:.2f}; Python {machine['python']}, {versions}"
     )
+
+
+def _below_torch() -> dict[str, str]:
+    """Versions of CUDA, cuDNN and NCCL that torch is built for, and of the driver; empty without CUDA."""
+    import torch
+
+    if torch.version.cuda is None:
+        return {}
+    found = {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
+    if torch.distributed.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    if (command := shutil.which("nvidia-smi")) is not None:
+        query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S).stdout.split()
+        found |= {"driver": shown[0]} if shown else {}
+    return found
 
 
 def cpp_compiler() -> str | None:

@@ -115,7 +115,7 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
     variants = chosen_variants(settings.variants)
     _check_writable("--markdown", settings.markdown)
     _check_writable("--chart", settings.chart)
-    machine = describe_machine()  # before: the load is then that of others
+    machine = describe_machine(with_gpus=True)  # before: the load is then that of others
     threads = settings.threads or max(1, machine["cores"] // settings.work.ranks)
     work = replace(settings.work, threads=threads, dropout=0.0 if settings.check_losses else settings.work.dropout)
     config = config_of(work, variants[0])
@@ -189,6 +189,11 @@ def members(group: str, console: Console) -> tuple[str, ...]:
 def default_precision() -> str:
     """What one trains in on the devices of this machine."""
     return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def default_steps() -> tuple[int, int]:
+    """Timed steps, and those before them: on a GPU they are short, and its clocks take a while to settle."""
+    return (50, 10) if torch.cuda.is_available() else (8, 2)
 
 
 def chosen_variants(names: Sequence[str]) -> list[StepVariant]:

@@ -7,9 +7,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
+from tools.bench.step import default_steps
 from tools.doctor.machine import check_compilers
-from tools.machine import compile_obstacle
+from tools.machine import compile_obstacle, describe_machine, machine_line
 
 
 @pytest.fixture
@@ -57,3 +59,28 @@ def test_doctor_says_so_with_the_remedy(whole: Path) -> None:
     (whole / "bin" / "g++").unlink()
     (line, *_) = check_compilers()
     assert line.state == "warn" and "needs a C++ compiler" in line.finding and "Install g++" in line.remedy
+
+
+def test_a_figure_from_a_gpu_has_the_versions_below_torch(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not {"CUDA", "driver"} & describe_machine(with_gpus=True)["versions"].keys(), "torch is built for the CPU"
+    smi = whole / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
+    smi.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    machine = describe_machine(with_gpus=True)
+    expected = {"CUDA": "13.0", "cuDNN": "91900", "NCCL": "2.28.9", "driver": "580.95.05"}
+    assert expected.items() <= machine["versions"].items()
+    assert "NCCL 2.28.9, driver 580.95.05" in machine_line(machine)
+    assert "CUDA" not in describe_machine()["versions"]
+
+
+@pytest.mark.parametrize(("cuda", "steps"), [(False, (8, 2)), (True, (50, 10))])
+def test_steps_on_a_gpu_are_timed_when_its_clocks_have_settled(
+    cuda: bool, steps: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gpu A7."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert default_steps() == steps
