@@ -154,7 +154,7 @@ def _state_after_a_trial(config: Config) -> int:
 
     allow_fp16()
     world = distributed.start()
-    trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len)
+    trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len, shapes=1)
     assert trial is not None
     assert trial.fits(4)
     state = trial.engine._engine.optimizer.optimizer.state
