@@ -29,6 +29,7 @@ from trainer.liveness.activity import Activity
 from trainer.liveness.own_time import OwnTime
 from trainer.liveness.watchdog import Limits
 from trainer.metrics import ThroughputMeter, counters
+from trainer.model.host_dropout import seed_dropout
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
 from trainer.profiling import StepProfiler
 from trainer.resilience import DivergenceError, DivergenceWatch, end_of
@@ -216,7 +217,7 @@ class Loop:
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
-            torch.manual_seed(int(key) >> 1)  # dropout is a function of the step: it needs no state
+            seed_dropout(int(key) >> 1, self.engine.device)  # a function of the step: it needs no state
             with self.profiler.range("forward"):
                 moved = self.objective.to_device(batch, self.engine.device)
                 with self.own_time.forward():

@@ -37,6 +37,7 @@ from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.host_memory import keep_freed_memory
 from trainer.model.build import constant_inputs
 from trainer.model.flops import flops_per_token
+from trainer.model.host_dropout import seed_dropout
 from trainer.model.prediction_head import install
 from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
@@ -147,7 +148,7 @@ class EngineStepper:
     def forward(self, batch: Batch) -> torch.Tensor:
         self._step += 1
         key = fold_key(KeyPurpose.DROPOUT, self._config.run.seed, self._step, 0, self._world.rank)
-        torch.manual_seed(int(key) >> 1)
+        seed_dropout(int(key) >> 1, self.device)
         return self._objective.loss_sums(self.engine.network, batch, 1).sum() / len(batch["labels"])
 
     def backward(self, loss: torch.Tensor) -> None:

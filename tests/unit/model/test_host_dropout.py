@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
 from tests.ranks import TINY_ROBERTA
-from trainer.model.host_dropout import HostDropout, attention_with_dropout, draw_kept, use_host_dropout
+from trainer.model.host_dropout import HostDropout, attention_with_dropout, draw_kept, seed_dropout, use_host_dropout
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.25, 0.5])
@@ -89,3 +89,16 @@ def test_a_mask_that_is_added_does_what_one_of_booleans_does(dropped: float) -> 
         attention_with_dropout(module, query, key, value, mask, dropped)[0] for mask in (allowed, added)
     )
     torch.testing.assert_close(by_sum, by_boolean)
+
+
+def test_the_seed_is_that_of_torch_for_the_device_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(5)
+    seed_dropout(11, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)
+    gpus = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+    others = gpus[0].get_state()
+    seed_dropout(11, torch.device("cuda", 1))
+    assert gpus[1].initial_seed() == 11 and torch.equal(gpus[0].get_state(), others)
+    assert torch.equal(torch.rand(5), expected)
