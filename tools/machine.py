@@ -47,12 +47,13 @@ def machine_line(machine: dict[str, Any]) -> str:
 def _below_torch() -> dict[str, str]:
     """Versions of CUDA, cuDNN and NCCL that torch is built for, and of the driver; empty without CUDA."""
     import torch
+    from torch.cuda import nccl
 
     if torch.version.cuda is None:
         return {}
     found = {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     if torch.distributed.is_nccl_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["NCCL"] = ".".join(map(str, nccl.version()))
     if (command := shutil.which("nvidia-smi")) is not None:
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
         shown = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT_S).stdout.split()

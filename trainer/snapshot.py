@@ -53,7 +53,9 @@ def lock_pages(storage: torch.UntypedStorage) -> None:
     """
     if not storage.nbytes():
         return
-    problem = int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+    cudart = torch.cuda.cudart()
+    assert cudart is not None  # in a build with CUDA
+    problem = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
     if problem:
         logger.info("%d bytes of the host's memory cannot be locked (CUDA error %d)", storage.nbytes(), problem)
 
