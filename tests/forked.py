@@ -26,8 +26,6 @@ from typing import Any, NoReturn
 MARK = "MASKWRIGHT_TEST"
 """An environment variable of this name marks a command of a test and all processes that it starts."""
 _kept: list[mmap.mmap] = []
-
-
 PROGRAMS = {"launcher": "launcher.__main__", "tools.bench.own_process": "tools.bench.own_process"}
 """What is started as `python -m NAME`, and the module whose `main` it runs."""
 
@@ -69,13 +67,13 @@ def _go_on_as(words: list[str], environ: Mapping[str, str], kept: Sequence[int],
     atexit._clear()  # what the parent would do at its own end
     code = 1
     try:
-        code = BaseProcess._bootstrap(_Forked(target=become, args=(words, environ)))  # type: ignore[attr-defined]
+        code = BaseProcess._bootstrap(_Program(target=become, args=(words, environ)))  # type: ignore[attr-defined]
     finally:
         atexit._run_exitfuncs()
         os._exit(code)
 
 
-class _Forked(multiprocessing.get_context("fork").Process):
+class _Program(multiprocessing.get_context("fork").Process):
     """A process of multiprocessing that is there already: its end waits for threads and writes what is left."""
 
 

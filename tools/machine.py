@@ -68,7 +68,8 @@ def cpp_compiler() -> str | None:
 
 def c_compiler() -> str | None:
     """The C compiler that Triton would find on the PATH; it builds the launcher of each kernel with it."""
-    return os.environ.get("CC") or _first_found("gcc", "clang", "cc")
+    own = os.environ.get("CC")
+    return _first_found(own) if own else _first_found("gcc", "clang", "cc")
 
 
 def compile_obstacle(cuda: bool) -> str | None:

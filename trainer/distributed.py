@@ -90,11 +90,13 @@ class Place:
     Attributes:
         device: the identity of its GPU; empty when it has none.
         visible: the number of GPUs that it sees; 0 where ranks compute on the CPU.
+        may_share: whether the GPU may be another rank's as well.
     """
 
     node: str
     device: str
     visible: int
+    may_share: bool = False
 
 
 def device_problem(places: Sequence[Place]) -> UserError | None:
@@ -106,7 +108,7 @@ def device_problem(places: Sequence[Place]) -> UserError | None:
     for rank, place in enumerate(places):
         before = ((other.node, other.device) for other in places[:rank])
         same = next((number for number, each in enumerate(before) if each == (place.node, place.device)), None)
-        if not place.visible or (place.device and same is None):
+        if not place.visible or (place.device and (same is None or place.may_share)):
             continue
         has = f"the GPU of rank {same}" if place.device else "no GPU"
         ranks = sum(other.node == place.node for other in places)
@@ -124,8 +126,10 @@ def _own_place(device: torch.device) -> Place:
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.index is None or device.index >= visible:
         return Place(node_name(), "", visible)
-    # The UUID is that of a part of a GPU where it is divided (MIG).
-    return Place(node_name(), str(torch.cuda.get_device_properties(device).uuid), visible)
+    # The UUID is that of a part of a GPU where it is divided (MIG). gloo does not care who shares one, and NCCL has a
+    # variable by which a user says that it is meant.
+    may_share = dist.get_backend() == "gloo" or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    return Place(node_name(), str(torch.cuda.get_device_properties(device).uuid), visible, may_share)
 
 
 def stop() -> None:

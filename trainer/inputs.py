@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import CUDA_GRAPHS, Config, DataConfig
-from trainer.data.borders import DocumentBorders, positions_in_documents
+from trainer.data.borders import DocumentBorders, length_counts, positions_in_documents
 from trainer.data.mixture import check_epochs, mixture_order
 from trainer.data.open_shard import ReadSettings
 from trainer.data.run_order import RunOrder
@@ -61,6 +61,12 @@ class Inputs:
     def objective(self) -> MaskedLanguageModelling:
         """The last phase's, with which is evaluated."""
         return self.objectives[-1]
+
+    @property
+    def shape_count(self) -> int:
+        """The most shapes of batches, in training and in evaluation, that a compiled model is given."""
+        documents = self.config.model.document_attention
+        return self.plan.shape_count * (length_counts(self.config.data.seq_len) if documents else 1)
 
     @cached_property
     def attended_tokens(self) -> tuple[float, ...]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda._pin_memory_utils import pin_memory
 
 from trainer.files import file_hash
 
-logger = logging.getLogger(__name__)
+_LARGE = 1 << 20  # bytes; malloc gives such pieces pages of their own
 
 
 class HostBuffers:
@@ -37,27 +37,27 @@ class HostBuffers:
         if fits:
             target = self._spare.pop(fits[0])
         else:
-            target = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-            if storage.device.type == "cuda":
-                lock_pages(target)
+            target = host_memory(storage.nbytes(), locked=storage.device.type == "cuda")
         target.copy_(storage)
         self._taken.append(target)
         return target
 
 
-def lock_pages(storage: torch.UntypedStorage) -> None:
-    """Lock host memory for fast copies from a GPU; where the system does not allow it, they are slower.
+def host_memory(size: int, locked: bool) -> torch.UntypedStorage:
+    """Memory of `size` bytes, locked where a GPU copies to it.
 
-    Not `pin_memory=True`: torch's allocator rounds each piece up to a power of two, which could take twice the size of
-    the checkpoint in memory that cannot be swapped.
+    torch's own allocator of locked memory rounds each piece up to a power of two, which could take twice the size of
+    the checkpoint from all others. So a large piece is locked as it is; small ones may share a page, which CUDA does
+    not lock twice.
+
+    Raises:
+        RuntimeError: when the system does not lock so much.
     """
-    if not storage.nbytes():
-        return
-    cudart = torch.cuda.cudart()
-    assert cudart is not None  # in a build with CUDA
-    problem = int(cudart.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
-    if problem:
-        logger.info("%d bytes of the host's memory cannot be locked (CUDA error %d)", storage.nbytes(), problem)
+    large = size >= _LARGE
+    storage = torch.empty(size, dtype=torch.uint8, pin_memory=locked and not large).untyped_storage()
+    if locked and large:
+        pin_memory(storage.data_ptr(), size)
+    return storage
 
 
 class Snapshot:

@@ -318,7 +318,7 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
         with_cuda_graphs = inputs.config.model.compile == CUDA_GRAPHS
         if with_cuda_graphs and world.device.type == "cpu":
             say(f"compile: on a CPU there are no CUDA graphs; {CUDA_GRAPHS} is as true")
-        engine.compile(with_cuda_graphs, shapes=inputs.plan.shape_count)
+        engine.compile(with_cuda_graphs, shapes=inputs.shape_count)
     return engine
 
 

@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import run_ranks, tiny_config, train
-from tools.convert import convert
-from trainer.checkpoint.contents import read_probe
+from tools.convert import _probe_logits, convert
+from trainer.checkpoint.contents import Probe, read_probe
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
 
 
@@ -57,6 +59,22 @@ def test_rows_8_and_9_every_stage_converts_and_the_logits_are_those_of_training_
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(workspace / "tokenizer").get_vocab()
     answers = pipeline("fill-mask", model=str(tmp_path / "model"), device="cpu")("ka <mask> lo.")
     assert len(answers) == 5
+
+
+def test_of_a_gpus_micro_batch_one_block_is_computed_on_the_cpu(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = list[int]()
+
+    def logits(model: Any, probe: Probe) -> torch.Tensor:
+        blocks.append(len(probe.input_ids))
+        return _probe_logits(model, probe)
+
+    monkeypatch.setattr("tools.convert.read_probe", lambda folder: replace(read_probe(folder), device="cuda"))
+    monkeypatch.setattr("tools.convert._probe_logits", logits)
+    conversion = convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert conversion.difference_from_training < 1e-4 and conversion.difference_after_reload == 0.0
+    assert blocks and set(blocks) == {1}
 
 
 def test_the_model_card_tells_data_steps_settings_curve_and_perplexity(trained: Path, tmp_path: Path) -> None:

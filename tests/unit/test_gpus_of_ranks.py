@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def test_ranks_with_a_gpu_each_or_on_cpus_are_in_order() -> None:
     assert device_problem(places("GPU-a", visible=1) + places("GPU-b", visible=1)) is None, "each sees its own"
     assert device_problem(places("GPU-a") + places("GPU-a", node="n2")) is None
     assert device_problem(places("", "", "", visible=0)) is None
+    shared = [replace(place, may_share=True) for place in places("GPU-a", "GPU-a", visible=1)]
+    assert device_problem(shared) is None, "as NCCL_MULTI_RANK_GPU_ENABLE=1 asks for"
+    assert device_problem([replace(place, may_share=True) for place in places("GPU-a", "")]) is not None
 
 
 @pytest.mark.parametrize(

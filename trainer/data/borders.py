@@ -106,6 +106,11 @@ def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
     return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
 
 
+def length_counts(seq_len: int) -> int:
+    """The most shapes that `cumulative_lengths` has for batches [B, S]: of powers of four that hold B up to B·S."""
+    return ((seq_len - 1).bit_length() + 1) // 2 + 1
+
+
 def cumulative_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int32]:
     """int32 [n + 1]: where the documents of a batch begin in its flattened B·S tokens, then B·S, repeated.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, stream_of, write_data_set
 from trainer.data import borders
-from trainer.data.borders import DocumentBorders, cumulative_lengths, positions_in_documents
+from trainer.data.borders import DocumentBorders, cumulative_lengths, length_counts, positions_in_documents
 from trainer.data.shard_set import ShardSet
 from trainer.errors import DamagedError
 
@@ -104,3 +104,15 @@ def test_batches_come_in_few_shapes(documents: int, length: int):
     assert len(lengths) == length + 1
     assert (np.diff(lengths) > 0).sum() == documents
     assert lengths[-1] == 64
+
+
+@pytest.mark.parametrize("seq_len", [2, 8, 31, 64])
+def test_the_lengths_of_a_batch_have_no_more_shapes_than_is_said(seq_len: int) -> None:
+    for blocks in (1, 2, 3, 4, 5, 16):
+        shapes = set()
+        for documents in range(blocks, blocks * seq_len + 1):
+            starts = np.zeros((blocks, seq_len), bool)
+            starts[:, 0] = True
+            starts.reshape(-1)[np.flatnonzero(~starts)[: documents - blocks]] = True
+            shapes.add(cumulative_lengths(starts).shape)
+        assert len(shapes) <= length_counts(seq_len)
