@@ -114,7 +114,7 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
             faults += future.result()
             read += sum(size for size, _ in futures[future].files.values())
             progress.update(read)
-    faults.sort()
+    faults = sorted(set(faults))
     if as_json:
         facts = {"folder": str(folder), "whole": not faults, "shards": len(shards), "bytes": total, "faults": faults}
         _write(json.dumps(facts, indent=1, ensure_ascii=False))
@@ -266,16 +266,22 @@ def _manifest_faults(folder: Path, manifest: Manifest) -> list[str]:
         lacking = [entry.name for entry in manifest.shards if plane not in entry.files]
         if setting in manifest.settings and lacking:
             faults.append(f"{MANIFEST}: {setting} are set, but {lacking[0]} has no .{plane}")
+    return [*(f"{folder.name}/{fault}" for fault in faults), *_tokenizer_faults(folder, manifest)]
+
+
+def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
     copy = tokenizer_folder(folder)
-    if copy is not None:
-        found = (file_fault(copy / name, *sums) for name, sums in manifest.tokenizer_files.items())
-        faults += [f"{copy.name}/{fault}" for fault in found if fault]
-        try:
-            if tokenizer_sha256(load_tokenizer(copy)) != manifest.tokenizer_sha256:
-                faults.append(f"{copy.name}: not the tokenizer that wrote the shards")
-        except UserError as error:
-            faults.append(f"{copy.name}: {error.problem}")
-    return [f"{folder.name}/{fault}" for fault in faults]
+    if copy is None:
+        return []
+    place = f"{folder.name}/{copy.name}" if copy.parent == folder else copy.name  # two splits share one beside them
+    found = (file_fault(copy / name, *sums) for name, sums in manifest.tokenizer_files.items())
+    faults = [f"{place}/{fault}" for fault in found if fault]
+    try:
+        if tokenizer_sha256(load_tokenizer(copy)) != manifest.tokenizer_sha256:
+            faults.append(f"{place}: not the tokenizer that wrote the shards")
+    except UserError as error:
+        faults.append(f"{place}: {error.problem}")
+    return faults
 
 
 def _shard_faults(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[str]:

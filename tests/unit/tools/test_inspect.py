@@ -104,7 +104,7 @@ def test_verify_names_the_damaged_file_of_the_tokenizer(data: Path) -> None:
     path = data / "tokenizer" / "tokenizer_config.json"
     for damage, fault in ((lambda: path.write_text('{"a": 1}'), "8 bytes instead of"), (path.unlink, "missing")):
         damage()
-        with pytest.raises(DamagedError, match=f"train/tokenizer/tokenizer_config.json: {fault}"):
+        with pytest.raises(DamagedError, match=f"1 fault: tokenizer/tokenizer_config.json: {fault}"):
             verify(data, console=quiet_console())
     for name in ("train", "validation"):
         write_manifest(data / name, replace(read_manifest(data / name), tokenizer_files={}))
