@@ -47,11 +47,12 @@ def _finite(value: Any) -> Any:
 
 
 CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name of the mode
+AUTOTUNE = "max-autotune"
 
 
 def _compile_mode(value: Any) -> Any:
-    if not isinstance(value, bool) and value != CUDA_GRAPHS:
-        raise PydanticCustomError("compile_mode", "Input should be true, false or reduce-overhead")
+    if not isinstance(value, bool) and value not in (CUDA_GRAPHS, AUTOTUNE):
+        raise PydanticCustomError("compile_mode", f"Input should be true, false, {CUDA_GRAPHS} or {AUTOTUNE}")
     return value
 
 
@@ -76,8 +77,13 @@ class ModelConfig(Section):
     """Which kernel of torch's scaled_dot_product_attention to use, where it can; layers with a mask take another one.
     auto: on a GPU the fastest for blocks of seq_len, measured at the first start and remembered in the run folder; on
     CPU torch's own choice."""
-    compile: Annotated[bool | Literal["reduce-overhead"], BeforeValidator(_compile_mode)] = False
-    """torch.compile the model, with static shapes; reduce-overhead: with CUDA graphs, which launch a small model's
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the cross-entropy in training: torch, or DeepSpeed's kernel in Triton, which reads the logits once
+    a pass and keeps no copy of them in fp32. auto: on a GPU Triton, if it agrees with torch there, which each start
+    tries; else torch."""
+    compile: Annotated[bool | Literal["reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = False
+    """torch.compile the model, with static shapes; max-autotune: each matrix product by the fastest of several kernels,
+    which are timed at the first step, for minutes; reduce-overhead: with CUDA graphs, which launch a small model's
     kernels faster; for batches without accumulation, with a number for batch.micro_size and ZeRO 0 to 2."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.config import OptimizerConfig
+from trainer.config import CUDA_GRAPHS, OptimizerConfig
 from trainer.deepspeed_config import QUANTIZED_KEYS
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.gradient_norm import sum_of_squares
 from trainer.model.build import BuiltModel, constant_inputs
-from trainer.model.compiling import expect_shapes
+from trainer.model.compiling import expect_shapes, options_of
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.host_dropout import use_host_dropout
 from trainer.model.prediction_head import install
@@ -117,17 +117,17 @@ class TrainingEngine:
         adamw.register_step_pre_hook(self._withhold_parameters)
         adamw.register_step_post_hook(self._give_parameters_back)
 
-    def compile(self, with_cuda_graphs: bool, shapes: int) -> None:
+    def compile(self, mode: bool | str, shapes: int) -> None:
         """torch.compile the module; shapes are static.
 
         Args:
-            with_cuda_graphs: what a forward pass returns, and the gradients, are then overwritten by the next one.
+            mode: as `model.compile` in a config. With CUDA graphs, what a forward pass returns, and the gradients, are
+                overwritten by the next one.
             shapes: of batches that it will be given, in training and in evaluation.
         """
         expect_shapes(shapes)
-        mode = {"mode": "reduce-overhead"} if with_cuda_graphs else {}
-        self._engine.compile(compile_kwargs={"dynamic": False, **mode})
-        self._has_cuda_graphs = with_cuda_graphs
+        self._engine.compile(compile_kwargs=options_of(mode))
+        self._has_cuda_graphs = mode == CUDA_GRAPHS
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""

@@ -16,6 +16,7 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.deepspeed_config import compose, load_preset
 from trainer.distributed import World
 from trainer.engine import TrainingEngine
+from trainer.loss_kernel import settle_loss_kernel
 from trainer.memory_model import GPU_SHARE
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
@@ -44,8 +45,10 @@ def largest_by_trial(
     usual = "flash" if config.train.deterministic else None
     try:
         with preferring(usual if wanted == "auto" else wanted, world.device):
+            kernel = settle_loss_kernel(config, vocabulary.size, world)
             trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
             if trial is not None:
+                trial.objective.cross_entropies = kernel
                 largest = _last_that_fits(trial, sizes)
     finally:
         if trial is not None:
@@ -91,9 +94,9 @@ class _Trial:
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
         )
         if config.model.compile:
-            # CUDA graphs go with a given micro-batch only.
-            self.engine.compile(with_cuda_graphs=False, shapes=shapes)
-        self._objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
+            # CUDA graphs go with a given micro-batch only, and a trial is no place to time kernels.
+            self.engine.compile(True, shapes=shapes)
+        self.objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
         self._documents = config.model.document_attention
 
     @classmethod
@@ -126,15 +129,15 @@ class _Trial:
         return True
 
     def _micro_step(self, micro_size: int) -> None:
-        batch = self._objective.to_device(self._batch(micro_size), self.engine.device)
-        losses = self._objective.loss_sums(self.engine.network, batch, source_count=1)
+        batch = self.objective.to_device(self._batch(micro_size), self.engine.device)
+        losses = self.objective.loss_sums(self.engine.network, batch, source_count=1)
         # Gradients of nought take as much memory. Those of equal tokens all point one way: in fp16 they would overflow,
         # and a step that is skipped never makes AdamW's state.
         self.engine.backward(losses.sum() * 0)
         self.engine.step(learning_rate=0.0)
 
     def _batch(self, micro_size: int) -> Batch:
-        objective = self._objective
+        objective = self.objective
         count = micro_size * objective.predictions_per_block
         input_ids = torch.full((micro_size, objective.seq_len), objective.vocabulary.mask_id)
         index = torch.arange(count) * (micro_size * objective.seq_len // count)

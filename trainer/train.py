@@ -38,6 +38,7 @@ from trainer.liveness.watch import watched
 from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
+from trainer.loss_kernel import settle_loss_kernel
 from trainer.metrics import ThroughputMeter
 from trainer.micro_size import settle_micro_size
 from trainer.micro_trial import largest_by_trial
@@ -243,6 +244,9 @@ def _train(
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     micro_size = inputs.plan.micro_size
     backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep=not dry_run)
+    kernel = settle_loss_kernel(config, inputs.vocabulary.size, world, say)
+    for objective in inputs.objectives:
+        objective.cross_entropies = kernel
     with preferring(backend, world.device):
         engine = _engine(inputs, built, world, say)
         limits = Limits.of(config.watchdog)
@@ -315,10 +319,9 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
     if engine.document_attention is not None:
         say(engine.document_attention.note)
     if inputs.config.model.compile:
-        with_cuda_graphs = inputs.config.model.compile == CUDA_GRAPHS
-        if with_cuda_graphs and world.device.type == "cpu":
+        if inputs.config.model.compile == CUDA_GRAPHS and world.device.type == "cpu":
             say(f"compile: on a CPU there are no CUDA graphs; {CUDA_GRAPHS} is as true")
-        engine.compile(with_cuda_graphs, shapes=inputs.shape_count)
+        engine.compile(inputs.config.model.compile, shapes=inputs.shape_count)
     return engine
 
 

@@ -32,7 +32,7 @@ from tools.bench.step_work import (
 )
 from tools.machine import peak_resident_bytes
 from trainer import distributed
-from trainer.config import CUDA_GRAPHS, Config
+from trainer.config import Config
 from trainer.data.permutation import KeyPurpose, fold_key
 from trainer.host_memory import keep_freed_memory
 from trainer.model.build import constant_inputs
@@ -128,6 +128,7 @@ class EngineStepper:
         from trainer.batch_plan import plan_batch
         from trainer.deepspeed_config import compose, load_preset
         from trainer.engine import TrainingEngine
+        from trainer.loss_kernel import settle_loss_kernel
         from trainer.phases import lay_out
 
         self._world = distributed.start()
@@ -141,8 +142,9 @@ class EngineStepper:
         self._attention.enter_context(preferring(backend, self._world.device))
         self.engine = TrainingEngine(built, preset, config.optimizer, self._world)
         if config.model.compile:
-            self.engine.compile(with_cuda_graphs=config.model.compile == CUDA_GRAPHS, shapes=1)
+            self.engine.compile(config.model.compile, shapes=1)
         self._objective, self._config, self._step = objective, config, 0
+        objective.cross_entropies = settle_loss_kernel(config, objective.vocabulary.size, self._world)
         self.model, self.device = self.engine.module, self._world.device
 
     def forward(self, batch: Batch) -> torch.Tensor:

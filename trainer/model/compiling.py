@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo
 import torch.compiler.config
+
+from trainer.config import AUTOTUNE
 
 logger = logging.getLogger(__name__)
 _OTHER_GRAPHS = 8  # torch's own limit: room for what is not a shape, such as the parts of a model with graph breaks
@@ -24,6 +27,14 @@ def expect_shapes(count: int) -> None:
     watched = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(handler, _LimitWatch) for handler in watched.handlers):
         watched.addHandler(_LimitWatch(logging.WARNING))
+
+
+def options_of(mode: bool | str) -> dict[str, Any]:
+    """Arguments of torch.compile for a value of `model.compile`; shapes are static."""
+    if mode is True:
+        return {"dynamic": False}
+    # torch's plain max-autotune has CUDA graphs, too, and those cannot accumulate.
+    return {"dynamic": False, "mode": "max-autotune-no-cudagraphs" if mode == AUTOTUNE else mode}
 
 
 def forget_graphs() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from trainer.objectives.masking import IGNORED_LABEL
+
+CrossEntropies = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [n, V], labels [n]) → losses [n] in fp32, as `cross_entropies`."""
 
 
 def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

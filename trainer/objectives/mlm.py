@@ -15,7 +15,7 @@ import torch
 from trainer.config import ObjectiveConfig
 from trainer.data.borders import cumulative_lengths, positions_in_documents
 from trainer.data.vocabulary import Vocabulary
-from trainer.objectives.cross_entropy import cross_entropies
+from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 
 
@@ -54,12 +54,17 @@ class Batch(TypedDict):
 
 
 class MaskedLanguageModelling:
-    """Builds batches (in loader workers) and computes the loss (in the training process)."""
+    """Builds batches (in loader workers) and computes the loss (in the training process).
+
+    Attributes:
+        cross_entropies: what computes the losses of training; another kernel may be put in its place.
+    """
 
     def __init__(self, settings: ObjectiveConfig, vocabulary: Vocabulary, seq_len: int) -> None:
         self.vocabulary = vocabulary
         self.seq_len = seq_len
         self.payload = seq_len - 2
+        self.cross_entropies: CrossEntropies = cross_entropies
         self.predictions_per_block = predictions_per_block(settings.mask_ratio, self.payload)
         self.masking = TokenMasking(
             mask_ratio=settings.mask_ratio,
@@ -148,7 +153,7 @@ class MaskedLanguageModelling:
     def loss_sums(self, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
         """Sums of the cross-entropies over the predictions of each source, in nats; [source_count] in fp32."""
         logits = network(batch["input_ids"], batch["prediction_index"], batch.get("documents"))
-        losses = cross_entropies(logits, batch["labels"])
+        losses = self.cross_entropies(logits, batch["labels"])
         if "sources" not in batch:
             return losses.sum().view(1)
         losses = losses.view(len(batch["sources"]), -1)

@@ -16,7 +16,7 @@ from torch._inductor.codecache import compiled_fx_graph_hash
 from tests.ranks import tiny_config
 from trainer.attention_backend import preferring
 from trainer.batch_plan import plan_batch
-from trainer.model.compiling import expect_shapes, forget_graphs
+from trainer.model.compiling import expect_shapes, forget_graphs, options_of
 from trainer.phases import lay_out
 
 SHAPES = 20
@@ -104,3 +104,17 @@ def test_a_graph_of_one_attention_kernel_is_never_taken_for_another() -> None:
     assert keys[0] != keys[1], "and kept apart on the disk"
     assert keys[0] == keys[2], "but found again"
     assert torch.compiler.config.cache_key_tag == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "tunes", "has_graphs"),
+    [(True, False, False), ("max-autotune", True, False), ("reduce-overhead", False, True)],
+)
+def test_a_mode_turns_on_what_it_says_and_cuda_graphs_go_with_one_alone(
+    mode: bool | str, tunes: bool, has_graphs: bool
+) -> None:
+    options = options_of(mode)
+    assert options["dynamic"] is False
+    settings = torch._inductor.list_mode_options(options["mode"]) if "mode" in options else {}
+    assert settings.get("max_autotune", False) is tunes
+    assert settings.get("triton.cudagraphs", False) is has_graphs
