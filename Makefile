@@ -27,8 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PYTHON) $(AT_LEAST_3_11) || { echo "maskwright needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 2; }; \
 		$(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing the pinned dependencies into $(VENV): a few minutes, and a large download the first time"
-	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	@$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	@# On all cores, where pip takes one; some packages hold templates that are no Python.
+	@$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib launcher trainer tools || true
 	@touch $@
 
 demo: setup

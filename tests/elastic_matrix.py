@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.ranks import losses, run_ranks, tiny_config
+from tests.ranks import TWO_LAYERS, losses, run_ranks, tiny_config
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 from trainer.tracking.jsonl import read_lines
@@ -52,6 +52,7 @@ def layout_config(workspace: Path, run_dir: Path, layout: Layout, **sections: An
         run_dir,
         **{
             "deepspeed": f"zero{layout.stage}",
+            "model": {"overrides": TWO_LAYERS},
             "batch": {"global_size": 12, "micro_size": 2},
             "train": {"steps": LAST_STEP},
             "checkpoint": {"every_steps": SAVED_STEP, "keep_last": 9},

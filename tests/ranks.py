@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -26,23 +27,7 @@ ON_GPUS = os.environ.get("MASKWRIGHT_GPU_TESTS") == "1"
 """Whether tests see the GPUs of this machine; tests/conftest.py hides them otherwise."""
 FORK_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
 """One for all tests: Python has no more than one in a process."""
-# From the fourth on they are imported in the course of a run, for half a second each time.
-FORK_SERVER.set_forkserver_preload(
-    [
-        "trainer.train",
-        "tools.prepare.on_demand",
-        "tests.ranks",
-        "tests.forked",
-        "deepspeed.runtime.zero.muon.original_muon",
-        "deepspeed.module_inject.auto_ep_layer",
-        "tokenizers.trainers",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.convert_slow_tokenizer",
-        "transformers.models.roberta.modeling_roberta",
-        "transformers.processing_utils",
-        "torch.utils.serialization",
-    ]
-)
+FORK_SERVER.set_forkserver_preload(["trainer.train", "tools.prepare.on_demand", "tests.forked", "tests.warm"])
 EXIT_ERROR = 99
 
 
@@ -145,6 +130,7 @@ def _rank(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is there for good: to look through it takes half a second each time
     # As in a rank of a user, who forks its loader workers; here they would come from a fork server of their own.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
@@ -174,11 +160,13 @@ def free_port() -> int:
 
 TINY_ROBERTA = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,  # most of a step of so small a model are ZeRO-3's calls for each module
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 34,
 }
+WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TWO_LAYERS = {**TINY_ROBERTA, **WITHOUT_DROPOUT, "num_hidden_layers": 2}
 
 
 def tiny_config(workspace: Path, run_dir: Path, **sections: dict[str, Any] | str) -> Config:
@@ -188,7 +176,7 @@ def tiny_config(workspace: Path, run_dir: Path, **sections: dict[str, Any] | str
         "model": {
             "preset": "roberta-base",
             "tokenizer": str(workspace / "tokenizer"),
-            "overrides": {**TINY_ROBERTA, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            "overrides": {**TINY_ROBERTA, **WITHOUT_DROPOUT},
         },
         "data": {"train": str(workspace / "data"), "seq_len": 32, "workers": 0, "chunk_blocks": 8, "window_chunks": 4},
         "batch": {"global_size": 8, "micro_size": 2},

@@ -8,10 +8,11 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from trainer.versions import installed_version
 
 _DRIVER_TIMEOUT_S = 60
 PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "datasets", "pyarrow")
@@ -30,7 +31,7 @@ def describe_machine(with_gpus: bool = False) -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))}
+        "versions": {name: found for name in PACKAGES if (found := installed_version(name))}
         | (_below_torch() if with_gpus else {}),
     }
 
@@ -120,10 +121,3 @@ def _status_bytes(name: str) -> int:
     found = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None, f"/proc/self/status has no {name}"
     return int(found[1]) * 1024
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from trainer.files import file_hash
 from trainer.inputs import Inputs, tokenizer_source
 from trainer.node import node_name
 from trainer.paths import is_local, user_path
+from trainer.versions import installed_version
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _PACKAGES = ("launcher", "tools", "trainer")
@@ -80,8 +80,8 @@ def facts_of_start(config: Config, resume: str, dry_run: bool) -> dict[str, Any]
         **config.model_dump(mode="json"),
         "--resume": resume,
         "--dry-run": dry_run,
-        "version of maskwright": f"{_version('maskwright')}, sources {_sources_hash()}",
-        **{f"version of {name}": _version(name) for name in _LIBRARIES},
+        "version of maskwright": f"{installed_version('maskwright')}, sources {_sources_hash()}",
+        **{f"version of {name}": installed_version(name) for name in _LIBRARIES},
         f"deepspeed={config.deepspeed}": load_preset(config.deepspeed),
         **_model_files(config),
         **_data_sets(config),
@@ -101,13 +101,6 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
         "train.steps": inputs.plan.total_steps,
         "revision on the hub": {key: _revision(name) for key, name in names.items() if name and not is_local(name)},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a folder, without an installation
-        return "not installed"
 
 
 def _sources_hash() -> str:

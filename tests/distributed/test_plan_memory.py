@@ -31,10 +31,10 @@ LAYOUTS = {
     1: [EngineLayout(1, "fp32", accumulation=1, micro_size=3), EngineLayout(0, "fp32", accumulation=2, micro_size=3)],
     2: [
         EngineLayout(0, "fp32", accumulation=1, micro_size=2),
-        EngineLayout(1, "fp32", accumulation=2, micro_size=4),
+        EngineLayout(1, "fp32", accumulation=2, micro_size=2),
         EngineLayout(1, "bf16", accumulation=2),
         EngineLayout(2, "fp32", accumulation=2, micro_size=2),
-        EngineLayout(3, "fp32", accumulation=1, micro_size=4),
+        EngineLayout(3, "fp32", accumulation=1, micro_size=2),
     ],
 }
 

@@ -17,10 +17,10 @@ from trainer.memory_model import WEIGHT_BYTES, ZeroSettings
 
 RANKS = 2
 MODEL = {
-    "hidden_size": 256,
-    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 1024,
+    "intermediate_size": 256,
     "max_position_embeddings": 130,
 }
 LAYOUTS = [
@@ -28,7 +28,7 @@ LAYOUTS = [
     EngineLayout(1, "bf16", accumulation=2),
     EngineLayout(1, "bf16", accumulation=2, gradient_accumulation_dtype="fp32"),
     EngineLayout(2, "fp32", accumulation=3),
-    EngineLayout(2, "bf16", accumulation=1, changes={"reduce_bucket_size": 1_000_000}),
+    EngineLayout(2, "bf16", accumulation=1, changes={"reduce_bucket_size": 100_000}),
     EngineLayout(3, "fp32", accumulation=1),
     EngineLayout(3, "bf16", accumulation=2),
 ]

@@ -23,6 +23,7 @@ from tools.doctor.lines import Line
 from tools.machine import c_compiler, compile_obstacle, cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
 from trainer.files import shipped, unique_name
+from trainer.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pydantic", "tensorboard")
 CONSTRAINTS = shipped("tools", "doctor/constraints.txt")
@@ -34,13 +35,8 @@ _TOOL_TIMEOUT_S = 30
 
 def versions() -> dict[str, str]:
     """Of Python and what training stands on; a package that is missing is left out."""
-    found = {"python": platform.python_version(), "maskwright": importlib.metadata.version("maskwright")}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    known = {name: installed_version(name) for name in ("maskwright", *PACKAGES)}
+    return {"python": platform.python_version(), **{name: found for name, found in known.items() if found}}
 
 
 def check_versions() -> list[Line]:

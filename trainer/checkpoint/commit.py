@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -34,6 +33,7 @@ from trainer.paths import real_path
 from trainer.resilience import DivergenceError
 from trainer.snapshot import Snapshot
 from trainer.state import TrainState
+from trainer.versions import installed_version
 
 logger = logging.getLogger(__name__)
 RECORDED_PACKAGES = ("maskwright", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
@@ -233,7 +233,7 @@ class Saver:
                 data_order=self.records.data_order,
                 model=self.records.model,
                 files=dict(sorted(files.items())),
-                versions={name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+                versions={name: installed_version(name) or "not installed" for name in RECORDED_PACKAGES},
                 saved_at=time.time(),
             )
             write_manifest(save.folder, manifest)

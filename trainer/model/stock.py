@@ -59,9 +59,11 @@ def origins(stock: PreTrainedModel, trained: Collection[str]) -> dict[str, str]:
     That is its own name or, in a class that is not tied by its config, one that it is tied to otherwise: BERT's
     decoder has its bias under two names, which are one weight only as long as the embedding is the decoder's.
     """
-    config = copy.deepcopy(stock.config)
-    config.tie_word_embeddings = True
-    partners, ties = tied_to(stock_model(config, "meta")), tied_to(stock)
+    partners = ties = tied_to(stock)
+    if not getattr(stock.config, "tie_word_embeddings", False):
+        config = copy.deepcopy(stock.config)
+        config.tie_word_embeddings = True
+        partners = tied_to(stock_model(config, "meta"))
     names = {name: name for name in trained}
     for table in (partners, ties):
         for name in trained:

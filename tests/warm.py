@@ -1,0 +1,36 @@
+"""Done once in the fork server, for all commands and ranks of tests: what only a process's first start has to do.
+
+To be imported. Modules that are read in the course of a run, versions of packages, and what torch remembers of a first
+model on its meta device take half of a small start. No process group, thread or random state is left behind.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tests.ranks import TINY_ROBERTA
+from trainer.checkpoint.commit import RECORDED_PACKAGES
+from trainer.config import ModelConfig
+from trainer.data.vocabulary import Vocabulary
+from trainer.model.rehearsal import rehearse
+from trainer.versions import installed_version
+
+for _module in (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "numpy.ma",
+    "tokenizers.trainers",
+    "torch.utils.serialization",
+    "transformers.convert_slow_tokenizer",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.roberta.modeling_roberta",
+    "transformers.processing_utils",
+):
+    importlib.import_module(_module)
+for _package in RECORDED_PACKAGES:
+    installed_version(_package)
+rehearse(
+    ModelConfig(preset="roberta-base", tokenizer="unused", overrides=dict(TINY_ROBERTA)),
+    Vocabulary(500, 0, 2, 2, 499, 1, (0, 1, 2, 3, 499), ""),
+    [32],
+)
