@@ -11,6 +11,9 @@ from trainer.data.mixture import describe_mixture
 from trainer.data.run_order import RunOrder
 from trainer.run_length import describe_length
 
+MANY_MICRO_BATCHES = 32
+"""From so many on, their gradients added up in bf16 are off by one per cent and more (docs/decisions.md)."""
+
 
 def describe_run(
     config: Config,
@@ -37,11 +40,25 @@ def describe_run(
         lines += _describe_phases(plan, order)
     lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order), *describe_length(config, plan)]
     lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
+    lines += _describe_accumulation(config, plan)
     if validation_blocks is not None:
         lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
     if config.train.profile is not None and config.train.profile.start > plan.total_steps:
         lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
     return lines
+
+
+def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:
+    """A warning where many gradients are added up in bf16."""
+    most = max(shape.accumulation for shape in (plan, *(stretch.shape for stretch in plan.earlier)))
+    in_bf16 = config.train.precision == "bf16" and config.train.gradient_accumulation_dtype is None
+    if not in_bf16 or most < MANY_MICRO_BATCHES:
+        return []
+    return [
+        f"  a step adds up the gradients of {most} micro-batches in bf16, and the sum is off by one per cent and more; "
+        "train.gradient_accumulation_dtype=fp32 adds them exactly, for 4 more bytes a parameter, and a larger "
+        "batch.micro_size makes fewer of them"
+    ]
 
 
 def _describe_phases(plan: BatchPlan, order: RunOrder) -> list[str]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from trainer.rendezvous import join_group
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT = timedelta(minutes=30)
-_NCCL_DEFAULTS = {
+_CUDA_DEFAULTS = {
+    # Blocks of several lengths, and numbers of documents, leave gaps in a cache of fixed segments.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, and do not wait for communicators that may be stuck
     "TORCH_FR_BUFFER_SIZE": "2000",  # the last collectives of each rank, which a timeout writes out:
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -52,11 +55,12 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
 
-def start(timeout: timedelta = START_TIMEOUT) -> World:
+def start(timeout: timedelta = START_TIMEOUT, traces: Path | None = None) -> World:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Args:
         timeout: of the meeting, and of each collective until `set_timeouts`.
+        traces: folder for the last collectives of each rank, which NCCL writes when one of them does not end.
 
     Raises:
         UserError: on rank 0, when another process has the port; on every rank, when they have no GPU each.
@@ -69,10 +73,9 @@ def start(timeout: timedelta = START_TIMEOUT) -> World:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        _set_defaults(traces)  # before the first use of the device, which reads them
         if local_rank < torch.cuda.device_count():  # else it is refused as soon as the ranks have met
             torch.cuda.set_device(device)
-        for name, value in _NCCL_DEFAULTS.items():
-            os.environ.setdefault(name, value)
     else:
         keep_freed_memory()
     join_group("nccl" if cuda else "gloo", rank, size, timeout)
@@ -81,6 +84,14 @@ def start(timeout: timedelta = START_TIMEOUT) -> World:
     if (problem := device_problem(gather(world, _own_place(device)))) is not None:
         raise problem
     return world
+
+
+def _set_defaults(traces: Path | None) -> None:
+    """Set what torch reads from the environment on GPUs, where the user has not."""
+    where = {} if traces is None else {"TORCH_FR_DUMP_TEMP_FILE": f"{traces}/nccl-trace-rank-"}  # and the rank
+    for name, value in {**_CUDA_DEFAULTS, **where}.items():
+        if name != "PYTORCH_ALLOC_CONF" or "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+            os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)

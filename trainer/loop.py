@@ -212,6 +212,8 @@ class Loop:
         # DeepSpeed averages over ranks and micro-batches; this makes it the mean over all predictions.
         scale = self.world.size * shape.accumulation / max(1.0, predictions)
         self.engine.begin_step(shape.micro_size, shape.accumulation)
+        if self.config.model.compile:
+            self.activity.compiles((shape.micro_size, shape.seq_len))
         source_count = self.order.source_count
         loss_sums = torch.zeros(source_count, device=self.engine.device)
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
@@ -320,6 +322,8 @@ class Loop:
             return
         # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
         with self.activity.within("evaluate"):
+            if self.config.model.compile:
+                self.activity.compiles("evaluation")
             values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
             self.reporter.evaluation({**counters(self.state), **values})

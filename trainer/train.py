@@ -48,6 +48,7 @@ from trainer.model.flops import flops_per_token
 from trainer.node import job_id, node_name
 from trainer.objectives.mlm import Batch
 from trainer.paths import real_path
+from trainer.precision import precision_notes
 from trainer.profiling import StepProfiler
 from trainer.run_folder import check_replaceable, settle
 from trainer.run_lock import RunLock, held
@@ -88,7 +89,7 @@ def run(
         prepare_text: called on all ranks together, to prepare raw text given in the place of data.
         give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
-    world = distributed.start(Limits.of(config.watchdog).of_start)
+    world = distributed.start(Limits.of(config.watchdog).of_start, None if dry_run else run_folder(config) / "logs")
     with stop_requests() as stop:
         try:
             compare(world, lambda: facts_of_start(config, resume, dry_run))
@@ -104,6 +105,8 @@ def run(
                     _make_ready(run_folder(config), world, lock, say)
                     if world.is_main:  # whose clock decides
                         stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
+                for line in precision_notes(config.train.precision, world.device):
+                    say(line)
                 if config.train.deterministic:
                     say(make_deterministic(world.device))
                 begun = distributed.from_main(world, as_begun(config, resume).defaults if world.is_main else 0)

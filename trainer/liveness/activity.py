@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +40,8 @@ class Activity:
     def __init__(self, on_enter: Callable[[PhaseName], None] | None = None) -> None:
         self.place = Place("start", 0, 0, time.monotonic())  # replaced as a whole: other threads read it
         self.is_started = False
-        """Whether the first step has been done."""
+        """Whether the first step has been done, and nothing is new that has to be compiled."""
+        self._compiled: set[Hashable] = set()
         self._on_enter = on_enter
 
     def enter(self, phase: PhaseName) -> None:
@@ -66,6 +67,12 @@ class Activity:
         """So many optimizer steps are done, by this start or, until it `is_started`, by those before."""
         self.is_started = is_started
         self._move(self.place.phase, step)
+
+    def compiles(self, shape: Hashable) -> None:
+        """Batches of this shape come, in a model that is compiled for each: the first takes as long as a start may."""
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            self.is_started = False
 
     def end(self) -> None:
         """This rank ends, in order or by an error that it tells."""

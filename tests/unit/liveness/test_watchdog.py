@@ -87,6 +87,20 @@ def test_limits_are_those_of_the_config_and_a_start_may_take_longer_in_any_phase
     assert Limits.of(WatchdogConfig(start_minutes=None)).of_phase("step", is_started=False) is None
 
 
+def test_a_new_shape_in_a_compiled_model_may_take_as_long_as_a_start() -> None:
+    """Gpu S18: each phase's first step, and the first evaluation, compile again."""
+    activity = Activity()
+    activity.compiles((8, 128))
+    activity.at_step(1)
+    activity.compiles((8, 128))
+    assert activity.is_started, "it has been compiled"
+    activity.compiles((2, 512))
+    assert not activity.is_started
+    activity.at_step(2)
+    activity.compiles("evaluation")
+    assert not activity.is_started
+
+
 def test_collectives_time_out_after_the_watchdog_and_sooner_once_a_run_has_started() -> None:
     limits = Limits.of(WatchdogConfig())
     assert limits.of_decisions > timedelta(minutes=60)
