@@ -10,12 +10,13 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 AT_LEAST_3_11 := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test test-gpu check clean
 
 help:
 	@echo "make setup   make $(VENV) with the pinned dependencies (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    the whole path on a small corpus, on CPU, about 5 minutes (DIR=folder: where)"
 	@echo "make test    the whole test suite (ARGS='-k order': some of it; TEST_WORKERS=1: one test at a time)"
+	@echo "make test-gpu  the tests of a machine with a GPU: whether maskwright is right there"
 	@echo "make check   lint, format, types, import rules, shell scripts"
 	@echo "make clean   remove $(VENV) and all caches"
 
@@ -38,6 +39,10 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# On a machine with a GPU, which all of them share.
+test-gpu: setup
+	MASKWRIGHT_GPU_TESTS=1 OMP_NUM_THREADS=4 $(VENV)/bin/python -m pytest -m gpu -n 4 $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff check .

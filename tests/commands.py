@@ -46,15 +46,29 @@ def start_maskwright(*arguments: str | Path, fresh: bool = False, **variables: s
     return _Forked(words, environ, Path.cwd(), two_streams=False)
 
 
+def start_maskwright_into(stdout: Path, stderr: Path, *arguments: str | Path) -> Started:
+    """Start one command whose streams go where the caller says: a device, a named pipe, a file."""
+    return _Forked(_words(arguments), _environ({}), Path.cwd(), two_streams=True, streams=(stdout, stderr))
+
+
 class _Forked:
     """A command that the fork server has started; what it prints goes into files."""
 
-    def __init__(self, words: list[str], environ: dict[str, str], cwd: Path, two_streams: bool) -> None:
+    def __init__(
+        self,
+        words: list[str],
+        environ: dict[str, str],
+        cwd: Path,
+        two_streams: bool,
+        streams: tuple[Path, Path] | None = None,
+    ) -> None:
         self._words = words
         self._scratch = tempfile.TemporaryDirectory(prefix="maskwright-test-")
         folder = Path(self._scratch.name)
-        self._stdout = folder / "stdout"
-        self._stderr = folder / "stderr" if two_streams else self._stdout
+        self._stdout, self._stderr = streams or (
+            folder / "stdout",
+            folder / "stderr" if two_streams else folder / "stdout",
+        )
         self._process = FORK_SERVER.Process(target=_do_command, args=(words, environ, cwd, self._stdout, self._stderr))
         self._process.start()
         assert self._process.pid is not None

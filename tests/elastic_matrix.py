@@ -84,7 +84,7 @@ def resume_all(
     found = {}
     for pair, config in configs.items():
         lines = [line for line in read_lines(Path(config.run.dir) / "metrics.jsonl") if "train/loss" in line]
-        assert [line["step"] for line in lines] == list(range(SAVED_STEP + 1, LAST_STEP + 1))
+        assert [line["step"] for line in lines] == list(range(SAVED_STEP + 1, (config.train.steps or 0) + 1))
         found[pair] = [line["train/loss"] for line in lines]
     return found
 

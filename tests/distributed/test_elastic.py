@@ -29,6 +29,7 @@ from trainer.errors import EXIT_FINISHED
 from trainer.partitions import MOMENTS, WEIGHT
 
 STAGES = (0, 1, 2, 3)
+SHORT = {"train": {"steps": 10}}
 RANKS = ((1, 2), (2, 3), (3, 1), (2, 1), (3, 2), (1, 3), (2, 2), (3, 3), (1, 1))
 PAIRS = [
     (Layout(RANKS[number % 9][0], before), Layout(RANKS[number % 9][1], after))
@@ -39,7 +40,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def saved(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Config]:
     folder = tmp_path_factory.mktemp("saved")
-    return {layout: layout_config(workspace, folder / str(layout), layout) for layout in LAYOUTS}
+    return {layout: layout_config(workspace, folder / str(layout), layout, **SHORT) for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def uninterrupted(saved: dict[Layout, Config]) -> dict[Layout, list[float]]:
 def test_fault_13_any_stage_and_number_of_ranks_resumes_under_any_other(
     saved: dict[Layout, Config], uninterrupted: dict[Layout, list[float]], workspace: Path, tmp_path: Path
 ) -> None:
-    found = resume_all(saved, PAIRS, tmp_path, workspace)
+    found = resume_all(saved, PAIRS, tmp_path, workspace, **SHORT)
     reference = uninterrupted[Layout(1, 1)]
     differences = {f"{before} → {after}": difference(found[before, after], reference) for before, after in found}
     assert len(differences) == 16
@@ -58,7 +59,8 @@ def test_fault_13_any_stage_and_number_of_ranks_resumes_under_any_other(
     assert reference[-1] < reference[4] - 0.2, "the model does not learn, so equal losses would say little"
 
 
-BF16 = {"train": {"steps": 15, "precision": "bf16"}}
+FP32 = {"train": {"steps": SAVED_STEP}}
+BF16 = {"train": {"steps": SAVED_STEP, "precision": "bf16"}}
 FP32_ACCUMULATION = {"train": {**BF16["train"], "gradient_accumulation_dtype": "fp32"}}
 # name → (ranks, preset, sections) of who saves, and of who resumes
 RESHAPES: dict[str, tuple[tuple[int, str, Any], tuple[int, str, Any]]] = {
@@ -66,11 +68,11 @@ RESHAPES: dict[str, tuple[tuple[int, str, Any], tuple[int, str, Any]]] = {
     "bf16, back": ((1, "zero3", BF16), (3, "zero2", BF16)),
     "bf16, into fp32 accumulation": ((2, "zero2", BF16), (3, "zero1", FP32_ACCUMULATION)),
     "bf16, out of fp32 accumulation": ((3, "zero1", FP32_ACCUMULATION), (2, "zero3", BF16)),
-    "fp32 to bf16": ((2, "zero0", {}), (2, "zero1", BF16)),
-    "bf16 to fp32": ((2, "zero3", BF16), (1, "zero0", {})),
-    "into offload": ((1, "zero1", {}), (2, "zero2_offload", {})),
-    "offload to offload": ((2, "zero2_offload", {}), (3, "zero3_offload", {})),
-    "out of offload": ((2, "zero3_offload", {}), (1, "zero0", {})),
+    "fp32 to bf16": ((2, "zero0", FP32), (2, "zero1", BF16)),
+    "bf16 to fp32": ((2, "zero3", BF16), (1, "zero0", FP32)),
+    "into offload": ((1, "zero1", FP32), (2, "zero2_offload", FP32)),
+    "offload to offload": ((2, "zero2_offload", FP32), (3, "zero3_offload", FP32)),
+    "out of offload": ((2, "zero3_offload", FP32), (1, "zero0", FP32)),
 }
 
 
@@ -101,9 +103,10 @@ def test_bf16_losses_after_another_layout_are_the_uninterrupted_ones_within_bf16
     workspace: Path, tmp_path: Path
 ) -> None:
     """The tolerance is what two uninterrupted bf16 runs of different layouts differ by: sums in another order."""
-    config = layout_config(workspace, tmp_path / "run", Layout(2, 1), **BF16)
+    longer = {"train": {**BF16["train"], "steps": 15}}
+    config = layout_config(workspace, tmp_path / "run", Layout(2, 1), **longer)
     assert train(config, 2) == EXIT_FINISHED
-    found = resume_all({Layout(2, 1): config}, [(Layout(2, 1), Layout(1, 3))], tmp_path, workspace, **BF16)
+    found = resume_all({Layout(2, 1): config}, [(Layout(2, 1), Layout(1, 3))], tmp_path, workspace, **longer)
     ((_, resumed),) = found.items()
     assert difference(resumed, losses(tmp_path / "run")) <= 0.005
 

@@ -73,6 +73,7 @@ def _step(stepper: EngineStepper, batch: Batch) -> None:
     stepper.optimize()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: its waits cannot be counted")
 def test_a_step_waits_once_on_cuda(tmp_path: Path) -> None:
     assert run_ranks(_count_waits, 1, replace(WORK, model=write_tiny_model(tmp_path), precision="bf16")) == [0]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.commands import TIMEOUT_S
+from tests.commands import TIMEOUT_S, start_maskwright_into
 from tests.ranks import losses, tiny_config, train, write_config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 
@@ -25,16 +25,19 @@ def shell(command: str, redirection: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_goes_on_without_its_reader_and_without_a_console(workspace: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    command = f"train {write_config(tiny_config(workspace, run_dir), tmp_path / 'config.yaml')}"
-    read = shell(f"{command} --nproc-per-node 2", "| head -n 1")
-    assert (read.returncode, read.stderr, len(read.stdout.splitlines())) == (0, "", 1)
+    run_dir, pipe, full = tmp_path / "run", tmp_path / "pipe", Path("/dev/full")
+    command = ("train", write_config(tiny_config(workspace, run_dir), tmp_path / "config.yaml"))
+    os.mkfifo(pipe)
+    process = start_maskwright_into(pipe, tmp_path / "stderr", *command, "--nproc-per-node", "2")
+    with open(pipe) as reader:
+        assert reader.readline()
+    assert (process.wait(TIMEOUT_S), (tmp_path / "stderr").read_text()) == (EXIT_FINISHED, "")
     log = (run_dir / "logs" / "rank-00000.log").read_text()
     assert log.count("the console cannot be written (Broken pipe); the run goes on without it") == 1
     assert len(losses(run_dir)) == 20
-    full = shell(f"{command} --resume never", ">/dev/full 2>/dev/full")
-    assert full.returncode == 0 and len(losses(run_dir)) == 20
-    closed = shell(command, "<&- >&- 2>&-")
+    process = start_maskwright_into(full, full, *command, "--resume", "never")
+    assert process.wait(TIMEOUT_S) == EXIT_FINISHED and len(losses(run_dir)) == 20
+    closed = shell(" ".join(map(str, command)), "<&- >&- 2>&-")
     assert closed.returncode == 0, "a finished run"
 
 

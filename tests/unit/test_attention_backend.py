@@ -75,6 +75,7 @@ def test_running_out_of_memory_is_not_taken_for_a_kernel_that_is_not_there() -> 
             usable(SHAPE, CPU, ["flash"])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: there is one order only")
 @pytest.mark.parametrize("backend", ["flash", "cudnn", "efficient"])
 def test_on_a_gpu_a_new_process_uses_the_preferred_kernel_at_its_first_call(backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.ranks import run_ranks, tiny_config
 from tools.demo import rank_count
+from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import Place, device_problem
 from trainer.errors import EXIT_USER_MISTAKE
@@ -47,9 +49,21 @@ def test_a_rank_without_a_gpu_of_its_own_is_named_with_the_remedy(found: list[Pl
     assert f"one rank a GPU, here {count}." in error.remedy and 'CUDA_VISIBLE_DEVICES=""' in error.remedy
 
 
+def test_what_torch_reads_on_gpus_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gpu S11, S13."""
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "TORCH_FR_BUFFER_SIZE": "7"}
+    monkeypatch.setattr(os, "environ", environ)
+    distributed._set_defaults(Path("/runs/one/logs"))
+    assert "PYTORCH_ALLOC_CONF" not in environ, "the user has set it by its older name"
+    assert environ["TORCH_FR_BUFFER_SIZE"] == "7"
+    assert environ["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/one/logs/nccl-trace-rank-"
+    del environ["PYTORCH_CUDA_ALLOC_CONF"]
+    distributed._set_defaults(None)
+    assert environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def train_on_one_gpu(config: Config) -> int:
     """Runs on each rank: both would compute on the same GPU, if there were one."""
-    from trainer import distributed
     from trainer.train import run
 
     distributed._own_place = lambda _device: Place("n1", "GPU-a", 1)  # type: ignore[assignment]

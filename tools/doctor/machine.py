@@ -115,6 +115,8 @@ def check_devices(found: list[dict[str, Any]]) -> list[Line]:
             )
         else:
             lines.append(Line("ok", f"gpu {number}", finding))
+    if found:
+        lines.append(Line("ok", "gpu tests", "`make test-gpu` in a clone shows whether training is right on this GPU"))
     return lines
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.commands import assert_one_card, maskwright
+from tests.commands import assert_one_card, call_forked, maskwright
 from tests.unit.tools.bench_variants import spin
 from tools.bench import loader as bench_loader
 from tools.bench.common import Measurement, Ratio, Report, Variant, for_seconds, in_own_process, measure, run_benchmark
@@ -155,9 +155,14 @@ def test_bench_loader_without_mosaicml_streaming():
     assert "hf rows" in [variant["name"] for variant in facts["variants"]]
 
 
+def measure_prepare(settings: PrepareBenchmark) -> Report:
+    """Runs in a process of its own."""
+    return bench_prepare(settings, quiet())
+
+
 def test_bench_prepare(workspace: Path):
     settings = PrepareBenchmark((str(workspace / "text.txt"),), str(workspace / "tokenizer"), rounds=1)
-    report = bench_prepare(settings, quiet())
+    report = call_forked(measure_prepare, settings)
     names = ["bare tokenizer", "prepare, 1 worker", "prepare, 2 workers", "hf map"]
     assert [variant.name for variant in report.variants] == names
     tokens = [report.measurements[name][0].tokens for name in names]

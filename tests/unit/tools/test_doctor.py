@@ -144,8 +144,9 @@ def test_nvcc_is_held_against_torchs_cuda(of_torch: str, nvcc: str, state: str) 
 
 
 def test_a_gpu_that_another_process_uses_and_a_lost_driver_fail() -> None:
-    states = [line.state for line in check_devices([GPU, {**GPU, "free_bytes": 20 << 30}])]
-    assert states == ["ok", "ok", "fail"]
+    lines = check_devices([GPU, {**GPU, "free_bytes": 20 << 30}])
+    assert [line.state for line in lines] == ["ok", "ok", "fail", "ok"]
+    assert "make test-gpu" in lines[-1].finding
 
 
 def test_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
