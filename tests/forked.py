@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,10 +61,13 @@ def _go_on_as(words: list[str], environ: Mapping[str, str], kept: Sequence[int],
         os.closerange(first, descriptor)
         first = descriptor + 1
     os.closerange(first, os.sysconf("SC_OPEN_MAX"))  # among them the pipe on which the parent waits for exec
+    resource_tracker._resource_tracker._fd = None  # was one of them; a new process starts a tracker of its own
     gc.enable()  # Popen has it off while it forks
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Popen has put them back; an interpreter ignores them
+        signal.signal(number, signal.SIG_IGN)
     atexit._clear()  # what the parent would do at its own end
     code = 1
     try:

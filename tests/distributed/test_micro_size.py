@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.commands import assert_one_card, maskwright
-from tests.ranks import allow_fp16, losses, run_ranks, tiny_config, train, write_config
+from tests.ranks import TWO_LAYERS, allow_fp16, losses, run_ranks, tiny_config, train, write_config
 from trainer.config import Config
 from trainer.deepspeed_config import load_preset
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
@@ -24,7 +24,8 @@ MIB = 2**20
 
 def auto_config(workspace: Path, run_dir: Path, memory_gib: float | None, **sections: Any) -> Config:
     batch = {"global_size": 16, "micro_size": "auto", "memory_gib": memory_gib}
-    return tiny_config(workspace, run_dir, **{"train": {"steps": 4}, "batch": batch, **sections})
+    model = {"overrides": TWO_LAYERS}  # of one layer the update takes as much as two more sequences
+    return tiny_config(workspace, run_dir, **{"train": {"steps": 4}, "batch": batch, "model": model, **sections})
 
 
 def gib_between(config: Config, below: int, above: int) -> float:
@@ -50,7 +51,7 @@ def test_the_largest_that_fits_is_taken_and_remembered(
     assert "16 sequences a step = 2 micro × 2 ranks × 4 accumulation" in said
     assert [entry["micro_size"] for entry in record(tmp_path / "auto")] == [2]
 
-    given = tiny_config(workspace, tmp_path / "given", train={"steps": 4}, batch={"global_size": 16, "micro_size": 2})
+    given = auto_config(workspace, tmp_path / "given", None, batch={"global_size": 16, "micro_size": 2})
     assert train(given, RANKS) == EXIT_FINISHED
     assert losses(tmp_path / "auto") == losses(tmp_path / "given")
 

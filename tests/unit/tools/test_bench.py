@@ -6,6 +6,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -155,20 +156,20 @@ def test_bench_loader_without_mosaicml_streaming():
     assert "hf rows" in [variant["name"] for variant in facts["variants"]]
 
 
-def measure_prepare(settings: PrepareBenchmark) -> Report:
-    """Runs in a process of its own."""
-    return bench_prepare(settings, quiet())
+def measure_prepare(settings: PrepareBenchmark) -> tuple[list[int], Sequence[Ratio]]:
+    """Runs in a process of its own: the tokens of each variant, and the ratios."""
+    report = bench_prepare(settings, quiet())
+    names = ["bare tokenizer", "prepare, 1 worker", "prepare, 2 workers", "hf map"]
+    assert [variant.name for variant in report.variants] == names
+    return [report.measurements[name][0].tokens for name in names], report.ratios
 
 
 def test_bench_prepare(workspace: Path):
     settings = PrepareBenchmark((str(workspace / "text.txt"),), str(workspace / "tokenizer"), rounds=1)
-    report = call_forked(measure_prepare, settings)
-    names = ["bare tokenizer", "prepare, 1 worker", "prepare, 2 workers", "hf map"]
-    assert [variant.name for variant in report.variants] == names
-    tokens = [report.measurements[name][0].tokens for name in names]
+    tokens, ratios = call_forked(measure_prepare, settings)
     assert len(set(tokens[:3])) == 1 and tokens[0] > 10_000
     assert abs(tokens[3] - tokens[0]) <= 1  # datasets leaves the line end of a file in its last paragraph
-    assert [(ratio.name, ratio.over, ratio.by) for ratio in report.ratios] == [
+    assert [(ratio.name, ratio.over, ratio.by) for ratio in ratios] == [
         ("prepare, 1 worker", "bare tokenizer", "cpu"),
         ("prepare, 2 workers", "prepare, 1 worker", "wall"),
         ("prepare, 1 worker", "hf map", "cpu"),
