@@ -101,8 +101,9 @@ def longest_blocks(config: Config) -> int:
 def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """All that the memory of a rank depends on beside the micro-batch."""
     model = config.model.model_dump(mode="json")
-    if model["attention_backend"] == "auto":  # records that are older than the key have none
-        del model["attention_backend"]
+    for key in ("attention_backend", "kernels"):
+        if model[key] == "auto":  # records that are older than the key have none
+            del model[key]
     return {
         "ranks": world_size,
         "device": device,

@@ -20,6 +20,8 @@ from trainer.loss_kernel import settle_loss_kernel
 from trainer.memory_model import GPU_SHARE
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
+from trainer.model.footprint import Footprint
+from trainer.objectives.cross_entropy import CrossEntropies
 from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,10 @@ _ACCUMULATION = 3  # micro-batches of a trial step: one that makes gradients, on
 def largest_by_trial(
     config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int]
 ) -> int | None:
-    """Try ascending micro-batches until one does not fit on some rank; a collective.
+    """Try ascending micro-batches until one does not fit on some rank, from half of what is foreseen; a collective.
+
+    Each size costs a step and, in a compiled model, a compilation. After one that does not fit the engine is of no more
+    use; should already the first be too large, the smaller ones get another.
 
     The allocator of every rank gets the same limit, the least that any of them could have: so the same allocations fail
     on all ranks at the same place, none waits in a collective for one that has failed, and the limit leaves a margin.
@@ -39,17 +44,53 @@ def largest_by_trial(
     Returns:
         the largest that fits on all ranks; None when the first does not.
     """
-    limit_memory(config, world)
-    trial = largest = None
+    limit = limit_memory(config, world)
+    first = distributed.build_together(
+        world, lambda: _first_to_try(config, vocabulary, world.size, seq_len, sizes, limit)
+    )
     wanted = config.model.attention_backend  # auto is settled later, among such that take the same memory
     usual = "flash" if config.train.deterministic else None
     try:
         with preferring(usual if wanted == "auto" else wanted, world.device):
             kernel = settle_loss_kernel(config, vocabulary.size, world)
-            trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
-            if trial is not None:
-                trial.objective.cross_entropies = kernel
-                largest = _last_that_fits(trial, sizes)
+            largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[first:], kernel)
+            if largest is None and first:
+                largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[:first], kernel)
+    finally:
+        if world.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, world.device)
+            torch.cuda.reset_peak_memory_stats(world.device)  # the run's own peak is what its metrics report
+    return largest
+
+
+def _first_to_try(
+    config: Config, vocabulary: Vocabulary, ranks: int, seq_len: int, sizes: Sequence[int], limit: float | None
+) -> int:
+    """The place in `sizes` of the largest that is at most half of what the memory model foresees; 0 without a limit.
+
+    Args:
+        limit: bytes of a rank.
+    """
+    if limit is None:
+        return 0
+    footprint = Footprint(config, vocabulary, load_preset(config.deepspeed), "cuda", seq_len)
+    foreseen = footprint.largest(sizes, ranks, limit) or 0
+    first = max(0, sum(2 * size <= foreseen for size in sizes) - 1)
+    logger.info("a micro-batch of %d is foreseen to fit; the trial begins with %d", foreseen, sizes[first])
+    return first
+
+
+def _try_in_turn(
+    config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int], kernel: CrossEntropies
+) -> int | None:
+    """The last of `sizes` that fits, with an engine of their own, of which nothing is left; None when none does."""
+    trial = None
+    try:
+        trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
+        if trial is None:
+            return None
+        trial.objective.cross_entropies = kernel
+        return _last_that_fits(trial, sizes)
     finally:
         if trial is not None:
             trial.engine.close()
@@ -57,10 +98,6 @@ def largest_by_trial(
         if config.model.compile:
             forget_graphs()
         _release(world.device)
-        if world.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, world.device)
-            torch.cuda.reset_peak_memory_stats(world.device)  # the run's own peak is what its metrics report
-    return largest
 
 
 def _last_that_fits(trial: _Trial, sizes: Sequence[int]) -> int | None:
@@ -72,15 +109,16 @@ def _last_that_fits(trial: _Trial, sizes: Sequence[int]) -> int | None:
     return largest
 
 
-def limit_memory(config: Config, world: World) -> None:
-    """Give the allocators of all ranks the same limit; on CPU there is none to give."""
+def limit_memory(config: Config, world: World) -> float | None:
+    """Give the allocators of all ranks the same limit, in bytes; on CPU there is none to give."""
     if world.device.type != "cuda":
-        return
+        return None
     free, total = torch.cuda.mem_get_info(world.device)
     wanted = config.batch.memory_gib
     own = GPU_SHARE * free if wanted is None else wanted * 2**30
     least = min(distributed.gather(world, min(own, free)))
     torch.cuda.set_per_process_memory_fraction(min(1.0, least / total), world.device)
+    return least
 
 
 class _Trial:

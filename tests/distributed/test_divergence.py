@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.ranks import allow_fp16, losses, metrics, run_ranks, tiny_config, train
+from tests.ranks import allow_fp16, losses, metrics, run_ranks, started_ranks, tiny_config, train
 from trainer.checkpoint.find import candidates
 from trainer.config import Config
 from trainer.engine import TrainingEngine
@@ -276,49 +277,56 @@ def trained_on(run_dir: Path) -> list[tuple[int, int]]:
     return [(line["step"], line["samples"]) for line in metrics(run_dir) if "train/loss" in line]
 
 
-@pytest.mark.parametrize(("train_section", "preset"), [LAYOUTS[number] for number in (0, 1, 3, 5, 6, 7)])
-def test_fault_10_a_loss_spike_rolls_back_and_passes_over_the_data(
-    train_section: dict[str, Any],
-    preset: str,
-    workspace: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    sections = {"train": {"steps": 20, **train_section}, "deepspeed": preset}
-    config = rolling_back(workspace, tmp_path / "run", **sections)
-    assert run_ranks(damaged, 2, config, high_loss, 13, 13) == [EXIT_FINISHED] * 2
-    shown = capsys.readouterr().out
+Spiked = Callable[[int], tuple[Config, str]]
+
+
+@pytest.fixture(scope="module")
+def spiked(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Spiked:
+    """Number of a layout → a run of 20 steps with a loss spike in the 13th, and what it said; each is made once."""
+
+    @cache
+    def run_of(number: int) -> tuple[Config, str]:
+        train_section, preset = LAYOUTS[number]
+        sections: dict[str, Any] = {"train": {"steps": 20, **train_section}, "deepspeed": preset}
+        config = rolling_back(workspace, tmp_path_factory.mktemp(f"layout-{number}") / "run", **sections)
+        with started_ranks(damaged, 2, config, high_loss, 13, 13) as ranks:
+            assert ranks.wait() == [EXIT_FINISHED] * 2
+            return config, ranks.output()
+
+    return run_of
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 5, 6, 7])
+def test_fault_10_a_loss_spike_rolls_back_and_passes_over_the_data(number: int, spiked: Spiked) -> None:
+    config, shown = spiked(number)
+    run_dir = Path(config.run.dir)
     assert "rollback at step 13: the loss of step 13 is" in shown
     assert "(samples t = 80 to 103)" in shown
     assert "went back to step-00000010" in shown
     # Steps 11 to 13 had the data of places 11 to 13; the same steps are done again on what comes behind.
     places = [*range(1, 11), *range(14, 24)]
-    assert trained_on(tmp_path / "run") == [(step + 1, 8 * place) for step, place in enumerate(places)]
-    lines = [line for line in metrics(tmp_path / "run") if "train/loss" in line]
+    assert trained_on(run_dir) == [(step + 1, 8 * place) for step, place in enumerate(places)]
+    lines = [line for line in metrics(run_dir) if "train/loss" in line]
     assert [line["resilience/skipped_samples"] for line in lines] == [0] * 10 + [24] * 10
     assert [line["resilience/rollbacks"] for line in lines] == [0] * 10 + [1] * 10
     assert [line["train/learning_rate"] for line in lines] == [
         learning_rate(step, config.optimizer.lr, 20, config.schedule) for step in range(1, 21)
     ]
-    left = [line for line in metrics(tmp_path / "run" / "previous-1") if "train/loss" in line]
+    left = [line for line in metrics(run_dir / "previous-1") if "train/loss" in line]
     assert [line["step"] for line in left] == list(range(1, 14))
-    (event,) = events(tmp_path / "run")
+    (event,) = events(run_dir)
     assert (event["event"], event["step"], event["event/from_step"]) == ("rollback", 10, 13)
 
 
-@pytest.mark.parametrize(("train_section", "preset"), [LAYOUTS[number] for number in (0, 1, 3, 6)])
-def test_fault_10_a_run_lost_after_a_rollback_goes_on_bit_for_bit(
-    train_section: dict[str, Any], preset: str, workspace: Path, tmp_path: Path
-) -> None:
-    sections: dict[str, Any] = {"train": {"steps": 20, **train_section}, "deepspeed": preset}
-    clean = rolling_back(workspace, tmp_path / "clean", **sections)
-    assert run_ranks(damaged, 2, clean, high_loss, 13, 13) == [EXIT_FINISHED] * 2
-    config = rolling_back(workspace, tmp_path / "killed", **sections)
+@pytest.mark.parametrize("number", [0, 1, 3, 6])
+def test_fault_10_a_run_lost_after_a_rollback_goes_on_bit_for_bit(number: int, spiked: Spiked, tmp_path: Path) -> None:
+    clean, _ = spiked(number)
+    config = clean.model_copy(update={"run": clean.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     for kill_at in (12, 17):  # before the first save after the rollback, and after it
         assert run_ranks(damaged, 2, config, high_loss, 13, 13, 0, kill_at) == [1, 1]
     assert run_ranks(damaged, 2, config, high_loss, 13, 13) == [EXIT_FINISHED] * 2
-    assert losses(tmp_path / "killed") == losses(tmp_path / "clean")
-    assert trained_on(tmp_path / "killed") == trained_on(tmp_path / "clean")
+    assert losses(tmp_path / "killed") == losses(Path(clean.run.dir))
+    assert trained_on(tmp_path / "killed") == trained_on(Path(clean.run.dir))
     states = [candidates(Path(each.run.dir))[0].manifest for each in (clean, config)]
     assert states[0] is not None and states[1] is not None
     assert states[0].state == states[1].state

@@ -93,12 +93,12 @@ def launch(config: Config, folder: Path, **variables: str) -> Started:
 
 
 def large_text(folder: Path) -> Path:
-    """Text of some 40 MB: ten units of 4 MiB."""
+    """Text of some 24 MB: six units of 4 MiB."""
     folder.mkdir()
     text = write_text(folder / "block.txt", documents=4000, seed=9).read_text()
     generator = random.Random(0)
     paragraphs = text.split("\n\n")
-    for number in range(10):
+    for number in range(6):
         generator.shuffle(paragraphs)
         (folder / f"part-{number}.txt").write_text("\n\n".join(paragraphs * 6))
     (folder / "block.txt").unlink()
