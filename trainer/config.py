@@ -82,9 +82,10 @@ class ModelConfig(Section):
     a pass and keeps no copy of them in fp32. auto: on a GPU Triton, if it agrees with torch there, which each start
     tries; else torch."""
     compile: Annotated[bool | Literal["reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = False
-    """torch.compile the model, with static shapes; max-autotune: each matrix product by the fastest of several kernels,
-    which are timed at the first step, for minutes; reduce-overhead: with CUDA graphs, which launch a small model's
-    kernels faster; for batches without accumulation, with a number for batch.micro_size and ZeRO 0 to 2."""
+    """torch.compile the model, with static shapes, at ZeRO 0 to 2; max-autotune: each matrix product by the fastest of
+    several kernels, which are timed at the first step, for minutes; reduce-overhead: with CUDA graphs, which launch a
+    small model's kernels faster; for batches without accumulation, with a number for batch.micro_size and no
+    offload."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 

@@ -145,6 +145,8 @@ def open_inputs(
     opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
+    if config.model.compile:
+        _check_compile(config, base.preset)
     if config.model.compile == CUDA_GRAPHS:
         _check_cuda_graphs(config, base.preset, plan)
     return Inputs(
@@ -254,11 +256,22 @@ def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]
     return resolve(config, plan), order, plan
 
 
+def _check_compile(config: Config, preset: dict[str, Any]) -> None:
+    """Refuse what cuts the model's graph at each module: slower than without, and past Dynamo's limit of graphs."""
+    if stage_of(preset) == 3:
+        raise UserError(
+            "torch.compile cannot see through ZeRO-3, which gathers the weights of each module when it is called: the "
+            "model falls into a graph for each, and is slower than without.",
+            where=f"model.compile={config.model.compile}, deepspeed={config.deepspeed}",
+            remedy="Set model.compile=false, or deepspeed to zero1 or zero2.",
+        )
+
+
 def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) -> None:
     """Refuse what moves weights between steps, and accumulation: a graph's gradients are overwritten by the next."""
-    if stage_of(preset) == 3 or preset["zero_optimization"].get("offload_optimizer"):
+    if preset["zero_optimization"].get("offload_optimizer"):
         raise UserError(
-            "CUDA graphs need weights that stay where they are, which ZeRO-3 and offload move.",
+            "CUDA graphs need weights that stay where they are, which offload moves.",
             where=f"model.compile={CUDA_GRAPHS}, deepspeed={config.deepspeed}",
             remedy="Set model.compile=true, or deepspeed to zero1 or zero2.",
         )

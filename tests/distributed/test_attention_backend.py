@@ -110,8 +110,16 @@ def test_cuda_graphs_are_refused_where_gradients_accumulate(workspace: Path, tmp
     four = ("model.compile=reduce-overhead", "--nproc-per-node", "4")
     allowed = maskwright("validate", path, *four)
     assert allowed.returncode == EXIT_FINISHED, allowed.stderr
-    moving = maskwright("validate", path, *four, "deepspeed=zero3")
-    assert_one_card(moving, EXIT_USER_MISTAKE, "weights that stay where they are", "deepspeed=zero3")
+    moving = maskwright("validate", path, *four, "deepspeed=zero2_offload")
+    assert_one_card(moving, EXIT_USER_MISTAKE, "weights that stay where they are", "deepspeed=zero2_offload")
+    for mode in ("true", "max-autotune", "reduce-overhead"):  # Gpu S4
+        cut = maskwright("validate", path, f"model.compile={mode}", "deepspeed=zero3")
+        words = (
+            "cannot see through ZeRO-3",
+            "deepspeed=zero3",
+            "Set model.compile=false, or deepspeed to zero1 or zero2.",
+        )
+        assert_one_card(cut, EXIT_USER_MISTAKE, *words)
     searching = maskwright("validate", path, *four, "batch.micro_size=auto")
     assert_one_card(searching, EXIT_USER_MISTAKE, "needs a number for batch.micro_size")
     unknown = maskwright("validate", path, "model.compile=fastest")

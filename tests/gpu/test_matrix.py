@@ -38,9 +38,9 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "bf16, compiled": ("plain", HALF, {"model": {"compile": True}}),
     "bf16, compiled documents": ("documents", HALF, {"model": {"compile": True, **DOCUMENTS}}),
     "bf16, deterministic": ("plain", HALF, {"train": {"deterministic": True}}),
-    "fp16": ("plain", HALF, {"train": FP16}),
 }
 ON_GPUS_ONLY: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "fp16": ("plain", HALF, {"train": FP16}),
     "bf16, CUDA graphs": ("plain", HALF, {"model": {"compile": "reduce-overhead"}, "batch": {"micro_size": 16}}),
     "bf16, tuned": ("plain", HALF, {"model": {"compile": "max-autotune"}}),
     "bf16, Triton's cross-entropy": ("plain", HALF, {"model": {"kernels": "triton"}}),
