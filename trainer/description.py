@@ -55,7 +55,7 @@ def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:
     if not in_bf16 or most < MANY_MICRO_BATCHES:
         return []
     return [
-        f"  a step adds up the gradients of {most} micro-batches in bf16; of 32 the sum was 1 % off where it was measured, "
+        f"  a step adds up the gradients of {most} micro-batches in bf16; measured once, that of 32 was 1 % off, "
         "of 256 3.6 %. train.gradient_accumulation_dtype=fp32 adds them exactly, for 4 more bytes a parameter; a "
         "larger batch.micro_size makes fewer of them"
     ]
