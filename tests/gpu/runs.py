@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.commands import maskwright
-from tests.ranks import ON_GPUS, losses
+from tests.ranks import ON_GPUS, WITHOUT_DROPOUT, losses
 from trainer.errors import EXIT_FINISHED
 
 REHEARSED = os.environ.get("MASKWRIGHT_GPU_TESTS") == "rehearse"
@@ -29,14 +29,13 @@ MARKS = [
     ),
 ]
 """Of each module of tests here."""
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ROBERTA = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 256,
     "max_position_embeddings": 130,
-    **NO_DROPOUT,
+    **WITHOUT_DROPOUT,
 }
 MODERNBERT = {
     "hidden_size": 128,
