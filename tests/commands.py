@@ -46,9 +46,9 @@ def start_maskwright(*arguments: str | Path, fresh: bool = False, **variables: s
     return _Forked(words, environ, Path.cwd(), two_streams=False)
 
 
-def start_maskwright_into(stdout: Path, stderr: Path, *arguments: str | Path) -> Started:
-    """Start one command whose streams go where the caller says: a device, a named pipe, a file."""
-    return _Forked(_words(arguments), _environ({}), Path.cwd(), two_streams=True, streams=(stdout, stderr))
+def start_maskwright_into(stdout: Path, stderr: Path, *arguments: str | Path, **variables: str) -> Started:
+    """Start one command whose streams go where the caller says: a device, a terminal, a named pipe, a file."""
+    return _Forked(_words(arguments), _environ(variables), Path.cwd(), two_streams=True, streams=(stdout, stderr))
 
 
 class _Forked:

@@ -112,7 +112,7 @@ def _train_all(configs: Sequence[Config]) -> int:
         console = TrainingConsole(sys.stdout) if world.is_main else None
         status = StatusWriter(run_dir, ["here"], world.size) if world.is_main else None
         lock = RunLock(run_dir, print)  # not taken: nobody else trains here
-        inputs = open_inputs(config, world.size)
+        inputs = open_inputs(config, world.size, thorough=world.is_main)
         code = _train(inputs, world, "auto", False, StopRequest(), Activity(), console, status, lock)
         assert code == EXIT_FINISHED, code
     distributed.stop()
@@ -134,7 +134,7 @@ def _reshape(checkpoint: Path, config: Config, target: Path) -> int:
     from trainer.model.build import build_model
 
     world = distributed.start()
-    inputs = open_inputs(config, world.size)
+    inputs = open_inputs(config, world.size, thorough=world.is_main)
     built = build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
     engine = TrainingEngine(built, inputs.ds_config, config.optimizer, world)
     restore(engine, checkpoint, world)

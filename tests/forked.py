@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from multiprocessing import resource_tracker
+from multiprocessing.context import ForkProcess, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,6 +97,12 @@ def become(words: Sequence[str], environ: Mapping[str, str]) -> None:
     import_module(PROGRAMS[words[0]]).main()
 
 
+def fork_workers() -> None:
+    """Have the workers of this process forked from it: those of a fork server would come from that of the tests."""
+    multiprocessing.set_start_method("fork", force=True)
+    ForkServerProcess._Popen = staticmethod(ForkProcess._Popen)  # type: ignore[method-assign]
+
+
 def take_place(environ: Mapping[str, str]) -> None:
     """Have the environment, the streams and the ways to start processes that a new process has."""
     gc.freeze()  # what was imported is there for good: to look through it takes half a second each time
@@ -113,6 +120,5 @@ def take_place(environ: Mapping[str, str]) -> None:
     sys.stdin = open(os.devnull)
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
-    # A user's process forks its workers; here they would come from a fork server of their own.
-    multiprocessing.set_start_method("fork", force=True)
+    fork_workers()
     subprocess.Popen = ForkingPopen  # type: ignore[misc]

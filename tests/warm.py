@@ -1,7 +1,8 @@
 """Done once in the fork server, for all commands and ranks of tests: what only a process's first start has to do.
 
-To be imported. Modules that are read in the course of a run, versions of packages, and what torch remembers of a first
-model on its meta device take half of a small start. No process group, thread or random state is left behind.
+To be imported. Modules that are read in the course of a run, versions of packages, pydantic's schemas, and what torch
+remembers of a first model on its meta device take half of a small start. No process group, thread or random state is
+left behind.
 """
 
 from __future__ import annotations
@@ -10,9 +11,17 @@ import importlib
 
 from tests.ranks import TINY_ROBERTA
 from trainer.checkpoint.commit import RECORDED_PACKAGES
+from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import ModelConfig
+from trainer.consistency import _sources_hash
+from trainer.data.shards import Manifest, ShardEntry
 from trainer.data.vocabulary import Vocabulary
 from trainer.model.rehearsal import rehearse
+from trainer.run_lock import Holder
+from trainer.starts import Start
+from trainer.state import TrainState
+from trainer.tracking.status import Status
+from trainer.typed_json import _adapter
 from trainer.versions import installed_version
 
 for _module in (
@@ -29,6 +38,9 @@ for _module in (
     importlib.import_module(_module)
 for _package in RECORDED_PACKAGES:
     installed_version(_package)
+for _kind in (CheckpointManifest, Holder, Manifest, ShardEntry, Start, Status, TrainState):
+    _adapter(_kind)
+_sources_hash()
 rehearse(
     ModelConfig(preset="roberta-base", tokenizer="unused", overrides=dict(TINY_ROBERTA)),
     Vocabulary(500, 0, 2, 2, 499, 1, (0, 1, 2, 3, 499), ""),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+@cache
 def _sources_hash() -> str:
     """xxh3 over our own source files, by their names: finds another version of the code whatever it calls itself."""
     top, digest = Path(__file__).parent.parent, xxhash.xxh3_64()

@@ -126,14 +126,15 @@ class Inputs:
 def open_inputs(
     config: Config,
     world_size: int,
-    check_sizes: bool = True,
+    thorough: bool = True,
     folders: Mapping[str, Path] | None = None,
     micro_size: int | None = None,
 ) -> Inputs:
     """Open and check everything but the weights.
 
     Args:
-        check_sizes: compare the size of every data file with its manifest; one rank does it for all.
+        thorough: compare the size of every data file with its manifest, and rehearse the model; one rank does it for
+            all, whose files and settings are the same.
         folders: where the data of a path in the config lie, when it is raw text that has been prepared.
         micro_size: what `batch.micro_size: auto` stands for; None where it is not known, and 1 stands for any.
 
@@ -141,8 +142,8 @@ def open_inputs(
         UserError: with the key, file or value, and the remedy.
         DamagedError: when a data file is missing or has another size than recorded.
     """
-    base = _Base.of(config, micro_size)
-    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, check_sizes, folders or {})
+    base = _Base.of(config, micro_size, thorough)
+    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {})
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
     if config.model.compile:
@@ -206,7 +207,7 @@ class _Base:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: Config, micro_size: int | None = None) -> _Base:
+    def of(cls, config: Config, micro_size: int | None = None, thorough: bool = True) -> _Base:
         _check_run_folder(config)
         check_named_files(config, run_folder(config))
         preset = load_preset(config.deepspeed)
@@ -214,7 +215,8 @@ class _Base:
         folder, tokenizer = _tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
-        rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
+        if thorough:
+            rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
         objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))

@@ -7,12 +7,13 @@ tests/unit/launcher/test_cli.py, row 17 in test_documentation.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import subprocess
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from launcher.console import make_console
-from tests.commands import maskwright
+from tests.commands import maskwright, start_maskwright_into
 from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S
 from tools.prepare import prepare
@@ -145,25 +146,30 @@ def test_row_11_off_a_terminal_one_plain_line_an_interval(
     assert [int(step) for step in re.findall(r"^step (\d+)/20 ", output, re.MULTILINE)] == [1, 5, 10, 15, 20]
 
 
-def on_a_terminal(command: list[str]) -> tuple[int, str]:
+def on_a_terminal(*arguments: str | Path) -> tuple[int, str]:
     """Run a command on a pseudo-terminal of 160 columns; returns its exit code and all it wrote."""
     leader, follower = pty.openpty()
-    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environ)
+    terminal = Path(os.ttyname(follower))
+    process = start_maskwright_into(terminal, terminal, *arguments, TERM="xterm", COLUMNS="160")
+    written = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # Linux says EIO when the last writer has closed
+            while part := os.read(leader, 1 << 16):
+                written.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    code = process.wait(TIMEOUT_S)
     os.close(follower)
-    written = b""
-    try:
-        while part := os.read(leader, 1 << 16):
-            written += part
-    except OSError:  # Linux says EIO when the last writer has closed
-        pass
+    reader.join()
     os.close(leader)
-    return process.wait(TIMEOUT_S), written.decode(errors="replace")
+    return code, written.decode(errors="replace")
 
 
 def test_row_11_on_a_terminal_rank_0_alone_shows_a_bar(workspace: Path, tmp_path: Path) -> None:
     path = write_config(evaluated_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
-    code, output = on_a_terminal([sys.executable, "-m", "launcher", "train", str(path), "--nproc-per-node", "2"])
+    code, output = on_a_terminal("train", path, "--nproc-per-node", "2")
     assert code == EXIT_FINISHED, output
     assert "━" in output and "20/20" in output
     assert "\x1b[?25h" in output, "the cursor is shown again"

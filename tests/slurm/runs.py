@@ -14,13 +14,14 @@ from tests.slurm.cluster import SlurmCluster
 from trainer.config import Config
 
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1")
+ONE_NODE = ("--nodes", "1", *TWO_NODES[2:])
 
 
-def long_steps(workspace: Path, run_dir: Path, **sections: Any) -> Config:
-    """60 steps that take some tenths of a second."""
+def run_of_60_steps(workspace: Path, run_dir: Path, **sections: Any) -> Config:
+    """60 steps, which tests hold at a gate, with many checkpoints."""
     slow = {
         "train": {"steps": 60},
-        "batch": {"global_size": 64, "micro_size": 2},
+        "batch": {"global_size": 16, "micro_size": 4},
         "checkpoint": {"every_steps": 5},
     }
     return tiny_config(workspace, run_dir, **{**slow, **sections})
@@ -40,13 +41,16 @@ def run_submit(
     return maskwright("submit", *arguments, "--site", site, cwd=None, **{**cluster.environ, **variables})
 
 
-def submit(cluster: SlurmCluster, *arguments: str | Path, site: Path, **variables: str) -> int:
-    """`maskwright submit` on two nodes; returns the number of the job that trains.
+def submit(
+    cluster: SlurmCluster, *arguments: str | Path, site: Path, nodes: tuple[str, ...] = TWO_NODES, **variables: str
+) -> int:
+    """`maskwright submit`; returns the number of the job that trains.
 
     Args:
+        nodes: the options that say how many, and what of each.
         variables: for the environment of the job.
     """
-    result = run_submit(cluster, *arguments, *TWO_NODES, site=site, **variables)
+    result = run_submit(cluster, *arguments, *nodes, site=site, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return submitted(result.stderr)
 

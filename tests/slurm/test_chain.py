@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.commands import assert_one_card
+from tests.gate import Gate
 from tests.ranks import losses, metrics, write_config
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.runs import (
     TWO_NODES,
     job_logs,
-    long_steps,
+    run_of_60_steps,
     run_submit,
     signal_job,
     submit,
@@ -26,10 +27,13 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
     endless = {"train": {"steps": 100_000}, "schedule": {"name": "constant"}}
-    config, site = long_steps(workspace, tmp_path / "run", **endless), write_site(tmp_path / "site.yaml", requeue=False)
+    config = run_of_60_steps(workspace, tmp_path / "run", **endless)
+    site = write_site(tmp_path / "site.yaml", requeue=False)
     run_dir = Path(config.run.dir)
     arguments = (write_config(config, tmp_path / "config.yaml"), "--chain", "4", "--convert")
-    first = submit(cluster, *arguments, site=site)
+    gate = Gate(tmp_path)
+    gate.close_after(8)  # a job that waits for something to happen to it takes no time from what does
+    first = submit(cluster, *arguments, site=site, **gate.environment)
     second, third, fourth, conversion = (first + offset for offset in range(1, 5))
 
     # While it runs, the folder is its own: `submit` knows it by SLURM, a script submitted by hand by the run's lock.
@@ -54,6 +58,7 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     for job in (second, third):
         cluster.wait_for(lambda job=job: bool(starts_of(job)), f"job {job}\n{job_logs(run_dir)}")
         start = read_starts(run_dir)[-1]
+        gate.close_after(start.step + 6)
         # Until it trains, the metrics are those of the job before, which got further than its last checkpoint.
         cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}")
         wait_for_training(cluster, run_dir, start.step + 4)
@@ -68,9 +73,10 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     assert [cluster.wait(job)[0].state for job in (fourth, conversion)] == ["CANCELLED"] * 2, "stopped for good"
 
     last = candidates(run_dir)[0].step + 3
+    gate.open()
     by_hand = cluster.submit(script, f"train.steps={last}", cwd=tmp_path)
     (end,) = cluster.wait(by_hand)
     assert (end.state, end.exit_code) == ("COMPLETED", EXIT_FINISHED), job_logs(run_dir)
     assert len(losses(run_dir)) == last, "each step once"
-    assert [line["samples"] for line in metrics(run_dir)] == [64 * step for step in range(1, last + 1)]
+    assert [line["samples"] for line in metrics(run_dir)] == [16 * step for step in range(1, last + 1)]
     assert [start.job for start in read_starts(run_dir)] == [str(job) for job in (first, second, third, by_hand)]

@@ -14,7 +14,16 @@ from tests.commands import assert_one_card
 from tests.gate import Gate
 from tests.ranks import losses, tiny_config, train, write_config
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.runs import job_logs, long_steps, run_submit, signal_job, submit, wait_for_training, write_site
+from tests.slurm.runs import (
+    ONE_NODE,
+    job_logs,
+    run_of_60_steps,
+    run_submit,
+    signal_job,
+    submit,
+    wait_for_training,
+    write_site,
+)
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
 from trainer.starts import read_starts
 from trainer.tracking.status import read_status
@@ -30,7 +39,7 @@ def state_of(run_dir: Path) -> str:
 def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
-    config, site = long_steps(workspace, tmp_path / "a run"), write_site(tmp_path / "site.yaml")
+    config, site = run_of_60_steps(workspace, tmp_path / "a run"), write_site(tmp_path / "site.yaml")
     run_dir = Path(config.run.dir)
     gate = Gate(tmp_path)
     gate.close_after(10)
@@ -50,7 +59,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     (conversion,) = cluster.wait(job + 1)
     assert conversion.state == "COMPLETED", job_logs(run_dir)
 
-    clean = long_steps(workspace, tmp_path / "clean")
+    clean = run_of_60_steps(workspace, tmp_path / "clean")
     assert train(clean, world_size=2) == EXIT_FINISHED
     assert losses(run_dir) == pytest.approx(losses(tmp_path / "clean"), abs=1e-5)  # each step once
     starts = read_starts(run_dir)
@@ -77,7 +86,8 @@ def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
     run_dir = Path(config.run.dir)
     site, gate = write_site(tmp_path / "site.yaml"), Gate(tmp_path)
     gate.close_after(0)
-    job = submit(cluster, write_config(config, tmp_path / "config.yaml"), "--convert", site=site, **gate.environment)
+    arguments = (write_config(config, tmp_path / "config.yaml"), "--convert")
+    job = submit(cluster, *arguments, site=site, nodes=ONE_NODE, **gate.environment)
     log = run_dir / "logs" / f"slurm-{job}.log"
     for restart in range(2):
         cluster.wait_for(lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}")

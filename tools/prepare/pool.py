@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from threading import Event
 from typing import Any
 
@@ -28,7 +29,6 @@ def run_units(
     Args:
         units: each with its identity.
         on_progress: called about twice a second with {unit number: (bytes read, tokens written)}.
-
         cancel: when it is set, the workers are ended.
 
     Raises:
@@ -36,8 +36,7 @@ def run_units(
         MaskwrightError: what a worker raised, unchanged, or when a worker was killed.
         Exception: anything else that a worker raised, with its traceback as a note.
     """
-    # spawn: a forked child of a process with torch or tokenizers threads may hang on a lock it inherited.
-    context = multiprocessing.get_context("spawn")
+    context = _server_of_workers()
     waiting = list(reversed(units))
     processes: dict[Connection, Any] = {}
     current: dict[Connection, Unit] = {}
@@ -75,6 +74,17 @@ def run_units(
                 raise KeyboardInterrupt
     finally:
         _end(list(processes.values()))
+
+
+def _server_of_workers() -> ForkServerContext:
+    """One process that has the imports behind it and is forked for each worker.
+
+    A forked child of this process, which may have torch's or tokenizers' threads, could hang on a lock that it
+    inherited. New interpreters would each read the same thousand files, at once, on a cluster from one file system.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    return context
 
 
 def _receive(connection: Connection, process: Any, unit: Unit) -> tuple[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from tests.forked import fork_workers
 from tests.ranks import FORK_SERVER
 from tests.waiting import TIMEOUT_S
 
@@ -51,4 +52,5 @@ class Killable:
 
 def _lead_group(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.setsid()
+    fork_workers()
     function(*arguments)
