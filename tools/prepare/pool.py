@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import BaseContext
 from threading import Event
 from typing import Any
 
@@ -36,7 +37,7 @@ def run_units(
         MaskwrightError: what a worker raised, unchanged, or when a worker was killed.
         Exception: anything else that a worker raised, with its traceback as a note.
     """
-    context = _server_of_workers()
+    context: Any = _context()
     waiting = list(reversed(units))
     processes: dict[Connection, Any] = {}
     current: dict[Connection, Unit] = {}
@@ -76,14 +77,18 @@ def run_units(
         _end(list(processes.values()))
 
 
-def _server_of_workers() -> ForkServerContext:
-    """One process that has the imports behind it and is forked for each worker.
+def _context() -> BaseContext:
+    """Have workers forked from one process that has the imports behind it.
 
     A forked child of this process, which may have torch's or tokenizers' threads, could hang on a lock that it
     inherited. New interpreters would each read the same thousand files, at once, on a cluster from one file system.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
+    try:
+        forkserver.ensure_running()
+    except OSError:  # its socket lies in TMPDIR, whose path may be longer than a socket's may be
+        return multiprocessing.get_context("spawn")
     return context
 
 
