@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from tests.ranks import TWO_LAYERS, losses, run_ranks, tiny_config
 from trainer.config import Config
-from trainer.errors import EXIT_FINISHED
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
+from trainer.signals import StopRequest
 from trainer.tracking.jsonl import read_lines
 
 SAVED_STEP, LAST_STEP = 5, 15
@@ -42,6 +43,8 @@ the next {LAST_STEP - SAVED_STEP} steps from those of a run on one rank at stage
 The bound is 1e-5; what there is comes from sums in another order.
 
 """
+REFERENCE = Layout(1, 1)
+"""The run that is not interrupted."""
 LAYOUTS = tuple(Layout(ranks, stage) for ranks in (1, 2, 3) for stage in (0, 1, 2, 3))
 
 
@@ -61,11 +64,12 @@ def layout_config(workspace: Path, run_dir: Path, layout: Layout, **sections: An
     )
 
 
-def save_all(configs: dict[Layout, Config]) -> dict[Layout, list[float]]:
-    """Run each layout without interruption; returns the losses of all steps."""
+def save_all(configs: dict[Layout, Config]) -> list[float]:
+    """Run each layout to the step that is saved, and REFERENCE to its end; returns the losses of that one."""
     for ranks, layouts in itertools.groupby(sorted(configs), key=lambda layout: layout.ranks):
-        _run_in_turn(ranks, [configs[layout] for layout in layouts])
-    return {layout: losses(Path(config.run.dir)) for layout, config in configs.items()}
+        group = list(layouts)
+        _run_in_turn(ranks, [configs[layout] for layout in group], [layout != REFERENCE for layout in group])
+    return losses(Path(configs[REFERENCE].run.dir))
 
 
 def resume_all(
@@ -89,32 +93,48 @@ def resume_all(
     return found
 
 
-def _run_in_turn(ranks: int, configs: Sequence[Config]) -> None:
-    codes = run_ranks(_train_all, ranks, configs)
+def _run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] | None = None) -> None:
+    codes = run_ranks(_train_all, ranks, configs, stopped or [False] * len(configs))
     assert codes == [EXIT_FINISHED] * ranks, codes
 
 
-def _train_all(configs: Sequence[Config]) -> int:
-    """Runs on each rank: one process group for all runs, because to import and to start is most of a short run."""
+class _AfterTheSave(StopRequest):
+    """A request to stop that comes when a checkpoint is there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._checkpoint = run_dir / f"checkpoints/step-{SAVED_STEP:08d}"
+
+    @property
+    def received(self) -> bool:  # type: ignore[override]
+        return self._checkpoint.exists()
+
+
+def _train_all(configs: Sequence[Config], stopped: Sequence[bool]) -> int:
+    """Runs on each rank: one process group for all runs, because to import and to start is most of a short run.
+
+    Args:
+        stopped: whether a run ends with the step that is saved.
+    """
     from trainer import distributed
     from trainer.inputs import open_inputs
     from trainer.liveness.activity import Activity
     from trainer.run_lock import RunLock
-    from trainer.signals import StopRequest
     from trainer.tracking.console import TrainingConsole
     from trainer.tracking.status import StatusWriter
     from trainer.train import _train
 
     world = distributed.start()
-    for config in configs:
+    for config, stops in zip(configs, stopped, strict=True):
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         console = TrainingConsole(sys.stdout) if world.is_main else None
         status = StatusWriter(run_dir, ["here"], world.size) if world.is_main else None
         lock = RunLock(run_dir, print)  # not taken: nobody else trains here
         inputs = open_inputs(config, world.size, thorough=world.is_main)
-        code = _train(inputs, world, "auto", False, StopRequest(), Activity(), console, status, lock)
-        assert code == EXIT_FINISHED, code
+        stop = _AfterTheSave(run_dir) if stops else StopRequest()
+        code = _train(inputs, world, "auto", False, stop, Activity(), console, status, lock)
+        assert code == (EXIT_STOPPED_AFTER_SAVING if stops else EXIT_FINISHED), code
     distributed.stop()
     return EXIT_FINISHED
 
@@ -172,7 +192,7 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             reference = save_all(configs)
             found = resume_all(configs, itertools.product(LAYOUTS, LAYOUTS), Path(scratch) / "resumed", workspace)
-        print(INTRODUCTION + table(found, reference[Layout(1, 1)]))
+        print(INTRODUCTION + table(found, reference))
 
 
 if __name__ == "__main__":
