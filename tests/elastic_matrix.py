@@ -93,8 +93,8 @@ def resume_all(
     return found
 
 
-def _run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] | None = None) -> None:
-    codes = run_ranks(_train_all, ranks, configs, stopped or [False] * len(configs))
+def _run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] = ()) -> None:
+    codes = run_ranks(_train_all, ranks, configs, stopped)
     assert codes == [EXIT_FINISHED] * ranks, codes
 
 
@@ -110,11 +110,11 @@ class _AfterTheSave(StopRequest):
         return self._checkpoint.exists()
 
 
-def _train_all(configs: Sequence[Config], stopped: Sequence[bool]) -> int:
+def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     """Runs on each rank: one process group for all runs, because to import and to start is most of a short run.
 
     Args:
-        stopped: whether a run ends with the step that is saved.
+        stopped: whether a run ends with the step that is saved; none does by default.
     """
     from trainer import distributed
     from trainer.inputs import open_inputs
@@ -125,7 +125,7 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool]) -> int:
     from trainer.train import _train
 
     world = distributed.start()
-    for config, stops in zip(configs, stopped, strict=True):
+    for config, stops in itertools.zip_longest(configs, stopped, fillvalue=False):
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         console = TrainingConsole(sys.stdout) if world.is_main else None
