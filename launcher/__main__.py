@@ -34,7 +34,7 @@ def main() -> None:
         )
         raise SystemExit(EXIT_USER_ERROR)
     if sys.argv[1:2] == ["train"]:
-        from trainer.signals import hold_stop_signals
+        from trainer.runtime.signals import hold_stop_signals
 
         hold_stop_signals()
     from launcher.cli import main as run_command

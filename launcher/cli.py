@@ -24,8 +24,8 @@ from launcher.data_commands import data_app, prepare, tokenizer_app
 from launcher.look_commands import doctor, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
-from trainer.plain_text import printable
-from trainer.streams import use_consoles
+from trainer.runtime.plain_text import printable
+from trainer.runtime.streams import use_consoles
 
 app = typer.Typer(
     name="maskwright",
@@ -102,7 +102,7 @@ def validate(
     Example:
       maskwright validate my.yaml batch.micro_size=16 --nproc-per-node 8
     """
-    from trainer.config_file import load_config
+    from trainer.config.file import load_config
 
     loaded = load_config(config, overrides or ())
     from tools.validate import validate as validate_run

@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from launcher.console import EXIT_INTERRUPTED, Card, exit_code, make_console, print_card
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError, UserError
-from trainer.plain_text import fit
-from trainer.streams import loss_of, reader_has_left
+from trainer.runtime.plain_text import fit
+from trainer.runtime.streams import loss_of, reader_has_left
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.errors import EXIT_UNEXPECTED, MaskwrightError
-from trainer.plain_text import fit
+from trainer.runtime.plain_text import fit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ def make_console(file: TextIO | None = None) -> Console:
     Square brackets are text, not markup: they stand in file names and tokens. Off a terminal, lines are neither
     wrapped nor cut, so that a log can be searched.
     """
-    from trainer.rich_console import PlainConsole
+    from trainer.runtime.rich_console import PlainConsole
 
     stream = file or sys.stderr
     is_terminal = stream.isatty()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from launcher.command import write_result
 from launcher.environment import find_membership, hosts
 from trainer.errors import EXIT_FINISHED, UserError
-from trainer.node import node_name
-from trainer.paths import user_path
-from trainer.rendezvous import LOCALHOST, free_port
+from trainer.runtime.paths import user_path
+from trainer.runtime.process import node_name
+from trainer.runtime.rendezvous import LOCALHOST, free_port
 
 if TYPE_CHECKING:
     from tools.doctor.job import Place
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def examine_here(config_source: str | None, overrides: Sequence[str], as_json: bool) -> int:
     """Check this machine, and a config if one is given; returns the exit code."""
     from tools.doctor.run import examine
-    from trainer.config_file import load_config
+    from trainer.config.file import load_config
 
     report = examine(load_config(config_source, overrides) if config_source is not None else None)
     write_result(report, as_json)

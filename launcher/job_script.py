@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from trainer.errors import UserError
-from trainer.plain_text import has_control
+from trainer.runtime.plain_text import has_control
 
 Options = Mapping[str, str | int | bool | None]
 """Options of sbatch by name without dashes; True stands alone, None and False leave one out."""

@@ -25,9 +25,9 @@ from launcher.console import EXIT_INTERRUPTED, Card, print_card
 from launcher.environment import Membership
 from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, ended_file, log_of, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
-from trainer.node import make_die_with_parent
-from trainer.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
-from trainer.signals import STOP_SIGNALS
+from trainer.runtime.process import make_die_with_parent
+from trainer.runtime.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
+from trainer.runtime.signals import STOP_SIGNALS
 from trainer.tracking.status import AT_ONCE, change_status, read_status
 
 GRACE_S = 15.0

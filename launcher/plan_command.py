@@ -46,7 +46,7 @@ def plan(
       maskwright plan my.yaml batch.micro_size=16 --gpus-per-node 2
       maskwright plan my.yaml --bench step.json --json
     """
-    from trainer.config_file import load_config
+    from trainer.config.file import load_config
 
     loaded = load_config(config, overrides or ())
     from tools.plan.page import print_plan, to_json

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from launcher.console import Card, exit_code, print_card
 from trainer.errors import MaskwrightError, origin_of
-from trainer.plain_text import printable
+from trainer.runtime.plain_text import printable
 
 ERROR_FILE_VARIABLE = "MASKWRIGHT_ERROR_FILE"
 INTERRUPTED = "KeyboardInterrupt"
@@ -58,7 +58,7 @@ class ErrorReport:
         return self.kind == INTERRUPTED
 
     def write(self, path: Path) -> None:
-        from trainer.files import replace_synced
+        from trainer.runtime.files import replace_synced
 
         replace_synced(path, json.dumps(asdict(self)).encode())
 
@@ -73,7 +73,7 @@ class ErrorReport:
 
 def log_of(run_dir: Path | None, rank: int) -> str:
     """The log file of a rank, or an empty string where there is none (a dry run, or an error before it was made)."""
-    from trainer.logs import log_path
+    from trainer.runtime.logs import log_path
 
     path = log_path(run_dir, rank) if run_dir else None
     return str(path) if path and path.exists() else ""

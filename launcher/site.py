@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from trainer.config_base import Line, Section
-from trainer.config_file import read_mapping, validate_section
+from trainer.config.base import Line, Section
+from trainer.config.file import read_mapping, validate_section
 from trainer.errors import UserError
-from trainer.files import shipped
-from trainer.paths import user_path
-from trainer.plain_text import has_control
+from trainer.runtime.files import shipped
+from trainer.runtime.paths import user_path
+from trainer.runtime.plain_text import has_control
 
 SLURM_FOLDER = shipped("launcher", "slurm")
 EXAMPLE = SLURM_FOLDER / "site.example.yaml"

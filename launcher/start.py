@@ -15,10 +15,10 @@ from launcher.environment import Membership, checked_address, find_membership
 from launcher.local import Nodes, launch, local_membership
 from launcher.rank import report_and_end, run_rank
 from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import MaskwrightError, UserError
-from trainer.paths import user_path
-from trainer.rendezvous import LISTENER_VARIABLE, listen
+from trainer.runtime.paths import user_path
+from trainer.runtime.rendezvous import LISTENER_VARIABLE, listen
 
 DEFAULT_MASTER_PORT = 29500  # torchrun's
 

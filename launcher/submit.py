@@ -17,10 +17,10 @@ from launcher.job_script import Options, assign, literal, render, template_optio
 from launcher.site import SLURM_FOLDER, Site, find_site
 from launcher.slurm import parse_time, queued_jobs, require_sbatch, sbatch
 from trainer.config import Config
-from trainer.config_file import dump_config, load_config
+from trainer.config.file import dump_config, load_config
 from trainer.errors import UserError, cannot_write
-from trainer.files import replace_synced
-from trainer.paths import user_path
+from trainer.runtime.files import replace_synced
+from trainer.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tests.ranks import TWO_LAYERS, losses, run_ranks, tiny_config
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
-from trainer.signals import StopRequest
+from trainer.runtime.signals import StopRequest
 from trainer.tracking.jsonl import read_lines
 
 SAVED_STEP, LAST_STEP = 5, 15
@@ -116,10 +116,10 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     Args:
         stopped: whether a run ends with the step that is saved; none does by default.
     """
-    from trainer import distributed
     from trainer.inputs import open_inputs
     from trainer.liveness.activity import Activity
-    from trainer.run_lock import RunLock
+    from trainer.runtime import distributed
+    from trainer.runtime.run_lock import RunLock
     from trainer.tracking.console import TrainingConsole
     from trainer.tracking.status import StatusWriter
     from trainer.train import _train
@@ -147,11 +147,11 @@ def reshape(checkpoint: Path, config: Config, ranks: int, target: Path) -> None:
 
 def _reshape(checkpoint: Path, config: Config, target: Path) -> int:
     """Runs on each rank."""
-    from trainer import distributed
     from trainer.checkpoint.restore import restore
-    from trainer.engine import TrainingEngine
+    from trainer.engine.engine import TrainingEngine
     from trainer.inputs import open_inputs
     from trainer.model.build import build_model
+    from trainer.runtime import distributed
 
     world = distributed.start()
     inputs = open_inputs(config, world.size, thorough=world.is_main)

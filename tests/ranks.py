@@ -21,7 +21,7 @@ import yaml
 from tests.forked import fork_workers
 from tests.waiting import TIMEOUT_S
 from trainer.config import Config
-from trainer.config_file import parse_config
+from trainer.config.file import parse_config
 from trainer.tracking.jsonl import read_lines
 
 ON_GPUS = os.environ.get("MASKWRIGHT_GPU_TESTS") == "1"

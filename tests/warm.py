@@ -10,19 +10,19 @@ from __future__ import annotations
 import importlib
 
 from tests.ranks import TINY_ROBERTA
-from trainer.checkpoint.commit import RECORDED_PACKAGES
 from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.save import RECORDED_PACKAGES
 from trainer.config import ModelConfig
 from trainer.consistency import _sources_hash
-from trainer.data.shards import Manifest, ShardEntry
-from trainer.data.vocabulary import Vocabulary
+from trainer.data.shard_writer import Manifest, ShardEntry
+from trainer.data.tokenizer import Vocabulary
 from trainer.model.rehearsal import rehearse
-from trainer.run_lock import Holder
-from trainer.starts import Start
+from trainer.runtime.run_lock import Holder
+from trainer.runtime.typed_json import _adapter
+from trainer.runtime.versions import installed_version
 from trainer.state import TrainState
+from trainer.tracking.starts import Start
 from trainer.tracking.status import Status
-from trainer.typed_json import _adapter
-from trainer.versions import installed_version
 
 for _module in (
     "deepspeed.module_inject.auto_ep_layer",

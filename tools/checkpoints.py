@@ -15,7 +15,7 @@ from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
 from trainer.checkpoint.find import Candidate, candidates, faults_of, listing
 from trainer.errors import DamagedError, UserError
-from trainer.paths import real_path, user_path
+from trainer.runtime.paths import real_path, user_path
 
 _SHAPE = ("world_size", "stage", "precision")
 

@@ -23,8 +23,8 @@ from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
-from trainer.data.shards import token_dtype
-from trainer.data.vocabulary import load_tokenizer, vocabulary_of
+from trainer.data.shard_writer import token_dtype
+from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 
 VARIANTS = {
     "no marks": StartSettings(),

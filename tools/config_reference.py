@@ -20,10 +20,11 @@ from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
-from trainer.config_base import LARGEST, LIMIT, keys_of, section_in
-from trainer.data.shards import Manifest, ShardEntry
+from trainer.config.base import LARGEST, LIMIT, keys_of, section_in
+from trainer.data.shard_writer import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
-from trainer.metrics import (
+from trainer.state import TrainState
+from trainer.tracking.metrics import (
     BATCH_METRICS,
     COUNTERS,
     EVALUATION_METRICS,
@@ -31,7 +32,6 @@ from trainer.metrics import (
     SOURCE_METRICS,
     TRAINING_METRICS,
 )
-from trainer.state import TrainState
 from trainer.tracking.status import Status
 
 _TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
@@ -45,7 +45,7 @@ _BOUNDS = (
 CONFIG_INTRODUCTION = """\
 # Config keys
 
-Made by `python -m tools.config_reference > docs/config.md` from the docstrings in `trainer/config.py`.
+Made by `python -m tools.config_reference > docs/config.md` from the docstrings in `trainer/config/schema.py`.
 
 A run is described by one YAML file: `maskwright train my.yaml`. In place of a path, the name of a recipe will do
 ({recipes}; they lie in `trainer/recipes/`).
@@ -68,8 +68,8 @@ Only `run.dir`, one model source, a tokenizer, `data.train` and one length have 
 METRICS_INTRODUCTION = """\
 # Metrics, and what a run leaves on disk
 
-Made by `python -m tools.config_reference metrics > docs/metrics.md` from `trainer/metrics.py`, `trainer/state.py` and
-the manifests' definitions.
+Made by `python -m tools.config_reference metrics > docs/metrics.md` from `trainer/tracking/metrics.py`,
+`trainer/state.py` and the manifests' definitions.
 
 Rank 0 writes one JSON object a line to `RUN/metrics.jsonl`, and each name with a `/` as a TensorBoard scalar of the
 same name at the same step. A value that is not finite is `null` there and missing in TensorBoard. A resumed run first
@@ -112,7 +112,7 @@ text alone, and nothing in them is run.
 
 def config_reference() -> str:
     """docs/config.md."""
-    from trainer.config_file import recipe_names
+    from trainer.config.file import recipe_names
 
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
     single = []

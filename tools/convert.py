@@ -30,8 +30,8 @@ from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
-from trainer.files import give_usual_mode, sync_files, sync_folder
-from trainer.paths import new_folder
+from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
+from trainer.runtime.paths import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -219,7 +219,7 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path) -> None:
     """Write the tokenizer, no longer than the model's positions; with WordPiece a vocab.txt, which older code reads."""
     from transformers import AutoTokenizer
 
-    from trainer.model.configuration import position_offset, position_table
+    from trainer.model.hf_config import position_offset, position_table
 
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
     table = position_table(model)
@@ -262,7 +262,7 @@ def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, bef
 def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
     """Logits [rows, vocabulary] of the probe, computed over its micro-batch as in training."""
     from trainer.model.build import constant_inputs
-    from trainer.model.prediction_head import install
+    from trainer.model.masked_head import install
 
     positions = install(model)
     constants = constant_inputs(model, probe.input_ids.shape[1], torch.device("cpu"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
-from trainer.paths import real_path, user_path
+from trainer.runtime.paths import real_path, user_path
 from trainer.tracking.jsonl import read_lines
 
 MARKER = ".maskwright-demo"

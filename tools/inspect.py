@@ -22,8 +22,8 @@ from tools.marked_text import SENTENCE_MARK, WORD_MARK, MarkedText
 from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import (
+from trainer.data.dataset import ShardSet
+from trainer.data.shard_writer import (
     MANIFEST,
     SPLITS,
     Manifest,
@@ -34,7 +34,7 @@ from trainer.data.shards import (
     read_manifest,
     verify_shard,
 )
-from trainer.data.start_planes import (
+from trainer.data.token_marks import (
     SENTENCE_STARTS,
     SETTING_OF_PLANE,
     START_PLANES,
@@ -43,10 +43,10 @@ from trainer.data.start_planes import (
     read_starts,
     starts_at,
 )
-from trainer.data.vocabulary import load_tokenizer, tokenizer_sha256
+from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
-from trainer.paths import real_path, user_path
-from trainer.plain_text import printable
+from trainer.runtime.paths import real_path, user_path
+from trainer.runtime.plain_text import printable
 
 BLOCK_TOKENS = 510  # seq_len 512 without its two special tokens
 BLOCKS_SHOWN = 3

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trainer.versions import installed_version
+from trainer.runtime.versions import installed_version
 
 _DRIVER_TIMEOUT_S = 60
 PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "datasets", "pyarrow")

@@ -10,13 +10,13 @@ import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.config import BatchConfig, DataConfig
-from trainer.data.mixture import mixture_order
-from trainer.data.order_changes import phases_of
-from trainer.metrics import EVALUATION_METRICS
-from trainer.paths import real_path
-from trainer.phases import lay_out, tokens_before
+from trainer.data.order.compare import phases_of
+from trainer.data.order.mixture import mixture_order
+from trainer.runtime.paths import real_path
+from trainer.schedule.phases import lay_out, tokens_before
 from trainer.state import TrainState
 from trainer.tracking.jsonl import read_lines
+from trainer.tracking.metrics import EVALUATION_METRICS
 
 CURVE_POINTS = 12
 

@@ -17,12 +17,12 @@ from rich.live import Live
 
 from trainer.errors import UserError
 from trainer.liveness.heartbeat import Heartbeat, read_heartbeats
-from trainer.node import has_process
-from trainer.paths import user_path
-from trainer.streams import reader_has_left
+from trainer.runtime.paths import user_path
+from trainer.runtime.process import has_process
+from trainer.runtime.streams import reader_has_left
+from trainer.runtime.typed_json import as_type
 from trainer.tracking.jsonl import read_last
 from trainer.tracking.status import ENDED, Status, read_status
-from trainer.typed_json import as_type
 
 SILENCE_S = 60.0
 """Ranks that have given no sign of life for so long, and some heartbeats more, look dead."""

@@ -30,9 +30,9 @@ from tools.prepare.readers import ReadSettings
 from tools.prepare.summary import describe_refused, say
 from tools.training_text import LONGEST_WORD, TrainingText
 from trainer.errors import UserError, nearest
-from trainer.files import sync_folder, unique_name
-from trainer.paths import new_folder
-from trainer.plain_text import shorten
+from trainer.runtime.files import sync_folder, unique_name
+from trainer.runtime.paths import new_folder
+from trainer.runtime.plain_text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ from tools.prepare.on_demand import look_up
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.inputs import describe_unprepared, open_inputs
-from trainer.micro_size import foresee
+from trainer.sizing.micro_batch import foresee
 
 
 def validate(config: Config, world_size: int) -> list[str]:

@@ -16,17 +16,17 @@ from typing import Any
 
 import xxhash
 
-from trainer import distributed
 from trainer.config import Config
-from trainer.data.shards import MANIFEST, split_folder
-from trainer.deepspeed_config import load_preset
-from trainer.distributed import World
+from trainer.data.shard_writer import MANIFEST, split_folder
+from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import HangError, MaskwrightError, UserError, mark_origin
-from trainer.files import file_hash
 from trainer.inputs import Inputs, tokenizer_source
-from trainer.node import node_name
-from trainer.paths import is_local, user_path
-from trainer.versions import installed_version
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
+from trainer.runtime.files import file_hash
+from trainer.runtime.paths import is_local, user_path
+from trainer.runtime.process import node_name
+from trainer.runtime.versions import installed_version
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _PACKAGES = ("launcher", "tools", "trainer")

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from trainer import distributed
-from trainer.data.borders import DocumentBorders
-from trainer.data.permutation import KeyPurpose, fold_key, permute
-from trainer.data.shard_set import ShardSet
-from trainer.distributed import World
-from trainer.engine import TrainingEngine
+from trainer.data.dataset import ShardSet
+from trainer.data.documents import DocumentBorders
+from trainer.data.order.permutation import KeyPurpose, fold_key, permute
+from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
 
 EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
 

@@ -15,26 +15,26 @@ from typing import Any
 
 import numpy as np
 
-from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import CUDA_GRAPHS, Config, DataConfig
-from trainer.data.borders import DocumentBorders, length_counts, positions_in_documents
-from trainer.data.mixture import check_epochs, mixture_order
-from trainer.data.open_shard import ReadSettings
-from trainer.data.run_order import RunOrder
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import split_folder
+from trainer.config.run_names import check_named_files
+from trainer.data.dataset import ShardSet
+from trainer.data.documents import DocumentBorders, length_counts, positions_in_documents
+from trainer.data.order.mixture import check_epochs, mixture_order
+from trainer.data.order.run_order import RunOrder
+from trainer.data.shard_reader import ReadSettings
+from trainer.data.shard_writer import split_folder
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
-from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
-from trainer.deepspeed_config import check_precision, compose, load_preset, stage_of
-from trainer.description import describe_run
+from trainer.engine.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.errors import UserError
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import check_source, source_note
 from trainer.objectives.mlm import MaskedLanguageModelling
-from trainer.paths import real_path, user_path
-from trainer.phases import Phases, lay_out, with_micro_size
-from trainer.run_length import defaults_of, resolve
-from trainer.run_names import check_named_files
+from trainer.runtime.paths import real_path, user_path
+from trainer.schedule.batch_plan import BatchPlan, plan_batch
+from trainer.schedule.phases import Phases, lay_out, with_micro_size
+from trainer.schedule.run_length import defaults_of, resolve
+from trainer.summary import describe_run
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 

@@ -13,32 +13,32 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
-from trainer.batch_plan import BatchPlan, StepShape
-from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.rollback import cannot_go_back, last_good, leave_branch
+from trainer.checkpoint.save import Saver
 from trainer.config import Config
-from trainer.data.permutation import KeyPurpose, fold_key
-from trainer.data.run_order import RunOrder
-from trainer.distributed import World
-from trainer.engine import TrainingEngine
+from trainer.data.order.permutation import KeyPurpose, fold_key
+from trainer.data.order.run_order import RunOrder
+from trainer.divergence import DivergenceError, DivergenceWatch, end_of
+from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.liveness.activity import Activity
-from trainer.liveness.own_time import OwnTime
+from trainer.liveness.rank_timer import OwnTime
 from trainer.liveness.watchdog import Limits
-from trainer.metrics import ThroughputMeter, counters
-from trainer.model.host_dropout import seed_dropout
+from trainer.model.cpu_dropout import seed_dropout
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
-from trainer.profiling import StepProfiler
-from trainer.resilience import DivergenceError, DivergenceWatch, end_of
-from trainer.schedule import learning_rate
-from trainer.signals import StopRequest
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
+from trainer.runtime.signals import StopRequest
+from trainer.schedule.batch_plan import BatchPlan, StepShape
+from trainer.schedule.learning_rate import learning_rate
 from trainer.state import TrainState
-from trainer.step_metrics import StepMetrics
 from trainer.tracking.console import TrainingConsole, describe
+from trainer.tracking.metrics import ThroughputMeter, counters
+from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
+from trainer.tracking.training_metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
 

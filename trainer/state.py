@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from trainer.typed_json import Count
+from trainer.runtime.typed_json import Count
 
 
 @dataclass

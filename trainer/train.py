@@ -12,23 +12,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import TextIO
 
-from trainer import distributed
-from trainer.attention_backend import preferring, settle_attention_backend
 from trainer.checkpoint.begun import as_begun
-from trainer.checkpoint.commit import Saver
 from trainer.checkpoint.contents import prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
+from trainer.checkpoint.identity import describe_run
 from trainer.checkpoint.manifest import Records, read_manifest
-from trainer.checkpoint.records import describe_run
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
+from trainer.checkpoint.run_folder import check_replaceable, settle
+from trainer.checkpoint.save import Saver
 from trainer.config import CUDA_GRAPHS, Config
 from trainer.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.data.loader import MaskedBlocks, TrainingBatches
-from trainer.determinism import make_deterministic
-from trainer.distributed import World
-from trainer.engine import TrainingEngine
+from trainer.engine.engine import TrainingEngine
+from trainer.engine.loss_kernel import settle_loss_kernel
+from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
 from trainer.inputs import Inputs, open_inputs, run_folder
@@ -36,28 +35,29 @@ from trainer.liveness.activity import Activity
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watch import watched
 from trainer.liveness.watchdog import Limits, end_at_once
-from trainer.logs import make_log, rank_log
 from trainer.loop import Loop
-from trainer.loss_kernel import settle_loss_kernel
-from trainer.metrics import ThroughputMeter
-from trainer.micro_size import settle_micro_size
-from trainer.micro_trial import largest_by_trial
+from trainer.model.attention_backend import preferring, settle_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
-from trainer.model.device_peak import device_peak
-from trainer.model.flops import flops_per_token
-from trainer.node import job_id, node_name
 from trainer.objectives.mlm import Batch
-from trainer.paths import real_path
-from trainer.precision import precision_notes
-from trainer.profiling import StepProfiler
-from trainer.run_folder import check_replaceable, settle
-from trainer.run_lock import RunLock, held
-from trainer.signals import StopRequest, stop_requests, time_to_stop
-from trainer.starts import record_start
+from trainer.runtime import distributed
+from trainer.runtime.determinism import make_deterministic
+from trainer.runtime.distributed import World
+from trainer.runtime.logs import make_log, rank_log
+from trainer.runtime.paths import real_path
+from trainer.runtime.process import job_id, node_name
+from trainer.runtime.run_lock import RunLock, held
+from trainer.runtime.signals import StopRequest, stop_requests, time_to_stop
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.micro_batch import settle_micro_size
+from trainer.sizing.micro_batch_trial import largest_by_trial
+from trainer.sizing.peak_flops import device_peak
 from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
+from trainer.tracking.metrics import ThroughputMeter
+from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
+from trainer.tracking.starts import record_start
 from trainer.tracking.status import StatusWriter, change_status
 
 logger = logging.getLogger(__name__)

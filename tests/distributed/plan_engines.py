@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from trainer.batch_plan import BatchPlan
 from trainer.config import Config
-from trainer.config_file import parse_config
-from trainer.data.vocabulary import Vocabulary
-from trainer.deepspeed_config import compose, load_preset
-from trainer.distributed import World
-from trainer.engine import TrainingEngine
+from trainer.config.file import parse_config
+from trainer.data.tokenizer import Vocabulary
+from trainer.engine.deepspeed_config import compose, load_preset
+from trainer.engine.engine import TrainingEngine
 from trainer.model.build import build_model
-from trainer.model.footprint import Footprint
+from trainer.runtime.distributed import World
+from trainer.schedule.batch_plan import BatchPlan
+from trainer.sizing.memory_estimate import Footprint
 
 SEQ_LEN = 128
 VOCABULARY_SIZE = 8000

@@ -12,15 +12,15 @@ import pytest
 from tests.commands import assert_one_card, maskwright
 from tests.faults import with_dropout
 from tests.ranks import losses, run_ranks, tiny_config, train, write_config
-from trainer.attention_backend import RECORD, AttentionShape, fastest
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.model.attention_backend import RECORD, AttentionShape, fastest
 
 SHAPE = AttentionShape(batch=2, heads=2, seq_len=64, width=16, dropout=0.0, precision="fp32")
 
 
 def _find(config: Config, shape: AttentionShape, folder: Path, keep: bool) -> int:
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     world, said = distributed.start(), []
     found = fastest(config, shape, world, said.append, keep)

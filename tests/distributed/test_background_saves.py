@@ -18,8 +18,8 @@ from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import find_faults, read_manifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
+from trainer.engine.partitions import MOMENTS, WEIGHT
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
-from trainer.partitions import MOMENTS, WEIGHT
 
 BACKGROUND = {"every_steps": 4, "keep_last": 9, "async": True}
 
@@ -56,8 +56,8 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(
 
 def with_held_writes(config: Config, steps: int = 1) -> int:
     """Runs on each rank: rank 1's disk takes nothing until so many steps are trained, or training waits for it."""
-    from trainer import snapshot
-    from trainer.checkpoint.commit import Saver
+    from trainer.checkpoint.save import Saver
+    from trainer.engine.engine import snapshot
     from trainer.loop import Loop
     from trainer.train import run
 
@@ -137,8 +137,8 @@ def test_a_rank_without_memory_for_the_copy_costs_that_save_alone(workspace: Pat
 
 def no_memory_at_step_8(config: Config) -> int:
     """Runs on each rank."""
+    from trainer.engine.snapshot import HostBuffers
     from trainer.loop import Loop
-    from trainer.snapshot import HostBuffers
     from trainer.train import run
 
     begin, copy = Loop._save, HostBuffers.copy

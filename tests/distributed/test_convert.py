@@ -150,7 +150,7 @@ def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tm
     from safetensors.torch import load_file, save_file
 
     from trainer.checkpoint.manifest import read_manifest, write_manifest
-    from trainer.files import file_hash
+    from trainer.runtime.files import file_hash
 
     copy = tmp_path / "run" / "checkpoints" / "step-00000020"
     shutil.copytree(trained / "checkpoints" / "step-00000020", copy)

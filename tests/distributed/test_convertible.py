@@ -13,14 +13,14 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from launcher.console import make_console
 from tests.ranks import TINY_ROBERTA, run_ranks, tiny_config, train
 from tools.convert import convert
-from trainer import distributed
 from trainer.checkpoint.contents import prove_repeatable, read_probe_block
 from trainer.config import Config
-from trainer.engine import TrainingEngine
+from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, UserError
 from trainer.inputs import open_inputs
 from trainer.liveness.watchdog import Limits
 from trainer.model.build import build_model
+from trainer.runtime import distributed
 
 
 def test_a_decoder_of_its_own_is_trained_resumed_at_another_stage_and_converted(

@@ -18,10 +18,10 @@ import torch
 from tests.ranks import allow_fp16, losses, metrics, run_ranks, started_ranks, tiny_config, train
 from trainer.checkpoint.find import candidates
 from trainer.config import Config
-from trainer.engine import TrainingEngine
+from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_DIVERGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
 from trainer.loop import Loop
-from trainer.schedule import learning_rate
+from trainer.schedule.learning_rate import learning_rate
 
 BATCH = 8
 LAYOUTS = [
@@ -219,9 +219,9 @@ def test_fault_10_weights_that_are_not_finite_are_never_saved(
 
 def judge_padding(config: Config) -> int:
     """Runs on each rank: the verdict on its state with infinities in the padding, and with one in a weight."""
-    from trainer import distributed
     from trainer.inputs import open_inputs
     from trainer.model.build import build_model
+    from trainer.runtime import distributed
 
     world = distributed.start()
     inputs = open_inputs(config, world.size)

@@ -25,8 +25,8 @@ from tests.elastic_matrix import (
 from tests.ranks import losses, train
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
+from trainer.engine.partitions import MOMENTS, WEIGHT
 from trainer.errors import EXIT_FINISHED
-from trainer.partitions import MOMENTS, WEIGHT
 
 STAGES = (0, 1, 2, 3)
 SHORT = {"train": {"steps": 10}}

@@ -18,8 +18,8 @@ from tools.validate import validate
 from trainer.checkpoint.manifest import RUN_CONFIG, read_manifest, write_manifest
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
-from trainer.files import file_hash
 from trainer.inputs import open_inputs
+from trainer.runtime.files import file_hash
 
 BATCH = {"global_size": 12, "micro_size": 2}
 

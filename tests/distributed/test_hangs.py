@@ -114,7 +114,7 @@ def test_fault_09_a_slow_rank_is_named_and_the_run_goes_on(workspace: Path, tmp_
 
 def waits_too_long(folder: Path, seconds: float) -> int:
     """Runs on each rank: rank 1 does not come to a reduction until rank 0 has given up."""
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     world = distributed.start()
     distributed.total(world, [1.0])
@@ -133,7 +133,7 @@ def test_a_collective_ends_by_the_shorter_timeout_once_that_is_set(tmp_path: Pat
 
 
 def exchanges_a_table() -> int:
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     world = distributed.start()
     assert distributed.table(world, [world.rank + 0.5, 10.0]) == [[0.5, 10.0], [1.5, 10.0], [2.5, 10.0]]

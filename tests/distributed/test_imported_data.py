@@ -9,7 +9,7 @@ from tests.ranks import losses, metrics, tiny_config, train
 from tests.unit.tools.conftest import read_token_documents
 from tests.unit.tools.token_files import write_dataset, write_megatron
 from tools.import_tokens import import_tokens
-from trainer.data.vocabulary import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import EXIT_FINISHED
 
 

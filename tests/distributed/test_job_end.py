@@ -11,7 +11,7 @@ from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.config import Config
 from trainer.errors import EXIT_STOPPED_AFTER_SAVING
-from trainer.signals import JOB_END, time_to_stop
+from trainer.runtime.signals import JOB_END, time_to_stop
 from trainer.tracking.status import read_status
 
 LEFT_S = 20

@@ -12,12 +12,12 @@ import torch
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import TWO_LAYERS, allow_fp16, losses, run_ranks, tiny_config, train, write_config
 from trainer.config import Config
-from trainer.deepspeed_config import load_preset
+from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import load_vocabulary
-from trainer.micro_size import RECORD
-from trainer.micro_trial import _first_to_try
-from trainer.model.footprint import Footprint
+from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.micro_batch import RECORD
+from trainer.sizing.micro_batch_trial import _first_to_try
 
 RANKS = 2
 MIB = 2**20
@@ -102,12 +102,13 @@ def _step_after_trial(
     Args:
         limit: of memory, in bytes, which the memory model is asked about.
     """
-    from trainer import distributed, micro_trial
-    from trainer.batch_plan import BatchPlan
-    from trainer.deepspeed_config import compose
-    from trainer.engine import TrainingEngine
-    from trainer.micro_trial import largest_by_trial
+    from trainer.engine.deepspeed_config import compose
+    from trainer.engine.engine import TrainingEngine
     from trainer.model.build import build_model
+    from trainer.runtime import distributed
+    from trainer.schedule.batch_plan import BatchPlan
+    from trainer.sizing import micro_batch_trial as micro_trial
+    from trainer.sizing.micro_batch_trial import largest_by_trial
 
     world = distributed.start()
     vocabulary, found = load_vocabulary(config), None
@@ -181,8 +182,8 @@ def test_a_trial_begins_with_half_of_what_is_foreseen_and_with_less_where_that_w
 
 def _state_after_a_trial(config: Config) -> int:
     """Runs on a rank: say how many of AdamW's flat partitions have moments after a micro-batch has fitted."""
-    from trainer import distributed
-    from trainer.micro_trial import _Trial
+    from trainer.runtime import distributed
+    from trainer.sizing.micro_batch_trial import _Trial
 
     allow_fp16()
     world = distributed.start()

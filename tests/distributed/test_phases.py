@@ -29,8 +29,8 @@ from trainer.data.loader import PADDING, MaskedBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import open_inputs
 from trainer.model.build import build_model
-from trainer.model.flops import flops_per_token
-from trainer.schedule import learning_rate
+from trainer.schedule.learning_rate import learning_rate
+from trainer.sizing.flops import flops_per_token
 
 # 8 sequences up to sample 50, 16 up to sample 100, then 24; blocks of 16 tokens up to sample 240, then of 32. The step
 # before the change of blocks is the rest of its phase.

@@ -2,7 +2,7 @@
 
 Measured is the growth of the resident memory over what the process has with its libraries loaded, at its peak. glibc is
 told to give back at once what is freed: the figure is that of the tensors. In training the heap keeps it
-(`trainer.host_memory`), and its pieces do not fit each other: docs/plan.md says how much more that takes.
+(`trainer.runtime.host_memory`), and its pieces do not fit each other: docs/plan.md says how much more that takes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _status(name: str) -> int:
 
 
 def _measure(result: Path, layouts: list[EngineLayout]) -> int:
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     world = distributed.start()
     libc = ctypes.CDLL("libc.so.6")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.plan_engines import EngineLayout, steps_of
 from tests.ranks import run_ranks
 from tools.plan.wire import wire_of
-from trainer.memory_model import WEIGHT_BYTES, ZeroSettings
+from trainer.sizing.zero_memory import WEIGHT_BYTES, ZeroSettings
 
 RANKS = 2
 MODEL = {
@@ -58,7 +58,7 @@ def _size(argument: Any) -> int:
 
 
 def _count(result: Path) -> int:
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     world = distributed.start()
     counts = []

@@ -110,7 +110,7 @@ def with_squares_of_gradients(config: Config, path: str) -> int:
     """
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    from trainer.engine import TrainingEngine
+    from trainer.engine.engine import TrainingEngine
 
     squares, begin = [], TrainingEngine.__init__
 
@@ -157,10 +157,10 @@ def test_gradients_are_divided_by_the_scale_that_they_were_multiplied_with(
 
 def compare_buffers(config: Config) -> int:
     """Runs on each rank: 0 when the engine has left each buffer as the model has it."""
-    from trainer import distributed
-    from trainer.deepspeed_config import compose, load_preset
-    from trainer.engine import TrainingEngine
+    from trainer.engine.deepspeed_config import compose, load_preset
+    from trainer.engine.engine import TrainingEngine
     from trainer.model.build import build_model
+    from trainer.runtime import distributed
 
     world = distributed.start()
     inputs = open_inputs(config, world.size)

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.test_resume import stop_at_step_7
 from tests.ranks import losses, run_ranks, tiny_config, train
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
-from trainer.profiling import RANGES
+from trainer.tracking.profiler import RANGES
 
 
 def ranges_of(trace: Path) -> tuple[dict[str, list[tuple[float, float]]], list[dict[str, Any]]]:

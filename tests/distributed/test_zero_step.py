@@ -51,10 +51,10 @@ class Fp64Copies(TorchDispatchMode):
 
 def _train(model: str, stage: int, shortened: bool, path: str) -> int:
     """STEPS steps clipped to a tenth of what the norm is; rank 0 writes what each step ended with."""
-    import trainer.engine
+    import trainer.engine.engine
 
     if not shortened:
-        trainer.engine.shorten_step = lambda *_: None  # in this process, which ends with the test
+        trainer.engine.engine.shorten_step = lambda *_: None  # in this process, which ends with the test
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     work = StepWork(model=model, micro_size=2, seq_len=32, ranks=ranks, steps=STEPS, warmup_steps=0, dropout=0.0)
     variant = VARIANTS["ours"]

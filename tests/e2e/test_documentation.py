@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from launcher.cli import app
-from trainer.config_file import load_config, recipe_names
+from trainer.config.file import load_config, recipe_names
 from trainer.inputs import open_inputs
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from launcher.cli import app
 from tests.e2e.test_golden_loss import TOLERANCE
 from tests.ranks import train
 from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import EXIT_FINISHED
 from trainer.tracking.jsonl import read_lines
 

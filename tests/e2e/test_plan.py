@@ -16,7 +16,7 @@ from tools.plan.page import to_json
 from tools.plan.run import PlanOptions, make_plan
 from trainer.checkpoint.find import candidates
 from trainer.config import Config
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 
 # Large enough beside the tokenizer for the size of a checkpoint, and with the attention that FlopCounterMode knows.
@@ -86,7 +86,7 @@ def test_the_flops_are_those_that_torch_counts(workspace: Path, tmp_path: Path) 
 
     from trainer.inputs import load_vocabulary
     from trainer.model.build import build_model, constant_inputs
-    from trainer.model.prediction_head import install
+    from trainer.model.masked_head import install
     from trainer.objectives.masking import predictions_per_block
 
     config = own_config(workspace, tmp_path)

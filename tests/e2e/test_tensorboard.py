@@ -17,9 +17,9 @@ from tests.gate import Gate
 from tests.ranks import losses, metrics, tiny_config, train, write_config
 from tests.waiting import wait_for_step
 from trainer.config import Config
-from trainer.config_file import dump_config
+from trainer.config.file import dump_config
 from trainer.errors import EXIT_FINISHED
-from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
+from trainer.tracking.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
 
 CONTRACT = {
     "step",

@@ -148,7 +148,7 @@ def _keep_the_process_group() -> None:
     """Let all runs of this process have the group of the first one: DeepSpeed remembers it."""
     from functools import cache
 
-    from trainer import distributed
+    from trainer.runtime import distributed
 
     start = distributed.start
     first = cache(lambda: start())

@@ -42,7 +42,7 @@ def try_config(seed: int, folder: Path, workspace: Path) -> list[str]:
 
 def is_small(arguments: list[str]) -> bool:
     """Whether one step of it is done in a moment."""
-    from trainer.config_file import load_config
+    from trainer.config.file import load_config
 
     config = load_config(arguments[0], arguments[1:])
     sizes = config.model.overrides

@@ -15,7 +15,7 @@ from tests.fuzz.damages import damage
 from tests.fuzz.harness import Outcome, call, seeds, try_all
 from tests.ranks import losses, tiny_config, write_config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.run_lock import GUARD
+from trainer.runtime.run_lock import GUARD
 
 CASES = 20
 STEPS, NEWEST, OLDER = 8, "step-00000006", "step-00000004"

@@ -20,7 +20,7 @@ from tests.slurm.runs import (
 )
 from trainer.checkpoint.find import candidates
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
-from trainer.starts import read_starts
+from trainer.tracking.starts import read_starts
 
 
 def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_script_is_submitted_by_hand(

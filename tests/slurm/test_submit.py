@@ -25,7 +25,7 @@ from tests.slurm.runs import (
     write_site,
 )
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
-from trainer.starts import read_starts
+from trainer.tracking.starts import read_starts
 from trainer.tracking.status import read_status
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from trainer.attention_backend import BACKENDS, AttentionShape, agree, choose, measure, preferring, usable
+from trainer.model.attention_backend import BACKENDS, AttentionShape, agree, choose, measure, preferring, usable
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(batch=2, heads=2, seq_len=256, width=32, dropout=0.0, precision="fp32")
@@ -81,7 +81,7 @@ def test_running_out_of_memory_is_not_taken_for_a_kernel_that_is_not_there() -> 
 def test_on_a_gpu_a_new_process_uses_the_preferred_kernel_at_its_first_call(backend: str) -> None:
     program = f"""
 import torch
-from trainer.attention_backend import preferring
+from trainer.model.attention_backend import preferring
 with preferring({backend!r}, torch.device("cuda")), torch.profiler.profile() as profile:
     query = torch.randn(2, 4, 512, 64, device="cuda", dtype=torch.bfloat16)
     torch.nn.functional.scaled_dot_product_attention(query, query, query)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import BatchConfig, DataConfig, TrainConfig
 from trainer.errors import UserError
-from trainer.phases import lay_out
+from trainer.schedule.batch_plan import BatchPlan, plan_batch
+from trainer.schedule.phases import lay_out
 
 
 def plan(

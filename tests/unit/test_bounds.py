@@ -11,13 +11,13 @@ import pytest
 import typer
 
 from launcher.command import parse_count
-from trainer.batch_plan import plan_batch
 from trainer.config import BatchConfig, Config, DataConfig, PhaseConfig, SourceConfig, StageConfig, TrainConfig
-from trainer.config_base import MOST_SEQUENCES, keys_of, section_in
-from trainer.config_file import parse_config
-from trainer.data.mixture import mixture_order
+from trainer.config.base import MOST_SEQUENCES, keys_of, section_in
+from trainer.config.file import parse_config
+from trainer.data.order.mixture import mixture_order
 from trainer.errors import UserError
-from trainer.phases import lay_out
+from trainer.schedule.batch_plan import plan_batch
+from trainer.schedule.phases import lay_out
 
 MINIMAL: dict[str, Any] = {
     "run": {"dir": "r"},

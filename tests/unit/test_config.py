@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from trainer.config import Config
-from trainer.config_file import dump_config, find_config, load_config, parse_config, recipe_names
+from trainer.config.file import dump_config, find_config, load_config, parse_config, recipe_names
 from trainer.errors import EXIT_USER_MISTAKE, UserError, nearest
 
 MINIMAL: dict[str, Any] = {

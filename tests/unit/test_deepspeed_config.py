@@ -12,9 +12,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from tests.ranks import run_ranks, tiny_config
-from trainer.batch_plan import plan_batch
-from trainer.config_file import parse_config
-from trainer.deepspeed_config import (
+from trainer.config.file import parse_config
+from trainer.engine.deepspeed_config import (
     _SECTIONS,
     ALLOWED_KEYS,
     ALLOWED_ZERO_KEYS,
@@ -26,7 +25,8 @@ from trainer.deepspeed_config import (
     stage_of,
 )
 from trainer.errors import UserError
-from trainer.phases import lay_out
+from trainer.schedule.batch_plan import plan_batch
+from trainer.schedule.phases import lay_out
 
 PRESETS = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
@@ -202,11 +202,11 @@ def test_an_offload_that_is_null_is_none():
 
 
 def train_with_quantized_weights(config: Any) -> int:
-    from trainer import distributed
-    from trainer.engine import TrainingEngine
+    from trainer.engine.engine import TrainingEngine
     from trainer.inputs import open_inputs
     from trainer.liveness.watchdog import Limits
     from trainer.model.build import build_model
+    from trainer.runtime import distributed
 
     world = distributed.start(Limits.of(config.watchdog).of_start)
     inputs = open_inputs(config, world.size)

@@ -15,8 +15,8 @@ from trainer.errors import EXIT_FINISHED, UserError
 
 SETTINGS = """
 import os, torch
-from trainer.attention_backend import preferring
-from trainer.determinism import make_deterministic
+from trainer.model.attention_backend import preferring
+from trainer.runtime.determinism import make_deterministic
 print(make_deterministic(torch.device("cuda", 0)).partition(":")[0])
 print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled())
 print(torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)

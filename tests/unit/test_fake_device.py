@@ -25,11 +25,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from tests.commands import call_forked
 from tests.unit.model.tiny_models import ARCHITECTURES, SEQ_LEN, tiny_model, vocabulary
 from trainer.config import ObjectiveConfig
-from trainer.gradient_norm import sum_of_squares
+from trainer.engine.grad_norm import sum_of_squares
 from trainer.model.build import constant_inputs
-from trainer.model.configuration import DOCUMENT_ATTENTION_MODELS
 from trainer.model.document_attention import DocumentAttention
-from trainer.model.prediction_head import install
+from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS
+from trainer.model.masked_head import install
 from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
 
 GPU = "gpu"

@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pytest
 
-from trainer.files import create_synced, replace_synced, unique_name
+from trainer.runtime.files import create_synced, replace_synced, unique_name
 
 
 @pytest.mark.parametrize("hard_links", [True, False])

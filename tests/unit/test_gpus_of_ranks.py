@@ -11,10 +11,10 @@ import torch
 
 from tests.ranks import run_ranks, tiny_config
 from tools.demo import rank_count
-from trainer import distributed
 from trainer.config import Config
-from trainer.distributed import Place, device_problem
 from trainer.errors import EXIT_USER_MISTAKE
+from trainer.runtime import distributed
+from trainer.runtime.distributed import Place, device_problem
 
 
 def places(*devices: str, node: str = "n1", visible: int = 2) -> list[Place]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from trainer.gradient_norm import sum_of_squares
+from trainer.engine.grad_norm import sum_of_squares
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.host_memory import available_bytes
+from trainer.runtime.host_memory import available_bytes
 
 
 def group(folder: Path, limit: str, used: int, file_pages: int = 0) -> None:

@@ -16,7 +16,7 @@ from tests.ranks import TINY_ROBERTA, tiny_config
 from tests.unit.tools.token_files import write_megatron
 from tools.import_tokens import import_tokens
 from tools.tokenizer import train_tokenizer
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import UserError
 from trainer.inputs import Inputs, open_inputs, run_folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import UserError
-from trainer.paths import is_local, new_folder, real_path, user_path
+from trainer.runtime.paths import is_local, new_folder, real_path, user_path
 
 CODE = Path(__file__).parents[2]
 
@@ -97,4 +97,4 @@ def test_paths_of_users_are_expanded_in_one_place():
             if path not in (CODE / "trainer" / "paths.py", CODE / "launcher" / "__main__.py"):  # the latter: its own
                 calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
                 names = {function.attr for function in calls if isinstance(function, ast.Attribute)}
-                assert not names & {"expanduser", "resolve"}, f"{path}: use trainer.paths"
+                assert not names & {"expanduser", "resolve"}, f"{path}: use trainer.runtime.paths"

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.ranks import tiny_config
+from trainer.engine.precision import precision_notes
 from trainer.inputs import open_inputs
-from trainer.precision import precision_notes
 
 GPU = torch.device("cuda", 0)
 

@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer.errors import HangError, UserError
-from trainer.rendezvous import Place, call_the_roll, close_listening_sockets, listen
+from trainer.runtime.rendezvous import Place, call_the_roll, close_listening_sockets, listen
 
 
 def report_what_is_open(answers: Connection, listening: int, connected: int) -> None:
@@ -56,7 +56,7 @@ def test_a_forked_worker_keeps_no_listening_socket_so_that_the_port_is_free_afte
 def test_ranks_that_do_not_fit_together_all_hear_it(
     places: list[tuple[int, int, str]], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.rendezvous._LINGER_S", 0.2)
+    monkeypatch.setattr("trainer.runtime.rendezvous._LINGER_S", 0.2)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     heard = []
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from trainer.config import ResilienceConfig
-from trainer.resilience import DivergenceError, DivergenceWatch
+from trainer.divergence import DivergenceError, DivergenceWatch
 from trainer.state import TrainState
 
 

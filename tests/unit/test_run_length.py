@@ -11,13 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batch_plan import BatchPlan, divisors, plan_batch
 from trainer.config import Config
-from trainer.config_file import dump_config, load_config, parse_config
+from trainer.config.file import dump_config, load_config, parse_config
 from trainer.errors import UserError
-from trainer.phases import lay_out
-from trainer.run_length import FEW_UPDATES, defaults_of, describe_length, few_updates, resolve
-from trainer.schedule import learning_rate
+from trainer.schedule.batch_plan import BatchPlan, divisors, plan_batch
+from trainer.schedule.learning_rate import learning_rate
+from trainer.schedule.phases import lay_out
+from trainer.schedule.run_length import FEW_UPDATES, defaults_of, describe_length, few_updates, resolve
 
 
 def config_of(**sections: Any) -> Config:
@@ -95,7 +95,7 @@ def test_the_first_set_of_defaults_stays_what_it_was() -> None:
 
 
 def test_defaults_of_keys_have_not_changed_since_their_set_was_made() -> None:
-    """A default that changes would change runs that have begun: it belongs into a new set (trainer.run_length)."""
+    """A default that changes would change runs that have begun: it belongs into a new set (schedule.run_length)."""
     golden = yaml.safe_load((Path(__file__).parents[1] / "golden" / "defaults_v2.yaml").read_text())
     now = config_of().model_dump(mode="json")
     changed = {

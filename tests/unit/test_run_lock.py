@@ -18,9 +18,9 @@ import pytest
 
 from tests.unit.tools.killable import Killable
 from tests.waiting import wait_for
-from trainer import run_lock
 from trainer.errors import UserError
-from trainer.run_lock import GUARD, RECORD, RunLock
+from trainer.runtime import run_lock
+from trainer.runtime.run_lock import GUARD, RECORD, RunLock
 
 REFUSED = "Another job trains in this run folder: "
 

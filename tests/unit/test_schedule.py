@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import ScheduleConfig
-from trainer.schedule import learning_rate
+from trainer.schedule.learning_rate import learning_rate
 
 PEAK, WARMUP, TOTAL = 2.0, 10, 110
 NAMES = ("linear", "cosine", "wsd", "constant")

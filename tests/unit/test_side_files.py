@@ -12,18 +12,20 @@ import pytest
 
 from tests.ranks import tiny_config
 from tools.status import describe, look_at
-from trainer import attention_backend, micro_size, run_lock
 from trainer.checkpoint.resume import DATA_ORDER
-from trainer.config_file import dump_config
+from trainer.checkpoint.run_folder import check_replaceable
+from trainer.config.file import dump_config
+from trainer.config.run_names import RUN_NAMES, check_named_files
 from trainer.errors import UserError
-from trainer.files import give_usual_mode
 from trainer.liveness.heartbeat import heartbeat_path, read_heartbeat
-from trainer.remembered import recall, remember
-from trainer.run_folder import check_replaceable
-from trainer.run_names import RUN_NAMES, check_named_files
-from trainer.side_files import replace_side_file
-from trainer.starts import STARTS, read_starts, record_start
+from trainer.model import attention_backend
+from trainer.runtime import run_lock
+from trainer.runtime.files import give_usual_mode
+from trainer.runtime.side_files import replace_side_file
+from trainer.runtime.tuning_cache import recall, remember
+from trainer.sizing import micro_batch as micro_size
 from trainer.tracking.jsonl import JsonlWriter, read_last, read_lines
+from trainer.tracking.starts import STARTS, read_starts, record_start
 from trainer.tracking.status import STATUS, Status
 
 ODD = [b"", b"\0" * 40, b"\xff\xfe", b"3", b"null", b"{}", b'"x"', b"[]", b"[3]", b'{"a":', b"[" * 100_000, b"9" * 5000]

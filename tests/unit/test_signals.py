@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from tests.waiting import TIMEOUT_S
-from trainer.signals import STOP_SIGNALS
+from trainer.runtime.signals import STOP_SIGNALS
 
 NAMES = [number.name for number in STOP_SIGNALS]
 PRELUDE = """
 import os, signal, sys
-from trainer.signals import STOP_SIGNALS, stop_requests
+from trainer.runtime.signals import STOP_SIGNALS, stop_requests
 def send(name):
     os.kill(os.getpid(), signal.Signals[name])
 """

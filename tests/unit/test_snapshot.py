@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.files import file_hash
-from trainer.snapshot import HostBuffers, Snapshot, host_copy, host_memory
+from trainer.engine.snapshot import HostBuffers, Snapshot, host_copy, host_memory
+from trainer.runtime.files import file_hash
 
 
 def state() -> dict[str, Any]:

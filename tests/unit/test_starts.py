@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import EXIT_UNEXPECTED, MaskwrightError
-from trainer.starts import read_starts, record_start
+from trainer.tracking.starts import read_starts, record_start
 
 
 def start(run_dir: Path, monkeypatch: pytest.MonkeyPatch, step: int, job: str, restart: int, limit: int | None) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import TIMEOUT_S
-from trainer.streams import ConsoleStream, loss_of, reader_has_left
+from trainer.runtime.streams import ConsoleStream, loss_of, reader_has_left
 
 SPEAK = r"""
 import sys
 from pathlib import Path
-from trainer.streams import use_consoles
+from trainer.runtime.streams import use_consoles
 use_consoles()
 from rich.console import Console
 for _ in range(3):

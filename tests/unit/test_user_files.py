@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import UserError
-from trainer.user_files import parse_json, parse_yaml, read_json, read_yaml, to_yaml
+from trainer.runtime.user_files import parse_json, parse_yaml, read_json, read_yaml, to_yaml
 
 
 def _bomb(base: str, form: str) -> str:

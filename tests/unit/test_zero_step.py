@@ -1,4 +1,4 @@
-"""What `trainer.zero_step` puts in the place of DeepSpeed's own passes, by itself."""
+"""What `trainer.engine.zero_patches` puts in the place of DeepSpeed's own passes, by itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.zero_step import shorten_step
+from trainer.engine.zero_patches import shorten_step
 
 
 class FromHost(TorchDispatchMode):

@@ -27,7 +27,7 @@ from rich.table import Table
 from tools.machine import describe_machine, machine_line
 from tools.progress import StepProgress
 from trainer.errors import MaskwrightError
-from trainer.node import make_die_with_parent
+from trainer.runtime.process import make_die_with_parent
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from rich.console import Console
 from tools.bench.common import Report, Variant, for_seconds, run_benchmark
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
-from trainer.batch_plan import BatchPlan
 from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
-from trainer.data.order import SampleOrder, rank_share
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import split_folder
-from trainer.data.vocabulary import load_tokenizer, vocabulary_of
+from trainer.data.dataset import ShardSet
+from trainer.data.order.sample_order import SampleOrder, rank_share
+from trainer.data.shard_writer import split_folder
+from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.schedule.batch_plan import BatchPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -30,9 +30,9 @@ from tools.bench.step_work import (
 from tools.machine import compile_obstacle, describe_machine
 from trainer.config import CUDA_GRAPHS
 from trainer.errors import MaskwrightError, UserError, nearest
-from trainer.model.configuration import build_config
-from trainer.model.device_peak import datasheet_peak, matmul_peak_flops
-from trainer.rendezvous import LOCALHOST, listen
+from trainer.model.hf_config import build_config
+from trainer.runtime.rendezvous import LOCALHOST, listen
+from trainer.sizing.peak_flops import datasheet_peak, matmul_peak_flops
 
 _MASKED = {"loop": "torch", "masked_head": True}
 _LEAN = {**_MASKED, "padding_mask": False}

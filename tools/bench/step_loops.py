@@ -31,17 +31,17 @@ from tools.bench.step_work import (
     validation_batches,
 )
 from tools.machine import peak_resident_bytes
-from trainer import distributed
 from trainer.config import Config
-from trainer.data.permutation import KeyPurpose, fold_key
-from trainer.host_memory import keep_freed_memory
+from trainer.data.order.permutation import KeyPurpose, fold_key
+from trainer.engine.optimizer import build_optimizer
 from trainer.model.build import constant_inputs
-from trainer.model.flops import flops_per_token
-from trainer.model.host_dropout import seed_dropout
-from trainer.model.prediction_head import install
+from trainer.model.cpu_dropout import seed_dropout
+from trainer.model.masked_head import install
 from trainer.objectives.masking import IGNORED_LABEL
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
-from trainer.optimizer import build_optimizer
+from trainer.runtime import distributed
+from trainer.runtime.host_memory import keep_freed_memory
+from trainer.sizing.flops import flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,12 @@ class EngineStepper:
     def __init__(
         self, work: StepWork, variant: StepVariant, config: Config, objective: MaskedLanguageModelling
     ) -> None:
-        from trainer.attention_backend import preferring, settle_attention_backend
-        from trainer.batch_plan import plan_batch
-        from trainer.deepspeed_config import compose, load_preset
-        from trainer.engine import TrainingEngine
-        from trainer.loss_kernel import settle_loss_kernel
-        from trainer.phases import lay_out
+        from trainer.engine.deepspeed_config import compose, load_preset
+        from trainer.engine.engine import TrainingEngine
+        from trainer.engine.loss_kernel import settle_loss_kernel
+        from trainer.model.attention_backend import preferring, settle_attention_backend
+        from trainer.schedule.batch_plan import plan_batch
+        from trainer.schedule.phases import lay_out
 
         self._world = distributed.start()
         plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])

@@ -28,7 +28,7 @@ from tools.bench.step_work import (
 )
 from tools.machine import peak_resident_bytes
 from trainer.config import Config
-from trainer.model.flops import flops_per_token
+from trainer.sizing.flops import flops_per_token
 
 # What DeepSpeed's documentation for Trainer starts from, with the stage that is compared.
 _DEEPSPEED = {
@@ -50,7 +50,7 @@ def run_trainer(work: StepWork, variant: StepVariant) -> StepMeasurement:
     rows = [row for batch in batches for row in as_trainer_rows(batch)]
     model = model_of(work, config).model
     if variant.deepspeed:
-        import trainer.engine  # so that DeepSpeed does not compile its shared-memory all-reduce
+        import trainer.engine.engine  # so that DeepSpeed does not compile its shared-memory all-reduce
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(model=model, args=_arguments(work, variant, config, folder), train_dataset=rows)  # type: ignore[arg-type]  # a list of rows is a map-style data set
         watch = None

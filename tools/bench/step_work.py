@@ -20,11 +20,11 @@ import torch.nn.functional as functional
 from tools.bench.common import Measurement
 from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
 from trainer.config import Config
-from trainer.config_file import parse_config
-from trainer.data.permutation import KeyPurpose, fold_key, permute
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import read_manifest, split_folder
-from trainer.data.vocabulary import Vocabulary
+from trainer.config.file import parse_config
+from trainer.data.dataset import ShardSet
+from trainer.data.order.permutation import KeyPurpose, fold_key, permute
+from trainer.data.shard_writer import read_manifest, split_folder
+from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel, build_model
 from trainer.objectives.masking import IGNORED_LABEL
@@ -83,7 +83,7 @@ class StepVariant:
         padding_mask: a mask of ones is passed, as Trainer's collators make it.
         attention_dropout: as the model has it; False turns it off.
         compiled: as `model.compile` in a config.
-        keeps_memory: `trainer.host_memory`, on CPU.
+        keeps_memory: `trainer.runtime.host_memory`, on CPU.
         deepspeed: under DeepSpeed, ZeRO stage 1.
     """
 

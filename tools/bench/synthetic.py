@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.shards import MANIFEST, Manifest, ShardWriter, token_dtype
-from trainer.files import replace_synced
+from trainer.data.shard_writer import MANIFEST, Manifest, ShardWriter, token_dtype
+from trainer.runtime.files import replace_synced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

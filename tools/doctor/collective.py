@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 
 from tools.doctor.lines import Line
-from trainer.rendezvous import LOCALHOST, free_port
+from trainer.runtime.rendezvous import LOCALHOST, free_port
 
 TIMEOUT_S = 120
 _NUMBERS = 4 << 20  # float32: 16 MiB

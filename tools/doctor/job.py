@@ -34,10 +34,10 @@ from tools.doctor.machine import (
 )
 from tools.doctor.run import check_config
 from tools.doctor.traffic import measure
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import EXIT_UNEXPECTED
-from trainer.files import replace_synced, unique_token
-from trainer.rendezvous import naming_a_taken_port
+from trainer.runtime.files import replace_synced, unique_token
+from trainer.runtime.rendezvous import naming_a_taken_port
 
 PREFLIGHT = "preflight.json"
 ANSWER_S = 180.0

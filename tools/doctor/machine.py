@@ -22,8 +22,8 @@ from packaging.version import Version
 from tools.doctor.lines import Line
 from tools.machine import c_compiler, compile_obstacle, cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
-from trainer.files import shipped, unique_name
-from trainer.versions import installed_version
+from trainer.runtime.files import shipped, unique_name
+from trainer.runtime.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pydantic", "tensorboard")
 CONSTRAINTS = shipped("tools", "doctor/constraints.txt")

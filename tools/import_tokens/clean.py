@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tools.import_tokens.source import Chunk, TokenSource
-from trainer.data.vocabulary import Vocabulary
+from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from tools.import_tokens.datatrove import DatatroveFile
 from tools.import_tokens.megatron import MegatronFile
 from tools.import_tokens.source import TokenSource
 from trainer.errors import UserError, nearest
-from trainer.paths import absolute
+from trainer.runtime.paths import absolute
 
 FORMATS = ("megatron", "datatrove", "datasets")
 _BESIDE_DS = (".ds.index", ".ds.metadata", ".ds.loss")

@@ -22,11 +22,11 @@ from tools.import_tokens.write import ShardRecord, ShardSettings
 from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
-from trainer.data.shards import Manifest, document_starts, token_dtype
-from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.data.shard_writer import Manifest, document_starts, token_dtype
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
-from trainer.files import file_sums
-from trainer.paths import user_path
+from trainer.runtime.files import file_sums
+from trainer.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

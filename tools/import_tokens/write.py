@@ -19,10 +19,10 @@ import xxhash
 from tools.import_tokens.clean import Cleaner, Counts
 from tools.import_tokens.source import FlatFile, TokenSource
 from tools.prepare.worker import split_of
-from trainer.data.shards import SUM_BYTES, ShardEntry, ShardWriter, check_sizes, read_entry
+from trainer.data.shard_writer import SUM_BYTES, ShardEntry, ShardWriter, check_sizes, read_entry
 from trainer.errors import DamagedError
-from trainer.files import file_hash, replace_synced, sync_folder
-from trainer.paths import real_path
+from trainer.runtime.files import file_hash, replace_synced, sync_folder
+from trainer.runtime.paths import real_path
 
 HARD_LINK, SYMBOLIC_LINK = "hard link", "symbolic link"
 

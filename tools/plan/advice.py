@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tools.plan.layouts import Layout, Layouts
-from trainer.batch_plan import micro_sizes
+from trainer.schedule.batch_plan import micro_sizes
 
 GPU_COUNTS = tuple(2**power for power in range(11))  # 1 to 1,024
 # What a higher stage has to gain: its many small collectives and its work on the host are not in the model.

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 
 from trainer.errors import UserError
-from trainer.host_memory import available_bytes
-from trainer.memory_model import CPU_SHARE, GPU_SHARE
 from trainer.model.build import COMPUTE_DTYPES
-from trainer.model.device_peak import datasheet_peak, matmul_peak_flops
-from trainer.model.traced_step import DeviceType
-from trainer.paths import user_path
-from trainer.user_files import read_json
+from trainer.runtime.host_memory import available_bytes
+from trainer.runtime.paths import user_path
+from trainer.runtime.user_files import read_json
+from trainer.sizing.meta_trace import DeviceType
+from trainer.sizing.peak_flops import datasheet_peak, matmul_peak_flops
+from trainer.sizing.zero_memory import CPU_SHARE, GPU_SHARE
 
 DeviceName = Literal["h200", "h100", "a100", "cpu"]
 MATMUL_SHARE, MEMORY_SHARE, LINK_SHARE = 0.80, 0.85, 0.80

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools.prepare.on_demand import look_up, raw_paths
-from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import Config
-from trainer.data.mixture import mixture_order
-from trainer.data.shards import read_manifest, split_folder
-from trainer.data.vocabulary import Vocabulary
-from trainer.deepspeed_config import check_precision, load_preset
+from trainer.data.order.mixture import mixture_order
+from trainer.data.shard_writer import read_manifest, split_folder
+from trainer.data.tokenizer import Vocabulary
+from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs import load_vocabulary, open_inputs
 from trainer.model.source import source_note
-from trainer.phases import lay_out
-from trainer.run_length import defaults_of, resolve
+from trainer.schedule.batch_plan import BatchPlan, plan_batch
+from trainer.schedule.phases import lay_out
+from trainer.schedule.run_length import defaults_of, resolve
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
 

@@ -7,11 +7,11 @@ from functools import cached_property
 
 from tools.plan.devices import Device, MeasuredStep
 from tools.plan.wire import Wire, wire_of
-from trainer.batch_plan import micro_sizes
-from trainer.deepspeed_config import load_preset, stage_of
-from trainer.memory_model import WEIGHT_BYTES, RankMemory, ZeroSettings
-from trainer.model.flops import flops_per_token
-from trainer.model.footprint import Footprint
+from trainer.engine.deepspeed_config import load_preset, stage_of
+from trainer.schedule.batch_plan import micro_sizes
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.zero_memory import WEIGHT_BYTES, RankMemory, ZeroSettings
 
 
 @dataclass(frozen=True)

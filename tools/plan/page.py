@@ -14,7 +14,7 @@ from tools.plan.advice import GPU_COUNTS
 from tools.plan.facts import Facts
 from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
-from trainer.run_length import describe_length
+from trainer.schedule.run_length import describe_length
 
 GIB = 2**30
 _LABEL_WIDTH, _WIDTH = 12, 118

@@ -9,15 +9,15 @@ from tools.plan.advice import Recommendation, best_of_each_stage, recommend, sca
 from tools.plan.devices import Device, DeviceName, MeasuredStep, device_here, device_of, read_bench
 from tools.plan.facts import Facts, gather_facts
 from tools.plan.layouts import Layout, Layouts
-from trainer.batch_plan import plan_batch
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
-from trainer.config_base import LARGEST
-from trainer.deepspeed_config import compose, load_preset
+from trainer.config.base import LARGEST
+from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.errors import UserError
-from trainer.memory_model import checkpoint_bytes
-from trainer.model.footprint import Footprint
-from trainer.phases import lay_out, with_micro_size
+from trainer.schedule.batch_plan import plan_batch
+from trainer.schedule.phases import lay_out, with_micro_size
+from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.zero_memory import checkpoint_bytes
 
 STORAGE_GB_S = 1.0
 """Assumed where it is not given: what all ranks together write to the run folder, in GB a second."""

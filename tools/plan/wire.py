@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.memory_model import WEIGHT_BYTES, ZeroSettings
+from trainer.sizing.zero_memory import WEIGHT_BYTES, ZeroSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.paths import shown
 from tools.prepare.walk import PassedOver, Walk
 from trainer.errors import UserError, nearest
-from trainer.paths import absolute
+from trainer.runtime.paths import absolute
 
 FORMAT_OF_SUFFIX = {
     ".txt": "text",

@@ -21,7 +21,7 @@ from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import SpecialTokens, way_of
 from tools.prepare.summary import counted, human_bytes
 from tools.prepare.worker import UnitRecord, WorkSettings, read_record
-from trainer.data.shards import (
+from trainer.data.shard_writer import (
     MANIFEST,
     PREPARE_WORK_FOLDER,
     SPLITS,
@@ -31,10 +31,10 @@ from trainer.data.shards import (
     read_manifest,
     token_dtype,
 )
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
-from trainer.data.vocabulary import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import DamagedError, UserError, nearest
-from trainer.paths import user_path
+from trainer.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ def open_job(
             sets are `output/train` and `output/validation`.
         on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row
             with too many fields; or "skip" and count it. A file that cannot be read at all always stops.
-        word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.start_planes`).
+        word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.token_marks`).
         sentence_starts: "rules" or "module:function": mark where sentences start.
         delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
         names: how messages name these options.

@@ -30,17 +30,17 @@ from tools.prepare.special_tokens import TEXT, SpecialTokens
 from tools.prepare.summary import describe_tokens, human_bytes
 from tools.prepare.text_cache import describe_unused
 from tools.prepare.work_folder import recorded_units
-from trainer import distributed
 from trainer.checkpoint.resume import DATA_ORDER
 from trainer.config import Config
 from trainer.consistency import compare
-from trainer.data.shards import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
-from trainer.distributed import World
+from trainer.data.shard_writer import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
-from trainer.files import file_hash, replace_synced
 from trainer.inputs import run_folder, tokenizer_source
-from trainer.paths import user_path
-from trainer.signals import StopRequest
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
+from trainer.runtime.files import file_hash, replace_synced
+from trainer.runtime.paths import user_path
+from trainer.runtime.signals import StopRequest
 
 CACHE_FOLDER = "text-cache"
 _SUMS = "sums.json"

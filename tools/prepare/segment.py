@@ -20,9 +20,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tools.prepare.sentences import RULES_VERSION, sentence_starts
-from trainer.data.start_planes import OPTION_OF_PLANE, SENTENCE_STARTS, SETTING_OF_PLANE, WORD_STARTS
+from trainer.data.token_marks import OPTION_OF_PLANE, SENTENCE_STARTS, SETTING_OF_PLANE, WORD_STARTS
 from trainer.errors import UserError, nearest
-from trainer.files import file_hash
+from trainer.runtime.files import file_hash
 
 Segmenter = Callable[[str], np.ndarray]
 """Maps a text to offsets in characters, int64, strictly ascending, each below its length."""

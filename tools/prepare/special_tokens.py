@@ -17,7 +17,7 @@ from trainer.errors import UserError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from trainer.data.vocabulary import Vocabulary
+    from trainer.data.tokenizer import Vocabulary
 
 IDS, TEXT, REFUSE = "ids", "text", "refuse"
 WAYS = (IDS, TEXT, REFUSE)

@@ -27,9 +27,9 @@ from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import NONE_SPECIAL, SPECIAL_IN_TEXT, SpecialTokens, TokenTally
-from trainer.data.shards import ShardEntry, ShardWriter, read_entry, remove_shard
+from trainer.data.shard_writer import ShardEntry, ShardWriter, read_entry, remove_shard
 from trainer.errors import MaskwrightError, UserError
-from trainer.files import replace_synced, sync_folder, unique_name
+from trainer.runtime.files import replace_synced, sync_folder, unique_name
 
 REPORT_SECONDS = 0.5
 _SPLIT_SEED = 0x6D61736B  # fixed: a document is on the same side in every data set

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from tools.simulate.distinct import distinct
 from tools.simulate.plan import SimulatedPlan
-from trainer.batch_plan import StepRun
-from trainer.data.order import SampleOrder, rank_share
-from trainer.data.run_order import RunOrder
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import SampleOrder, rank_share
+from trainer.schedule.batch_plan import StepRun
 
 SAMPLES_AT_ONCE = 1 << 16  # located and compared together
 OWN_CALLS_A_STEP = 4  # ranks that find their share themselves, in turn; at the first step all do

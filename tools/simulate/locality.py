@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tools.simulate.distinct import distinct
 from tools.simulate.plan import SimulatedPlan, SimulatedSource
-from trainer.data.order import rank_share
-from trainer.data.run_order import RunOrder
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import rank_share
 
 PAGE_BYTES = 4096
 MOST_READERS = 4096

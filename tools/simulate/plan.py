@@ -12,19 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from trainer.batch_plan import BatchPlan, Stretch, plan_batch
 from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
-from trainer.config_base import LIMIT
-from trainer.config_file import load_config, recipe_names
-from trainer.data.mixture import mixture_order
+from trainer.config.base import LIMIT
+from trainer.config.file import load_config, recipe_names
+from trainer.data.order.mixture import mixture_order
+from trainer.data.order.run_order import RunOrder
 from trainer.data.quarantine import kept_stretches
-from trainer.data.run_order import RunOrder
-from trainer.data.shards import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
+from trainer.data.shard_writer import (
+    MANIFEST,
+    SUM_BYTES,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    split_folder,
+    token_dtype,
+)
 from trainer.errors import UserError
-from trainer.paths import user_path
-from trainer.phases import Phases, lay_out
-from trainer.run_length import defaults_of
+from trainer.runtime.paths import user_path
+from trainer.schedule.batch_plan import BatchPlan, Stretch, plan_batch
+from trainer.schedule.phases import Phases, lay_out
+from trainer.schedule.run_length import defaults_of
 
 MOST_RANKS = 4096  # simulated without being asked
 USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's

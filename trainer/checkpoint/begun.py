@@ -8,7 +8,7 @@ from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import RUN_CONFIG
 from trainer.config import DEFAULTS, Config
 from trainer.errors import MaskwrightError
-from trainer.paths import user_path
+from trainer.runtime.paths import user_path
 
 _FIRST = 1  # of checkpoints from before there were sets
 _LINE = re.compile(r"^defaults: (\d+)$", re.MULTILINE)

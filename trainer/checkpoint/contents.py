@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
-from trainer.config_file import dump_config
-from trainer.engine import TrainingEngine
+from trainer.config.file import dump_config
+from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
-from trainer.files import give_usual_mode
 from trainer.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.runtime.files import give_usual_mode
 
 PROBE_ROWS = 8  # logits kept; at a vocabulary of 50,265 a row is 200 kB
 # Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels

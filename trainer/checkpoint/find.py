@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import distributed
 from trainer.checkpoint.manifest import CheckpointManifest, find_faults, share_files, try_manifest
-from trainer.distributed import World
 from trainer.errors import DamagedError, MaskwrightError, UserError
-from trainer.paths import real_path, user_path
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
+from trainer.runtime.paths import real_path, user_path
 
 logger = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")

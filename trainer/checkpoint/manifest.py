@@ -20,9 +20,9 @@ from typing import Any
 from pydantic import ConfigDict
 
 from trainer.errors import DamagedError
-from trainer.files import file_hash, json_hash, replace_synced
+from trainer.runtime.files import file_hash, json_hash, replace_synced
+from trainer.runtime.typed_json import Count, Seconds, as_type
 from trainer.state import TrainState
-from trainer.typed_json import Count, Seconds, as_type
 
 FORMAT = "maskwright-checkpoint"
 VERSION = 1

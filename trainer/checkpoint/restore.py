@@ -11,10 +11,10 @@ import logging
 import time
 from pathlib import Path
 
-from trainer import distributed
 from trainer.checkpoint.zero_files import Place, ZeroFiles
-from trainer.distributed import World
-from trainer.engine import TrainingEngine
+from trainer.engine.engine import TrainingEngine
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
-from trainer.data.order_changes import order_differences
+from trainer.data.order.compare import order_differences
 from trainer.errors import UserError
 from trainer.inputs import sha256_of
-from trainer.paths import real_path
-from trainer.side_files import read_json_object
+from trainer.runtime.paths import real_path
+from trainer.runtime.side_files import read_json_object
 
 DATA_ORDER = "data_order.json"  # in the run folder
 

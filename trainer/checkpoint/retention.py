@@ -12,8 +12,8 @@ from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, f
 from trainer.checkpoint.manifest import Records
 from trainer.config import CheckpointConfig
 from trainer.errors import cannot_write
-from trainer.files import unique_name
-from trainer.memory_model import checkpoint_bytes
+from trainer.runtime.files import unique_name
+from trainer.sizing.zero_memory import checkpoint_bytes
 
 logger = logging.getLogger(__name__)
 LEAST_VALID = 2

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer import distributed
 from trainer.checkpoint.find import newest_before
 from trainer.checkpoint.manifest import CheckpointManifest, write_manifest
 from trainer.checkpoint.resume import set_aside_newer
-from trainer.distributed import World
 from trainer.errors import MaskwrightError
+from trainer.runtime import distributed
+from trainer.runtime.distributed import World
 from trainer.state import TrainState
 
 

@@ -21,8 +21,8 @@ from typing import Any, TypeVar, cast
 import torch
 
 from trainer.checkpoint.safe_load import LossScalerState, load_without_code
+from trainer.engine.partitions import MOMENTS, PARAMETER_NAMES, WEIGHT
 from trainer.errors import DamagedError
-from trainer.partitions import MOMENTS, PARAMETER_NAMES, WEIGHT
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 _Method = TypeVar("_Method", bound=Callable[..., Any])

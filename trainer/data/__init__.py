@@ -1,0 +1,1 @@
+"""Data sets on disk, and micro-batches from them."""

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainer.batch_plan import BatchPlan
-from trainer.data.borders import DocumentBorders
-from trainer.data.order import SampleOrder, rank_share
-from trainer.data.run_order import RunOrder
-from trainer.data.shard_set import ShardSet
+from trainer.data.dataset import ShardSet
+from trainer.data.documents import DocumentBorders
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import SampleOrder, rank_share
 from trainer.errors import MaskwrightError
-from trainer.rendezvous import close_listening_sockets
-from trainer.signals import ignore_stop_signals
+from trainer.runtime.rendezvous import close_listening_sockets
+from trainer.runtime.signals import ignore_stop_signals
+from trainer.schedule.batch_plan import BatchPlan
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Batch, MaskedLanguageModelling

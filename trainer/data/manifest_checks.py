@@ -1,4 +1,4 @@
-"""What the numbers and names of a data manifest must satisfy; types are checked before (`trainer.typed_json`).
+"""What the numbers and names of a data manifest must satisfy; types are checked before (`trainer.runtime.typed_json`).
 
 A number that is changed in a manifest would move every later block without a word, and a name could lead out of the
 folder. The checks cost nothing: they read no shard.
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.data.start_planes import START_PLANES, plane_bytes
+from trainer.data.token_marks import START_PLANES, plane_bytes
 
 if TYPE_CHECKING:
-    from trainer.data.shards import Manifest, ShardEntry
+    from trainer.data.shard_writer import Manifest, ShardEntry
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _OFFSET_BYTES = _SUM_BYTES = 8  # of an entry of NAME.doc and NAME.sum

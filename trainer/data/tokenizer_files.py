@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.files import is_lfs_pointer
-from trainer.paths import user_path
+from trainer.runtime.files import is_lfs_pointer
+from trainer.runtime.paths import user_path
 
 TOKENIZER_JSON, VOCAB_TXT = "tokenizer.json", "vocab.txt"
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

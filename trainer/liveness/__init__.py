@@ -1,0 +1,1 @@
+"""Signs of life of the ranks, and what follows when there are none."""

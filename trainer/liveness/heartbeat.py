@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trainer.liveness.activity import Activity
-from trainer.node import node_name
-from trainer.side_files import read_record
-from trainer.typed_json import Count, Integer, Number, Pid, Seconds
+from trainer.runtime.process import node_name
+from trainer.runtime.side_files import read_record
+from trainer.runtime.typed_json import Count, Integer, Number, Pid, Seconds
 
 logger = logging.getLogger(__name__)
 FOLDER = "heartbeats"

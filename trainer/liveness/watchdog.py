@@ -20,7 +20,7 @@ from trainer.config import WatchdogConfig
 from trainer.errors import HangError
 from trainer.liveness.activity import Activity, Place
 from trainer.liveness.heartbeat import Heartbeat, heartbeat_path, interval_seconds, read_heartbeats
-from trainer.logs import log_path
+from trainer.runtime.logs import log_path
 
 logger = logging.getLogger(__name__)
 READERS = 16

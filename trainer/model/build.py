@@ -15,13 +15,13 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.configuration import attention_of, build_config, position_offset, position_table, vocabulary_rows
-from trainer.model.prediction_head import HEAD_MODULES
+from trainer.model.hf_config import attention_of, build_config, position_offset, position_table, vocabulary_rows
+from trainer.model.masked_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
-from trainer.paths import is_local, user_path
+from trainer.runtime.paths import is_local, user_path
 
 if TYPE_CHECKING:
-    from trainer.data.vocabulary import Vocabulary
+    from trainer.data.tokenizer import Vocabulary
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of forward and backward, by `train.precision`."""

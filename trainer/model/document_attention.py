@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trainer.model.configuration import attention_dropout_of, head_width_of, position_offset
+from trainer.model.hf_config import attention_dropout_of, head_width_of, position_offset
 
 if TYPE_CHECKING:
     from trainer.objectives.mlm import Documents

@@ -13,13 +13,13 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.configuration import build_config, vocabulary_rows
-from trainer.model.prediction_head import install
+from trainer.model.hf_config import build_config, vocabulary_rows
+from trainer.model.masked_head import install
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.weight_files import weight_shapes
 
 if TYPE_CHECKING:
-    from trainer.data.vocabulary import Vocabulary
+    from trainer.data.tokenizer import Vocabulary
 
 _META = "meta"
 _MOST_WITH_VALUES = 2**28

@@ -15,8 +15,8 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
-from trainer.paths import is_local, real_path, user_path
-from trainer.user_files import read_json
+from trainer.runtime.paths import is_local, real_path, user_path
+from trainer.runtime.user_files import read_json
 
 _WHERE = "model.from_pretrained"
 _CONFIG = "config.json"

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.errors import UserError
-from trainer.files import is_lfs_pointer
-from trainer.paths import is_local, user_path
+from trainer.runtime.files import is_lfs_pointer
+from trainer.runtime.paths import is_local, user_path
 
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WHERE = "model.from_pretrained"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.permutation import GOLDEN, KeyPurpose, UInt64s, fold_key, mix64_in_place
+from trainer.data.order.permutation import GOLDEN, KeyPurpose, UInt64s, fold_key, mix64_in_place
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from trainer.config import ObjectiveConfig
-from trainer.data.borders import cumulative_lengths, positions_in_documents
-from trainer.data.vocabulary import Vocabulary
+from trainer.data.documents import cumulative_lengths, positions_in_documents
+from trainer.data.tokenizer import Vocabulary
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 

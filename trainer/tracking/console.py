@@ -17,9 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from trainer.batch_plan import BatchPlan
-from trainer.rich_console import PlainConsole
-from trainer.streams import loss_of
+from trainer.runtime.rich_console import PlainConsole
+from trainer.runtime.streams import loss_of
+from trainer.schedule.batch_plan import BatchPlan
 
 logger = logging.getLogger(__name__)
 

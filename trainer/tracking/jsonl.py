@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer import side_files
-from trainer.side_files import replace_side_file
+from trainer.runtime import side_files
+from trainer.runtime.side_files import replace_side_file
 
 _COUNTERS = ("samples", "tokens", "time")  # beside step
 _TAIL_BYTES = 1 << 18

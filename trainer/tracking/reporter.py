@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.batch_plan import BatchPlan
 from trainer.config import Config
-from trainer.config_file import dump_config
+from trainer.config.file import dump_config
 from trainer.errors import cannot_write
 from trainer.liveness.stragglers import StragglerWatch
-from trainer.metrics import as_json
+from trainer.schedule.batch_plan import BatchPlan
 from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
+from trainer.tracking.metrics import as_json
 from trainer.tracking.status import StatusWriter
 from trainer.tracking.tensorboard import TensorBoardWriter
 
@@ -63,7 +63,7 @@ class Reporter:
         self.console.step(step)
 
     def training(self, values: dict[str, Any]) -> None:
-        """Report a training line (names in trainer.metrics)."""
+        """Report a training line (names in trainer.tracking.metrics)."""
         values = self._write(values)
         self.console.training_line(values)
         self.status.progress(

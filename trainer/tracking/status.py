@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import EXIT_FINISHED, DivergedError, MaskwrightError
-from trainer.files import unique_name
-from trainer.node import job_id
-from trainer.side_files import read_record
+from trainer.runtime.files import unique_name
+from trainer.runtime.process import job_id
+from trainer.runtime.side_files import read_record
+from trainer.runtime.typed_json import Count, Number, Pid, Seconds
 from trainer.state import TrainState
-from trainer.typed_json import Count, Number, Pid, Seconds
 
 logger = logging.getLogger(__name__)
 STATUS = "status.json"

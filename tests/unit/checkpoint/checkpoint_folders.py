@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.manifest import CheckpointManifest, Records, step_folder, write_manifest
-from trainer.files import file_hash
+from trainer.runtime.files import file_hash
 from trainer.state import TrainState
 
 DATA_ORDER: dict[str, Any] = {

@@ -19,8 +19,8 @@ from trainer.checkpoint import find
 from trainer.checkpoint.find import candidates, locate
 from trainer.checkpoint.manifest import HASH_THREADS, find_faults, read_manifest, share_files, step_folder
 from trainer.checkpoint.resume import check_resumable, describe_layout, set_aside
-from trainer.distributed import World
 from trainer.errors import DamagedError, UserError
+from trainer.runtime.distributed import World
 
 
 def test_a_manifest_comes_back(tmp_path: Path) -> None:

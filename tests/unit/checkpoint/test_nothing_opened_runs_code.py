@@ -24,9 +24,9 @@ from tools.convert import convert
 from trainer.checkpoint.manifest import read_manifest, write_manifest
 from trainer.checkpoint.safe_load import load_without_code
 from trainer.checkpoint.zero_files import MODEL_FILE, ZeroFiles
-from trainer.data.vocabulary import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, DamagedError, UserError
-from trainer.files import file_hash
+from trainer.runtime.files import file_hash
 
 ROOT = Path(__file__).parents[3]
 OPTIMIZER_FILE = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -149,7 +149,7 @@ def test_the_weights_of_a_model_run_nothing(workspace: Path, marker: Path, tmp_p
     from transformers import RobertaConfig
 
     from trainer.config import ModelConfig
-    from trainer.data.vocabulary import vocabulary_of
+    from trainer.data.tokenizer import vocabulary_of
     from trainer.model.build import build_model
 
     vocabulary = vocabulary_of(load_tokenizer(workspace / "tokenizer"), "")

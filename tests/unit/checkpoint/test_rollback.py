@@ -11,8 +11,8 @@ from checkpoint_folders import DATA_ORDER, write_checkpoint
 from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.rollback import last_good, leave_branch
-from trainer.data.order_changes import order_differences
-from trainer.distributed import World
+from trainer.data.order.compare import order_differences
+from trainer.runtime.distributed import World
 from trainer.state import TrainState
 
 ALONE = World(0, 1, 0, torch.device("cpu"), None)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, stream_of, write_data_set
-from trainer.data import borders
-from trainer.data.borders import DocumentBorders, cumulative_lengths, length_counts, positions_in_documents
-from trainer.data.shard_set import ShardSet
+from trainer.data import documents as borders
+from trainer.data.dataset import ShardSet
+from trainer.data.documents import DocumentBorders, cumulative_lengths, length_counts, positions_in_documents
 from trainer.errors import DamagedError
 
 documents = st.lists(st.lists(st.sampled_from([5, 6, SEPARATOR]), max_size=9), max_size=6)

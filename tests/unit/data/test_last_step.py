@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.unit.data.test_loader import OBJECTIVE, SEED, SEQ_LEN, folders, order_of  # noqa: F401  # a fixture
-from trainer.batch_plan import BatchPlan, plan_batch
 from trainer.config import BatchConfig, DataConfig, TrainConfig
+from trainer.data.dataset import ShardSet
 from trainer.data.loader import MaskedBlocks, MicroBatches, TrainingBatches
-from trainer.data.shard_set import ShardSet
 from trainer.objectives.mlm import Batch, MaskedLanguageModelling
-from trainer.phases import lay_out
+from trainer.schedule.batch_plan import BatchPlan, plan_batch
+from trainer.schedule.phases import lay_out
 
 EPOCHS = 3
 PREDICTIONS = OBJECTIVE.predictions_per_block

@@ -14,8 +14,8 @@ from tests.page_cache import drop_pages, drops_pages, resident_pages
 from tools.bench import synthetic
 from tools.simulate.locality import PAGE_BYTES, pages_of_samples
 from tools.simulate.plan import SimulateOptions, make_plan
-from trainer.data.order import rank_share
-from trainer.data.shard_set import ShardSet
+from trainer.data.dataset import ShardSet
+from trainer.data.order.sample_order import rank_share
 
 RANKS, GLOBAL_SIZE, SEED = 8, 2048, 3
 CHUNK_BLOCKS, WINDOW_CHUNKS = 256, 64

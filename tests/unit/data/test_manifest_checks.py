@@ -14,12 +14,12 @@ from tests.damage import flip
 from tests.unit.data.test_shards import write_data_set
 from tools.inspect import verify
 from trainer.checkpoint.manifest import try_manifest
-from trainer.data.borders import DocumentBorders
-from trainer.data.open_shard import ReadSettings
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import MANIFEST, PREPARE_WORK_FOLDER, read_entry, read_manifest, split_folder
+from trainer.data.dataset import ShardSet
+from trainer.data.documents import DocumentBorders
+from trainer.data.shard_reader import ReadSettings
+from trainer.data.shard_writer import MANIFEST, PREPARE_WORK_FOLDER, read_entry, read_manifest, split_folder
 from trainer.errors import DamagedError, UserError
-from trainer.files import json_hash
+from trainer.runtime.files import json_hash
 
 VERIFIED = ReadSettings(verify=True)
 

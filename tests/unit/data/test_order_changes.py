@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.data.order import SampleOrder
-from trainer.data.order_changes import order_differences, shard_differences
-from trainer.data.run_order import RunOrder
-from trainer.phases import Phase, Phases
+from trainer.data.order.compare import order_differences, shard_differences
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import SampleOrder
+from trainer.schedule.phases import Phase, Phases
 
 SHARDS = [["s0", "a"], ["s1", "b"], ["s2", "c"]]
 

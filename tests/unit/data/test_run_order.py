@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import BatchConfig, DataConfig
-from trainer.data.mixture import mixture_order
-from trainer.data.order import SampleOrder
-from trainer.data.order_changes import order_differences, phases_of
-from trainer.data.run_order import RunOrder
-from trainer.phases import lay_out
+from trainer.data.order.compare import order_differences, phases_of
+from trainer.data.order.mixture import mixture_order
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import SampleOrder
+from trainer.schedule.phases import lay_out
 
 TOKENS = (9000, 4000)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.unit.data.test_shards import SEPARATOR, flip, stream_of, write_data_set
-from trainer.data import shard_set
-from trainer.data.open_shard import ReadSettings
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import SUM_BYTES
+from trainer.data import dataset as shard_set
+from trainer.data.dataset import ShardSet
+from trainer.data.shard_reader import ReadSettings
+from trainer.data.shard_writer import SUM_BYTES
 from trainer.errors import DamagedError, UserError
 
 METHODS: tuple[Literal["mmap", "pread"], ...] = ("mmap", "pread")

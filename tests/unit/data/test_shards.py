@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.shard_set import ShardSet
-from trainer.data.shards import (
+from trainer.data.dataset import ShardSet
+from trainer.data.shard_writer import (
     SUM_BYTES,
     Manifest,
     ShardWriter,

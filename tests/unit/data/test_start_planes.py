@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, flip
-from trainer.data import start_planes
-from trainer.data.shards import Manifest, ShardEntry, ShardWriter, check_sizes, verify_shard
-from trainer.data.start_planes import (
+from trainer.data import token_marks as start_planes
+from trainer.data.shard_writer import Manifest, ShardEntry, ShardWriter, check_sizes, verify_shard
+from trainer.data.token_marks import (
     SENTENCE_STARTS,
     START_PLANES,
     WORD_STARTS,

@@ -13,10 +13,10 @@ import sentencepiece
 from transformers import BertTokenizer
 
 from trainer.data import tokenizer_files
+from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
-from trainer.data.vocabulary import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
-from trainer.plain_text import foreign_message
+from trainer.runtime.plain_text import foreign_message
 
 WORDS = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "的", "我", "kalo", "mi", "##lo", "ka"]
 BERT_SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 12}

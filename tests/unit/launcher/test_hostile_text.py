@@ -18,8 +18,8 @@ from launcher.site import find_site
 from tests.ranks import tiny_config, write_config
 from tools.prepare.share import share_of_job_array
 from trainer.errors import EXIT_USER_MISTAKE, UserError
-from trainer.node import restart_count
-from trainer.plain_text import fit, has_control, one_line, printable, shorten
+from trainer.runtime.plain_text import fit, has_control, one_line, printable, shorten
+from trainer.runtime.process import restart_count
 
 Run = Callable[..., tuple[int, str]]
 ESCAPES = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\u202ee"

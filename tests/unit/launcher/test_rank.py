@@ -130,10 +130,10 @@ def test_row_12_torchrun_gets_its_error_file(as_rank, tmp_path: Path, monkeypatc
 def test_a_stop_signal_during_start_up_waits_for_the_handlers() -> None:
     code = """
 import os, signal
-from trainer.signals import hold_stop_signals
+from trainer.runtime.signals import hold_stop_signals
 hold_stop_signals()
 os.kill(os.getpid(), signal.SIGUSR1)
-from trainer.signals import stop_requests
+from trainer.runtime.signals import stop_requests
 with stop_requests() as request:
     print(request.signal_name)
 os.kill(os.getpid(), signal.SIGTERM)

@@ -23,8 +23,8 @@ from transformers import AutoModelForMaskedLM, BertForPreTraining, RobertaModel
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model, constant_inputs, fp32_buffers, restore_fp32_buffers
-from trainer.model.configuration import build_config, position_offset
-from trainer.model.prediction_head import install
+from trainer.model.hf_config import build_config, position_offset
+from trainer.model.masked_head import install
 from trainer.model.presets import PRESETS
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from torch import nn
 from torch._inductor.codecache import compiled_fx_graph_hash
 
 from tests.ranks import tiny_config
-from trainer.attention_backend import preferring
-from trainer.batch_plan import plan_batch
+from trainer.model.attention_backend import preferring
 from trainer.model.compiling import expect_shapes, forget_graphs, options_of
-from trainer.phases import lay_out
+from trainer.schedule.batch_plan import plan_batch
+from trainer.schedule.phases import lay_out
 
 SHAPES = 20
 

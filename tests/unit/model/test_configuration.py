@@ -21,7 +21,7 @@ from tiny_models import (
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model
-from trainer.model.configuration import build_config
+from trainer.model.hf_config import build_config
 
 
 def refused(settings: ModelConfig, seq_len: int = 64, size: int = VOCABULARY_SIZE) -> UserError:

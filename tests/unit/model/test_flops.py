@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
 from trainer.config import ModelConfig
-from trainer.metrics import ThroughputMeter, as_json
 from trainer.model.build import constant_inputs
-from trainer.model.configuration import DOCUMENT_ATTENTION_MODELS, build_config
-from trainer.model.device_peak import datasheet_peak, device_peak, matmul_peak_flops
-from trainer.model.flops import flops_per_token
-from trainer.model.prediction_head import install
+from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.masked_head import install
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.peak_flops import datasheet_peak, device_peak, matmul_peak_flops
+from trainer.tracking.metrics import ThroughputMeter, as_json
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
 from tests.ranks import TINY_ROBERTA
-from trainer.model.host_dropout import HostDropout, attention_with_dropout, draw_kept, seed_dropout, use_host_dropout
+from trainer.model.cpu_dropout import HostDropout, attention_with_dropout, draw_kept, seed_dropout, use_host_dropout
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.25, 0.5])

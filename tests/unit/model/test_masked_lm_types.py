@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model, constant_inputs
-from trainer.model.flops import flops_per_token
-from trainer.model.prediction_head import install
+from trainer.model.masked_head import install
 from trainer.model.rehearsal import rehearse
+from trainer.sizing.flops import flops_per_token
 
 GROWN = VOCABULARY_SIZE + 20
 TYPES = sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES)

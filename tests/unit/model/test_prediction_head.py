@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 
 from trainer.model.build import build_model, constant_inputs
-from trainer.model.prediction_head import install
+from trainer.model.masked_head import install
 
 CPU = torch.device("cpu")
 

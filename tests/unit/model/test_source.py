@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SEQ_LEN, continued, saved, sizes, tiny_model, vocabulary
 from transformers import BertForPreTraining
 
-from trainer.config_file import load_config
+from trainer.config.file import load_config
 from trainer.errors import UserError
 from trainer.model.build import build_model
 from trainer.model.rehearsal import rehearse

@@ -6,10 +6,10 @@ from tiny_models import ARCHITECTURES, PREDICTIONS, SEQ_LEN, vocabulary, write_c
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.model.build import build_model, constant_inputs
-from trainer.model.configuration import DOCUMENT_ATTENTION_MODELS, build_config
-from trainer.model.flops import flops_per_token
-from trainer.model.prediction_head import install
-from trainer.model.traced_step import StepTracer, meta_model
+from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.masked_head import install
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.meta_trace import StepTracer, meta_model
 
 BLOCKS = 4
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from trainer.config import ModelConfig
-from trainer.data.vocabulary import Vocabulary
+from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import build_model
-from trainer.model.prediction_head import HEAD_MODULES
+from trainer.model.masked_head import HEAD_MODULES
 
 VOCABULARY_SIZE, BLOCKS, SEQ_LEN, PREDICTIONS = 200, 3, 24, 4
 

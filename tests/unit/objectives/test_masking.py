@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import ORDER_VERSION
-from trainer.data.permutation import GOLDEN, fold_key, mix64
+from trainer.data.order.permutation import GOLDEN, fold_key, mix64
+from trainer.data.order.sample_order import ORDER_VERSION
 from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
 
 GOLDEN_MASKS = json.loads((Path(__file__).parents[2] / "golden" / f"order_v{ORDER_VERSION}.json").read_text())["masks"]

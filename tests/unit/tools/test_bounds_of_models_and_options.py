@@ -10,9 +10,9 @@ import pytest
 from tools.plan.run import PlanOptions, _check_options
 from tools.simulate.plan import SimulateOptions, make_plan
 from trainer.config import ModelConfig
-from trainer.data.vocabulary import Vocabulary
+from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
-from trainer.model.configuration import build_config
+from trainer.model.hf_config import build_config
 
 VOCABULARY = Vocabulary(99, 0, 2, 2, 98, 1, (0, 1, 2, 3, 98), sha256="")
 

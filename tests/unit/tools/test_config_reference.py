@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from tools.config_reference import config_reference, metrics_reference
 from trainer.config import Config
-from trainer.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
+from trainer.tracking.metrics import COUNTERS, EVALUATION_METRICS, TRAINING_METRICS
 
 DOCS = Path(__file__).parents[3] / "docs"
 

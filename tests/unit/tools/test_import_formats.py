@@ -18,7 +18,7 @@ from tests.unit.tools.token_files import write_dataset, write_datatrove, write_m
 from tools.import_tokens import import_tokens
 from tools.import_tokens.clean import Cleaner
 from tools.import_tokens.find import find_sources
-from trainer.data.vocabulary import vocabulary_of
+from trainer.data.tokenizer import vocabulary_of
 from trainer.errors import DamagedError, MaskwrightError, UserError
 
 BEGIN, PAD, END, UNKNOWN, MASK = range(5)

@@ -15,10 +15,10 @@ from tests.conftest import write_text
 from tests.unit.tools.conftest import quiet_console
 from tools.inspect import BORDER, show, verify
 from tools.prepare import prepare
-from trainer.data.shards import MANIFEST, Manifest, ShardWriter, document_starts, read_manifest
-from trainer.data.start_planes import START_PLANES
+from trainer.data.shard_writer import MANIFEST, Manifest, ShardWriter, document_starts, read_manifest
+from trainer.data.token_marks import START_PLANES
 from trainer.errors import DamagedError, UserError
-from trainer.files import file_hash
+from trainer.runtime.files import file_hash
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from tools.simulate.exactness import Exactness, SeenNumbers, check_exactness
 from tools.simulate.locality import PAGE_BYTES, measure_locality
 from tools.simulate.plan import SimulatedSource
 from trainer.config import DataConfig, SourceConfig
-from trainer.config_file import load_config
-from trainer.data.order import rank_share
-from trainer.data.run_order import RunOrder
+from trainer.config.file import load_config
+from trainer.data.order.run_order import RunOrder
+from trainer.data.order.sample_order import rank_share
 from trainer.errors import UserError
 from trainer.inputs import open_inputs
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RobertaConf
 from tests.conftest import write_text
 from tests.unit.tools.conftest import folder_hashes, quiet_console
 from tools.tokenizer import train_tokenizer
-from trainer.data.vocabulary import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 
 KINDS = ["bytelevel-bpe", "wordpiece", "unigram"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.metrics import as_json
 from trainer.tracking.jsonl import JsonlWriter, read_lines
+from trainer.tracking.metrics import as_json
 
 
 def write_steps(path: Path, resumed_step: int | None, *steps: int) -> None:

@@ -1,0 +1,58 @@
+"""What a checkpoint says of the run that saved it, for a resume to compare with."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.checkpoint.manifest import Records
+from trainer.engine.deepspeed_config import stage_of
+from trainer.inputs import Inputs, sha256_of
+from trainer.model.build import BuiltModel
+from trainer.runtime.distributed import World
+
+
+def describe_run(inputs: Inputs, built: BuiltModel, world: World) -> Records:
+    """The records of this start; to be made before the engine, which at ZeRO stage 3 leaves no weight in the module."""
+    return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
+
+
+def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
+    """What the shape of DeepSpeed's files depends on."""
+    return {
+        "world_size": world.size,
+        "stage": stage_of(inputs.ds_config),
+        "precision": inputs.config.train.precision,
+        "gradient_accumulation_dtype": inputs.config.train.gradient_accumulation_dtype,
+    }
+
+
+def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
+    """What would change the result in silence if it changed over a resume."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
+    # Everything the forward pass depends on; the library's version and the dropouts (a training choice) do not count.
+    fields = {
+        name: value
+        for name, value in built.model.config.to_dict().items()
+        if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+    }
+    if "tie_word_embeddings" in fields:  # as its source says: earlier versions did not correct it
+        fields["tie_word_embeddings"] = built.says_tied
+    # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
+    attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
+    return {
+        **attention,
+        "tokenizer": inputs.vocabulary.sha256[:16],
+        "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
+        "objective": inputs.config.objective.model_dump(),
+        "seed": inputs.config.run.seed,
+        "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
+    }
+
+
+def _model_summary(built: BuiltModel) -> dict[str, Any]:
+    return {
+        "class": type(built.model).__name__,
+        "type": built.model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
+    }

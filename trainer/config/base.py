@@ -1,0 +1,59 @@
+"""What the sections of the run configuration have in common."""
+
+from __future__ import annotations
+
+import typing
+from types import UnionType
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from trainer.runtime.plain_text import has_control
+
+# Beyond these a number is a slip, not a wish; below them all arithmetic holds: sample numbers fit int64, floats stay
+# finite, nothing is made that large.
+LIMIT = 2**48
+LARGEST = 1e9
+MOST_SEQUENCES = 2**24
+MOST_MINUTES = 60 * 24 * 366
+
+PositiveInt = Annotated[int, Field(gt=0, lt=LIMIT)]
+NaturalInt = Annotated[int, Field(ge=0, lt=LIMIT)]
+Sequences = Annotated[int, Field(gt=0, le=MOST_SEQUENCES)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST)]
+Ratio = Annotated[float, Field(gt=1.0, le=LARGEST)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Minutes = Annotated[float, Field(gt=0.0, le=MOST_MINUTES)]
+
+
+def _one_line(text: str) -> str:
+    """Refuse what opens a new line in a job script or moves a terminal's cursor, and a text without a character."""
+    if not text.strip() or has_control(text):
+        raise PydanticCustomError("one_line", "Input should be one line of text without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+"""A name or a path."""
+Name = Annotated[Line, Field(max_length=200)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
+    )
+
+
+def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, alone or as `Section | None`; None where it holds none."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

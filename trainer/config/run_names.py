@@ -1,0 +1,48 @@
+"""The names in a run folder that belong to the run: what a config reads may not lie there.
+
+A start writes there what it resolved, and a fresh one moves an earlier run's files away; a file of the user's would be
+replaced, or be gone at the next start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.runtime.paths import real_path, user_path
+
+RUN_NAMES = (  # beside previous-N
+    *("config.yaml", "deepspeed.json", "data_order.json", "metrics.jsonl", "starts.jsonl", "status.json"),
+    *("lock.json", ".lock", "micro_size.json", "attention_backend.json"),
+    *("checkpoints", "heartbeats", "logs", "profile", "tensorboard"),
+)
+
+
+def check_named_files(config: Config, run_dir: Path) -> None:
+    """Refuse a config that reads what the run itself writes, or what a fresh start moves away.
+
+    Raises:
+        UserError: naming the key.
+    """
+    run_dir = real_path(run_dir)
+    model, data = config.model, config.data
+    named = {
+        "deepspeed": config.deepspeed,
+        "model.tokenizer": model.tokenizer,
+        "model.config": model.config,
+        "model.from_pretrained": model.from_pretrained,
+        "data.validation": data.validation,
+        **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
+    }
+    for key, name in named.items():
+        path = user_path(name, key) if name else None
+        if path is None or not path.exists() or not real_path(path).is_relative_to(run_dir):
+            continue
+        inside = real_path(path).relative_to(run_dir).parts
+        if inside and inside[0] in RUN_NAMES:
+            raise UserError(
+                f"'{name}' lies where the run writes its own {inside[0]}.",
+                where=f"{key}={name}, run.dir={config.run.dir}",
+                remedy="Move it to another place, or give another run.dir.",
+            )

@@ -1,0 +1,490 @@
+"""The run configuration: its sections and keys, with their ranges and defaults.
+
+A field is documented once, here, beside its definition; docs/config.md is made from it. `trainer.config.file`
+reads a config from YAML and the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from trainer.config.base import (
+    MOST_SEQUENCES,
+    Fraction,
+    Line,
+    Minutes,
+    Name,
+    NaturalInt,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Ratio,
+    Section,
+    Sequences,
+)
+from trainer.errors import nearest
+
+
+class RunConfig(Section):
+    name: Name = "run"
+    """Shown in the first line and in the model card."""
+    dir: Line
+    """The run folder: checkpoints, metrics, logs. Also what `--resume auto` looks into."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the weights, the data order, the masks and the dropout."""
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "Input should be a finite number")
+    return value
+
+
+CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name of the mode
+AUTOTUNE = "max-autotune"
+
+
+def _compile_mode(value: Any) -> Any:
+    if not isinstance(value, bool) and value not in (CUDA_GRAPHS, AUTOTUNE):
+        raise PydanticCustomError("compile_mode", f"Input should be true, false, {CUDA_GRAPHS} or {AUTOTUNE}")
+    return value
+
+
+class ModelConfig(Section):
+    preset: Line | None = None
+    """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
+    config: Line | None = None
+    """A Hugging Face config.json (or its folder), initialised at random."""
+    from_pretrained: Line | None = None
+    """A Hugging Face checkpoint folder or hub name whose weights training continues from. Where its config names no
+    model type, or one that the weights are not of, their names decide."""
+    tokenizer: Line | None = None
+    """Tokenizer folder. Default: the one inside `from_pretrained`, which also takes the place of a recipe's."""
+    overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
+    """Fields of the Hugging Face config to change, such as hidden_size."""
+    document_attention: bool = False
+    """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT,
+    ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On NVIDIA GPUs in bf16 or
+    fp16, without attention dropout, by variable-length flash attention, else by a block mask. It belongs to a run: a
+    resume cannot change it."""
+    attention_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Which kernel of torch's scaled_dot_product_attention to use, where it can; layers with a mask take another one.
+    auto: on a GPU the fastest for blocks of seq_len, measured at the first start and remembered in the run folder; on
+    CPU torch's own choice."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the cross-entropy in training: torch, or DeepSpeed's kernel in Triton, which reads the logits once
+    a pass and keeps no copy of them in fp32. auto: on a GPU Triton, if it agrees with torch there, which each start
+    tries; else torch."""
+    compile: Annotated[bool | Literal["reduce-overhead", "max-autotune"], BeforeValidator(_compile_mode)] = False
+    """torch.compile the model, with static shapes, at ZeRO 0 to 2; max-autotune: each matrix product by the fastest of
+    several kernels, which are timed at the first step, for minutes; reduce-overhead: with CUDA graphs, which launch a
+    small model's kernels faster; for batches without accumulation, with a number for batch.micro_size and no
+    offload."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+    @model_validator(mode="after")
+    def one_source(self) -> Self:
+        given = [name for name in ("preset", "config", "from_pretrained") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"needs exactly one of preset, config, from_pretrained; got {' and '.join(given) if given else 'none'}"
+            )
+        if self.tokenizer is None and self.from_pretrained is None:
+            raise ValueError("tokenizer is needed: the folder that `maskwright tokenizer train` wrote")
+        return self
+
+
+class SourceConfig(Section):
+    path: Line
+    """A folder that `maskwright prepare` wrote; or raw text: a file, a folder or a glob, prepared on first use."""
+    name: Name | None = None
+    """What metrics and stages call it. Default: the last part of `path`."""
+    weight: NonNegativeFloat | None = None
+    """Share of this source in the mixture, relative to the other weights. Default: 1, or from `data.temperature`."""
+    max_epochs: PositiveFloat | None = None
+    """Refuse a run that passes over this source more often."""
+    quarantine: list[str] = Field(default_factory=list)
+    """Damaged parts to leave out: SHARD, SHARD:MIB or SHARD:MIB-MIB, as `maskwright data verify` names them."""
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name is not None else PurePath(self.path).name or self.path
+
+
+class TextConfig(Section):
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"] = "auto"
+    """auto goes by the file names; with hub, paths are names of data sets on the Hugging Face hub, or
+    NAME:CONFIG:SPLIT."""
+    field: str = "text"
+    """The column that holds the text (all formats but text); a.b is the field b within a."""
+    delimiter: str | None = None
+    """What separates the fields of csv: one character, or tab. Default: a comma, a tab in .tsv files."""
+    documents: Literal["file", "paragraph", "line", "row"] | None = None
+    """What a document is. Default: paragraph for text, row for the other formats."""
+    on_bad_document: Literal["stop", "skip"] = "stop"
+    """What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row with too many
+    fields; skip counts it."""
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+    """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
+    special_in_text: Literal["ids", "text", "refuse"] | None = None
+    """What a special token that stands in a text becomes: its id, but for begin, end, pad and mask, which stay text; or
+    all stay text; or the document is refused. Default: ids; a run that has begun keeps the data that it began with."""
+    cache: Line | None = None
+    """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
+
+
+def _as_sources(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
+
+
+class StageConfig(Section):
+    from_tokens: PositiveInt
+    """First position, counted as `tokens` in the metrics; rounded up to a whole block."""
+    weights: dict[str, NonNegativeFloat]
+    """Weight of each source by name from there on; a source that is left out has none."""
+
+
+class PhaseConfig(Section):
+    seq_len: Annotated[int, Field(ge=8, le=32768)]
+    """Tokens a block until then; at most data.seq_len."""
+    until_tokens: PositiveInt
+    """Where the phase ends, counted as `tokens` in the metrics; rounded up to whole steps of its global batch."""
+    micro_size: Sequences | None = None
+    """Sequences a rank in one forward pass until then; shorter ones leave room for more. Default: batch.micro_size."""
+    global_size: Sequences | None = None
+    """Sequences an optimizer step until then. Default: batch.global_size."""
+
+
+class DataConfig(Section):
+    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
+    validation: Line | None = None
+    """Held-out data: a folder that `maskwright prepare` wrote, or raw text, such as a file of your own (`data.text`).
+    Default: no evaluation."""
+    seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
+    """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
+    phases: list[PhaseConfig] = Field(default_factory=list)
+    """Earlier phases of the run with shorter blocks, each up to a given token; after them seq_len. A phase cuts the
+    same data anew, in an order of its own. A resume may change what lies ahead."""
+    temperature: Annotated[float, Field(ge=0.1, le=1e6)] | None = None
+    """Weigh sources by tokens^(1/temperature) (arXiv:1907.05019): 1 by size, larger towards equal shares."""
+    stages: list[StageConfig] = Field(default_factory=list)
+    """Later weights, each from a given token on. More may be added while a run goes on, for what lies ahead."""
+    workers: Annotated[int, Field(ge=0, le=512)] = 2
+    """Loader processes a rank; 0 loads in the training process."""
+    chunk_blocks: PositiveInt = 1024
+    """Blocks a chunk: what is read from one place (1,024 × 510 tokens × 2 bytes ≈ 1 MiB)."""
+    window_chunks: PositiveInt = 1024
+    """Chunks a window: blocks are shuffled globally within it (≈ 1 GiB)."""
+    mixture_block: PositiveInt = 65_536
+    """Samples over which a mixture holds its weights exactly (to a whole sample)."""
+    read: Literal["mmap", "pread"] = "mmap"
+    """How token files are read; pread where a parallel file system maps files badly."""
+    text: TextConfig = TextConfig()
+    """How raw text is read where it is given in the place of prepared data."""
+    verify_reads: bool = True
+    """Compare each MiB of the data with its sum when a process first reads from it; damage ends the run."""
+
+    @model_validator(mode="after")
+    def sources_fit(self) -> Self:
+        labels = [source.label for source in self.train]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"has two sources called '{twice}': give each a name of its own (data.train[].name)")
+        if self.temperature is not None and any(source.weight is not None for source in self.train):
+            raise ValueError("has both temperature and weights in train: leave one of them out")
+        if self.temperature is None and not any(source.weight != 0 for source in self.train):
+            raise ValueError("train needs at least one source with a weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def phases_fit(self) -> Self:
+        for before, phase in zip([None, *self.phases], self.phases, strict=False):
+            if before is not None and phase.until_tokens <= before.until_tokens:
+                raise ValueError(f"phases must ascend: until_tokens {phase.until_tokens} after {before.until_tokens}")
+            if phase.seq_len > self.seq_len:
+                raise ValueError(f"phases must not have longer blocks than seq_len {self.seq_len}, got {phase.seq_len}")
+        return self
+
+    @model_validator(mode="after")
+    def stages_fit(self) -> Self:
+        labels = [source.label for source in self.train]
+        for before, stage in zip([None, *self.stages], self.stages, strict=False):
+            if before is not None and stage.from_tokens <= before.from_tokens:
+                raise ValueError(f"stages must ascend: from_tokens {stage.from_tokens} after {before.from_tokens}")
+            for name in stage.weights:
+                if name not in labels:
+                    raise ValueError(f"stages name '{name}', which is no source.{nearest(name, labels)}")
+            if not any(stage.weights.values()):
+                raise ValueError(f"the stage from token {stage.from_tokens} has no weight above 0")
+        return self
+
+
+class ObjectiveConfig(Section):
+    name: Literal["mlm"] = "mlm"
+    """Masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of a block's content tokens that is predicted; exactly round(mask_ratio × payload) a block."""
+    scheme: Literal["token"] = "token"
+    """How positions are chosen: single tokens, uniformly."""
+    replace_mask: Fraction = 0.8
+    """Share of predicted positions shown as the mask token."""
+    replace_random: Fraction = 0.1
+    """Share of predicted positions shown as a random token; the rest is shown unchanged."""
+
+    @model_validator(mode="after")
+    def shares_fit(self) -> Self:
+        if self.replace_mask + self.replace_random > 1.0 + 1e-9:
+            raise ValueError(
+                f"replace_mask + replace_random must be at most 1, got {self.replace_mask + self.replace_random:g}"
+            )
+        return self
+
+
+def _count_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
+    if value < 1:
+        raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
+    if value > MOST_SEQUENCES:
+        raise PydanticCustomError(
+            "count_or_auto", "Input should be less than or equal to {most}", {"most": MOST_SEQUENCES}
+        )
+    return value
+
+
+class WarmupConfig(Section):
+    start_size: Sequences
+    """Sequences of the first steps. It and the increment must divide by micro_size × ranks."""
+    increment: Sequences | None = None
+    """Sequences by which the batch grows, each size for an equal share of the tokens. Default: start_size."""
+    tokens: PositiveInt
+    """When the batch has grown to its global_size, counted as `tokens` in the metrics."""
+
+
+class BatchConfig(Section):
+    global_size: Sequences = 256
+    """Sequences an optimizer step, over all ranks."""
+    micro_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
+    """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide. auto
+    takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
+    and masks do not depend on it, dropout does."""
+    memory_gib: PositiveFloat | None = None
+    """With micro_size: auto, the memory that a rank's tensors may take. Default: 90 % of what is free on its GPU; on
+    CPU, half of what is available on the machine, divided among its ranks."""
+    warmup: WarmupConfig | None = None
+    """Begin with smaller batches. Sizes depend on the tokens consumed, not on ranks. Default: global_size from the
+    first step on."""
+
+    @model_validator(mode="after")
+    def warmup_fits(self) -> Self:
+        if self.warmup is None:
+            return self
+        start, increment = self.warmup.start_size, self.warmup.increment or self.warmup.start_size
+        if start >= self.global_size:
+            raise ValueError(f"warmup.start_size must be below global_size {self.global_size}, got {start}")
+        if (self.global_size - start) % increment:
+            raise ValueError(
+                f"warmup does not lead from start_size {start} to global_size {self.global_size} in steps of "
+                f"{increment} (warmup.increment; default: start_size)"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW (arXiv:1711.05101); biases and norms are not decayed."""
+    lr: PositiveFloat = 6.0e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1.0e-6
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay a step, times the learning rate."""
+    clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleConfig(Section):
+    name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NaturalInt | None = None
+    """Steps of linear warm-up from 0, at most those of the run. Default: 6 % of the run's steps, at most 1,000."""
+    warmup_fraction: Fraction | None = None
+    """The same as a share of the run's steps, rounded up; in the place of warmup_steps."""
+    decay_fraction: PositiveFraction = 0.1
+    """wsd only: share of all steps, at the end, over which the rate falls to its minimum."""
+    min_ratio: Fraction = 0.0
+    """Final learning rate over peak (linear, cosine, wsd)."""
+
+    @model_validator(mode="after")
+    def one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError("has both warmup_steps and warmup_fraction: leave one of them out")
+        return self
+
+
+class ProfileConfig(Section):
+    start: PositiveInt
+    """First step that is profiled; the first steps of a start are slower than the others."""
+    steps: PositiveInt = 3
+    """How many steps. A trace has some MB a step."""
+    all_ranks: bool = False
+    """A trace of each rank; else of rank 0 alone."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt | None = None
+    """Length in optimizer steps. Give exactly one of steps, tokens, epochs."""
+    tokens: PositiveInt | None = None
+    """Length in tokens (sequences × seq_len), rounded up to whole steps."""
+    epochs: PositiveFloat | None = None
+    """Length in passes over the training data, to the sample: the last step is as small as it has to be. Of several
+    sources a pass is as many blocks as they have together; how often each of them is seen follows from its weight."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
+    gradient_accumulation_dtype: Literal["fp32"] | None = None
+    """bf16 only: accumulate gradients in fp32 (4 more bytes a parameter). Default: in the training precision."""
+    deterministic: bool = False
+    """On GPUs: use kernels that give the same bits at each start, so that a resume there is bit for bit. It costs
+    speed: attention is flash's deterministic variant or math, and what is compiled is not tuned by timing. On a CPU
+    nothing changes."""
+    profile: ProfileConfig | None = None
+    """Write a trace of some steps by torch.profiler to RUN/profile, for TensorBoard's profiler or Perfetto. Default:
+    none, at no cost."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> Self:
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"needs exactly one of steps, tokens, epochs; got {' and '.join(given) if given else 'none'}"
+            )
+        if self.gradient_accumulation_dtype is not None and self.precision != "bf16":
+            raise ValueError(f"gradient_accumulation_dtype needs precision bf16, got precision {self.precision}")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = 500
+    """Save every so many steps; null saves only at the end and when stopped."""
+    every_minutes: Minutes | None = None
+    """Also save when so many minutes have passed since the last save."""
+    keep_last: PositiveInt = 2
+    """How many of the newest whole checkpoints to keep; two at least, whatever is given, as one may be damaged. The
+    one that this start was resumed from is kept as well."""
+    in_background: Annotated[bool, Field(alias="async")] = False
+    """Copy the state to the host's memory, go on training, and write the files in a thread meanwhile, one save at once.
+    Each rank needs free memory as large as its files."""
+    keep_every_steps: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+
+
+class ResilienceConfig(Section):
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop ends with exit code 4. rollback loads the last good checkpoint and goes on behind the data seen since."""
+    max_skipped_steps: PositiveInt = 20
+    """Training has diverged after this many skipped steps in a row."""
+    max_loss_ratio: Ratio | None = None
+    """Training has diverged when the loss of a step is above this many times the median of the last steps."""
+    max_grad_norm_ratio: Ratio | None = None
+    """Skip a step whose gradient norm, before clipping, is above this many times the median of the last steps."""
+    window: Annotated[int, Field(gt=0, le=1_000_000)] = 100
+    """Applied steps that the two medians are taken over; before there are so many, nothing is above them."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks in the whole run; training that diverges once more ends with exit code 4."""
+    stop_before_end_seconds: Annotated[int, Field(gt=0, le=65_535)] = 300
+    """So long before the time limit of a SLURM job the run saves and stops, to be requeued: a step, a batch of an
+    evaluation, a save and a minute have to fit."""
+    max_idle_starts: PositiveInt | None = 3
+    """A SLURM job ends (exit code 1, no requeue) when so many starts of it in a row began at the step where it stands
+    again: what it does is lost each time. null goes on for ever."""
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt | None = 500
+    """Evaluate every so many steps and at the end; null never evaluates."""
+    samples: PositiveInt = 1024
+    """Blocks of validation data an evaluation; always the same ones, with the same masks."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt | None = None
+    """Steps between two lines in metrics.jsonl, in TensorBoard and on the console. Default: a twentieth of the run's
+    steps, at least 1 and at most 10."""
+    tensorboard: bool = True
+    """Write the metrics to RUN/tensorboard as well."""
+
+
+class WatchdogConfig(Section):
+    """Limits are on time without a sign of progress (a batch read, a micro-batch done), not on a phase as a whole."""
+
+    start_minutes: Minutes | None = 60.0
+    """End the run (exit code 1) when it makes no progress for so long before its first step is done: reading inputs
+    and a checkpoint, building, compiling. All stacks go to the ranks' logs, and the ranks that are behind are named.
+    null: never, here and below."""
+    data_minutes: Minutes | None = 30.0
+    """The same while any rank waits for data."""
+    step_minutes: Minutes | None = 30.0
+    """The same within a step."""
+    evaluate_minutes: Minutes | None = 30.0
+    """The same within an evaluation."""
+    save_minutes: Minutes | None = 60.0
+    """The same within a save, which counts as a whole: the time in which the slowest rank writes its files."""
+    straggler_minutes: Minutes | None = 10.0
+    """Time between two looks for ranks that hold up the others; null never looks. A line on the console, no more."""
+    straggler_ratio: Ratio = 1.5
+    """A straggler takes this many times the median rank's time to read its data, or for its forward passes, and loses
+    at least 5 % of all time with it."""
+
+
+DEFAULTS = 2  # the newest set; trainer.schedule.run_length says what belongs to each
+
+
+class Config(Section):
+    defaults: Annotated[int, Field(ge=1, le=DEFAULTS)] = DEFAULTS
+    """Which set of defaults holds for what follows from the length of the run. A run that has begun keeps the one that
+    it began with. 1: a warm-up of 1,000 steps, epochs rounded up to whole steps, a line every 10 steps."""
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    deepspeed: Line = "zero1"
+    """A preset in ds_configs/ (zero0, zero1, zero2, zero3, zero2_offload, zero3_offload) or the path of a JSON file."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+
+    @model_validator(mode="after")
+    def attention_is_as_deterministic_as_the_rest(self) -> Self:
+        if self.train.deterministic and self.model.attention_backend in ("cudnn", "efficient"):
+            raise ValueError(
+                f"with train.deterministic=true needs model.attention_backend auto, flash or math, not "
+                f"{self.model.attention_backend}, which adds up in an order of its own each time"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def micro_size_is_known_to_cuda_graphs(self) -> Self:
+        if self.model.compile == CUDA_GRAPHS and self.batch.micro_size == "auto":
+            raise ValueError(
+                f"with model.compile={CUDA_GRAPHS} needs a number for batch.micro_size, which is batch.global_size / "
+                "ranks: CUDA graphs cannot accumulate"
+            )
+        return self

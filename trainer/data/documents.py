@@ -1,0 +1,127 @@
+"""Which tokens of a block begin a document, and what attention within documents needs of that.
+
+The `.doc` files of a data set are the only authority on borders: a separator among the tokens may be text.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.dataset import ShardSet
+from trainer.data.shard_writer import check_content, check_sizes
+from trainer.errors import DamagedError
+
+_MAPPED_FILES = 64  # kept open; a data set may have thousands, a batch reads from few
+
+
+class DocumentBorders:
+    """The document borders of one data set, looked up by block.
+
+    A `.doc` file is mapped on first use and, where reads are verified, compared with its checksum when this process
+    first maps it: borders that have moved would train another run without a word.
+    """
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # the one used last comes last
+        self._checked: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": OrderedDict(), "_checked": set()}  # a worker maps the files itself
+
+    def document_starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
+        """Which tokens of blocks begin a document, or what a block holds of one.
+
+        Args:
+            blocks: int64 [B], block numbers.
+            payload: content tokens a block.
+
+        Returns:
+            [B, payload]; the first token of a block is always True, and so is the first one from another shard.
+
+        Raises:
+            DamagedError: when a `.doc` file differs from its checksum, or its offsets, which ascend, lead out of the
+                block.
+        """
+        _, shards, offsets, lengths = self.shards.pieces(blocks, payload).T
+        places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
+        starts = np.zeros(len(blocks) * payload, np.bool_)
+        starts[places] = True
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            piece, distance = self._borders_within(shard, offsets[here], lengths[here])
+            starts[places[here][piece] + distance] = True
+        return starts.reshape(len(blocks), payload)
+
+    def _borders_within(
+        self, shard: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each border inside pieces of a shard: the number of the piece, and the tokens from its start."""
+        borders = self._borders_of(shard)
+        # Searched as uint64, which they are: beside int64 numpy would turn the whole file into floats.
+        first = np.searchsorted(borders, (offsets + 1).astype(np.uint64))
+        end = np.searchsorted(borders, (offsets + lengths).astype(np.uint64))
+        counts = np.maximum(end - first, 0)
+        piece = np.repeat(np.arange(len(offsets)), counts)
+        index = first[piece] + np.arange(len(piece)) - (np.cumsum(counts) - counts)[piece]
+        distance = borders[index].astype(np.int64) - offsets[piece]
+        if (end < first).any() or (distance <= 0).any() or (distance >= lengths[piece]).any():
+            name = f"{self.shards.manifest.shards[shard].name}.doc"
+            raise DamagedError(
+                f"The document offsets in {name} do not ascend.",
+                where=str(self.shards.folder / name),
+                remedy="Copy the data set again, or prepare it again; `maskwright data verify` lists all damage.",
+            )
+        return piece, distance
+
+    def _borders_of(self, shard: int) -> np.ndarray:
+        """uint64 [documents + 1]: token offsets of the documents of a shard, then its length."""
+        mapped = self._maps.pop(shard, None)
+        if mapped is None:
+            if len(self._maps) == _MAPPED_FILES:
+                self._maps.popitem(last=False)
+            entry = self.shards.manifest.shards[shard]
+            if shard not in self._checked:
+                if self.shards.settings.verify:
+                    check_content(self.shards.folder, entry, "doc")
+                else:
+                    check_sizes(self.shards.folder, entry)
+                self._checked.add(shard)
+            mapped = np.memmap(self.shards.folder / f"{entry.name}.doc", "<u8", "r")
+        self._maps[shard] = mapped
+        return mapped
+
+
+def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """int64 [B, S]: the distance of each token from the start of its document.
+
+    Args:
+        starts: [B, S], True where a document begins; so is the first of every row.
+    """
+    places = np.arange(starts.shape[1])
+    return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+
+
+def length_counts(seq_len: int) -> int:
+    """The most shapes that `cumulative_lengths` has for batches [B, S]: of powers of four that hold B up to B·S."""
+    return ((seq_len - 1).bit_length() + 1) // 2 + 1
+
+
+def cumulative_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """int32 [n + 1]: where the documents of a batch begin in its flattened B·S tokens, then B·S, repeated.
+
+    It is what variable-length attention calls cu_seqlens; the documents that repeating the total adds are empty. n is
+    the next power of four: the batches of a run come in one or two shapes, so a compiled model has few graphs.
+
+    Args:
+        starts: [B, S], True where a document begins; so is the first of every row.
+    """
+    first = np.flatnonzero(starts)
+    bits = (len(first) - 1).bit_length()
+    lengths = np.full((1 << bits + bits % 2) + 1, starts.size, np.int32)
+    lengths[: len(first)] = first
+    return lengths

@@ -1,0 +1,1 @@
+"""Which block is sample t: a pure function of the seed, in closed form."""

@@ -1,0 +1,92 @@
+"""The order of a whole run: that of each phase after the other.
+
+A phase cuts the sources into blocks of its own length, so it has an order of its own over its own blocks: sample t of
+phase p is sample t − t_p of a `SampleOrder`, t_p the first sample of the phase. A run whose blocks keep their length is
+one phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.order.permutation import KeyPurpose, fold_key
+from trainer.data.order.sample_order import ORDER_VERSION, SampleOrder
+from trainer.schedule.phases import Phases
+
+
+def phase_seed(seed: int, phase: int) -> int:
+    """Seed of the order of a phase: the first one has the run's, each other one a seed of its own."""
+    return int(fold_key(KeyPurpose.PHASE, seed, phase)) >> 1 if phase else seed
+
+
+class RunOrder:
+    """The order of a run.
+
+    Args:
+        phases: of the run.
+        orders: of each phase, over the same sources.
+        seed: of the run.
+    """
+
+    def __init__(self, phases: Phases, orders: Sequence[SampleOrder], seed: int) -> None:
+        assert len(phases) == len(orders)
+        self.phases, self.orders, self.seed = phases, tuple(orders), seed
+        self._starts = np.array([phase.first_sample for phase in phases], np.int64)
+
+    @property
+    def source_count(self) -> int:
+        return len(self.orders[0].blocks)
+
+    def locate(self, samples: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where samples are, as `SampleOrder.locate`; the block is one of those of the sample's phase."""
+        samples = np.asarray(samples)
+        numbers = np.searchsorted(self._starts, samples, side="right") - 1
+        sources, blocks = np.empty(samples.size, np.int64), np.empty(samples.size, np.int64)
+        for number in np.unique(numbers).tolist():
+            inside = np.flatnonzero(numbers == number)
+            sources[inside], blocks[inside] = self.orders[number].locate(samples[inside] - self._starts[number])
+        return sources, blocks
+
+    def samples_in_phases(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples belong to each phase."""
+        ends = [samples if phase.end_sample is None else min(phase.end_sample, samples) for phase in self.phases]
+        return [max(0, end - phase.first_sample) for phase, end in zip(self.phases, ends, strict=True)]
+
+    def epochs_in_phases(self, samples: int) -> list[list[float]]:
+        """Of each phase the passes over each source after `samples` samples of the run."""
+        counts = self.samples_in_phases(samples)
+        return [order.epochs(count) for order, count in zip(self.orders, counts, strict=True)]
+
+    def epochs(self, samples: int) -> list[float]:
+        """Passes over each source after `samples` samples, those of all phases together."""
+        return [sum(passes) for passes in zip(*self.epochs_in_phases(samples), strict=True)]
+
+    def source_tokens(self, samples: int) -> list[int]:
+        """Positions of each source among the first `samples` samples."""
+        counts = self.samples_in_phases(samples)
+        visits = [order.visits(count) for order, count in zip(self.orders, counts, strict=True)]
+        lengths = [phase.seq_len for phase in self.phases]
+        return [sum(map(int.__mul__, of_source, lengths)) for of_source in zip(*visits, strict=True)]
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides the order, as plain JSON; `spans` as [first sample of the phase, size, places]."""
+        first = self.orders[0]
+        return {
+            "version": ORDER_VERSION,
+            "seed": self.seed,
+            "chunk_blocks": first.chunk_blocks,
+            "window_chunks": first.window_chunks,
+            "phases": [
+                {
+                    "first_sample": phase.first_sample,
+                    "seq_len": phase.seq_len,
+                    "blocks": list(order.blocks),
+                    "spans": order.describe()["spans"],
+                }
+                for phase, order in zip(self.phases, self.orders, strict=True)
+            ],
+        }

@@ -1,0 +1,107 @@
+"""Word and sentence starts: planes of one bit a token, beside NAME.tok.
+
+`NAME.wrd` and `NAME.snt` have a bit for each token of NAME.tok, separators included, the first token in the lowest
+bit of the first byte (`np.packbits(bitorder="little")`); the last byte is filled up with zeros. A bit is set where a
+word, or a sentence, starts; it ends before the next set bit or the separator. The first content token of a document
+starts both; a separator starts neither.
+
+A data set has a plane in all of its shards or in none: `prepare --word-starts` and `--sentence-starts` write them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.runtime.files import sync_and_close
+
+if TYPE_CHECKING:
+    from trainer.data.shard_writer import Manifest, ShardEntry
+
+WORD_STARTS = "wrd"
+SENTENCE_STARTS = "snt"
+START_PLANES = (WORD_STARTS, SENTENCE_STARTS)
+OPTION_OF_PLANE = {WORD_STARTS: "--word-starts", SENTENCE_STARTS: "--sentence-starts"}
+SETTING_OF_PLANE = {WORD_STARTS: "word_starts", SENTENCE_STARTS: "sentence_starts"}  # in a manifest's settings
+_WAITING_BITS = 1 << 16
+
+
+class StartPlaneWriter:
+    """Packs bits into a file as they come, a few thousand at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")
+        self._waiting: list[np.ndarray] = []
+        self._count = 0
+
+    def append(self, bits: np.ndarray) -> None:
+        """Add bool [n] for the next n tokens."""
+        self._waiting.append(bits)
+        self._count += len(bits)
+        if self._count >= _WAITING_BITS:
+            bits = np.concatenate(self._waiting)
+            whole = len(bits) // 8 * 8
+            self._file.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+            self._waiting, self._count = [bits[whole:]], len(bits) - whole
+
+    def close(self) -> None:
+        """Write the rest; the file is durable on return."""
+        if self._waiting:
+            self._file.write(np.packbits(np.concatenate(self._waiting), bitorder="little").tobytes())
+        sync_and_close(self._file)
+
+
+def plane_bytes(tokens: int) -> int:
+    """The size of a plane."""
+    return -(-tokens // 8)
+
+
+def planes_of(manifest: Manifest) -> tuple[str, ...]:
+    """The planes that every shard of a data set has."""
+    if not manifest.shards:
+        return ()
+    return tuple(plane for plane in START_PLANES if all(plane in entry.files for entry in manifest.shards))
+
+
+def read_starts(
+    folder: str | Path, entry: ShardEntry, plane: str, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Where words or sentences start among the tokens [start, stop) of a shard; only the bytes needed are read.
+
+    Args:
+        plane: WORD_STARTS or SENTENCE_STARTS.
+        stop: default the end of the shard.
+
+    Returns:
+        bool [stop − start].
+
+    Raises:
+        UserError: when the data set was prepared without this plane.
+    """
+    path = Path(folder) / f"{entry.name}.{plane}"
+    if plane not in entry.files:
+        raise UserError(
+            f"The data set has no {'word' if plane == WORD_STARTS else 'sentence'} starts (no {path.name}).",
+            where=str(folder),
+            remedy=f"Prepare it again with {OPTION_OF_PLANE[plane]}.",
+        )
+    stop = entry.tokens if stop is None else stop
+    assert 0 <= start <= stop <= entry.tokens, f"tokens {start}..{stop} of {entry.tokens}"
+    first = start // 8
+    packed = np.fromfile(path, np.uint8, plane_bytes(stop) - first, offset=first)
+    return unpack_starts(packed, start - first * 8, stop - first * 8)
+
+
+def unpack_starts(packed: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """bool [stop − start]: the bits [start, stop) of a packed plane, uint8, in memory or mapped."""
+    first = start // 8
+    bits = np.unpackbits(packed[first : plane_bytes(stop)], bitorder="little")
+    return bits[start - first * 8 : stop - first * 8].view(bool)
+
+
+def starts_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """bool, shaped like `places`: the bits of a packed plane at these tokens (int64)."""
+    return (packed[places >> 3] >> (places & 7) & 1).astype(bool)

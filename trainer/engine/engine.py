@@ -1,0 +1,310 @@
+"""The DeepSpeed engine: the one place that knows DeepSpeed's ways. Nothing else imports it.
+
+What it hides: the gradient norm and the non-finite guard at stage 0, float buffers that DeepSpeed casts away,
+and the writing of checkpoint files, which is ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.config import CUDA_GRAPHS, OptimizerConfig
+from trainer.engine.deepspeed_config import QUANTIZED_KEYS
+from trainer.engine.grad_norm import sum_of_squares
+from trainer.engine.optimizer import build_optimizer
+from trainer.engine.partitions import PARAMETER_NAMES, Partitions
+from trainer.engine.snapshot import HostBuffers, Snapshot
+from trainer.engine.zero_patches import raise_scale_after_step, shorten_step
+from trainer.errors import UserError
+from trainer.model.build import BuiltModel, constant_inputs
+from trainer.model.compiling import expect_shapes, options_of
+from trainer.model.cpu_dropout import use_host_dropout
+from trainer.model.document_attention import DocumentAttention
+from trainer.model.masked_head import install
+from trainer.runtime.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.objectives.mlm import Documents
+
+# DeepSpeed otherwise warns at import, before our logging can hold it.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+logger = logging.getLogger(__name__)
+
+# On CPU DeepSpeed compiles a shared-memory all-reduce when it starts (45 s the first time, and it needs a compiler),
+# which only its inference uses. (Plain import would find torch itself under that name.)
+_backend: Any = importlib.import_module("deepspeed.comm.torch")
+_backend.build_shm_op = lambda: None
+
+
+class CapturingCheckpointEngine(TorchCheckpointEngine):
+    """Takes what DeepSpeed would write, for us to write when DeepSpeed has left its barriers.
+
+    A failing rank must not raise inside DeepSpeed's save: the others would wait for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.snapshot = Snapshot()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The folder is there."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.snapshot.add(Path(path), state_dict)
+
+
+class TrainingEngine:
+    """A model under DeepSpeed: forward, backward, step, save."""
+
+    def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
+        self.world = world
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        accelerator = get_accelerator()
+        assert accelerator is not None
+        if ds_config["fp16"]["enabled"] and not accelerator.is_fp16_supported():
+            raise UserError(
+                "This device cannot train in fp16.",
+                where="train.precision=fp16",
+                remedy="Set train.precision to bf16 or fp32.",
+            )
+        quantized = [key for key in QUANTIZED_KEYS if ds_config["zero_optimization"].get(key)]
+        if quantized and world.device.type == "cpu":
+            raise UserError(
+                "DeepSpeed quantizes on GPUs only.",
+                where=f"deepspeed: zero_optimization.{quantized[0]}",
+                remedy="Remove it, or train on GPUs.",
+            )
+        model = built.model
+        self._positions = install(model)
+        if world.device.type == "cpu":
+            use_host_dropout(model)
+        adamw = build_optimizer(model, optimizer)
+        # Any: DeepSpeed's own annotations leave its optimizer and device open
+        self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
+        zero = self._engine.optimizer
+        if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
+            shorten_step(zero, adamw, world.size)
+        self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
+        self.module = model
+        self.device = world.device
+        self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
+        self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
+        self._capturing = CapturingCheckpointEngine()
+        self._host_buffers = HostBuffers()
+        self._engine.checkpoint_engine = self._capturing
+        # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
+        self._engine._copy_recovery_script = lambda *_: None
+        self._has_cuda_graphs = False
+        self._grad_norm: float | None = None  # of the last step, where the host has read it
+        self._max_grad_norm: float | None = None
+        self._withheld: bool | None = None  # whether the step under way is; None: not decided yet
+        self._held_back: list[tuple[dict[str, Any], Any]] = []
+        adamw.register_step_pre_hook(self._withhold_parameters)
+        adamw.register_step_post_hook(self._give_parameters_back)
+
+    def compile(self, mode: bool | str, shapes: int) -> None:
+        """torch.compile the module; shapes are static.
+
+        Args:
+            mode: as `model.compile` in a config. With CUDA graphs, what a forward pass returns, and the gradients, are
+                overwritten by the next one.
+            shapes: of batches that it will be given, in training and in evaluation.
+        """
+        expect_shapes(shapes)
+        self._engine.compile(compile_kwargs=options_of(mode))
+        self._has_cuda_graphs = mode == CUDA_GRAPHS
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""
+        self._engine.destroy()
+
+    def network(
+        self, input_ids: torch.Tensor, prediction_index: torch.Tensor, documents: Documents | None = None
+    ) -> torch.Tensor:
+        """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S].
+
+        With `documents` attention stays within them; without, each block is one sequence.
+        """
+        seq_len = input_ids.shape[1]
+        if seq_len not in self._constants:
+            self._constants[seq_len] = constant_inputs(self.module, seq_len, self.device)
+        inputs = self._constants[seq_len]
+        if documents is not None:
+            assert self.document_attention is not None
+            inputs = {**inputs, **self.document_attention.inputs(documents)}
+        if self._has_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self._positions.select(prediction_index):
+            output = self._engine(input_ids=input_ids, **inputs)
+        shape = output.logits.shape[:2]
+        if not self._positions.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
+            raise UserError(
+                f"{type(self.module).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
+                where="data.seq_len",
+                remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+            )
+        return self._positions.logits(output.logits, prediction_index)
+
+    def begin_step(self, micro_size: int, accumulation: int) -> None:
+        """Say how many micro-batches the next step has, and of how many sequences; they may differ from step to step.
+
+        DeepSpeed ends a step where the number of micro-batches so far divides by the accumulation. That holds with
+        another accumulation only if the count begins anew.
+        """
+        self._engine.set_train_micro_batch_size(micro_size)
+        self._engine.set_train_batch_size(micro_size * accumulation * self.world.size)
+        self._engine.micro_steps = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a micro-batch; they are averaged over ranks and micro-batches.
+
+        Those of a loss that is not finite become NaN, so that the step is skipped on all ranks: the gradients of an
+        infinite cross-entropy may well be finite. The host does not wait for it, and a finite loss keeps every bit.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()))
+
+    def step(self, learning_rate: float | None = None, max_grad_norm: float | None = None) -> bool:
+        """End a micro-batch; after the last one of the step, update the weights.
+
+        Args:
+            learning_rate: of this step; needed at its last micro-batch.
+            max_grad_norm: skip the update when the gradients' global norm is above it; None does not read the norm.
+
+        Returns:
+            False when the update was skipped because a gradient was not finite, or the norm above its bound. Weights
+            and optimizer state are then as they were.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        assert learning_rate is not None
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._grad_norm, self._withheld, self._max_grad_norm = None, None, max_grad_norm
+        if self.stage == 0:
+            grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            self._decide(sum_of_squares(grads).sqrt())
+        self._engine.step()
+        self._raise_scale()
+        return self._engine.was_step_applied() and not self._withheld
+
+    def _decide(self, norm: torch.Tensor | float) -> None:
+        self._grad_norm = float(norm)
+        too_large = self._max_grad_norm is not None and self._grad_norm > self._max_grad_norm
+        self._withheld = too_large or not math.isfinite(self._grad_norm)
+
+    def _withhold_parameters(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Without parameters AdamW leaves weights and state alone: a skipped step that DeepSpeed would not skip.
+
+        ZeRO calls it once for each flat partition, when it knows the norm and has waited for it. Gradients are left
+        in place: with offload they are buffers that DeepSpeed uses again.
+        """
+        if self._withheld is None and self._max_grad_norm is not None:
+            self._decide(self._engine.optimizer._global_grad_norm)
+        if self._withheld:
+            self._held_back = [(group, group["params"]) for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["params"] = []
+
+    def _give_parameters_back(self, *_: Any) -> None:
+        for group, parameters in self._held_back:
+            group["params"] = parameters
+        self._held_back = []
+
+    @property
+    def grad_norm(self) -> float:
+        """Global 2-norm of the last step's gradients, before clipping."""
+        norm = self._grad_norm if self._grad_norm is not None else self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """Loss scale of fp16; 1 in other precisions."""
+        return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self._engine.fp16_enabled() else 1.0
+
+    def is_finite(self) -> bool:
+        """Whether this rank's weights, master weights and optimizer state are finite.
+
+        A sum is finite only if all that it adds is: one pass at the speed of memory, without a copy. The flat tensors
+        are not summed whole: what pads them at stage 3 was never written, and may hold anything.
+        """
+        tensors: list[torch.Tensor] = [*self.module.parameters()]
+        for fragment in self.partitions.fragments():
+            tensors.extend(fragment.tensors.values())
+        sums = [tensor.detach().sum(dtype=torch.float32).to(self.device) for tensor in tensors]
+        return bool(torch.stack(sums).isfinite().all())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off, no gradients."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def capture(self, folder: Path, detached: bool) -> Snapshot:
+        """This rank's checkpoint files, to be written into the existing `folder`; every rank calls it.
+
+        Those that were captured before have been written.
+
+        Args:
+            detached: as copies, so that training may go on before they are written.
+        """
+        self._host_buffers.take_back()
+        self._capturing.snapshot = snapshot = Snapshot(self._host_buffers if detached else None)
+        state = {PARAMETER_NAMES: self._parameter_names()} if self.stage == 0 else {}
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        self._capturing.snapshot = Snapshot()
+        return snapshot
+
+    def _parameter_names(self) -> list[list[str]]:
+        """Of each optimizer group; at stage 0 DeepSpeed records none."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return [
+            [names[id(parameter)] for parameter in group["params"]] for group in self._engine.optimizer.param_groups
+        ]
+
+    @property
+    def partitions(self) -> Partitions:
+        """This rank's share of master weights and optimizer state."""
+        return Partitions(self.module, self._engine.optimizer, self.stage, self.world.rank)
+
+    def set_progress(
+        self, buffers: dict[str, torch.Tensor], counters: dict[str, int], loss_scaler: dict[str, Any]
+    ) -> None:
+        """Take over what a checkpoint holds beside weights and optimizer state.
+
+        Args:
+            loss_scaler: values of DeepSpeed's, by attribute; used if both runs are in fp16 with the same kind of scale,
+                static or dynamic.
+        """
+        own = dict(self.module.named_buffers())
+        for name, value in buffers.items():
+            own[name].copy_(value)
+        for name, value in counters.items():
+            setattr(self._engine, name, value)
+        own_scaler = vars(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else {}
+        if own_scaler and loss_scaler.get("dynamic") == own_scaler["dynamic"]:
+            numbers = {name: value for name, value in loss_scaler.items() if isinstance(value, (int, float))}
+            own_scaler.update(numbers)
+
+    def refresh_forward_weights(self) -> None:
+        """Let the forward pass see master weights that were written from outside; a collective."""
+        self.partitions.refresh_forward_weights()

@@ -1,0 +1,358 @@
+"""The Hugging Face config of a run, and every check that needs no weights.
+
+A model is built once without storage (on torch's meta device), so that what its class refuses is refused here,
+before data is read or a job is queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from trainer.config import ModelConfig
+from trainer.errors import UserError, nearest
+from trainer.model.presets import PRESETS
+from trainer.model.source import read_source
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizer import Vocabulary
+
+_TOKENIZER_DECIDES = "it follows from the tokenizer"
+_ENCODER_ONLY = "only encoders are trained here"
+_NOT_TO_OVERRIDE: Mapping[str, str] = {
+    "vocab_size": _TOKENIZER_DECIDES,
+    **{
+        f"{token}_token_id": _TOKENIZER_DECIDES
+        for token in ("pad", "bos", "eos", "cls", "sep", "mask", "decoder_start")
+    },
+    "model_type": "give another model.preset or model.config",
+    "dtype": "give train.precision",
+    "torch_dtype": "give train.precision",
+    "is_decoder": _ENCODER_ONLY,
+    "is_encoder_decoder": _ENCODER_ONLY,
+    "add_cross_attention": _ENCODER_ONLY,
+    "use_cache": _ENCODER_ONLY,
+    "sparse_prediction": "only masked positions are predicted anyway",
+}
+DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
+    "bert": "BERT",
+    "camembert": "CamemBERT",
+    "modernbert": "ModernBERT",
+    "roberta": "RoBERTa",
+    "xlm-roberta": "XLM-RoBERTa",
+}
+"""`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
+# Different values leave some or all weight shapes as they are, and still make another model of the same weights.
+_SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
+_MOST_LAYERS, _LARGEST_SIZE = 1024, 2**24  # beyond what anybody trains; without a cap a slip builds modules for hours
+_SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
+
+
+def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) -> PretrainedConfig:
+    """The Hugging Face config of a run, checked; no weights are made or read.
+
+    For `from_pretrained` it is the checkpoint's own, before a resize of its vocabulary.
+
+    Raises:
+        UserError: for an unknown preset, a file that is no config, an override that is unknown, of the wrong type
+            or not to be made, sizes that do not fit each other, a class without a masked-LM head or without
+            activation checkpointing or document attention where it is asked for, and a seq_len beyond the model's
+            positions.
+    """
+    where, fields = _source(settings)
+    config_class = _config_class(fields, where)
+    overrides = _checked_overrides(settings, config_class, fields)
+    if settings.from_pretrained is None:
+        fields = {**fields, **_token_fields(config_class, vocabulary)}
+    config = _make_config(config_class, {**fields, **overrides}, settings, where)
+    _check_sizes(config, where)
+    skeleton = _skeleton(config, vocabulary, where)
+    if settings.from_pretrained is not None:
+        _refuse_shape_changes(settings, config_class, fields, overrides, vocabulary)
+    if settings.activation_checkpointing and not skeleton.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(skeleton).__name__} does not support activation checkpointing.",
+            where="model.activation_checkpointing",
+            remedy="Set model.activation_checkpointing=false and, for less memory, a smaller batch.micro_size.",
+        )
+    if settings.document_attention and config.model_type not in DOCUMENT_ATTENTION_MODELS:
+        raise UserError(
+            f"{type(skeleton).__name__} cannot keep its attention within documents.",
+            where="model.document_attention",
+            remedy="Set model.document_attention=false, or train one of "
+            f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
+        )
+    _refuse_what_cannot_be_proven(config, where)
+    _check_seq_len(skeleton, seq_len, settings)
+    return config
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """'sdpa' where the model class supports it, else 'eager'."""
+    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def heads_of(config: PretrainedConfig) -> int:
+    """Heads of the attention; 0 for a class without attention (FNet), or with another kind of it (Perceiver)."""
+    return getattr(config, "num_attention_heads", None) or 0
+
+
+def head_width_of(config: PretrainedConfig) -> int:
+    """Width of one head of the attention; 0 where there are none."""
+    if not heads_of(config):
+        return 0
+    width = getattr(config, "true_hidden_size", None) or config.hidden_size  # MobileBERT's, within its bottlenecks
+    return getattr(config, "head_dim", None) or width // heads_of(config)
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the table of tokens, which not every class has in an nn.Embedding (I-BERT), or gives out (Perceiver)."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else model.config.vocab_size
+
+
+def attention_dropout_of(config: PretrainedConfig) -> float:
+    """Dropout of the attention's probabilities, which classes have under two names."""
+    return getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None) or 0.0
+
+
+def position_table(model: PreTrainedModel) -> nn.Embedding | None:
+    """The table of learned or sinusoidal absolute positions; None for rotary and relative positions."""
+    for name, module in model.base_model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            return module
+    return None
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """The position id of the first token.
+
+    Padding id + 1 in the RoBERTa family, whose position table has a row for padding
+    (`create_position_ids_from_input_ids` in transformers, after fairseq); 0 elsewhere.
+    """
+    table = position_table(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The config key that names the architecture, and the fields found there."""
+    if settings.preset is not None:
+        if settings.preset not in PRESETS:
+            raise UserError(
+                f"No preset '{settings.preset}'.{nearest(settings.preset, list(PRESETS))}",
+                where="model.preset",
+                remedy=f"Choose one of {', '.join(PRESETS)}, or give model.config.",
+            )
+        return "model.preset", dict(PRESETS[settings.preset])
+    if settings.config is not None:
+        return "model.config", read_source(settings.config, "model.config")[0]
+    assert settings.from_pretrained is not None
+    return "model.from_pretrained", read_source(settings.from_pretrained, "model.from_pretrained")[0]
+
+
+def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfig]:
+    model_type = fields["model_type"]
+    known = list(CONFIG_MAPPING)
+    if model_type not in known:
+        raise UserError(
+            f"Model type '{model_type}' is not known to the installed transformers.{nearest(model_type, known)}",
+            where=where,
+            remedy="Correct model_type, or install a version of transformers that has it.",
+        )
+    config_class: Any = CONFIG_MAPPING[model_type]
+    decodes = any({**vars(config_class()), **fields}.get(name) for name in ("is_decoder", "is_encoder_decoder"))
+    if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
+        raise UserError(
+            f"'{model_type}' is a model of several parts ({', '.join(config_class.sub_configs)}), and only encoders of "
+            "text are trained here.",
+            where=where,
+            remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",
+        )
+    if config_class not in MODEL_FOR_MASKED_LM_MAPPING or decodes:
+        raise UserError(
+            f"'{model_type}', as configured, is no encoder with a masked-LM head.",
+            where=where,
+            remedy="Choose a model type that AutoModelForMaskedLM knows, such as roberta, bert or modernbert.",
+        )
+    return config_class
+
+
+def _checked_overrides(
+    settings: ModelConfig, config_class: type[PretrainedConfig], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    known = {name for name in (*vars(config_class()), *config_class.attribute_map, *fields) if not name.startswith("_")}
+    known -= set(_NOT_TO_OVERRIDE)
+    overrides = {}
+    for name, value in settings.overrides.items():
+        where = f"model.overrides.{name}"
+        if name in _NOT_TO_OVERRIDE:
+            raise UserError(
+                f"'{name}' cannot be overridden: {_NOT_TO_OVERRIDE[name]}.", where=where, remedy=f"Remove {where}."
+            )
+        if name not in known:
+            raise UserError(
+                f"{config_class.__name__} has no field '{name}'.{nearest(name, sorted(known))}",
+                where=where,
+                remedy=f"Its fields are: {', '.join(sorted(known))}.",
+            )
+        overrides[config_class.attribute_map.get(name, name)] = value
+    return overrides
+
+
+def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary) -> dict[str, int]:
+    ids = {
+        "vocab_size": vocabulary.size,
+        "pad_token_id": vocabulary.pad_id,
+        "bos_token_id": vocabulary.begin_id,
+        "cls_token_id": vocabulary.begin_id,
+        "eos_token_id": vocabulary.end_id,
+        "sep_token_id": vocabulary.end_id,
+        "mask_token_id": vocabulary.mask_id,
+    }
+    fields = vars(config_class())
+    return {name: value for name, value in ids.items() if name in fields}
+
+
+def _make_config(
+    config_class: type[PretrainedConfig], fields: dict[str, Any], settings: ModelConfig, where: str
+) -> PretrainedConfig:
+    try:
+        config = config_class.from_dict(fields)
+    except Exception as error:  # StrictDataclassError, ValueError, TypeError, KeyError: each class has its own checks
+        message = " ".join(str(error).split())
+        guilty = next((name for name in settings.overrides if f"'{name}'" in message), None)
+        raise UserError(
+            f"Not a {config_class.__name__}: {message}",
+            where=f"model.overrides.{guilty}" if guilty else where,
+            remedy="Correct the value.",
+        ) from None
+    for name, value in (("use_cache", False), ("sparse_prediction", False)):
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def _check_sizes(config: PretrainedConfig, where: str) -> None:
+    for name in _SIZE_FIELDS:
+        value = getattr(config, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}.", where=where, remedy=_set_override(name))
+    for name, value in config.to_dict().items():
+        most = _MOST_LAYERS if "layers" in name else _LARGEST_SIZE
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{name} must be at most {most:,}, got {value:,}.", where=where, remedy=_set_override(name))
+    heads = heads_of(config)
+    if not heads:
+        return
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise UserError(
+            f"hidden_size {config.hidden_size} is not divisible by num_attention_heads {heads}.",
+            where="model.overrides.num_attention_heads",
+            remedy="Set model.overrides.hidden_size to a multiple of model.overrides.num_attention_heads.",
+        )
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % key_value_heads:
+        raise UserError(
+            f"num_attention_heads {heads} is not divisible by num_key_value_heads {key_value_heads}.",
+            where="model.overrides.num_key_value_heads",
+            remedy=_set_override("num_key_value_heads"),
+        )
+
+
+def _set_override(name: str) -> str:
+    return f"Correct model.overrides.{name}, or the field in the config."
+
+
+def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> PreTrainedModel:
+    """The model on the meta device: shapes and class, no storage."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForMaskedLM.from_config(config, attn_implementation=attention_of(config))
+    except Exception as error:  # a class checks its config as it likes: ValueError, AssertionError, KeyError, ...
+        remedy = "Correct the model's config or model.overrides."
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(error, AssertionError) and positions is not None and vocabulary.pad_id >= positions:
+            remedy = (
+                f"The padding token has id {vocabulary.pad_id}, and this class counts its {positions} positions from "
+                "there: use a tokenizer whose special tokens come first."
+            )
+        raise UserError(
+            f"{type(config).__name__} does not describe a model that can be built: {type(error).__name__}: {error}",
+            where=where,
+            remedy=remedy,
+        ) from None
+
+
+def _refuse_shape_changes(
+    settings: ModelConfig,
+    config_class: type[PretrainedConfig],
+    fields: dict[str, Any],
+    overrides: Mapping[str, Any],
+    vocabulary: Vocabulary,
+) -> None:
+    def shapes(change: Mapping[str, Any]) -> dict[str, Any]:
+        config = _make_config(config_class, {**fields, **change}, settings, "model.from_pretrained")
+        model = _skeleton(config, vocabulary, "model.from_pretrained")
+        own = [getattr(config, name, None) for name in _SHAPE_FIELDS]
+        return {"fields": own, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
+
+    if not overrides:
+        return
+    stored = shapes({})
+    for name, value in overrides.items():
+        if shapes({name: value}) != stored:
+            raise UserError(
+                f"Overriding '{name}' changes the shape of the checkpoint's weights, or how they are used.",
+                where=f"model.overrides.{name}",
+                remedy="Remove it, or train from random weights with model.preset or model.config.",
+            )
+
+
+def _refuse_what_cannot_be_proven(config: PretrainedConfig, where: str) -> None:
+    """Refuse classes of which no conversion could show that what comes out is what was trained.
+
+    Reformer's hashes are drawn anew in each pass. Funnel's row of padding is set to zero whenever transformers loads
+    it: its `_init_weights` writes through a slice, which does not carry the mark that a weight has been loaded.
+    """
+    if config.model_type == "funnel":
+        raise UserError(
+            "transformers changes a weight of Funnel whenever it loads one (its row of padding), so a trained model "
+            "could never be proven to be what was trained.",
+            where=where,
+            remedy="Train a model of another type.",
+        )
+    if "lsh" in getattr(config, "attn_layers", ()) and getattr(config, "hash_seed", None) is None:
+        raise UserError(
+            f"{type(config).__name__} hashes at random, so its logits are other ones each time, and a trained model "
+            "could never be proven to be what was trained.",
+            where="model.overrides.attn_layers",
+            remedy="Give it local attention only (attn_layers of 'local'), or train a model of another type.",
+        )
+
+
+def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    table = position_table(model)
+    positions = table.num_embeddings if table is not None else positions
+    offset = position_offset(model)
+    if not isinstance(positions, int) or positions < 1 or seq_len + offset <= positions:
+        return
+    counted = f" (its position ids start at {offset})" if offset else ""
+    can_grow = settings.from_pretrained is None or table is None
+    grow = f"Set model.overrides.max_position_embeddings={seq_len + offset}, or " if can_grow else "Set "
+    raise UserError(
+        f"data.seq_len {seq_len} needs {seq_len + offset} positions{counted}; the model has {positions}.",
+        where="data.seq_len",
+        remedy=f"{grow}data.seq_len to at most {positions - offset}.",
+    )

@@ -1,0 +1,144 @@
+"""What follows from the length of a run: its warm-up, how often it reports, and whether it is long enough to learn.
+
+A default that changes would change runs that have begun. So what a config leaves out is taken from a numbered set of
+defaults (`Config.defaults`), each checkpoint records its own, and a set is never edited: a change is a new one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from trainer.config import DEFAULTS, Config
+from trainer.errors import UserError
+from trainer.schedule.batch_plan import BatchPlan, divisors
+
+FEW_UPDATES = 100
+"""Fewer of them teach a model little: in each, Adam moves a weight by about the learning rate at most."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """One set.
+
+    Attributes:
+        warmup_steps, log_every_steps: from the steps of the run.
+        whole_steps: epochs are rounded up to full steps.
+        warmup_must_fit: a warm-up that is longer than the run is refused.
+    """
+
+    warmup_steps: Callable[[int], int]
+    log_every_steps: Callable[[int], int]
+    whole_steps: bool
+    warmup_must_fit: bool
+
+
+_SETS = {
+    1: Defaults(lambda _: 1000, lambda _: 10, whole_steps=True, warmup_must_fit=False),
+    # 6 % as RoBERTa's fine-tuning (arXiv:1907.11692, table 10); its pre-training has 4.8 %.
+    2: Defaults(
+        lambda steps: min(1000, _share(0.06, steps)),
+        lambda steps: min(10, max(1, steps // 20)),
+        whole_steps=False,
+        warmup_must_fit=True,
+    ),
+}
+assert max(_SETS) == DEFAULTS
+
+
+def defaults_of(config: Config) -> Defaults:
+    return _SETS[config.defaults]
+
+
+def resolve(config: Config, plan: BatchPlan) -> Config:
+    """The config with numbers in the place of what follows from the length of the run.
+
+    Raises:
+        UserError: when the warm-up does not end within the run.
+    """
+    steps, defaults = plan.total_steps, defaults_of(config)
+    schedule, logging = config.schedule, config.logging
+    warmup = schedule.warmup_steps
+    if warmup is None and schedule.warmup_fraction is not None:
+        warmup = _share(schedule.warmup_fraction, steps)
+    elif warmup is None:
+        warmup = defaults.warmup_steps(steps)
+    elif warmup > steps and defaults.warmup_must_fit:
+        fitting = _SETS[DEFAULTS].warmup_steps(steps)
+        raise UserError(
+            f"The run has {steps:,} step{'s' if steps > 1 else ''} and would end within its warm-up of {warmup:,}, "
+            "before the learning rate reaches its peak.",
+            where=f"schedule.warmup_steps={warmup}",
+            remedy=f"Set schedule.warmup_steps to {fitting} (6 % of the steps) or leave it out, or train for longer.",
+        )
+    resolved = {"warmup_steps": warmup, "warmup_fraction": None}
+    every = defaults.log_every_steps(steps) if logging.every_steps is None else logging.every_steps
+    return config.model_copy(
+        update={
+            "schedule": schedule.model_copy(update=resolved),
+            "logging": logging.model_copy(update={"every_steps": every}),
+        }
+    )
+
+
+def describe_length(config: Config, plan: BatchPlan) -> list[str]:
+    """The schedule of a resolved config in a line, and another one where the run is too short to learn much."""
+    schedule, warmup = config.schedule, config.schedule.warmup_steps or 0
+    after = f"{schedule.name} to {schedule.min_ratio:g} of it"
+    if schedule.name == "wsd":
+        after = f"constant, over the last {schedule.decay_fraction:.0%} of the steps to {schedule.min_ratio:g} of it"
+    elif schedule.name == "constant":
+        after = "constant"
+    line = f"schedule: {warmup:,} steps of warm-up to {config.optimizer.lr:.3g}, then {after}"
+    if warmup > plan.total_steps:
+        line = (
+            f"schedule: THE RUN ENDS WITHIN THE WARM-UP of {warmup:,} steps, before the rate reaches its peak; a new "
+            f"run takes {_SETS[DEFAULTS].warmup_steps(plan.total_steps)} steps (schedule.warmup_steps)"
+        )
+    few = few_updates(config, plan)
+    return [line, few] if few else [line]
+
+
+def few_updates(config: Config, plan: BatchPlan) -> str:
+    """A line with the remedy where a run of epochs or tokens has only a handful of steps; empty where it has not.
+
+    Who asks for a number of steps gets what he asks for.
+    """
+    if config.train.steps is not None or plan.total_steps >= FEW_UPDATES:
+        return ""
+    samples, steps = plan.end_sample, plan.total_steps
+    line = (
+        f"FEW UPDATES: {steps} step{'s' if steps > 1 else ''} in all, of up to {plan.global_size} sequences, teach a "
+        "model little"
+    )
+    size, micro_size = _smaller_batch(plan, samples // FEW_UPDATES)
+    if not size:
+        name = "epochs" if config.train.epochs is not None else "tokens"
+        needed = math.ceil(getattr(config.train, name) * FEW_UPDATES * plan.world_size / samples)
+        return (
+            f"{line}: set train.{name} to {needed:,}, batch.global_size to {plan.world_size} and batch.micro_size to "
+            f"1 for {FEW_UPDATES}, or give more text"
+        )
+    micro = "" if micro_size == plan.micro_size else f" and batch.micro_size to {micro_size}"
+    about = "about " if config.batch.warmup is not None else ""  # which has to lead there
+    return f"{line}: set batch.global_size to {about}{size}{micro} for {-(-samples // size):,}, or train for longer"
+
+
+def _smaller_batch(plan: BatchPlan, most: int) -> tuple[int, int]:
+    """The largest batch of at most `most` sequences that divides over the ranks, and its micro-batch; 0 for none.
+
+    The micro-batch stays what it is where it can.
+    """
+    whole = most // (plan.micro_size * plan.world_size)
+    if whole:
+        return whole * plan.micro_size * plan.world_size, plan.micro_size
+    a_rank = most // plan.world_size
+    fitting = [size for size in divisors(a_rank) if size <= plan.micro_size] if a_rank else [1]
+    return a_rank * plan.world_size, fitting[-1]
+
+
+def _share(fraction: float, steps: int) -> int:
+    """So many of the steps, rounded up; 0.06 is six hundredths, as it was written."""
+    return math.ceil(Fraction(str(fraction)) * steps)

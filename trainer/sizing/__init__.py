@@ -1,0 +1,1 @@
+"""What a model takes: memory, FLOPs, and the micro-batch that fits."""

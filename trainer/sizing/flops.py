@@ -1,0 +1,67 @@
+"""Floating-point operations of a training step, counted from the model's own layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainer.model.hf_config import head_width_of, heads_of
+
+_NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
+
+
+def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_ratio: float) -> float:
+    """Training FLOPs a position of the input, forward and backward; an add and a multiply count as two.
+
+    With H the width, I the intermediate size, L the layers, A the attended tokens, V the vocabulary and r the share
+    of predicted positions this is, for RoBERTa and BERT,
+
+        3 · [L · (8H² + 4HI) + 4·L·A·H + r · (2H² + 2HV)]
+
+    that is: every matrix of a layer, the two products of attention, the head at the predicted positions, and twice
+    the forward pass for the backward pass (arXiv:2001.08361, section 2.1, with the attention term kept). Other
+    classes are counted by the same rule from their nn.Linear modules. Elementwise work, norms, softmax, embedding
+    look-ups and recomputation are not counted. With document attention only products within a document count, even
+    where a block mask makes sdpa compute the others as well: they are no work of the model. Local attention
+    (ModernBERT) is counted as if it were full, and attention of another kind (Perceiver's) not at all. Weights may be
+    on the meta device or partitioned: only their declared sizes are read.
+
+    Args:
+        model: a masked-LM model.
+        attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
+            attention, `Inputs.attended_tokens`.
+        prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
+    """
+    config = model.config
+    applications = _shared_layer_applications(model)
+    encoder_matmuls = head_matmuls = 0
+    encoder_modules = set(model.base_model.modules())
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
+            continue
+        flops = 2 * module.in_features * module.out_features
+        if module in encoder_modules:
+            encoder_matmuls += flops * applications.get(name, 1)
+        else:
+            head_matmuls += flops
+    attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
+    return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
+
+
+def _shared_layer_applications(model: PreTrainedModel) -> dict[str, int]:
+    """How often a token passes through each Linear of ALBERT's shared layers, by module name.
+
+    Layer i of L uses the weights of group floor(i / (L / G)) of G (arXiv:1909.11942).
+    """
+    config = model.config
+    if config.model_type != "albert":
+        return {}
+    layers_a_group = config.num_hidden_layers / config.num_hidden_groups
+    uses = Counter(int(layer / layers_a_group) for layer in range(config.num_hidden_layers))
+    marker = ".albert_layer_groups."
+    return {
+        name: uses[int(name.partition(marker)[2].split(".")[0])] for name, _ in model.named_modules() if marker in name
+    }

@@ -1,0 +1,95 @@
+"""What a run's model takes in memory for any micro-batch, from its config alone: traced activations and ZeRO state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from trainer.config import Config
+from trainer.data.tokenizer import Vocabulary
+from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.hf_config import build_config
+from trainer.objectives.masking import predictions_per_block
+from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_model
+from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
+
+
+class Footprint:
+    """The model of a config on the meta device, and the memory of a rank that trains it.
+
+    Args:
+        preset: of DeepSpeed.
+        device_type: where it will be trained.
+        seq_len: tokens a block; None for those of `data.seq_len`.
+
+    Raises:
+        UserError: as `build_config`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        preset: dict[str, Any],
+        device_type: DeviceType,
+        seq_len: int | None = None,
+    ) -> None:
+        model_config = build_config(config.model, vocabulary, config.data.seq_len)
+        if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
+            model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
+        self.config, self.zero = config, ZeroSettings.of(preset)
+        self.device_type: DeviceType = device_type
+        self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
+        self.seq_len = seq_len or config.data.seq_len
+        self.predictions_per_block = predictions_per_block(config.objective.mask_ratio, self.seq_len - 2)
+        self._traced: dict[int, TracedStep] = {}
+
+    @cached_property
+    def parameter_sizes(self) -> list[int]:
+        """Elements of each trained parameter, tied ones once."""
+        return [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parameter_sizes)
+
+    def step(self, micro_size: int) -> TracedStep:
+        """A forward and backward pass of a micro-batch."""
+        if micro_size not in self._traced:
+            if not self._traced:
+                settings = self.config.model
+                self._tracer = StepTracer(
+                    self.model, self.device_type, settings.document_attention, settings.activation_checkpointing
+                )
+            self._traced[micro_size] = self._tracer.trace(micro_size, self.seq_len, self.predictions_per_block)
+        return self._traced[micro_size]
+
+    def memory(
+        self, micro_size: int, world_size: int, accumulation: int, zero: ZeroSettings | None = None
+    ) -> RankMemory:
+        """Of a rank in a steady step; `zero` in place of the preset's settings."""
+        return rank_memory(
+            self.parameters,
+            world_size,
+            accumulation,
+            self.config.train,
+            zero or self.zero,
+            self.step(micro_size).peaks,
+            on_cpu=self.device_type == "cpu",
+        )
+
+    def largest(
+        self, sizes: Sequence[int], world_size: int, budget_bytes: float, zero: ZeroSettings | None = None
+    ) -> int | None:
+        """The largest of ascending micro-batches whose memory is within a budget; None when none is."""
+        global_size, low, high = self.config.batch.global_size, 0, len(sizes)
+        while low < high:  # memory grows with the micro-batch
+            middle = (low + high) // 2
+            size = sizes[middle]
+            accumulation = global_size // (size * world_size)
+            if self.memory(size, world_size, accumulation, zero).peak <= budget_bytes:
+                low = middle + 1
+            else:
+                high = middle
+        return sizes[low - 1] if low else None

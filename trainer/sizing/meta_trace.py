@@ -1,0 +1,255 @@
+"""A forward and backward pass on torch's meta device: what it would hold in memory, move and compute.
+
+Nothing is computed and no memory taken, but every operation of the real pass is seen with its shapes, in order,
+forward and backward. From them follow the bytes alive at each moment, the bytes that each kernel reads and writes,
+and its FLOPs. What an operation takes for itself, inside, is not seen; nor is what torch.compile fuses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+
+from trainer.model.build import constant_inputs
+from trainer.model.document_attention import DocumentAttention
+from trainer.model.hf_config import attention_of, vocabulary_rows
+from trainer.model.masked_head import install
+from trainer.objectives.mlm import Documents
+from trainer.sizing.zero_memory import PassPeaks
+
+META = torch.device("meta")
+_LOOKUPS = ("embedding", "index_select", "index", "gather")  # read no more of a table than they return
+_WITHOUT_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_ATEN = torch.ops.aten
+# The CPU's flash kernels, which torch's counter does not know, take what CUDA's take.
+_COUNTED_AS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
+DeviceType = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A micro-batch, forward and backward, in eager mode.
+
+    Attributes:
+        peaks: bytes beyond the weights.
+        logits_bytes: of `peaks.activations`, what has the vocabulary for its last dimension: logits, their copy in
+            fp32, their log-softmax and its gradient.
+        kernels: (FLOPs, bytes moved) → how many such kernels the two passes have.
+    """
+
+    peaks: PassPeaks
+    logits_bytes: int
+    kernels: Counter[tuple[int, int]]
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """A roofline: each kernel takes what its arithmetic or its traffic takes, whichever is longer."""
+        return sum(
+            count * max(flops / flops_per_second, moved / bytes_per_second)
+            for (flops, moved), count in self.kernels.items()
+        )
+
+    @property
+    def flops(self) -> int:
+        """Of all matrix products, those of attention included."""
+        return sum(count * flops for (flops, _), count in self.kernels.items())
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config as it is trained, without storage."""
+    with META:
+        model = AutoModelForMaskedLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
+    return model.train()
+
+
+class StepTracer:
+    """Traces micro-batches through a model from `meta_model`.
+
+    Args:
+        device_type: whose kernels to take where they differ: those of attention and dropout.
+        document_attention: with the block mask, the larger of the two ways to keep attention within documents.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device_type: DeviceType,
+        document_attention: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self._model = model
+        self._device_type: DeviceType = device_type
+        self._documents = DocumentAttention(model, META) if document_attention else None
+        self._positions = install(model)
+        if activation_checkpointing:
+            # A backward pass leaves function modes behind, so what it computes again gets its own.
+            contexts = {"context_fn": lambda: (nullcontext(), _KernelsOf(device_type))}
+            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+
+    def trace(self, micro_size: int, seq_len: int, predictions_per_block: int) -> TracedStep:
+        """One micro-batch of `micro_size` blocks of `seq_len`; a few tenths of a second, whatever the sizes."""
+        model = self._model
+        input_ids = torch.zeros(micro_size, seq_len, dtype=torch.int64, device=META)
+        index = torch.zeros(micro_size * predictions_per_block, dtype=torch.int64, device=META)
+
+        def one_pass() -> None:
+            inputs: dict[str, Any] = dict(constant_inputs(model, seq_len, META))
+            if self._documents is not None:
+                inputs |= self._documents.inputs(Documents(positions=input_ids, cu_seqlens=input_ids))
+            with self._positions.select(index):
+                output = model(input_ids=input_ids, **inputs)
+            logits = self._positions.logits(output.logits, index)
+            functional.cross_entropy(logits.float(), index, reduction="sum").backward()
+
+        rows = vocabulary_rows(model)
+        with _KernelsOf(self._device_type):
+            hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in model.parameters()]
+            freeing = _traced(one_pass, vocabulary_size=rows)
+            for hook in hooks:
+                hook.remove()
+            making = _traced(one_pass, vocabulary_size=rows)
+            held = sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
+            adding = _traced(one_pass, vocabulary_size=rows)
+        model.zero_grad(set_to_none=True)
+        peaks = PassPeaks(freeing.peak, making.peak, held + adding.peak)
+        return TracedStep(peaks, freeing.logits_at_peak, making.kernels)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _traced(work: Callable[[], None], vocabulary_size: int) -> _Trace:
+    with _Trace(vocabulary_size) as trace:
+        work()
+    return trace
+
+
+class _Trace(TorchDispatchMode):
+    """Sees every operation, and every storage that one of them makes until it is freed."""
+
+    def __init__(self, vocabulary_size: int) -> None:
+        super().__init__()
+        self.peak = self.logits_at_peak = 0
+        self.kernels: Counter[tuple[int, int]] = Counter()
+        self._vocabulary_size = vocabulary_size
+        self._live = self._live_logits = 0
+        self._sizes: dict[int, tuple[int, bool]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given, made = _tensors((args, kwargs)), _tensors(out)
+        known = {_storage_id(tensor) for tensor in given}
+        fresh = [tensor for tensor in made if _storage_id(tensor) not in known]
+        for tensor in fresh:
+            self._born(tensor)
+        if self._live > self.peak:
+            self.peak, self.logits_at_peak = self._live, self._live_logits
+        name = func._schema.name.removeprefix("aten::")
+        if (fresh or name.endswith("_")) and name not in _WITHOUT_WORK:
+            self.kernels[_flops(func, args, kwargs, out), _moved(name, given, made)] += 1
+        return out
+
+    def _born(self, tensor: torch.Tensor) -> None:
+        key = _storage_id(tensor)
+        if key in self._sizes:
+            return
+        storage = tensor.untyped_storage()
+        # Rows of logits, and not a gradient of the table of tokens, whose first dimension is the vocabulary.
+        is_logits = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary_size
+        self._sizes[key] = storage.nbytes(), is_logits
+        self._live += storage.nbytes()
+        self._live_logits += storage.nbytes() * is_logits
+        weakref.finalize(storage, self._died, key)
+
+    def _died(self, key: int) -> None:
+        size, is_logits = self._sizes.pop(key)
+        self._live -= size
+        self._live_logits -= size * is_logits
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    """The same for all views of one storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    packet = func._overloadpacket
+    count = flop_registry.get(_COUNTED_AS.get(packet, packet))
+    return int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
+
+
+def _moved(name: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+    written = sum(tensor.nbytes for tensor in made)
+    if name in _LOOKUPS:
+        return 2 * written
+    return written + sum(tensor.nbytes for tensor in given)
+
+
+class _KernelsOf(TorchFunctionMode):
+    """Attention and dropout as a device does them: on meta torch would take the plain ones."""
+
+    def __init__(self, device_type: DeviceType) -> None:
+        super().__init__()
+        self._is_cuda = device_type == "cuda"
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(func, *args, **kwargs)
+        if func is functional.dropout and self._is_cuda:
+            return _cuda_dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        func: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if not self._is_cuda and dropout_p > 0:  # the CPU's flash kernel has no dropout
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        mask = attn_mask.to(query.dtype) if attn_mask is not None else None
+        if not self._is_cuda:
+            return _ATEN._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+            )[0]
+        if mask is None and query.dtype in (torch.bfloat16, torch.float16):
+            return _ATEN._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])
+        return _ATEN._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+def _cuda_dropout(states: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """One kernel and a mask of a byte an element; elsewhere the mask is of the states' own type."""
+    return torch.native_dropout(states, p, training)[0] if training and p > 0 else states
