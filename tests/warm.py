@@ -14,7 +14,7 @@ from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.save import RECORDED_PACKAGES
 from trainer.config import ModelConfig
 from trainer.consistency import _sources_hash
-from trainer.data.shard_writer import Manifest, ShardEntry
+from trainer.data.manifest import Manifest, ShardEntry
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.rehearsal import rehearse
 from trainer.runtime.run_lock import Holder

@@ -23,7 +23,7 @@ from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
-from trainer.data.shard_writer import token_dtype
+from trainer.data.manifest import token_dtype
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 
 VARIANTS = {

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
 from trainer.config.base import LARGEST, LIMIT, keys_of, section_in
-from trainer.data.shard_writer import Manifest, ShardEntry
+from trainer.data.manifest import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
 from trainer.state import TrainState
 from trainer.tracking.metrics import (

@@ -23,26 +23,18 @@ from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_writer import (
+from trainer.data.manifest import (
     MANIFEST,
-    SPLITS,
-    Manifest,
-    ShardEntry,
-    check_content,
-    document_starts,
-    file_fault,
-    read_manifest,
-    verify_shard,
-)
-from trainer.data.token_marks import (
     SENTENCE_STARTS,
-    SETTING_OF_PLANE,
+    SPLITS,
     START_PLANES,
     WORD_STARTS,
-    planes_of,
-    read_starts,
-    starts_at,
+    Manifest,
+    ShardEntry,
+    read_manifest,
 )
+from trainer.data.shard_checks import check_content, document_starts, file_fault, verify_shard
+from trainer.data.token_marks import SETTING_OF_PLANE, planes_of, read_starts, starts_at
 from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.paths import real_path, user_path

@@ -11,7 +11,7 @@ import numpy as np
 from rich.text import Text
 from tokenizers import decoders
 
-from trainer.data.token_marks import SENTENCE_STARTS, WORD_STARTS
+from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from trainer.config import Config
-from trainer.data.shard_writer import MANIFEST, split_folder
+from trainer.data.manifest import MANIFEST, split_folder
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import HangError, MaskwrightError, UserError, mark_origin
 from trainer.inputs import Inputs, tokenizer_source

@@ -19,10 +19,10 @@ from trainer.config import CUDA_GRAPHS, Config, DataConfig
 from trainer.config.run_names import check_named_files
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders, length_counts, positions_in_documents
+from trainer.data.manifest import split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.shard_reader import ReadSettings
-from trainer.data.shard_writer import split_folder
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, stage_of

@@ -13,8 +13,8 @@ import pytest
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tests.unit.data.test_shards import flip, write_data_set
 from trainer.config import Config
+from trainer.data.manifest import SUM_BYTES, ShardEntry, read_manifest
 from trainer.data.order.sample_order import rank_share
-from trainer.data.shard_writer import SUM_BYTES, ShardEntry, read_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import open_inputs
 

@@ -18,7 +18,7 @@ from launcher.console import make_console
 from tests.ranks import TINY_ROBERTA, losses, metrics, tiny_config, train
 from tools.convert import convert
 from trainer.config import Config
-from trainer.data.shard_writer import document_starts
+from trainer.data.shard_checks import document_starts
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.evaluate import EVALUATION_SEED, Evaluator
 from trainer.inputs import open_inputs

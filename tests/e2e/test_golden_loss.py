@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import make_workspace
 from tests.ranks import TWO_LAYERS, losses, tiny_config, train
 from trainer.config import Config
-from trainer.data.shard_writer import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.errors import EXIT_FINISHED
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"

@@ -19,7 +19,7 @@ from tests.waiting import TIMEOUT_S, Started, rank_processes, wait_for
 from tools.prepare import prepare
 from tools.validate import validate
 from trainer.config import Config
-from trainer.data.shard_writer import MANIFEST
+from trainer.data.manifest import MANIFEST
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 
 

@@ -27,7 +27,7 @@ from tests.commands import maskwright, start_maskwright_into
 from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S
 from tools.prepare import prepare
-from trainer.data.shard_writer import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 from trainer.inputs import open_inputs
 from trainer.objectives.masking import IGNORED_LABEL

@@ -21,8 +21,8 @@ from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
 from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
 from trainer.data.dataset import ShardSet
+from trainer.data.manifest import split_folder
 from trainer.data.order.sample_order import SampleOrder, rank_share
-from trainer.data.shard_writer import split_folder
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.objectives.mlm import MaskedLanguageModelling

@@ -22,8 +22,8 @@ from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
 from trainer.config import Config
 from trainer.config.file import parse_config
 from trainer.data.dataset import ShardSet
+from trainer.data.manifest import read_manifest, split_folder
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
-from trainer.data.shard_writer import read_manifest, split_folder
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel, build_model

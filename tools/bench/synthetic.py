@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.shard_writer import MANIFEST, Manifest, ShardWriter, token_dtype
+from trainer.data.manifest import MANIFEST, Manifest, token_dtype
+from trainer.data.shard_writer import ShardWriter
 from trainer.runtime.files import replace_synced
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tools.prepare.job import TOKENIZER_FOLDER
-from trainer.data.shard_writer import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_manifest
 from trainer.errors import UserError
 from trainer.runtime.files import replace_synced, sync_files, sync_folder
 

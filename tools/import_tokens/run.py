@@ -22,7 +22,8 @@ from tools.import_tokens.write import ShardRecord, ShardSettings
 from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
-from trainer.data.shard_writer import Manifest, document_starts, token_dtype
+from trainer.data.manifest import Manifest, token_dtype
+from trainer.data.shard_checks import document_starts
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.runtime.files import file_sums

@@ -19,7 +19,9 @@ import xxhash
 from tools.import_tokens.clean import Cleaner, Counts
 from tools.import_tokens.source import FlatFile, TokenSource
 from tools.prepare.worker import split_of
-from trainer.data.shard_writer import SUM_BYTES, ShardEntry, ShardWriter, check_sizes, read_entry
+from trainer.data.manifest import SUM_BYTES, ShardEntry, read_entry
+from trainer.data.shard_checks import check_sizes
+from trainer.data.shard_writer import ShardWriter
 from trainer.errors import DamagedError
 from trainer.runtime.files import file_hash, replace_synced, sync_folder
 from trainer.runtime.paths import real_path

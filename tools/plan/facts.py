@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tools.prepare.on_demand import look_up, raw_paths
 from trainer.config import Config
+from trainer.data.manifest import read_manifest, split_folder
 from trainer.data.order.mixture import mixture_order
-from trainer.data.shard_writer import read_manifest, split_folder
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError

@@ -18,7 +18,7 @@ from tools.prepare.special_tokens import TokenTally
 from tools.prepare.summary import counted, describe_refused, listing
 from tools.prepare.work_folder import foreign_parts, remove_temporaries
 from tools.prepare.worker import UnitRecord, read_record, record_path
-from trainer.data.shard_writer import MANIFEST, Manifest
+from trainer.data.manifest import MANIFEST, Manifest
 from trainer.errors import UserError
 from trainer.runtime.files import file_sums, replace_synced, sync_folder
 

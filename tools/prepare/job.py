@@ -21,16 +21,8 @@ from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import SpecialTokens, way_of
 from tools.prepare.summary import counted, human_bytes
 from tools.prepare.worker import UnitRecord, WorkSettings, read_record
-from trainer.data.shard_writer import (
-    MANIFEST,
-    PREPARE_WORK_FOLDER,
-    SPLITS,
-    SUFFIXES,
-    Manifest,
-    check_sizes,
-    read_manifest,
-    token_dtype,
-)
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, SUFFIXES, Manifest, read_manifest, token_dtype
+from trainer.data.shard_checks import check_sizes
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
 from trainer.errors import DamagedError, UserError, nearest

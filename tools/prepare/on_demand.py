@@ -33,7 +33,7 @@ from tools.prepare.work_folder import recorded_units
 from trainer.checkpoint.resume import DATA_ORDER
 from trainer.config import Config
 from trainer.consistency import compare
-from trainer.data.shard_writer import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs import run_folder, tokenizer_source
 from trainer.runtime import distributed

@@ -47,7 +47,7 @@ from tools.prepare.work_folder import (
     recorded_units,
     remove_temporaries,
 )
-from trainer.data.shard_writer import Manifest
+from trainer.data.manifest import Manifest
 from trainer.errors import UserError
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tools.prepare.sentences import RULES_VERSION, sentence_starts
-from trainer.data.token_marks import OPTION_OF_PLANE, SENTENCE_STARTS, SETTING_OF_PLANE, WORD_STARTS
+from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
+from trainer.data.token_marks import OPTION_OF_PLANE, SETTING_OF_PLANE
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import file_hash
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from tools.prepare.bad_documents import Losses
 from tools.prepare.inputs import Inputs
 from tools.prepare.special_tokens import TokenTally
-from trainer.data.shard_writer import Manifest
+from trainer.data.manifest import Manifest
 
 USUAL_SEQ_LEN = 512
 # Beyond these shares what training sees is another text than the one given: a warning.

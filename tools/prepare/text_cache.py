@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tools.prepare.summary import counted, human_bytes, listing
-from trainer.data.shard_writer import MANIFEST, PREPARE_WORK_FOLDER, SPLITS
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS
 
 
 def describe_unused(cache: Path, used: Collection[Path]) -> str | None:

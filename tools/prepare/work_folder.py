@@ -20,7 +20,7 @@ from tools.prepare.job import JOB_FILE, Job, setting_differences
 from tools.prepare.plan import Unit
 from tools.prepare.summary import counted, listing, say
 from tools.prepare.worker import record_path
-from trainer.data.shard_writer import SPLITS
+from trainer.data.manifest import SPLITS
 from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import create_synced, replace_synced, sync_files, sync_folder, unique_token

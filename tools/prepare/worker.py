@@ -27,7 +27,8 @@ from tools.prepare.plan import Unit
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import NONE_SPECIAL, SPECIAL_IN_TEXT, SpecialTokens, TokenTally
-from trainer.data.shard_writer import ShardEntry, ShardWriter, read_entry, remove_shard
+from trainer.data.manifest import ShardEntry, read_entry
+from trainer.data.shard_writer import ShardWriter, remove_shard
 from trainer.errors import MaskwrightError, UserError
 from trainer.runtime.files import replace_synced, sync_folder, unique_name
 

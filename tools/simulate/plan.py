@@ -16,18 +16,10 @@ from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
 from trainer.config.base import LIMIT
 from trainer.config.file import load_config, recipe_names
+from trainer.data.manifest import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.data.order.mixture import mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.quarantine import kept_stretches
-from trainer.data.shard_writer import (
-    MANIFEST,
-    SUM_BYTES,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-    split_folder,
-    token_dtype,
-)
 from trainer.errors import UserError
 from trainer.runtime.paths import user_path
 from trainer.schedule.batch_plan import BatchPlan, Stretch, plan_batch

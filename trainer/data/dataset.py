@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.manifest import read_manifest
 from trainer.data.quarantine import kept_stretches
+from trainer.data.shard_checks import check_sizes
 from trainer.data.shard_reader import OpenShard, ReadSettings, mebibytes
-from trainer.data.shard_writer import check_sizes, read_manifest
 
 MAX_OPEN_SHARDS = 128  # a window is about as large as one large shard; a batch seldom touches more than a few
 _SIZE_CHECKS_AT_ONCE = 16

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_writer import check_content, check_sizes
+from trainer.data.shard_checks import check_content, check_sizes
 from trainer.errors import DamagedError
 
 _MAPPED_FILES = 64  # kept open; a data set may have thousands, a batch reads from few

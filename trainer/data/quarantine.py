@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.data.shard_writer import SUM_BYTES, Manifest
+from trainer.data.manifest import SUM_BYTES, Manifest
 from trainer.errors import UserError, nearest
 
 _ENTRY = re.compile(r"(?P<shard>[^:]+)(:(?P<first>\d+)(-(?P<last>\d+))?)?")

@@ -13,7 +13,7 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from trainer.data.shard_writer import SUM_BYTES, ShardEntry
+from trainer.data.manifest import SUM_BYTES, ShardEntry
 from trainer.errors import DamagedError, MaskwrightError
 from trainer.runtime.files import file_hash
 

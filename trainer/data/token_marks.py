@@ -11,19 +11,13 @@ A data set has a plane in all of its shards or in none: `prepare --word-starts` 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from trainer.data.manifest import SENTENCE_STARTS, START_PLANES, WORD_STARTS, Manifest, ShardEntry, plane_bytes
 from trainer.errors import UserError
 from trainer.runtime.files import sync_and_close
 
-if TYPE_CHECKING:
-    from trainer.data.shard_writer import Manifest, ShardEntry
-
-WORD_STARTS = "wrd"
-SENTENCE_STARTS = "snt"
-START_PLANES = (WORD_STARTS, SENTENCE_STARTS)
 OPTION_OF_PLANE = {WORD_STARTS: "--word-starts", SENTENCE_STARTS: "--sentence-starts"}
 SETTING_OF_PLANE = {WORD_STARTS: "word_starts", SENTENCE_STARTS: "sentence_starts"}  # in a manifest's settings
 _WAITING_BITS = 1 << 16
@@ -52,11 +46,6 @@ class StartPlaneWriter:
         if self._waiting:
             self._file.write(np.packbits(np.concatenate(self._waiting), bitorder="little").tobytes())
         sync_and_close(self._file)
-
-
-def plane_bytes(tokens: int) -> int:
-    """The size of a plane."""
-    return -(-tokens // 8)
 
 
 def planes_of(manifest: Manifest) -> tuple[str, ...]:

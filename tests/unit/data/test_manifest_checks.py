@@ -16,8 +16,8 @@ from tools.inspect import verify
 from trainer.checkpoint.manifest import try_manifest
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, read_entry, read_manifest, split_folder
 from trainer.data.shard_reader import ReadSettings
-from trainer.data.shard_writer import MANIFEST, PREPARE_WORK_FOLDER, read_entry, read_manifest, split_folder
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import json_hash
 

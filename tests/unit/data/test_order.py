@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.order.sample_order import ORDER_VERSION, SampleOrder, permutation, rank_share
+from trainer.data.order import permutation
+from trainer.data.order.sample_order import ORDER_VERSION, SampleOrder, rank_share
 from trainer.errors import UserError
 
 GOLDEN_ORDER = json.loads((Path(__file__).parents[2] / "golden" / f"order_v{ORDER_VERSION}.json").read_text())

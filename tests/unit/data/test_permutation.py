@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data.order import permutation
 from trainer.data.order.permutation import GOLDEN, fold_key, mix64, permute
-from trainer.data.order.sample_order import permutation
 
 BITS = 2**64 - 1
 

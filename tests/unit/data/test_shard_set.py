@@ -13,8 +13,8 @@ import pytest
 from tests.unit.data.test_shards import SEPARATOR, flip, stream_of, write_data_set
 from trainer.data import dataset as shard_set
 from trainer.data.dataset import ShardSet
+from trainer.data.manifest import SUM_BYTES
 from trainer.data.shard_reader import ReadSettings
-from trainer.data.shard_writer import SUM_BYTES
 from trainer.errors import DamagedError, UserError
 
 METHODS: tuple[Literal["mmap", "pread"], ...] = ("mmap", "pread")

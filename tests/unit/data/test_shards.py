@@ -15,17 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_writer import (
-    SUM_BYTES,
-    Manifest,
-    ShardWriter,
-    check_sizes,
-    document_starts,
-    read_manifest,
-    split_folder,
-    token_dtype,
-    verify_shard,
-)
+from trainer.data.manifest import SUM_BYTES, Manifest, read_manifest, split_folder, token_dtype
+from trainer.data.shard_checks import check_sizes, document_starts, verify_shard
+from trainer.data.shard_writer import ShardWriter
 from trainer.errors import DamagedError, UserError
 
 SEPARATOR = 2

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, flip
 from trainer.data import token_marks as start_planes
-from trainer.data.shard_writer import Manifest, ShardEntry, ShardWriter, check_sizes, verify_shard
-from trainer.data.token_marks import (
-    SENTENCE_STARTS,
-    START_PLANES,
-    WORD_STARTS,
-    plane_bytes,
-    planes_of,
-    read_starts,
-    starts_at,
-    unpack_starts,
-)
+from trainer.data.manifest import SENTENCE_STARTS, START_PLANES, WORD_STARTS, Manifest, ShardEntry, plane_bytes
+from trainer.data.shard_checks import check_sizes, verify_shard
+from trainer.data.shard_writer import ShardWriter
+from trainer.data.token_marks import planes_of, read_starts, starts_at, unpack_starts
 from trainer.errors import DamagedError, UserError
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import ModelConfig, ObjectiveConfig
-from trainer.data.shard_writer import token_dtype
+from trainer.data.manifest import token_dtype
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.model.build import build_model

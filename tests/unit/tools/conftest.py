@@ -16,7 +16,8 @@ from tools.import_tokens import ImportSummary, import_tokens
 from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
 from tools.prepare.plan import Piece, plan_units
 from tools.tokenizer import train_tokenizer
-from trainer.data.shard_writer import document_starts, read_manifest
+from trainer.data.manifest import read_manifest
+from trainer.data.shard_checks import document_starts
 
 UNIT_BYTES = 16384
 CHINESE = (

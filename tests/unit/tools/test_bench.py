@@ -22,7 +22,7 @@ from tools.bench.loader_peers import _mosaic_lacking
 from tools.bench.prepare import SEQ_LEN, PrepareBenchmark, bench_prepare, group_blocks
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_writer import verify_shard
+from trainer.data.shard_checks import verify_shard
 from trainer.errors import MaskwrightError, UserError
 
 VARIANTS = "tests.unit.tools.bench_variants"

@@ -24,7 +24,7 @@ from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, enviro
 from tools.bench.step_report import Peaks, StepReport, draw_chart
 from tools.bench.step_work import StepMeasurement, StepWork, config_of, objective_of, training_batches
 from tools.bench.synthetic import learnable_tokens
-from trainer.data.shard_writer import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.errors import MaskwrightError
 
 TINY = StepWork(micro_size=2, seq_len=32, steps=3, warmup_steps=1)

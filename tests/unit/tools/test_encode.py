@@ -18,7 +18,7 @@ from tools.prepare.encode import Encoder, split_text
 from tools.prepare.segment import Segmenter, StartSettings
 from tools.prepare.sentences import sentence_starts
 from tools.tokenizer import KINDS, train_tokenizer
-from trainer.data.token_marks import SENTENCE_STARTS, WORD_STARTS
+from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 
 ENGLISH = "Kalo mi, neru; Ünsaké İvo!  A½B ﬁn \u200bka\u0301lo don't (orus).\n\tMi lo…"
 

@@ -18,7 +18,7 @@ from tests.gate import record_gate
 from tests.unit.tools.conftest import Importer, folder_hashes, read_token_documents
 from tests.unit.tools.token_files import write_datatrove, write_megatron
 from tests.waiting import TIMEOUT_S, wait_for
-from trainer.data.shard_writer import IMPORT_WORK_FOLDER, MANIFEST, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, read_manifest
 from trainer.errors import UserError
 
 BEGIN, END = 0, 2

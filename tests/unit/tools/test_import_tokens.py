@@ -16,7 +16,7 @@ from tests.unit.tools.conftest import Importer, folder_hashes, quiet_console, re
 from tests.unit.tools.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import import_tokens
 from tools.inspect import show, verify
-from trainer.data.shard_writer import IMPORT_WORK_FOLDER, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, read_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 
 BEGIN, PAD, END = 0, 1, 2

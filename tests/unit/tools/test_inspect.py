@@ -15,8 +15,9 @@ from tests.conftest import write_text
 from tests.unit.tools.conftest import quiet_console
 from tools.inspect import BORDER, show, verify
 from tools.prepare import prepare
-from trainer.data.shard_writer import MANIFEST, Manifest, ShardWriter, document_starts, read_manifest
-from trainer.data.token_marks import START_PLANES
+from trainer.data.manifest import MANIFEST, START_PLANES, Manifest, read_manifest
+from trainer.data.shard_checks import document_starts
+from trainer.data.shard_writer import ShardWriter
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import file_hash
 

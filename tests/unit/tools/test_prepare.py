@@ -31,7 +31,7 @@ from tools.prepare.inputs import find_inputs
 from tools.prepare.plan import plan_units
 from tools.prepare.worker import _portable, split_of
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_writer import PREPARE_WORK_FOLDER, read_manifest
+from trainer.data.manifest import PREPARE_WORK_FOLDER, read_manifest
 from trainer.errors import MaskwrightError, UserError
 
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]

@@ -23,7 +23,7 @@ from tools.prepare.option_names import COMMAND_LINE, CONFIG
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings, read_documents
 from tools.prepare.text_cache import describe_unused
-from trainer.data.shard_writer import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.errors import UserError
 
 

@@ -15,7 +15,7 @@ from tools.prepare.encode import Encoder
 from tools.prepare.share import Share
 from tools.prepare.work_folder import JOB_FILE
 from tools.prepare.worker import write_unit
-from trainer.data.shard_writer import PREPARE_WORK_FOLDER
+from trainer.data.manifest import PREPARE_WORK_FOLDER
 from trainer.errors import DamagedError, UserError
 
 

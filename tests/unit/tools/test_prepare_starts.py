@@ -24,8 +24,9 @@ from tools.prepare.estimate import estimate_output
 from tools.prepare.inputs import find_inputs
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import ReadSettings
-from trainer.data.shard_writer import PREPARE_WORK_FOLDER, document_starts, read_manifest
-from trainer.data.token_marks import SENTENCE_STARTS, WORD_STARTS, read_starts
+from trainer.data.manifest import PREPARE_WORK_FOLDER, SENTENCE_STARTS, WORD_STARTS, read_manifest
+from trainer.data.shard_checks import document_starts
+from trainer.data.token_marks import read_starts
 from trainer.errors import UserError
 
 OWN = """

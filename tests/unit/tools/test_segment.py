@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.unit.tools.conftest import CHINESE
 from tools.prepare.segment import Segmenter, StartSettings
-from trainer.data.token_marks import SENTENCE_STARTS, WORD_STARTS
+from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 from trainer.errors import UserError
 
 OWN = """

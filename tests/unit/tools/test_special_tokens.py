@@ -22,7 +22,7 @@ from tools.prepare.summary import describe_tokens
 from tools.prepare.worker import UnitRecord, read_record
 from tools.tokenizer import train_tokenizer
 from trainer.config import Config
-from trainer.data.shard_writer import read_manifest
+from trainer.data.manifest import read_manifest
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 
