@@ -41,8 +41,8 @@ def bench_loader(
       maskwright bench loader
       maskwright bench loader --data data/train --against hf --json
     """
-    from tools.bench.loader import LoaderBenchmark
     from tools.bench.loader import bench_loader as measure
+    from tools.bench.loader_work import LoaderBenchmark
 
     settings = LoaderBenchmark(data, size, seq_len, micro_size, against, rounds, seconds)
     write_result(measure(settings, make_console()), as_json)

@@ -20,8 +20,9 @@ import numpy as np
 
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.inputs import find_inputs, resolve_documents
+from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import plan_units
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.readers import read_documents
 from tools.prepare.segment import StartSettings
 from trainer.data.manifest import token_dtype
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from tools.marked_text import SENTENCE_MARK, WORD_MARK, MarkedText
 from tools.prepare.job import TOKENIZER_FOLDER
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes, unused_tail_tokens
+from tools.show_marks import SENTENCE_MARK, WORD_MARK, MarkedText
 from trainer.data.dataset import ShardSet
 from trainer.data.manifest import (
     MANIFEST,

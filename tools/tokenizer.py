@@ -24,9 +24,9 @@ from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.job import check_on_bad_document
 from tools.prepare.option_names import COMMAND_LINE
+from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
-from tools.prepare.readers import ReadSettings
 from tools.prepare.summary import describe_refused, say
 from tools.training_text import LONGEST_WORD, TrainingText
 from trainer.errors import UserError, nearest

@@ -11,9 +11,9 @@ from typing import Self
 from tokenizers.normalizers import Normalizer
 
 from tools.prepare.bad_documents import Losses
-from tools.prepare.plan import Piece
+from tools.prepare.pieces import Piece, ReadSettings
 from tools.prepare.progress import ReadProgress
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.readers import read_documents
 
 # A trainer goes through a whole word for each merge within it: the time grows with the square of the longest one.
 LONGEST_WORD = 2000  # characters

@@ -20,7 +20,8 @@ from trainer.config import Config
 from trainer.data.manifest import MANIFEST, split_folder
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import HangError, MaskwrightError, UserError, mark_origin
-from trainer.inputs import Inputs, tokenizer_source
+from trainer.inputs import Inputs
+from trainer.model.source import tokenizer_source
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import file_hash

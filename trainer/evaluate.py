@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from trainer.data.batch import Batch
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import CUDA_GRAPHS, Config, DataConfig
+from trainer.config import CUDA_GRAPHS, Config, DataConfig, run_folder
 from trainer.config.run_names import check_named_files
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders, length_counts, positions_in_documents
@@ -28,9 +28,9 @@ from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.errors import UserError
 from trainer.model.rehearsal import rehearse
-from trainer.model.source import check_source, source_note
+from trainer.model.source import open_tokenizer, source_note
 from trainer.objectives.mlm import MaskedLanguageModelling
-from trainer.runtime.paths import real_path, user_path
+from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
 from trainer.schedule.run_length import defaults_of, resolve
@@ -212,7 +212,7 @@ class _Base:
         check_named_files(config, run_folder(config))
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
-        folder, tokenizer = _tokenizer(config)
+        folder, tokenizer = open_tokenizer(config)
         vocabulary = vocabulary_of(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         if thorough:
@@ -220,31 +220,6 @@ class _Base:
         objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
-
-
-def load_vocabulary(config: Config) -> Vocabulary:
-    """What training needs to know of the run's tokenizer.
-
-    Raises:
-        UserError: when there is none, or it lacks a token.
-    """
-    folder, tokenizer = _tokenizer(config)
-    return vocabulary_of(tokenizer, folder)
-
-
-def _tokenizer(config: Config) -> tuple[str, Any]:
-    folder = tokenizer_source(config)
-    key = "model.from_pretrained" if config.model.tokenizer is None else "model.tokenizer"
-    return folder, load_tokenizer(folder, where=f"{key}={folder}")
-
-
-def tokenizer_source(config: Config) -> str:
-    """Folder or hub name of the tokenizer."""
-    folder = config.model.from_pretrained if config.model.tokenizer is None else config.model.tokenizer
-    assert folder is not None
-    if config.model.from_pretrained is not None:
-        check_source(config.model.from_pretrained)
-    return folder
 
 
 def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[Config, RunOrder, BatchPlan]:
@@ -363,10 +338,6 @@ def _tokenizer_of(folder: Path) -> Path:
 def sha256_of(value: Any) -> str:
     """sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def run_folder(config: Config) -> Path:
-    return user_path(config.run.dir, "run.dir")
 
 
 def _check_run_folder(config: Config) -> None:

@@ -17,6 +17,7 @@ from trainer.checkpoint.restore import restore
 from trainer.checkpoint.rollback import cannot_go_back, last_good, leave_branch
 from trainer.checkpoint.save import Saver
 from trainer.config import Config
+from trainer.data.batch import Batch
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.run_order import RunOrder
 from trainer.divergence import DivergenceError, DivergenceWatch, end_of
@@ -27,7 +28,7 @@ from trainer.liveness.activity import Activity
 from trainer.liveness.rank_timer import OwnTime
 from trainer.liveness.watchdog import Limits
 from trainer.model.cpu_dropout import seed_dropout
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopRequest

@@ -22,15 +22,16 @@ from trainer.checkpoint.resume import check_place, check_resumable, describe_lay
 from trainer.checkpoint.retention import prepare_folder
 from trainer.checkpoint.run_folder import check_replaceable, settle
 from trainer.checkpoint.save import Saver
-from trainer.config import CUDA_GRAPHS, Config
+from trainer.config import CUDA_GRAPHS, Config, run_folder
 from trainer.consistency import compare, facts_of_inputs, facts_of_start
+from trainer.data.batch import Batch
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.loss_kernel import settle_loss_kernel
 from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
-from trainer.inputs import Inputs, open_inputs, run_folder
+from trainer.inputs import Inputs, open_inputs
 from trainer.liveness.activity import Activity
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watch import watched
@@ -38,7 +39,6 @@ from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, settle_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
-from trainer.objectives.mlm import Batch
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
 from trainer.runtime.distributed import World

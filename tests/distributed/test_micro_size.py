@@ -14,7 +14,7 @@ from tests.ranks import TWO_LAYERS, allow_fp16, losses, run_ranks, tiny_config, 
 from trainer.config import Config
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.inputs import load_vocabulary
+from trainer.model.source import load_vocabulary
 from trainer.sizing.memory_estimate import Footprint
 from trainer.sizing.micro_batch import RECORD
 from trainer.sizing.micro_batch_trial import _first_to_try

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ranks import run_ranks
 from tests.tiny_bench import write_tiny_model
 from tools.bench.step import VARIANTS
-from tools.bench.step_loops import EngineStepper
+from tools.bench.step_ours import EngineStepper
 from tools.bench.step_work import StepWork, config_of, objective_of, training_batches
-from trainer.objectives.mlm import Batch
+from trainer.data.batch import Batch
 
 WORK = StepWork(micro_size=2, seq_len=32, steps=2, warmup_steps=0)
 

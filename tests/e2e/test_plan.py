@@ -84,9 +84,9 @@ def test_the_plan_of_a_run_is_what_the_run_turns_out_to_be(workspace: Path, tmp_
 def test_the_flops_are_those_that_torch_counts(workspace: Path, tmp_path: Path) -> None:
     import torch
 
-    from trainer.inputs import load_vocabulary
     from trainer.model.build import build_model, constant_inputs
     from trainer.model.masked_head import install
+    from trainer.model.source import load_vocabulary
     from trainer.objectives.masking import predictions_per_block
 
     config = own_config(workspace, tmp_path)

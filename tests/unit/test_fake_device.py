@@ -25,12 +25,13 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from tests.commands import call_forked
 from tests.unit.model.tiny_models import ARCHITECTURES, SEQ_LEN, tiny_model, vocabulary
 from trainer.config import ObjectiveConfig
+from trainer.data.batch import Batch, Documents
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.model.build import constant_inputs
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS
 from trainer.model.masked_head import install
-from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 
 GPU = "gpu"
 DOCUMENT_START = 7

@@ -16,9 +16,10 @@ from tests.ranks import TINY_ROBERTA, tiny_config
 from tests.unit.tools.token_files import write_megatron
 from tools.import_tokens import import_tokens
 from tools.tokenizer import train_tokenizer
+from trainer.config import run_folder
 from trainer.config.file import load_config
 from trainer.errors import UserError
-from trainer.inputs import Inputs, open_inputs, run_folder
+from trainer.inputs import Inputs, open_inputs
 
 
 def test_a_tilde_is_the_home_folder(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from tools.bench.common import Report, Variant, for_seconds, run_benchmark
+from tools.bench.loader_work import LoaderBenchmark, Workload
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
 from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
@@ -28,45 +29,9 @@ from trainer.errors import UserError
 from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.schedule.batch_plan import BatchPlan
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 GLOBAL_SIZE = 8192  # sequences; RoBERTa's
 _GATHERED_BATCHES = 16  # global batches whose blocks the gather variant goes through
 _FOR_EVER = 1 << 40  # steps
-
-
-@dataclass(frozen=True)
-class LoaderBenchmark:
-    """What `bench loader` is asked to measure.
-
-    Attributes:
-        data: a prepared data set; None writes one of `size_megabytes` MB of random tokens to a temporary folder.
-        micro_size: sequences a batch.
-        against: "all", "hf" (Hugging Face), "mds" (mosaicml-streaming) or "none".
-        seconds: of each repetition.
-    """
-
-    data: str | None = None
-    size_megabytes: int = 256
-    seq_len: int = 512
-    micro_size: int = 32
-    against: str = "all"
-    rounds: int = 5
-    seconds: float = 1.0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The data and the sizes that all variants work on."""
-
-    shards: ShardSet
-    tokenizer: PreTrainedTokenizerFast
-    objective: MaskedLanguageModelling
-    order: SampleOrder
-    plan: BatchPlan
-    seconds: float
-    scratch: Path
 
 
 def bench_loader(settings: LoaderBenchmark, console: Console) -> Report:

@@ -22,7 +22,7 @@ from trainer.config import ObjectiveConfig
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from tools.bench.loader import Workload
+    from tools.bench.loader_work import Workload
 
 ARROW_BLOCKS = 16_384  # the blocks that the other loaders get: a small part, so that theirs are cached as well as ours
 MASK_RATIO = ObjectiveConfig().mask_ratio

@@ -145,8 +145,9 @@ def run_bare_tokenizer(inputs: list[str], tokenizer: str, scratch: str) -> Measu
 
 def _batches(inputs: list[str], scratch: str) -> Iterator[list[str]]:
     from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS
+    from tools.prepare.pieces import ReadSettings
     from tools.prepare.plan import plan_units
-    from tools.prepare.readers import ReadSettings, read_documents
+    from tools.prepare.readers import read_documents
 
     found = find_inputs(inputs)
     documents = resolve_documents(None, found.format)

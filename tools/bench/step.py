@@ -225,7 +225,7 @@ def _turn(work: StepWork, variant: StepVariant) -> Callable[[], StepMeasurement]
     arguments = {"work": asdict(work), "variant": asdict(variant)}
 
     def run() -> StepMeasurement:
-        found = in_own_processes("tools.bench.step_loops:run_variant", arguments, environments(work, variant))
+        found = in_own_processes("tools.bench.step_run:run_variant", arguments, environments(work, variant))
         return StepMeasurement(**found)
 
     return run

@@ -11,7 +11,6 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tools.bench.common import cpu_seconds
-from tools.bench.step_loops import profile_steps
 from tools.bench.step_work import (
     LossWatch,
     PhaseClock,
@@ -22,6 +21,7 @@ from tools.bench.step_work import (
     config_of,
     model_of,
     objective_of,
+    profile_steps,
     synchronize,
     training_batches,
     validation_batches,

@@ -21,6 +21,7 @@ from tools.bench.common import Measurement
 from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
 from trainer.config import Config
 from trainer.config.file import parse_config
+from trainer.data.batch import Batch
 from trainer.data.dataset import ShardSet
 from trainer.data.manifest import read_manifest, split_folder
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
@@ -28,7 +29,7 @@ from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel, build_model
 from trainer.objectives.masking import IGNORED_LABEL
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 
 SMALL_MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 EVALUATION_STEPS = 10  # between two evaluations on the way to a loss
@@ -336,3 +337,15 @@ def operators_of(profile: Any, device: torch.device) -> tuple[list[dict[str, Any
     spans = [event for event in events if event.key.startswith("ncclDevKernel" if cuda else "gloo:")]
     microseconds = sum(span.device_time_total if cuda else span.cpu_time_total for span in spans)
     return rows[:_OPERATORS], microseconds / 1e6 / PROFILED_STEPS
+
+
+def profile_steps(take_step: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
+    """Operators, and seconds a step in collectives, of PROFILED_STEPS further steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        for number in range(PROFILED_STEPS):
+            take_step(number)
+        synchronize(device)
+    return operators_of(profiler, device)

@@ -18,8 +18,7 @@ from tools.prepare.fields import missing_field
 from tools.prepare.lines import OpenedPiece, split_lines
 from tools.prepare.option_names import OptionNames
 from tools.prepare.paths import shown
-from tools.prepare.plan import Piece
-from tools.prepare.readers import ReadSettings
+from tools.prepare.pieces import Piece, ReadSettings
 from trainer.errors import UserError
 
 _MARK = "\ufeff"

@@ -11,8 +11,9 @@ import numpy as np
 
 from tools.prepare.bad_documents import Losses
 from tools.prepare.encode import Encoder
-from tools.prepare.plan import Piece, Unit
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.plan import Unit
+from tools.prepare.readers import read_documents
 from tools.prepare.summary import human_bytes
 from trainer.errors import UserError
 

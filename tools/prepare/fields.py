@@ -42,3 +42,9 @@ def missing_field(where: str, field: str, fields: Sequence[str], names: OptionNa
         where=names("field", field),
         remedy=f"Its fields are: {', '.join(map(str, fields)) or 'none'}.{hint}",
     )
+
+
+def not_text_remedy(field: str, value: Any, names: OptionNames) -> str:
+    """What to do about a field that holds something else; the fields within it are named."""
+    inner = f", such as {names('field', f'{field}.{next(iter(value))}')}" if isinstance(value, dict) and value else ""
+    return f"Name the field that holds the text with {names('field')}{inner}."

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 
 from tools.prepare.compression import large_window, open_input
-from tools.prepare.inputs import Inputs
 from tools.prepare.lines import is_blank, split_lines
 from tools.prepare.option_names import OptionNames
+from tools.prepare.pieces import Inputs
 
 _FILES_LOOKED_AT = 8
 _LINES_LOOKED_AT = 2000

@@ -7,13 +7,13 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.prepare.compression import COMPRESSIONS, compression_of
+from tools.prepare.compression import COMPRESSIONS
 from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.paths import shown
+from tools.prepare.pieces import InputFile, Inputs
 from tools.prepare.walk import PassedOver, Walk
 from trainer.errors import UserError, nearest
 from trainer.runtime.paths import absolute
@@ -33,44 +33,6 @@ FORMAT_OF_SUFFIX = {
 FORMATS = ("text", "jsonl", "csv", "parquet", "arrow", "hub")
 TEXT_DOCUMENTS = ("paragraph", "line", "file")
 _KNOWN = ", ".join(FORMAT_OF_SUFFIX) + "; each may end in " + ", ".join(COMPRESSIONS)
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One input. `name` is relative to what the user gave, and valid text even where `path` is not (its bytes are then
-    os.fsencode(path)); `parts` > 1 only for hub data sets (their shards)."""
-
-    path: str
-    name: str
-    size: int
-    mtime_ns: int
-    source: int
-    parts: int = 1
-    revision: str = ""
-
-    @property
-    def compressed(self) -> bool:
-        return bool(compression_of(self.path))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Files of one format, sorted by path; `sources` has one entry for each input the user gave."""
-
-    format: str
-    files: tuple[InputFile, ...]
-    sources: tuple[dict[str, Any], ...]
-    passed_over: PassedOver = field(default_factory=PassedOver)
-
-    @property
-    def empty(self) -> int:
-        """How many files hold nothing."""
-        return sum(not file.size for file in self.files) if self.format != "hub" else 0
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk, as stored; 0 for a hub data set that does not say."""
-        return sum(file.size for file in self.files)
 
 
 def find_inputs(
@@ -99,7 +61,7 @@ def find_inputs(
             remedy=f"Choose one of auto, {', '.join(FORMATS)}.",
         )
     if format == "hub":
-        from tools.prepare.tables import find_hub_inputs
+        from tools.prepare.hub import find_hub_inputs
 
         return find_hub_inputs(inputs)
     walk = Walk(lambda path: _reason_to_pass(path, format), [os.fspath(path) for path in excluded])

@@ -13,10 +13,10 @@ import numpy as np
 import xxhash
 
 from tools.prepare.csv_rows import check_delimiter
-from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
+from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, OptionNames
+from tools.prepare.pieces import Inputs, ReadSettings
 from tools.prepare.plan import Unit, plan_units
-from tools.prepare.readers import ReadSettings
 from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import SpecialTokens, way_of
 from tools.prepare.summary import counted, human_bytes

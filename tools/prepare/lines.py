@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from tools.prepare.compression import explain_codec_error, explain_os_error, is_codec_error, open_input
-from tools.prepare.plan import Piece
+from tools.prepare.pieces import Piece
 
 BOM = b"\xef\xbb\xbf"
 _STEP_BYTES = 1 << 16

@@ -22,20 +22,21 @@ import xxhash
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import Estimate, estimate_output
 from tools.prepare.hints import input_notes
-from tools.prepare.inputs import InputFile, find_inputs
+from tools.prepare.inputs import find_inputs
 from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.option_names import CONFIG
+from tools.prepare.pieces import InputFile
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.special_tokens import TEXT, SpecialTokens
 from tools.prepare.summary import describe_tokens, human_bytes
 from tools.prepare.text_cache import describe_unused
 from tools.prepare.work_folder import recorded_units
 from trainer.checkpoint.resume import DATA_ORDER
-from trainer.config import Config
+from trainer.config import Config, run_folder
 from trainer.consistency import compare
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
-from trainer.inputs import run_folder, tokenizer_source
+from trainer.model.source import tokenizer_source
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import file_hash, replace_synced

@@ -13,28 +13,12 @@ from typing import Any
 
 import xxhash
 
-from tools.prepare.inputs import InputFile, Inputs
+from tools.prepare.pieces import InputFile, Inputs, Piece
 
 MINIMUM_UNIT_BYTES = 4 << 20
 MAXIMUM_UNIT_BYTES = 1 << 30
 UNITS_WANTED = 1024
 EXPANSION_OF_COMPRESSED = 4  # bytes of text behind a compressed byte, roughly: it decides unit sizes only
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of one input: the documents whose first byte lies in [start, end) of the file, or, for a format that
-    has no byte ranges, part `part` of `parts` equal ones."""
-
-    file: InputFile
-    start: int
-    end: int
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 from tools.prepare.bad_documents import (
     BROKEN_JSON,
@@ -22,38 +20,15 @@ from tools.prepare.bad_documents import (
     bad_line,
     invalid_utf8,
 )
-from tools.prepare.fields import MISSING, missing_field, value_at
+from tools.prepare.fields import MISSING, missing_field, not_text_remedy, value_at
 from tools.prepare.lines import OpenedPiece, line_number
-from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.paths import shown
-from tools.prepare.plan import Piece
+from tools.prepare.pieces import Piece, ReadSettings
 from trainer.errors import UserError
 
 _ONE_OBJECT_A_LINE = "Write one JSON object a line; from one JSON array: jq -c '.[]' OLD.json > NEW.jsonl."
 _MARK = "\ufeff"
 _MARK_OF_LINE = re.compile(f"^{_MARK}", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """How inputs become documents.
-
-    Attributes:
-        format, documents: as `find_inputs` and `resolve_documents` say.
-        field: the column that holds the text; `a.b` is the field `b` within `a`, unless there is a column of that name.
-        scratch: a folder for the few small files that `datasets` writes.
-        delimiter: what separates the fields of csv files; None is a tab in .tsv files and a comma in others.
-        on_bad_document: "stop" makes a document that cannot be read an error, "skip" counts it and leaves it out.
-        names: how messages name these options.
-    """
-
-    format: str
-    documents: str
-    field: str
-    scratch: str
-    delimiter: str | None = None
-    on_bad_document: str = "stop"
-    names: OptionNames = COMMAND_LINE
 
 
 def read_documents(piece: Piece, settings: ReadSettings, losses: Losses | None = None) -> Iterator[tuple[str, int]]:
@@ -150,12 +125,6 @@ def _field_of(line: str, settings: ReadSettings, path: str, offset: int) -> str 
         found = f"field '{field}' holds a {type(value).__name__}, not text"
         return bad_line(NOT_TEXT, path, offset, found, not_text_remedy(field, value, names))
     return value or ""
-
-
-def not_text_remedy(field: str, value: Any, names: OptionNames) -> str:
-    """What to do about a field that holds something else; the fields within it are named."""
-    inner = f", such as {names('field', f'{field}.{next(iter(value))}')}" if isinstance(value, dict) and value else ""
-    return f"Name the field that holds the text with {names('field')}{inner}."
 
 
 def _clean(text: str, losses: Losses) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.prepare.bad_documents import Losses
-from tools.prepare.inputs import Inputs
+from tools.prepare.pieces import Inputs
 from tools.prepare.special_tokens import TokenTally
 from trainer.data.manifest import Manifest
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import xxhash
-
 from tools.prepare.bad_documents import INVALID_UTF8, NOT_TEXT, BadDocument
 from tools.prepare.compression import (
     DAMAGED,
-    ZstdReader,
     compression_of,
     explain_codec_error,
     explain_os_error,
     is_codec_error,
     open_input,
 )
-from tools.prepare.fields import MISSING, follow, missing_field
-from tools.prepare.inputs import InputFile, Inputs
+from tools.prepare.fields import MISSING, follow, missing_field, not_text_remedy
+from tools.prepare.hub import hub_rows, message_of, share_of
 from tools.prepare.paths import shown
-from tools.prepare.plan import Piece
-from tools.prepare.readers import ReadSettings, not_text_remedy
+from tools.prepare.pieces import Piece, ReadSettings
 from trainer.errors import MaskwrightError, UserError
 
 ROWS_A_BATCH = 1000
 _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGICS = (b"ARROW1", b"\xff\xff\xff\xff")  # a file; a stream
-_MESSAGE_CHARACTERS = 600
 
 
 def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
@@ -46,33 +40,6 @@ def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | Bad
         raise
     except Exception as error:  # pyarrow, datasets and every codec raise their own
         raise _explain(piece, settings, error) from error
-
-
-def find_hub_inputs(names: Sequence[str]) -> Inputs:
-    """Splits of hub data sets, named NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (a local data set folder works as well).
-
-    Without a split it is `train`; CONFIG may be empty.
-
-    Raises:
-        UserError: when a data set cannot be opened or has no such split.
-    """
-    files, sources = [], []
-    for source, name in enumerate(dict.fromkeys(names)):
-        try:
-            builder, split = _hub_builder(name)
-            parts = builder.as_streaming_dataset(split=split).num_shards
-        except Exception as error:  # the hub, the network and `datasets` raise a dozen kinds
-            raise UserError(
-                f"Cannot open the data set '{name}': {_message(error)}",
-                where=name,
-                remedy="Give its name on the hub, or its folder: NAME, NAME:CONFIG if it has several, and "
-                "NAME:CONFIG:SPLIT for another split than train (NAME::SPLIT without a config).",
-            ) from error
-        size = int(builder.info.download_size or 0)
-        label = shown(os.path.basename(name.rstrip("/"))) if os.path.exists(_hub_name(name)[0]) else name
-        files.append(InputFile(name, label, size, 0, source, parts, _hub_revision(builder)))
-        sources.append({"name": label, "files": parts, "bytes": size})
-    return Inputs("hub", tuple(files), tuple(sources))
 
 
 def count_row_groups(path: str) -> int:
@@ -132,7 +99,7 @@ def _columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
     elif settings.format == "arrow":
         yield from _arrow_columns(piece, settings)
     else:
-        for table in _hub_rows(piece).with_format("arrow").iter(ROWS_A_BATCH):
+        for table in hub_rows(piece).with_format("arrow").iter(ROWS_A_BATCH):
             yield _at(table, _path_in(table.schema, piece, settings))
 
 
@@ -141,7 +108,7 @@ def _parquet_columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
 
     with _open(piece.file.path) as source, pyarrow.parquet.ParquetFile(source) as file:
         path = _path_in(file.schema_arrow, piece, settings)
-        groups = list(_share(file.metadata.num_row_groups, piece.part, piece.parts))
+        groups = list(share_of(file.metadata.num_row_groups, piece.part, piece.parts))
         column = [".".join(path)]
         for batch in file.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=column, use_threads=False):
             yield _at(batch, path)
@@ -166,13 +133,6 @@ def _arrow_columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
             column.validate(full=True)  # offsets of a damaged file point anywhere
             for first in range(0, len(column), ROWS_A_BATCH):
                 yield column.slice(first, ROWS_A_BATCH)
-
-
-def _share(count: int, part: int, parts: int) -> range:
-    """The numbers of part `part` of `parts` of `count` things: neighbours, the first parts one larger."""
-    each, more = divmod(count, parts)
-    first = part * each + min(part, more)
-    return range(first, first + each + (part < more))
 
 
 def _open(path: str) -> Any:
@@ -214,7 +174,7 @@ def _at(table: Any, path: Sequence[str]) -> Any:
 
 def _explain(piece: Piece, settings: ReadSettings, error: Exception) -> UserError:
     """What a user is told when a table cannot be read; damage is said only of what looks like it."""
-    path, problem = piece.file.path, f"Cannot read '{shown(piece.file.name)}' as {settings.format}: {_message(error)}"
+    path, problem = piece.file.path, f"Cannot read '{shown(piece.file.name)}' as {settings.format}: {message_of(error)}"
     if isinstance(error, OSError) and error.errno is not None:
         return explain_os_error(path, error)
     if isinstance(error, MemoryError):
@@ -245,56 +205,3 @@ def _remedy_of_table(path: str, settings: ReadSettings) -> str:
             if raw.read() == _PARQUET_MAGIC:
                 return "If another program reads it, write it again with that; if none does, it is damaged."
     return DAMAGED
-
-
-def _message(error: Exception) -> str:
-    """A foreign message on one line, and not endless."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MESSAGE_CHARACTERS else text[:_MESSAGE_CHARACTERS] + "…"
-
-
-def _hub_rows(piece: Piece) -> Any:
-    name = piece.file.path
-    builder, split = _hub_builder(name)
-    if _hub_revision(builder) != piece.file.revision:
-        raise UserError(
-            f"The data set '{name}' changed while it was read.", where=name, remedy="Run the same command again."
-        )
-    rows = builder.as_streaming_dataset(split=split)
-    return rows.shard(piece.parts, piece.part) if piece.parts > 1 else rows
-
-
-def _hub_name(name: str) -> tuple[str, str, str]:
-    """The parts of NAME:CONFIG:SPLIT; those that are not given are empty."""
-    if os.path.exists(name):
-        return name, "", ""
-    path, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
-    return path, config, split
-
-
-def _hub_builder(name: str) -> tuple[Any, str]:
-    """The builder of a data set, and the split that is meant."""
-    datasets = _quiet_datasets()
-    path, config, split = _hub_name(name)
-    return datasets.load_dataset_builder(path, config or None), split or "train"
-
-
-def _hub_revision(builder: Any) -> str:
-    """Hash of the resolved files: for the hub they carry the commit, for a local folder their times."""
-    files = builder.config.data_files or {}
-    found = [(split, list(files[split]), getattr(files[split], "origin_metadata", None)) for split in sorted(files)]
-    return xxhash.xxh3_128_hexdigest(repr(found).encode())
-
-
-def _quiet_datasets() -> Any:
-    from importlib import import_module
-
-    from fsspec.compression import register_compression
-
-    datasets: Any = import_module("datasets")
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading a local file asks nothing of the network
-    register_compression("zstd", lambda file, mode="rb": io.BufferedReader(ZstdReader(file)), "zst", force=True)
-    return datasets

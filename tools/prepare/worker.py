@@ -23,8 +23,9 @@ import xxhash
 from tools.prepare.bad_documents import BadDocument, Losses
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.option_names import OptionNames
+from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import Unit
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.readers import read_documents
 from tools.prepare.segment import StartSettings
 from tools.prepare.special_tokens import NONE_SPECIAL, SPECIAL_IN_TEXT, SpecialTokens, TokenTally
 from trainer.data.manifest import ShardEntry, read_entry

@@ -24,6 +24,7 @@ from trainer.config.schema import (
     TrainConfig,
     WarmupConfig,
     WatchdogConfig,
+    run_folder,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "TrainConfig",
     "WarmupConfig",
     "WatchdogConfig",
+    "run_folder",
 ]

@@ -7,7 +7,7 @@ reads a config from YAML and the command line.
 from __future__ import annotations
 
 import math
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -29,6 +29,7 @@ from trainer.config.base import (
     Sequences,
 )
 from trainer.errors import nearest
+from trainer.runtime.paths import user_path
 
 
 class RunConfig(Section):
@@ -488,3 +489,8 @@ class Config(Section):
                 "ranks: CUDA graphs cannot accumulate"
             )
         return self
+
+
+def run_folder(config: Config) -> Path:
+    """Read `run.dir` as a path."""
+    return user_path(config.run.dir, "run.dir")

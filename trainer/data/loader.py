@@ -25,7 +25,8 @@ from trainer.runtime.signals import ignore_stop_signals
 from trainer.schedule.batch_plan import BatchPlan
 
 if TYPE_CHECKING:
-    from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+    from trainer.data.batch import Batch
+    from trainer.objectives.mlm import MaskedLanguageModelling
 
 PADDING = -1  # in the place of a sample number: a row without predictions
 _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much

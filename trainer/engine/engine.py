@@ -33,7 +33,7 @@ from trainer.model.masked_head import install
 from trainer.runtime.distributed import World
 
 if TYPE_CHECKING:
-    from trainer.objectives.mlm import Documents
+    from trainer.data.batch import Documents
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -21,9 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from transformers import PretrainedConfig
 
-from trainer.config import Config
+from trainer.config import Config, run_folder
 from trainer.errors import UserError
-from trainer.inputs import run_folder
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.compiling import compiled_for_attention
 from trainer.model.hf_config import attention_dropout_of, head_width_of, heads_of

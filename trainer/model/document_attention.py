@@ -22,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from trainer.model.hf_config import attention_dropout_of, head_width_of, position_offset
 
 if TYPE_CHECKING:
-    from trainer.objectives.mlm import Documents
+    from trainer.data.batch import Documents
 
 _VARLEN = "varlen_documents"  # in transformers' registry of attention functions
 

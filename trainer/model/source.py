@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
 
-from trainer.config import ModelConfig
+from trainer.config import Config, ModelConfig
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
@@ -177,3 +178,33 @@ def _no_config(source: str, where: str, why: str, hint: str = "") -> UserError:
         where=where,
         remedy=f"Give a config.json as save_pretrained writes it.{hint}",
     )
+
+
+def load_vocabulary(config: Config) -> Vocabulary:
+    """What training needs to know of the run's tokenizer.
+
+    Raises:
+        UserError: when there is none, or it lacks a token.
+    """
+    folder, tokenizer = open_tokenizer(config)
+    return vocabulary_of(tokenizer, folder)
+
+
+def open_tokenizer(config: Config) -> tuple[str, Any]:
+    """Load the run's tokenizer; returns its folder or hub name, and the tokenizer.
+
+    Raises:
+        UserError: when there is none, naming the key.
+    """
+    folder = tokenizer_source(config)
+    key = "model.from_pretrained" if config.model.tokenizer is None else "model.tokenizer"
+    return folder, load_tokenizer(folder, where=f"{key}={folder}")
+
+
+def tokenizer_source(config: Config) -> str:
+    """Folder or hub name of the tokenizer."""
+    folder = config.model.from_pretrained if config.model.tokenizer is None else config.model.tokenizer
+    assert folder is not None
+    if config.model.from_pretrained is not None:
+        check_source(config.model.from_pretrained)
+    return folder

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
+from trainer.data.batch import Documents
 from trainer.model.build import constant_inputs
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import attention_of, vocabulary_rows
 from trainer.model.masked_head import install
-from trainer.objectives.mlm import Documents
 from trainer.sizing.zero_memory import PassPeaks
 
 META = torch.device("meta")

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from trainer.config import Config
+from trainer.config import Config, run_folder
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import UserError
-from trainer.inputs import load_vocabulary, run_folder
+from trainer.model.source import load_vocabulary
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.host_memory import available_bytes

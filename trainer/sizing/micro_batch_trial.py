@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from trainer.config import Config
+from trainer.data.batch import Batch, Documents
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
@@ -17,7 +18,7 @@ from trainer.model.attention_backend import preferring
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
 from trainer.objectives.cross_entropy import CrossEntropies
-from trainer.objectives.mlm import Batch, Documents, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan

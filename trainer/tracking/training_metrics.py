@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from trainer.config import Config
+from trainer.data.batch import Batch
 from trainer.data.order.run_order import RunOrder
 from trainer.engine.engine import TrainingEngine
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan, StepShape

@@ -10,9 +10,10 @@ import pytest
 
 from tests.unit.data.test_loader import OBJECTIVE, SEED, SEQ_LEN, folders, order_of  # noqa: F401  # a fixture
 from trainer.config import BatchConfig, DataConfig, TrainConfig
+from trainer.data.batch import Batch
 from trainer.data.dataset import ShardSet
 from trainer.data.loader import MaskedBlocks, MicroBatches, TrainingBatches
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out
 

@@ -13,12 +13,13 @@ import torch
 from tests.unit.data.test_borders import starts_in
 from tests.unit.data.test_shards import write_data_set
 from trainer.config import ObjectiveConfig
+from trainer.data.batch import Batch
 from trainer.data.dataset import ShardSet
 from trainer.data.loader import MaskedBlocks, TrainingBatches
 from trainer.data.order.sample_order import SampleOrder
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import DamagedError
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.schedule.batch_plan import BatchPlan
 
 SEQ_LEN, GLOBAL_SIZE, SEED = 18, 12, 5

@@ -13,13 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForMaskedLM
 
+from trainer.data.batch import Documents
 from trainer.data.documents import cumulative_lengths, positions_in_documents
 from trainer.errors import UserError
 from trainer.model import document_attention
 from trainer.model.build import build_model, constant_inputs
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
-from trainer.objectives.mlm import Documents
 
 CPU = torch.device("cpu")
 BLOCKS, SEQ_LEN = 3, 24

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from tests.conftest import write_text
 from tools.import_tokens import ImportSummary, import_tokens
 from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
-from tools.prepare.plan import Piece, plan_units
+from tools.prepare.pieces import Piece
+from tools.prepare.plan import plan_units
 from tools.tokenizer import train_tokenizer
 from trainer.data.manifest import read_manifest
 from trainer.data.shard_checks import document_starts

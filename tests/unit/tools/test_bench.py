@@ -17,8 +17,8 @@ from tests.commands import assert_one_card, call_forked, maskwright
 from tests.unit.tools.bench_variants import spin
 from tools.bench import loader as bench_loader
 from tools.bench.common import Measurement, Ratio, Report, Variant, for_seconds, in_own_process, measure, run_benchmark
-from tools.bench.loader import LoaderBenchmark
 from tools.bench.loader_peers import _mosaic_lacking
+from tools.bench.loader_work import LoaderBenchmark
 from tools.bench.prepare import SEQ_LEN, PrepareBenchmark, bench_prepare, group_blocks
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from trainer.data.dataset import ShardSet

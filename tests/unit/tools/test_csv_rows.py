@@ -15,8 +15,8 @@ from tools.prepare.bad_documents import Losses
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import find_inputs
 from tools.prepare.option_names import COMMAND_LINE, CONFIG, OptionNames
-from tools.prepare.plan import Piece
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.readers import read_documents
 from trainer.errors import UserError
 
 

@@ -18,10 +18,11 @@ from tests.unit.tools.conftest import quiet_console
 from tools.prepare import open_job, prepare_job
 from tools.prepare.bad_documents import Losses
 from tools.prepare.hints import input_notes
-from tools.prepare.inputs import Inputs, find_inputs, resolve_documents
+from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, CONFIG
+from tools.prepare.pieces import Inputs, ReadSettings
 from tools.prepare.plan import plan_units
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.readers import read_documents
 from tools.prepare.text_cache import describe_unused
 from trainer.data.manifest import read_manifest
 from trainer.errors import UserError

@@ -22,8 +22,8 @@ from tools.prepare import prepare
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import estimate_output
 from tools.prepare.inputs import find_inputs
+from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import plan_units
-from tools.prepare.readers import ReadSettings
 from trainer.data.manifest import PREPARE_WORK_FOLDER, SENTENCE_STARTS, WORD_STARTS, read_manifest
 from trainer.data.shard_checks import document_starts
 from trainer.data.token_marks import read_starts

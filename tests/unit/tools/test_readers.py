@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tests.unit.tools.conftest import read_text_pieces
 from tools.prepare.encode import split_text
 from tools.prepare.inputs import find_inputs
-from tools.prepare.plan import MINIMUM_UNIT_BYTES, Piece, plan_units
-from tools.prepare.readers import ReadSettings, read_documents
+from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.plan import MINIMUM_UNIT_BYTES, plan_units
+from tools.prepare.readers import read_documents
 from trainer.errors import UserError
 
 MARK = b"\xef\xbb\xbf"

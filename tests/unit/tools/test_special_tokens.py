@@ -193,7 +193,7 @@ def test_text_that_the_tokenizer_does_not_know_is_said(
 @pytest.fixture
 def summary_of() -> Callable:
     from tools.prepare.bad_documents import Losses
-    from tools.prepare.inputs import Inputs
+    from tools.prepare.pieces import Inputs
     from tools.prepare.summary import PrepareSummary, SplitSummary
 
     def make(tally: TokenTally, tokens: int) -> PrepareSummary:

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from tests.unit.tools.conftest import quiet_console
 from tools.prepare.inputs import find_inputs
+from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
-from tools.prepare.readers import ReadSettings
 from tools.tokenizer import _save, _wrap, train_tokenizer
 from tools.training_text import LONGEST_WORD, TrainingText
 from trainer.errors import UserError

@@ -15,58 +15,31 @@ import torch.nn.functional as functional
 
 from tools.bench.common import cpu_seconds
 from tools.bench.step_work import (
-    PROFILED_STEPS,
     LossWatch,
     PhaseClock,
     StepMeasurement,
-    Stepper,
     StepVariant,
     StepWork,
-    config_of,
     model_of,
-    objective_of,
-    operators_of,
+    profile_steps,
     synchronize,
-    training_batches,
     validation_batches,
 )
 from tools.machine import peak_resident_bytes
 from trainer.config import Config
+from trainer.data.batch import Batch
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.engine.optimizer import build_optimizer
 from trainer.model.build import constant_inputs
 from trainer.model.cpu_dropout import seed_dropout
 from trainer.model.masked_head import install
 from trainer.objectives.masking import IGNORED_LABEL
-from trainer.objectives.mlm import Batch, MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedLanguageModelling
 from trainer.runtime import distributed
 from trainer.runtime.host_memory import keep_freed_memory
 from trainer.sizing.flops import flops_per_token
 
 logger = logging.getLogger(__name__)
-
-
-def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasurement:
-    """One variant in this process, which is one rank of it; what rank 0 returns is its result."""
-    given, chosen = StepWork(**work), StepVariant(**variant)
-    torch.set_num_threads(given.threads)
-    if chosen.loop == "trainer":
-        from tools.bench.step_trainer import run_trainer
-
-        return run_trainer(given, chosen)
-    config = config_of(given, chosen)
-    objective = objective_of(given, config)
-    # Before the model, which may take the host's memory with it.
-    batches = training_batches(given, chosen, objective)
-    if chosen.loop == "ours":
-        stepper: Stepper = EngineStepper(given, chosen, config, objective)
-    else:
-        stepper = TorchStepper(given, chosen, config)
-    return drive(given, chosen, stepper, batches[rank() :: given.ranks], objective)
-
-
-def rank() -> int:
-    return int(os.environ["RANK"])
 
 
 class TorchStepper:
@@ -205,18 +178,6 @@ def drive(
         operators=operators,
         seconds_to_loss=None if watch is None else watch.reached,
     )
-
-
-def profile_steps(take_step: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
-    """Operators, and seconds a step in collectives, of PROFILED_STEPS further steps."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
-        for number in range(PROFILED_STEPS):
-            take_step(number)
-        synchronize(device)
-    return operators_of(profiler, device)
 
 
 def _take_step(stepper: Any, batch: Batch, objective: MaskedLanguageModelling, clock: PhaseClock) -> torch.Tensor:
