@@ -261,15 +261,13 @@ def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, bef
 @torch.no_grad()
 def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
     """Logits [rows, vocabulary] of the probe, computed over its micro-batch as in training."""
-    from trainer.model.build import constant_inputs
-    from trainer.model.masked_head import install
+    from trainer.model.forward import Forward
 
-    positions = install(model)
-    constants = constant_inputs(model, probe.input_ids.shape[1], torch.device("cpu"))
-    with positions.select(probe.prediction_index), warnings.catch_warnings():
+    forward = Forward(model, torch.device("cpu"))
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logits = model(input_ids=probe.input_ids, **constants).logits
-    return positions.logits(logits, probe.prediction_index)[: len(probe.logits)]
+        logits = forward({"input_ids": probe.input_ids}, probe.prediction_index).logits
+    return logits[: len(probe.logits)]
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

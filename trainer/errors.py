@@ -6,6 +6,7 @@ concerns, and what to do about it. Anything else that escapes is a bug and exits
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 EXIT_FINISHED = 0
@@ -87,7 +88,7 @@ def origin_of(error: BaseException, rank: int) -> int:
     return error.__dict__.get("origin_rank", rank)
 
 
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return ' Did you mean X?' for the closest known name, or an empty string."""
     import difflib
 

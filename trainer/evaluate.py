@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, Samples
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.objective import Criterion, Tally, tally
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 
@@ -22,24 +24,16 @@ EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are co
 
 
 class Evaluator:
-    """Loss, perplexity and accuracy over `samples` validation blocks (all of them, when there are fewer).
+    """The loss, and what the criterion names beside it, over `samples` validation blocks (all, when there are fewer).
 
     Args:
         micro_size: blocks a rank in one forward pass.
-        document_attention: evaluate with attention within documents, as the model is trained.
     """
 
-    def __init__(
-        self,
-        data: ShardSet,
-        objective: MaskedLanguageModelling,
-        samples: int,
-        micro_size: int,
-        document_attention: bool,
-    ) -> None:
-        self.data, self.objective, self.micro_size = data, objective, micro_size
-        self.borders = DocumentBorders(data) if document_attention else None
-        available = data.block_count(objective.payload)
+    def __init__(self, data: ShardSet, objective: Samples, criterion: Criterion, samples: int, micro_size: int) -> None:
+        self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
+        self.borders = DocumentBorders(data) if DOCUMENT_STARTS in objective.marks else None
+        available = data.block_count(objective.view.payload)
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)
         self.blocks = permute(numbers, available, fold_key(KeyPurpose.EVALUATION)).astype(np.int64)
@@ -50,7 +44,8 @@ class Evaluator:
         """Evaluate; every rank calls it. None when a rank was asked to stop meanwhile."""
         micro_size = self.micro_size
         passes = math.ceil(self.samples / (micro_size * world.size))  # the same on all ranks: ZeRO-3 gathers in step
-        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        terms = self.criterion.terms
+        sums = torch.zeros(len(terms), len(Tally._fields), dtype=torch.float64, device=engine.device)
         with engine.evaluating():
             for number in range(passes):
                 first = (number * world.size + world.rank) * micro_size
@@ -61,30 +56,22 @@ class Evaluator:
                 if stop:
                     return None
                 assert batch is not None
-                sums += self._score(engine, batch)
-        loss_sum, right, count = distributed.total(world, sums.tolist())
-        loss = loss_sum / max(1.0, count)
-        perplexity = math.exp(min(loss, 700.0))
-        return {"eval/loss": loss, "eval/perplexity": perplexity, "eval/masked_accuracy": right / max(1.0, count)}
+                sums += tally(self.criterion, engine.network, batch.to(engine.device))
+        totals = iter(distributed.total(world, sums.flatten().tolist()))
+        tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
+        loss = sum(term.weight * tallies[term.name].mean for term in terms)
+        return {"eval/loss": loss, **self.criterion.metrics(tallies)}
 
     def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
         """The batch, or why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
-        blocks, payload = self.blocks[places], self.objective.payload
+        blocks, payload = self.blocks[places], self.objective.view.payload
         try:
             tokens = self.data.read_blocks(blocks, payload)
-            starts = None if self.borders is None else self.borders.document_starts(blocks, payload)
+            starts = {} if self.borders is None else {DOCUMENT_STARTS: self.borders.document_starts(blocks, payload)}
         except MaskwrightError as error:
             return None, error
-        batch = self.objective.make_batch(tokens, places.astype(np.uint64), EVALUATION_SEED, starts)
-        self.objective.leave_out(batch, ~inside)
+        batch = self.objective.make_batch(Blocks(tokens, starts), places.astype(np.uint64), EVALUATION_SEED)
+        batch.leave_out(~inside)
         return batch, None
-
-    def _score(self, engine: TrainingEngine, batch: Batch) -> torch.Tensor:
-        count = self.objective.predictions(batch)
-        moved = self.objective.to_device(batch, engine.device)
-        loss_sum, right = self.objective.score(engine.network, moved)
-        return torch.stack(
-            [loss_sum.double(), right.double(), torch.tensor(float(count), device=engine.device).double()]
-        )

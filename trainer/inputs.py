@@ -17,8 +17,10 @@ import numpy as np
 
 from trainer.config import CUDA_GRAPHS, Config, DataConfig, run_folder
 from trainer.config.run_names import check_named_files
+from trainer.data.batch import Samples
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
-from trainer.data.documents import DocumentBorders, length_counts, positions_in_documents
+from trainer.data.documents import DocumentBorders, length_counts
 from trainer.data.manifest import split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
@@ -29,7 +31,7 @@ from trainer.engine.deepspeed_config import check_precision, compose, load_prese
 from trainer.errors import UserError
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.registry import make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
@@ -52,13 +54,13 @@ class Inputs:
     sources: list[ShardSet]
     validation: ShardSet | None
     order: RunOrder
-    objectives: tuple[MaskedLanguageModelling, ...]
+    objectives: tuple[Samples, ...]
     """Of each phase."""
     notes: tuple[str, ...]
     """How the model to continue from, and the tokenizer, differ from what their files say."""
 
     @property
-    def objective(self) -> MaskedLanguageModelling:
+    def objective(self) -> Samples:
         """The last phase's, with which is evaluated."""
         return self.objectives[-1]
 
@@ -85,9 +87,10 @@ class Inputs:
         attended = 0
         for source in np.unique(sources).tolist():
             borders = DocumentBorders(self.sources[source])
-            starts = borders.document_starts(blocks[sources == source], objective.payload)
-            positions = positions_in_documents(objective.frame_starts(starts))
-            attended += int((2 * positions + 1).sum())  # over a document of n tokens that is n²
+            starts = borders.document_starts(blocks[sources == source], objective.view.payload)
+            documents = objective.plain(Blocks(np.zeros(starts.shape, np.uint16), {DOCUMENT_STARTS: starts})).documents
+            assert documents is not None
+            attended += int((2 * documents.positions + 1).sum())  # over a document of n tokens that is n²
         return attended / (_COUNTED_BLOCKS * objective.seq_len)
 
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
@@ -106,12 +109,12 @@ class Inputs:
             sources.append(record)
         described = self.order.describe()
         for phase, objective in zip(described["phases"], self.objectives, strict=True):
-            phase["payload"] = objective.payload
+            phase["payload"] = objective.view.payload
         return {**described, "sources": sources}
 
     def describe(self) -> list[str]:
         """The run in a few lines."""
-        available = None if self.validation is None else self.validation.block_count(self.objective.payload)
+        available = None if self.validation is None else self.validation.block_count(self.objective.view.payload)
         tokens = [source.tokens for source in self.sources]
         lines = describe_run(self.config, self.plan, self.order, stage_of(self.ds_config), tokens, available)
         if self.config.model.document_attention:
@@ -203,7 +206,7 @@ class _Base:
     tokenizer: Any
     vocabulary: Vocabulary
     phases: Phases
-    objectives: tuple[MaskedLanguageModelling, ...]
+    objectives: tuple[Samples, ...]
     notes: tuple[str, ...]
 
     @classmethod
@@ -217,14 +220,14 @@ class _Base:
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         if thorough:
             rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
-        objectives = tuple(MaskedLanguageModelling(config.objective, vocabulary, phase.seq_len) for phase in phases)
+        objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
 
 
 def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[Config, RunOrder, BatchPlan]:
     """The resolved config, order and batch arithmetic over sources of so many tokens."""
-    blocks = [[count // objective.payload for count in tokens] for objective in base.objectives]
+    blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
     epoch_blocks = [sum(counts) for counts in blocks]
     whole_steps = defaults_of(config).whole_steps
@@ -279,7 +282,7 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
     )
 
 
-def _open_validation(config: Config, objective: MaskedLanguageModelling, opener: _ShardOpener) -> ShardSet | None:
+def _open_validation(config: Config, objective: Samples, opener: _ShardOpener) -> ShardSet | None:
     if config.data.validation is None or config.eval.every_steps is None:
         return None
     folder = real_path(opener.folder(config.data.validation, "validation"))
@@ -291,7 +294,7 @@ def _open_validation(config: Config, objective: MaskedLanguageModelling, opener:
             "data.validation out.",
         )
     validation = opener.open(config.data.validation, "validation")
-    if validation.block_count(objective.payload) == 0:
+    if validation.block_count(objective.view.payload) == 0:
         raise UserError(
             f"The validation data has {validation.tokens:,} tokens: not one block of {config.data.seq_len}.",
             where=f"data.validation={config.data.validation}",

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from trainer.liveness.activity import Activity
 from trainer.liveness.rank_timer import OwnTime
 from trainer.liveness.watchdog import Limits
 from trainer.model.cpu_dropout import seed_dropout
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.objective import Criterion, loss_sums, loss_to_differentiate, mean_loss
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopRequest
@@ -44,6 +44,33 @@ from trainer.tracking.training_metrics import StepMetrics
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What ranks tell each other before each step, and its sums over all of them.
+
+    Attributes:
+        stop: how many were asked to stop.
+        clock_says_save: how many say that it is time to save.
+        failed: how many could not read their part of the batch.
+        loss: of the step before, where it is to be judged: each rank's share.
+        written: how many have written their files of a save in the background.
+        counts: of the labels of each term.
+    """
+
+    stop: float
+    clock_says_save: float
+    failed: float
+    loss: float
+    written: float
+    counts: list[float]
+
+    def over(self, world: World) -> Agreement:
+        """Sum each over the ranks, in one reduction; every rank calls it."""
+        *single, _ = values = [getattr(self, each.name) for each in fields(self)]
+        totals = distributed.total(world, [*single, *values[-1]])
+        return Agreement(*totals[: len(single)], counts=totals[len(single) :])
+
+
 @dataclass
 class Loop:
     """One run on one rank, from `state` to its end; `reporter` exists on rank 0 only."""
@@ -52,7 +79,7 @@ class Loop:
     plan: BatchPlan
     world: World
     engine: TrainingEngine
-    objective: MaskedLanguageModelling
+    criterion: Criterion
     order: RunOrder
     open_batches: Callable[[TrainState], Iterable[Batch]]
     """This rank's micro-batches from a state on."""
@@ -72,7 +99,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.watch = DivergenceWatch(self.config.resilience)
         self.step_metrics = StepMetrics(
-            self.config, self.plan, self.world, self.engine, self.objective, self.order, self.meter
+            self.config, self.plan, self.world, self.engine, self.criterion, self.order, self.meter
         )
         self.own_time = OwnTime(self.world.device)
         self.save_due = False
@@ -99,17 +126,17 @@ class Loop:
             while self.state.step < self.plan.total_steps:
                 with self.profiler.step(self.state.step + 1):
                     shape = self.plan.shape_at(self.state.samples)
-                    micro_batches, predictions, stop, clock_says_save = self._agree(next(steps))
-                    if stop:
+                    micro_batches, agreed = self._agree(next(steps))
+                    if agreed.stop:
                         return self._stop()
-                    if clock_says_save:
+                    if agreed.clock_says_save:
                         self._save(self.config.checkpoint.in_background)
-                    losses = self._train_step(micro_batches, predictions, shape)
+                    losses = self._train_step(micro_batches, agreed.counts, shape)
                 self._step_is_done()
                 if self.reporter is not None:
                     self.reporter.step(self.state.step)
                 if self._is_due(self.config.logging.every_steps) or self.state.step in (1, self.plan.total_steps):
-                    self._log(losses, predictions, micro_batches, shape)
+                    self._log(losses, agreed.counts, micro_batches, shape)
                 try:
                     self._evaluate_if_due()
                 except MaskwrightError:  # on all ranks: damaged validation data
@@ -145,10 +172,10 @@ class Loop:
         """One step from the present sample on; returns its training line."""
         self.meter.restart()
         shape = self.plan.shape_at(self.state.samples)
-        micro_batches, predictions, _, _ = self._agree(next(self._steps_of_batches()))
+        micro_batches, agreed = self._agree(next(self._steps_of_batches()))
         try:
-            losses = self._train_step(micro_batches, predictions, shape)
-            return self.step_metrics.read(self.state, losses, predictions, micro_batches, shape)
+            losses = self._train_step(micro_batches, agreed.counts, shape)
+            return self.step_metrics.read(self.state, losses, agreed.counts, micro_batches, shape)
         except DivergenceError as divergence:
             raise end_of(divergence, self.config.resilience, rollbacks=0) from None
 
@@ -170,8 +197,8 @@ class Loop:
             self.activity.progress()
             yield micro_batches
 
-    def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], float, bool, bool]:
-        """One small reduction a step: predictions in the global batch, stop or not, save by the clock or not.
+    def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], Agreement]:
+        """One small reduction a step: counts of the global batch, stop or not, save by the clock or not.
 
         It carries the loss of the step before as well, where that is judged.
 
@@ -183,20 +210,23 @@ class Loop:
         minutes = self.config.checkpoint.every_minutes
         elapsed_minutes = (time.monotonic() - self.last_save_time) / 60
         clock_says_save = self.world.is_main and minutes is not None and elapsed_minutes >= minutes
-        clock_says_save = clock_says_save and self.state.skipped_in_a_row == 0
         error = micro_batches if isinstance(micro_batches, MaskwrightError) else None
         batches = [] if isinstance(micro_batches, MaskwrightError) else micro_batches
-        predictions = sum(self.objective.predictions(batch) for batch in batches)
-        loss = self.loss_to_judge() if self.loss_to_judge is not None else 0.0
-        votes = [predictions, self.stop.received, clock_says_save, error is not None, loss, self.saver.is_written]
-        totals = distributed.total(self.world, votes)
+        agreed = Agreement(
+            stop=self.stop.received,
+            clock_says_save=clock_says_save and self.state.skipped_in_a_row == 0,
+            failed=error is not None,
+            loss=self.loss_to_judge() if self.loss_to_judge is not None else 0.0,
+            written=self.saver.is_written,
+            counts=[sum(batch.count(term.name) for batch in batches) for term in self.criterion.terms],
+        ).over(self.world)
         self.activity.enter("step")
-        if totals[5] == self.world.size:
+        if agreed.written == self.world.size:
             self._finish_save()
-        self._judge_loss(totals[4])
-        if totals[3]:
+        self._judge_loss(agreed.loss)
+        if agreed.failed:
             self._fail_together(error)
-        return batches, totals[0], totals[1] > 0, totals[2] > 0
+        return batches, agreed
 
     def _fail_together(self, error: MaskwrightError | None) -> None:
         """Save, and raise the error of the rank that has one on all of them."""
@@ -206,31 +236,34 @@ class Loop:
             self._save(in_background=False)
         distributed.raise_together(self.world, error)
 
-    def _train_step(self, micro_batches: list[Batch], predictions: float, shape: StepShape) -> torch.Tensor:
-        """One optimizer step; returns this rank's sums of cross-entropies of each source, on the device."""
+    def _train_step(self, micro_batches: list[Batch], counts: list[float], shape: StepShape) -> torch.Tensor:
+        """One optimizer step; returns this rank's sums of losses [terms, sources], on the device.
+
+        Args:
+            counts: of the labels of each term in the global batch.
+        """
         step = self.state.step + 1
         rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
-        # DeepSpeed averages over ranks and micro-batches; this makes it the mean over all predictions.
-        scale = self.world.size * shape.accumulation / max(1.0, predictions)
+        terms, averaged = self.criterion.terms, self.world.size * shape.accumulation  # by DeepSpeed
         self.engine.begin_step(shape.micro_size, shape.accumulation)
         if self.config.model.compile:
             self.activity.compiles((shape.micro_size, shape.seq_len))
         source_count = self.order.source_count
-        loss_sums = torch.zeros(source_count, device=self.engine.device)
+        sums = torch.zeros(len(terms), source_count, device=self.engine.device)
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
             seed_dropout(int(key) >> 1, self.engine.device)  # a function of the step: it needs no state
             with self.profiler.range("forward"):
-                moved = self.objective.to_device(batch, self.engine.device)
+                moved = batch.to(self.engine.device)
                 with self.own_time.forward():
-                    losses = self.objective.loss_sums(self.engine.network, moved, source_count)
+                    losses = loss_sums(self.criterion, self.engine.network, moved, source_count)
             with self.profiler.range("backward"):
-                self.engine.backward(losses.sum() * scale)
-            loss_sums += losses.detach()
+                self.engine.backward(loss_to_differentiate(terms, losses, counts, averaged))
+            sums += losses.detach()
             if self.watch.needs_loss and number == len(micro_batches) - 1:
                 # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
-                self.loss_to_judge = _read_later(loss_sums.sum() / max(1.0, predictions))
+                self.loss_to_judge = _read_later(mean_loss(terms, sums, counts))
             with self.profiler.range("optimizer"):
                 applied = self.engine.step(rate, max_grad_norm)
             self.activity.progress()
@@ -240,7 +273,7 @@ class Loop:
             self.loss_to_judge = None
             self._report_skip(max_grad_norm, shape)
         self.watch.observe_step(self.state, self.engine.grad_norm if max_grad_norm is not None else None)
-        return loss_sums
+        return sums
 
     def _step_is_done(self) -> None:
         if not self.activity.is_started:  # what only a start does, such as compiling, is done
@@ -309,8 +342,8 @@ class Loop:
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
 
-    def _log(self, loss_sums: torch.Tensor, predictions: float, micro_batches: list[Batch], shape: StepShape) -> None:
-        values = self.step_metrics.read(self.state, loss_sums, predictions, micro_batches, shape)
+    def _log(self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape) -> None:
+        values = self.step_metrics.read(self.state, loss_sums, counts, micro_batches, shape)
         own_times = distributed.table(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)

@@ -25,7 +25,7 @@ from trainer.checkpoint.save import Saver
 from trainer.config import CUDA_GRAPHS, Config, run_folder
 from trainer.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.data.batch import Batch
-from trainer.data.loader import MaskedBlocks, TrainingBatches
+from trainer.data.loader import SampledBlocks, TrainingBatches
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.loss_kernel import settle_loss_kernel
 from trainer.engine.precision import precision_notes
@@ -39,6 +39,8 @@ from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, settle_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
+from trainer.objectives.objective import Criterion
+from trainer.objectives.registry import make_criterion
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
 from trainer.runtime.distributed import World
@@ -248,8 +250,7 @@ def _train(
     micro_size = inputs.plan.micro_size
     backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep=not dry_run)
     kernel = settle_loss_kernel(config, inputs.vocabulary.size, world, say)
-    for objective in inputs.objectives:
-        objective.cross_entropies = kernel
+    criterion = make_criterion(config, kernel)
     with preferring(backend, world.device):
         engine = _engine(inputs, built, world, say)
         limits = Limits.of(config.watchdog)
@@ -261,10 +262,10 @@ def _train(
             plan=inputs.plan,
             world=world,
             engine=engine,
-            objective=inputs.objective,
+            criterion=criterion,
             order=inputs.order,
             open_batches=lambda state: _batches(inputs, world, state),
-            evaluator=_evaluator(inputs),
+            evaluator=_evaluator(inputs, criterion),
             saver=_saver(run_dir, inputs, records, engine, world, checkpoint, lock),
             meter=meter,
             state=state,
@@ -328,14 +329,11 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
     return engine
 
 
-def _evaluator(inputs: Inputs) -> Evaluator | None:
-    config = inputs.config
+def _evaluator(inputs: Inputs, criterion: Criterion) -> Evaluator | None:
     if inputs.validation is None:
         return None
     micro_size = inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
-    return Evaluator(
-        inputs.validation, inputs.objective, config.eval.samples, micro_size, config.model.document_attention
-    )
+    return Evaluator(inputs.validation, inputs.objective, criterion, inputs.config.eval.samples, micro_size)
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
@@ -350,7 +348,7 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]
         yield from TrainingBatches(
             inputs.order,
             inputs.plan,
-            MaskedBlocks(inputs.sources, inputs.objectives[phase], config.run.seed, config.model.document_attention),
+            SampledBlocks(inputs.sources, inputs.objectives[phase], config.run.seed),
             rank=world.rank,
             first_sample=first.first_sample,
             steps=first.steps + sum(run.steps for run in others),
@@ -398,8 +396,7 @@ def _decision(config: Config, resume: str, checkpoint: Path | None, state: Train
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
     attended = zip(inputs.objectives, inputs.attended_tokens, strict=True)
     flops = [
-        flops_per_token(built.model, tokens, objective.predictions_per_block / objective.seq_len)
-        for objective, tokens in attended
+        flops_per_token(built.model, tokens, objective.head_rows / objective.seq_len) for objective, tokens in attended
     ]
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     counted = ", then ".join(f"{each:.4g}" for each in flops)

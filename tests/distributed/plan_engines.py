@@ -15,6 +15,7 @@ from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
 from trainer.model.build import build_model
+from trainer.objectives.registry import make_samples
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.sizing.memory_estimate import Footprint
@@ -65,7 +66,7 @@ def vocabulary() -> Vocabulary:
 def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[Callable[[], None]]:
     """A function that does one optimizer step of made-up tokens."""
     config = layout.config(**overrides)
-    footprint_predictions = max(1, round(config.objective.mask_ratio * (SEQ_LEN - 2)))
+    footprint_predictions = make_samples(config, vocabulary(), SEQ_LEN).head_rows
     micro_size, accumulation = layout.micro_size, layout.accumulation
     plan = BatchPlan(micro_size * accumulation * world.size, micro_size, world.size, accumulation, SEQ_LEN, 1)
     built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0)
@@ -76,7 +77,7 @@ def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[C
 
     def step() -> None:
         for _ in range(accumulation):
-            logits = engine.network(ids, index)
+            logits = engine.network({"input_ids": ids}, index).logits
             engine.backward(torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[: len(index)]))
             engine.step(1e-4)
 

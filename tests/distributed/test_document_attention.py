@@ -18,11 +18,12 @@ from launcher.console import make_console
 from tests.ranks import TINY_ROBERTA, losses, metrics, tiny_config, train
 from tools.convert import convert
 from trainer.config import Config
+from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.shard_checks import document_starts
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.evaluate import EVALUATION_SEED, Evaluator
 from trainer.inputs import open_inputs
-from trainer.objectives.masking import IGNORED_LABEL
+from trainer.objectives.registry import make_criterion
 
 SEQ_LEN = 64
 SIZES = {**TINY_ROBERTA, "max_position_embeddings": 66}
@@ -131,15 +132,15 @@ def loss_of_each_document_alone(config: Config, folder: Path) -> float:
     for entry in inputs.validation.manifest.shards:
         borders.append(document_starts(inputs.validation.folder, entry).astype(np.int64)[:-1] + before)
         before += entry.tokens
-    starts, payload = np.concatenate(borders), inputs.objective.payload
-    blocks = Evaluator(inputs.validation, inputs.objective, config.eval.samples, 2, document_attention=True).blocks
+    starts, payload = np.concatenate(borders), inputs.objective.view.payload
+    blocks = Evaluator(inputs.validation, inputs.objective, make_criterion(config), config.eval.samples, 2).blocks
     tokens = inputs.validation.read_blocks(blocks, payload)
-    batch = inputs.objective.make_batch(tokens, np.arange(len(blocks), dtype=np.uint64), EVALUATION_SEED)
-    labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
-    labels.view(-1)[batch["prediction_index"]] = batch["labels"]
+    batch = inputs.objective.make_batch(Blocks(tokens), np.arange(len(blocks), dtype=np.uint64), EVALUATION_SEED)
+    labels = torch.full_like(batch.inputs["input_ids"], IGNORED_LABEL)
+    labels.view(-1)[batch.prediction_index] = batch.labels["mlm"]
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     loss, documents = 0.0, 0
-    for block, ids, targets in zip(blocks.tolist(), batch["input_ids"], labels, strict=True):
+    for block, ids, targets in zip(blocks.tolist(), batch.inputs["input_ids"], labels, strict=True):
         inside = starts[(starts > block * payload) & (starts < (block + 1) * payload)] - block * payload
         for start, end in itertools.pairwise([0, *(inside + 1).tolist(), SEQ_LEN]):
             with torch.no_grad():
@@ -147,12 +148,12 @@ def loss_of_each_document_alone(config: Config, folder: Path) -> float:
             loss += float(cross_entropy(logits, targets[start:end], ignore_index=IGNORED_LABEL, reduction="sum"))
             documents += 1
     assert documents > 1.3 * len(blocks), "there are hardly any borders, so this says little"
-    return loss / len(batch["labels"])
+    return loss / len(batch.labels["mlm"])
 
 
 def test_what_a_token_attends_to_is_counted_from_the_borders(workspace: Path, tmp_path: Path) -> None:
     inputs = open_inputs(config_of(workspace, tmp_path), 1)
-    data, payload = inputs.sources[0], inputs.objective.payload
+    data, payload = inputs.sources[0], inputs.objective.view.payload
     borders, before = set(), 0
     for entry in data.manifest.shards:
         borders |= {int(start) + before for start in document_starts(data.folder, entry)[:-1]}

@@ -18,9 +18,9 @@ import torch.nn.functional as functional
 from tests.commands import assert_one_card, call_forked, maskwright
 from tests.ranks import losses, run_ranks, tiny_config, write_config
 from trainer.config import Config
+from trainer.data.blocks import IGNORED_LABEL
 from trainer.engine import loss_kernel
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.objectives.masking import IGNORED_LABEL
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(

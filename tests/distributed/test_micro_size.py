@@ -128,7 +128,7 @@ def _step_after_trial(
     norms = []
     for _ in range(2):
         torch.manual_seed(world.rank)
-        logits = engine.network(ids + world.rank, index)
+        logits = engine.network({"input_ids": ids + world.rank}, index).logits
         engine.backward(torch.nn.functional.cross_entropy(logits, ids.flatten()[:4]))
         assert engine.step(1e-2)
         norms.append(engine.grad_norm)

@@ -13,7 +13,7 @@ import yaml
 
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from trainer.config import Config
-from trainer.data.loader import MaskedBlocks
+from trainer.data.loader import SampledBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs import open_inputs
 
@@ -38,14 +38,14 @@ def train_and_record(config: Config, resume: str, record: str) -> int:
     """Train, and note in a file of this rank every (sample, source, block) that becomes part of a batch."""
     from trainer.train import run
 
-    make = MaskedBlocks.__getitems__
+    make = SampledBlocks.__getitems__
 
-    def recording(self: MaskedBlocks, places: np.ndarray) -> Any:
+    def recording(self: SampledBlocks, places: np.ndarray) -> Any:
         with open(f"{record}-{os.environ['RANK']}", "a") as file:
             file.writelines(f"{sample} {source} {block}\n" for sample, source, block in places.tolist())
         return make(self, places)
 
-    MaskedBlocks.__getitems__ = recording
+    SampledBlocks.__getitems__ = recording
     return run(config, resume)
 
 

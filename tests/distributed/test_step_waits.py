@@ -60,10 +60,8 @@ def _after_a_step(work: StepWork) -> tuple[EngineStepper, Batch]:
     variant = VARIANTS["ours"]
     config = config_of(work, variant)
     objective = objective_of(work, config)
-    stepper = EngineStepper(work, variant, config, objective)
-    first, second, *_ = (
-        objective.to_device(batch, stepper.device) for batch in training_batches(work, variant, objective)
-    )
+    stepper = EngineStepper(work, config)
+    first, second, *_ = (batch.to(stepper.device) for batch in training_batches(work, variant, objective))
     _step(stepper, first)
     return stepper, second
 

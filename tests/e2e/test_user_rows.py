@@ -27,10 +27,10 @@ from tests.commands import maskwright, start_maskwright_into
 from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S
 from tools.prepare import prepare
+from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.manifest import read_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 from trainer.inputs import open_inputs
-from trainer.objectives.masking import IGNORED_LABEL
 
 LINES_BEFORE_STEP_1 = [
     r"run .+: starting afresh \(--resume auto, no checkpoint found\)",
@@ -240,14 +240,14 @@ def test_row_13_the_logged_loss_is_the_mean_over_all_masked_tokens_of_the_global
     for step in range(3):
         samples = np.arange(step * 8, step * 8 + 8)
         _, blocks = inputs.order.locate(samples)
-        tokens = inputs.sources[0].read_blocks(blocks, inputs.objective.payload)
-        batch = inputs.objective.make_batch(tokens, samples.astype(np.uint64), config.run.seed)
-        labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
-        counted = batch["labels"] != IGNORED_LABEL
-        labels.view(-1)[batch["prediction_index"][counted]] = batch["labels"][counted]
+        tokens = inputs.sources[0].read_blocks(blocks, inputs.objective.view.payload)
+        batch = inputs.objective.make_batch(Blocks(tokens), samples.astype(np.uint64), config.run.seed)
+        labels = torch.full_like(batch.inputs["input_ids"], IGNORED_LABEL)
+        counted = batch.labels["mlm"] != IGNORED_LABEL
+        labels.view(-1)[batch.prediction_index[counted]] = batch.labels["mlm"][counted]
         with torch.no_grad():
-            expected.append(float(model(input_ids=batch["input_ids"], labels=labels).loss))
-            pairs = zip(batch["input_ids"].split(2), labels.split(2), strict=True)
+            expected.append(float(model(input_ids=batch.inputs["input_ids"], labels=labels).loss))
+            pairs = zip(batch.inputs["input_ids"].split(2), labels.split(2), strict=True)
             means_of_micro_batches.append(
                 float(torch.stack([model(input_ids=ids, labels=label).loss for ids, label in pairs]).mean())
             )

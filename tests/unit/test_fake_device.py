@@ -19,19 +19,20 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tests.commands import call_forked
 from tests.unit.model.tiny_models import ARCHITECTURES, SEQ_LEN, tiny_model, vocabulary
 from trainer.config import ObjectiveConfig
-from trainer.data.batch import Batch, Documents
+from trainer.data.batch import Batch
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.model.build import constant_inputs
-from trainer.model.document_attention import DocumentAttention
+from trainer.model.forward import Forward
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS
-from trainer.model.masked_head import install
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.language_model import LanguageModelLoss
+from trainer.objectives.mlm import TERM, MaskedSamples
+from trainer.objectives.objective import loss_sums, tally
 
 GPU = "gpu"
 DOCUMENT_START = 7
@@ -83,30 +84,26 @@ def traffic_of_a_step(model_type: str, in_documents: bool) -> dict[str, list[str
     device = torch.device(GPU)
     with tempfile.TemporaryDirectory() as folder:
         model: Any = tiny_model(Path(folder), model_type)
-    objective = MaskedLanguageModelling(ObjectiveConfig(), vocabulary(), SEQ_LEN)
+    objective = MaskedSamples(ObjectiveConfig(), vocabulary(), SEQ_LEN)
     starts = np.zeros((3, SEQ_LEN - 2), np.bool_)
     starts[:, DOCUMENT_START] = True
     blocks = np.full((3, SEQ_LEN - 2), 50)
-    batch = objective.make_batch(blocks, np.arange(3, dtype=np.uint64), 0, starts if in_documents else None)
+    batch = objective.make_batch(
+        Blocks(blocks, {DOCUMENT_STARTS: starts} if in_documents else {}), np.arange(3, dtype=np.uint64), 0
+    )
+    forward = Forward(model, torch.device("cpu"), in_documents)
     constants = constant_inputs(model, SEQ_LEN, torch.device("cpu"))
-    positions = install(model)
-    documents = DocumentAttention(model, torch.device("cpu")) if in_documents else None
     with FakeTensorMode() as fake:
         on_device(model)
-        fixed = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in constants.items()}
-        moved = objective.to_device(tree_map_only(torch.Tensor, fake.from_tensor, batch), device)
-
-        def network(input_ids: torch.Tensor, index: torch.Tensor, given: Documents | None) -> torch.Tensor:
-            arguments = fixed if given is None or documents is None else {**fixed, **documents.inputs(given)}
-            with positions.select(index):
-                return positions.logits(model(input_ids=input_ids, **arguments).logits, index)
-
-        return _traffic_of_parts(model, objective, network, moved)
+        forward._constants[SEQ_LEN] = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in constants.items()
+        }
+        moved = batch._each(fake.from_tensor).to(device)
+        return _traffic_of_parts(model, forward, moved)
 
 
-def _traffic_of_parts(
-    model: nn.Module, objective: MaskedLanguageModelling, network: Any, batch: Batch
-) -> dict[str, list[str]]:
+def _traffic_of_parts(model: nn.Module, network: Forward, batch: Batch) -> dict[str, list[str]]:
+    criterion = LanguageModelLoss(TERM)
     losses: list[torch.Tensor] = []
     norms: list[torch.Tensor] = []
     weights = list(model.parameters())
@@ -117,11 +114,11 @@ def _traffic_of_parts(
         adamw.step()
 
     parts: dict[str, Callable[[], None]] = {
-        "forward": lambda: losses.append(objective.loss_sums(network, batch, 1)),
+        "forward": lambda: losses.append(loss_sums(criterion, network, batch, 1)),
         "backward": lambda: losses[0].sum().backward(),
         "norm": lambda: norms.append(sum_of_squares([each.grad for each in weights if each.grad is not None]).sqrt()),
         "update": update,
-        "evaluation": lambda: losses.extend(objective.score(network, batch)),
+        "evaluation": lambda: losses.append(tally(criterion, network, batch)),
     }
     found = {name: traffic_of(part) for name, part in parts.items()}
     assert all(each.device.type == GPU for each in (*losses, *norms)), "the work was done there"

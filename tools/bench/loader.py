@@ -26,7 +26,7 @@ from trainer.data.manifest import split_folder
 from trainer.data.order.sample_order import SampleOrder, rank_share
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedSamples
 from trainer.schedule.batch_plan import BatchPlan
 
 GLOBAL_SIZE = 8192  # sequences; RoBERTa's
@@ -53,7 +53,7 @@ def bench_loader(settings: LoaderBenchmark, console: Console) -> Report:
         peers, ratios, notes = peer_variants(workload, settings.against, console)
         facts = {
             **asdict(settings),
-            "blocks": workload.shards.block_count(workload.objective.payload),
+            "blocks": workload.shards.block_count(workload.objective.view.payload),
             "global_size": workload.plan.global_size,
             "pinned": pinned,
         }
@@ -74,8 +74,8 @@ def _open(settings: LoaderBenchmark, scratch: Path, console: Console) -> Workloa
     shards = ShardSet(folder)
     kept = tokenizer_folder(folder)
     tokenizer = load_tokenizer(kept) if kept else make_tokenizer(shards.manifest.vocabulary_size)
-    objective = MaskedLanguageModelling(ObjectiveConfig(), vocabulary_of(tokenizer, str(kept)), settings.seq_len)
-    blocks, micro_size = shards.block_count(objective.payload), settings.micro_size
+    objective = MaskedSamples(ObjectiveConfig(), vocabulary_of(tokenizer, str(kept)), settings.seq_len)
+    blocks, micro_size = shards.block_count(objective.view.payload), settings.micro_size
     if blocks < micro_size:
         raise UserError(
             f"The data has {blocks:,} blocks of {settings.seq_len}: not one batch of {micro_size}.",
@@ -118,7 +118,7 @@ def _order(workload: Workload) -> Callable[[], int]:
 
 def _gather(workload: Workload) -> Callable[[], int]:
     batches = itertools.cycle(list(_micro_batches_of_blocks(workload)))
-    payload = workload.objective.payload
+    payload = workload.objective.view.payload
 
     def step() -> int:
         return workload.shards.read_blocks(next(batches), payload).size
@@ -136,7 +136,7 @@ def _micro_batches_of_blocks(workload: Workload) -> Iterator[np.ndarray]:
 
 def _masks(workload: Workload) -> Callable[[], int]:
     objective, micro_size = workload.objective, workload.plan.micro_size
-    tokens = objective.frame(workload.shards.read_blocks(np.arange(micro_size), objective.payload))
+    tokens = objective.frame(workload.shards.read_blocks(np.arange(micro_size), objective.view.payload))
     starts = itertools.count(0, micro_size)
 
     def step() -> int:
@@ -150,13 +150,13 @@ def _masks(workload: Workload) -> Callable[[], int]:
 def _end_to_end(workload: Workload) -> Callable[[], int]:
     import torch
 
-    from trainer.data.loader import MaskedBlocks, TrainingBatches
+    from trainer.data.loader import SampledBlocks, TrainingBatches
 
     batches: Iterator[Any] = iter(
         TrainingBatches(
             workload.order,
             workload.plan,
-            MaskedBlocks([workload.shards], workload.objective, seed=0),
+            SampledBlocks([workload.shards], workload.objective, seed=0),
             rank=0,
             first_sample=0,
             steps=_FOR_EVER,
@@ -166,6 +166,6 @@ def _end_to_end(workload: Workload) -> Callable[[], int]:
     )
 
     def step() -> int:
-        return next(batches)["input_ids"].numel()
+        return next(batches).inputs["input_ids"].numel()
 
     return step

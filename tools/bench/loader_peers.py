@@ -75,13 +75,13 @@ def _mosaic_lacking() -> str:
 
 
 def _blocks_for_others(workload: Workload) -> int:
-    return min(ARROW_BLOCKS, workload.shards.block_count(workload.objective.payload))
+    return min(ARROW_BLOCKS, workload.shards.block_count(workload.objective.view.payload))
 
 
 def _framed_blocks(workload: Workload) -> np.ndarray:
     """int32 [n, seq_len], begin and end tokens in place."""
     numbers = np.arange(_blocks_for_others(workload))
-    blocks = workload.shards.read_blocks(numbers, workload.objective.payload)
+    blocks = workload.shards.read_blocks(numbers, workload.objective.view.payload)
     return workload.objective.frame(blocks).astype(np.int32)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.data.dataset import ShardSet
 from trainer.data.order.sample_order import SampleOrder
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedSamples
 from trainer.schedule.batch_plan import BatchPlan
 
 
@@ -39,7 +39,7 @@ class Workload:
 
     shards: ShardSet
     tokenizer: PreTrainedTokenizerFast
-    objective: MaskedLanguageModelling
+    objective: MaskedSamples
     order: SampleOrder
     plan: BatchPlan
     seconds: float

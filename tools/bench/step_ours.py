@@ -24,17 +24,20 @@ from tools.bench.step_work import (
     profile_steps,
     synchronize,
     validation_batches,
+    vocabulary_of,
 )
 from tools.machine import peak_resident_bytes
 from trainer.config import Config
 from trainer.data.batch import Batch
+from trainer.data.blocks import IGNORED_LABEL
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.engine.optimizer import build_optimizer
 from trainer.model.build import constant_inputs
 from trainer.model.cpu_dropout import seed_dropout
 from trainer.model.masked_head import install
-from trainer.objectives.masking import IGNORED_LABEL
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import TERM, MaskedSamples
+from trainer.objectives.objective import loss_sums
+from trainer.objectives.registry import make_criterion
 from trainer.runtime import distributed
 from trainer.runtime.host_memory import keep_freed_memory
 from trainer.sizing.flops import flops_per_token
@@ -71,16 +74,15 @@ class TorchStepper:
             self._network = torch.compile(self._network, dynamic=False)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        index, labels = batch["prediction_index"], batch["labels"]
+        index, labels = batch.prediction_index, batch.labels[TERM]
         with self._autocast:
             if self._positions is not None:
                 with self._positions.select(index):
-                    logits = self._network(input_ids=batch["input_ids"], **self._inputs).logits
+                    logits = self._network(input_ids=batch.inputs["input_ids"], **self._inputs).logits
                 return functional.cross_entropy(logits.float(), labels)
-            full = torch.full_like(batch["input_ids"], IGNORED_LABEL).flatten().index_copy(0, index, labels)
-            return self._network(input_ids=batch["input_ids"], labels=full.view_as(batch["input_ids"]), **self._inputs)[
-                "loss"
-            ]
+            input_ids = batch.inputs["input_ids"]
+            full = torch.full_like(input_ids, IGNORED_LABEL).flatten().index_copy(0, index, labels)
+            return self._network(input_ids=input_ids, labels=full.view_as(input_ids), **self._inputs)["loss"]
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -94,9 +96,7 @@ class TorchStepper:
 class EngineStepper:
     """The engine and the objective as `trainer.train` puts them together, dropout seeded at each step."""
 
-    def __init__(
-        self, work: StepWork, variant: StepVariant, config: Config, objective: MaskedLanguageModelling
-    ) -> None:
+    def __init__(self, work: StepWork, config: Config) -> None:
         from trainer.engine.deepspeed_config import compose, load_preset
         from trainer.engine.engine import TrainingEngine
         from trainer.engine.loss_kernel import settle_loss_kernel
@@ -116,15 +116,15 @@ class EngineStepper:
         self.engine = TrainingEngine(built, preset, config.optimizer, self._world)
         if config.model.compile:
             self.engine.compile(config.model.compile, shapes=1)
-        self._objective, self._config, self._step = objective, config, 0
-        objective.cross_entropies = settle_loss_kernel(config, objective.vocabulary.size, self._world)
+        self._config, self._step = config, 0
+        self._criterion = make_criterion(config, settle_loss_kernel(config, vocabulary_of(work).size, self._world))
         self.model, self.device = self.engine.module, self._world.device
 
     def forward(self, batch: Batch) -> torch.Tensor:
         self._step += 1
         key = fold_key(KeyPurpose.DROPOUT, self._config.run.seed, self._step, 0, self._world.rank)
         seed_dropout(int(key) >> 1, self.device)
-        return self._objective.loss_sums(self.engine.network, batch, 1).sum() / len(batch["labels"])
+        return loss_sums(self._criterion, self.engine.network, batch, 1).sum() / len(batch.labels[TERM])
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
@@ -134,12 +134,12 @@ class EngineStepper:
 
 
 def drive(
-    work: StepWork, variant: StepVariant, stepper: Any, batches: Sequence[Batch], objective: MaskedLanguageModelling
+    work: StepWork, variant: StepVariant, stepper: Any, batches: Sequence[Batch], objective: MaskedSamples
 ) -> StepMeasurement:
     """Train and measure; the same for all loops of ours."""
     device: torch.device = stepper.device
     if device.type == "cuda":
-        batches = [_pinned(batch) for batch in batches]
+        batches = [batch.pin_memory() for batch in batches]
     watch = None
     if work.target_loss is not None:
         watch = LossWatch(work.target_loss, validation_batches(work, variant, objective), device)
@@ -149,7 +149,7 @@ def drive(
         if number == work.warmup_steps:
             clock.restart()
             started, steps = (time.perf_counter(), cpu_seconds()), 0
-        losses.append(_take_step(stepper, batch, objective, clock))
+        losses.append(_take_step(stepper, batch, clock))
         steps += 1
         if number == 0:
             synchronize(device)
@@ -160,7 +160,7 @@ def drive(
     wall, cpu = time.perf_counter() - started[0], cpu_seconds() - started[1]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
     operators, communication = profile_steps(
-        lambda number: _take_step(stepper, batches[work.all_steps + number], objective, clock), device
+        lambda number: _take_step(stepper, batches[work.all_steps + number], clock), device
     )
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -173,15 +173,15 @@ def drive(
         first_step_seconds=first_step_seconds,
         peak_bytes=peak,
         losses=torch.stack(losses).tolist(),
-        flops_per_token=flops_per_token(stepper.model, work.seq_len, objective.predictions_per_block / work.seq_len),
+        flops_per_token=flops_per_token(stepper.model, work.seq_len, objective.head_rows / work.seq_len),
         communication=communication,
         operators=operators,
         seconds_to_loss=None if watch is None else watch.reached,
     )
 
 
-def _take_step(stepper: Any, batch: Batch, objective: MaskedLanguageModelling, clock: PhaseClock) -> torch.Tensor:
-    moved = objective.to_device(batch, stepper.device)
+def _take_step(stepper: Any, batch: Batch, clock: PhaseClock) -> torch.Tensor:
+    moved = batch.to(stepper.device)
     clock.mark("data")
     loss = stepper.forward(moved)
     clock.mark("forward")
@@ -190,7 +190,3 @@ def _take_step(stepper: Any, batch: Batch, objective: MaskedLanguageModelling, c
     stepper.optimize()
     clock.mark("optimizer")
     return loss.detach()
-
-
-def _pinned(batch: Batch) -> Any:
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

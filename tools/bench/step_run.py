@@ -32,7 +32,7 @@ def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasuremen
     # Before the model, which may take the host's memory with it.
     batches = training_batches(given, chosen, objective)
     if chosen.loop == "ours":
-        stepper: Stepper = EngineStepper(given, chosen, config, objective)
+        stepper: Stepper = EngineStepper(given, config)
     else:
         stepper = TorchStepper(given, chosen, config)
     return drive(given, chosen, stepper, batches[rank() :: given.ranks], objective)

@@ -87,7 +87,7 @@ def run_trainer(work: StepWork, variant: StepVariant) -> StepMeasurement:
         first_step_seconds=course.first_step_seconds,
         peak_bytes=peak,
         losses=torch.stack(trainer.losses).tolist()[: work.warmup_steps + steps],  # without the profiled ones
-        flops_per_token=flops_per_token(model, work.seq_len, objective.predictions_per_block / work.seq_len),
+        flops_per_token=flops_per_token(model, work.seq_len, objective.head_rows / work.seq_len),
         communication=communication,
         operators=operators,
         seconds_to_loss=None if watch is None else watch.reached,

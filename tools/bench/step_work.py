@@ -22,14 +22,14 @@ from tools.bench.synthetic import VOCABULARY_SIZE, learnable_tokens
 from trainer.config import Config
 from trainer.config.file import parse_config
 from trainer.data.batch import Batch
+from trainer.data.blocks import DOCUMENT_STARTS, IGNORED_LABEL, Blocks
 from trainer.data.dataset import ShardSet
 from trainer.data.manifest import read_manifest, split_folder
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel, build_model
-from trainer.objectives.masking import IGNORED_LABEL
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import TERM, MaskedSamples
 
 SMALL_MODEL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 EVALUATION_STEPS = 10  # between two evaluations on the way to a loss
@@ -173,8 +173,8 @@ def vocabulary_of(work: StepWork) -> Vocabulary:
     return Vocabulary(size, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
 
 
-def objective_of(work: StepWork, config: Config) -> MaskedLanguageModelling:
-    return MaskedLanguageModelling(config.objective, vocabulary_of(work), work.seq_len)
+def objective_of(work: StepWork, config: Config) -> MaskedSamples:
+    return MaskedSamples(config.objective, vocabulary_of(work), work.seq_len)
 
 
 def model_of(work: StepWork, config: Config) -> BuiltModel:
@@ -182,38 +182,38 @@ def model_of(work: StepWork, config: Config) -> BuiltModel:
     return build_model(config.model, vocabulary_of(work), work.seq_len, work.seed)
 
 
-def training_batches(work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling) -> list[Batch]:
+def training_batches(work: StepWork, variant: StepVariant, objective: MaskedSamples) -> list[Batch]:
     """All micro-batches, those of a step behind each other in the order of ranks; PROFILED_STEPS more than trained."""
     return _batches(work, variant, objective, 0, (work.all_steps + PROFILED_STEPS) * work.ranks)
 
 
-def validation_batches(work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling) -> list[Batch]:
+def validation_batches(work: StepWork, variant: StepVariant, objective: MaskedSamples) -> list[Batch]:
     """Micro-batches that are not among the training batches."""
     first = (work.all_steps + PROFILED_STEPS) * work.ranks
     return _batches(work, variant, objective, first, _VALIDATION_BATCHES)
 
 
-def _batches(
-    work: StepWork, variant: StepVariant, objective: MaskedLanguageModelling, first: int, count: int
-) -> list[Batch]:
+def _batches(work: StepWork, variant: StepVariant, objective: MaskedSamples, first: int, count: int) -> list[Batch]:
     samples = np.arange(first * work.micro_size, (first + count) * work.micro_size, dtype=np.uint64)
     blocks = _read_blocks(work, objective, samples)
-    starts = None
+    starts = {}
     if variant.document_attention:
-        starts = np.random.default_rng(work.seed).random(blocks.shape) < 1 / _DOCUMENT_TOKENS
+        starts[DOCUMENT_STARTS] = np.random.default_rng(work.seed).random(blocks.shape) < 1 / _DOCUMENT_TOKENS
     return [
-        objective.make_batch(blocks[rows], samples[rows], work.seed, None if starts is None else starts[rows])
+        objective.make_batch(
+            Blocks(blocks[rows], {mark: each[rows] for mark, each in starts.items()}), samples[rows], work.seed
+        )
         for rows in (slice(number, number + work.micro_size) for number in range(0, len(samples), work.micro_size))
     ]
 
 
-def check_data(work: StepWork, objective: MaskedLanguageModelling) -> None:
+def check_data(work: StepWork, objective: MaskedSamples) -> None:
     """Raise UserError when the data have fewer blocks than the work takes."""
     if work.data is None:
         return
     needed = (work.all_steps + PROFILED_STEPS) * work.ranks * work.micro_size
     needed += _VALIDATION_BATCHES * work.micro_size * (work.target_loss is not None)
-    available = _shards_of(work.data).block_count(objective.payload)
+    available = _shards_of(work.data).block_count(objective.view.payload)
     if available < needed:
         raise UserError(
             f"The data has {available:,} blocks of {work.seq_len}, and {needed:,} are needed.",
@@ -226,24 +226,24 @@ def _shards_of(data: str) -> ShardSet:
     return ShardSet(split_folder(data, "train"))
 
 
-def _read_blocks(work: StepWork, objective: MaskedLanguageModelling, samples: np.ndarray) -> np.ndarray:
+def _read_blocks(work: StepWork, objective: MaskedSamples, samples: np.ndarray) -> np.ndarray:
     """Tokens [n, payload] of the sample numbers."""
     if work.data is None:
-        return learnable_tokens(len(samples), objective.payload, work.seed + int(samples[0]))
+        return learnable_tokens(len(samples), objective.view.payload, work.seed + int(samples[0]))
     shards = _shards_of(work.data)
     key = fold_key(KeyPurpose.EVALUATION, work.seed)
-    numbers = permute(samples, shards.block_count(objective.payload), key).astype(np.int64)
-    return shards.read_blocks(numbers, objective.payload)
+    numbers = permute(samples, shards.block_count(objective.view.payload), key).astype(np.int64)
+    return shards.read_blocks(numbers, objective.view.payload)
 
 
 def as_trainer_rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
     """The batch as Trainer takes it: full-length labels, an attention mask of ones."""
-    labels = torch.full_like(batch["input_ids"], IGNORED_LABEL)
-    labels.view(-1)[batch["prediction_index"]] = batch["labels"]
+    labels = torch.full_like(batch.inputs["input_ids"], IGNORED_LABEL)
+    labels.view(-1)[batch.prediction_index] = batch.labels[TERM]
     ones = torch.ones(labels.shape[1], dtype=torch.int64)
     return [
         {"input_ids": ids, "labels": row, "attention_mask": ones}
-        for ids, row in zip(batch["input_ids"], labels, strict=True)
+        for ids, row in zip(batch.inputs["input_ids"], labels, strict=True)
     ]
 
 
@@ -312,9 +312,9 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: to
     model.eval()
     losses = []
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"].to(device)).logits.flatten(0, 1)
-        predicted = logits[batch["prediction_index"].to(device)].float()
-        losses.append(float(functional.cross_entropy(predicted, batch["labels"].to(device))))
+        logits = model(input_ids=batch.inputs["input_ids"].to(device)).logits.flatten(0, 1)
+        predicted = logits[batch.prediction_index.to(device)].float()
+        losses.append(float(functional.cross_entropy(predicted, batch.labels[TERM].to(device))))
     model.train()
     return sum(losses) / len(losses)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tools.prepare.on_demand import look_up, raw_paths
 from trainer.config import Config
+from trainer.data.blocks import framed_view
 from trainer.data.manifest import read_manifest, split_folder
 from trainer.data.order.mixture import mixture_order
 from trainer.data.tokenizer import Vocabulary
@@ -64,7 +65,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)
-    blocks = [[count // (phase.seq_len - 2) for count in tokens or ()] for phase in phases]
+    blocks = [[framed_view(phase.seq_len).block_count(count) for count in tokens or ()] for phase in phases]
     epoch_blocks, whole_steps = [sum(counts) for counts in blocks], defaults_of(config).whole_steps
     plan = plan_batch(config.batch, config.train, phases, world_size, epoch_blocks, whole_steps)
     facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))

@@ -12,6 +12,7 @@ from rich.table import Table
 from tools.prepare.bad_documents import Losses
 from tools.prepare.pieces import Inputs
 from tools.prepare.special_tokens import TokenTally
+from trainer.data.blocks import framed_view
 from trainer.data.manifest import Manifest
 
 USUAL_SEQ_LEN = 512
@@ -128,7 +129,7 @@ class TaskSummary:
 
 def unused_tail_tokens(tokens: int, seq_len: int = USUAL_SEQ_LEN) -> int:
     """Tokens at the end that fill no block of seq_len − 2."""
-    return tokens % (seq_len - 2)
+    return tokens % framed_view(seq_len).payload
 
 
 def describe_tokens(summary: PrepareSummary) -> list[str]:

@@ -16,6 +16,7 @@ from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
 from trainer.config.base import LIMIT
 from trainer.config.file import load_config, recipe_names
+from trainer.data.blocks import framed_view
 from trainer.data.manifest import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
 from trainer.data.order.mixture import mixture_order
 from trainer.data.order.run_order import RunOrder
@@ -126,7 +127,7 @@ class SimulatedPlan:
 
     def payload(self, phase: int) -> int:
         """Content tokens a block."""
-        return self.phases[phase].seq_len - 2
+        return framed_view(self.phases[phase].seq_len).payload
 
     def blocks(self, phase: int) -> tuple[int, ...]:
         """Whole blocks of each source."""
@@ -240,7 +241,9 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     phases = lay_out(data, batch)
-    epoch_blocks = [sum(source.tokens // (phase.seq_len - 2) for source in sources) for phase in phases]
+    epoch_blocks = [
+        sum(framed_view(phase.seq_len).block_count(source.tokens) for source in sources) for phase in phases
+    ]
     plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks, defaults_of(config).whole_steps)
     return SimulatedPlan(
         data=data,

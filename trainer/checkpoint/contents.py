@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config.file import dump_config
+from trainer.data.blocks import Blocks
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
 from trainer.inputs import Inputs
@@ -67,7 +68,7 @@ class Probe:
 
 def read_probe_block(inputs: Inputs) -> np.ndarray:
     """The content of the block that the probe shows; read once, because a rank that cannot read it cannot save."""
-    return inputs.sources[0].read_blocks(np.zeros(1, np.int64), inputs.objective.payload)
+    return inputs.sources[0].read_blocks(np.zeros(1, np.int64), inputs.objective.view.payload)
 
 
 def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:
@@ -88,15 +89,13 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
 
 def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Probe:
     """Run the probe through the engine; a collective at ZeRO stage 3."""
-    objective, plan = inputs.objective, inputs.plan
-    tokens = np.repeat(objective.frame(block), plan.micro_size, axis=0)
-    row = np.linspace(0, plan.seq_len - 1, objective.predictions_per_block).astype(np.int64)
-    index = (np.arange(plan.micro_size)[:, None] * plan.seq_len + row).reshape(-1)
-    input_ids, prediction_index = torch.from_numpy(tokens), torch.from_numpy(index)
+    tokens = np.repeat(block, inputs.plan.micro_size, axis=0)
+    batch = inputs.objective.plain(Blocks(tokens))
     with engine.evaluating():
-        logits = engine.network(input_ids.to(engine.device), prediction_index.to(engine.device))
+        moved = batch.to(engine.device)
+        logits = engine.network(moved.inputs, moved.prediction_index).logits
     rows = logits[:PROBE_ROWS].cpu()  # a view would keep all of them
-    return Probe(input_ids, prediction_index, rows, engine.device.type)
+    return Probe(batch.inputs["input_ids"], batch.prediction_index, rows, engine.device.type)
 
 
 def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:

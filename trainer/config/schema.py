@@ -229,8 +229,8 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["mlm"] = "mlm"
-    """Masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
+    name: Line = "mlm"
+    """`mlm`: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of a block's content tokens that is predicted; exactly round(mask_ratio × payload) a block."""
     scheme: Literal["token"] = "token"

@@ -1,11 +1,15 @@
-"""What an objective makes of blocks, and what computes on it: micro-batches, and the network that takes them."""
+"""Micro-batches, and the protocol of what makes them of blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, NotRequired, TypedDict
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+
+from trainer.data.blocks import IGNORED_LABEL, Blocks, View
 
 
 class Documents(NamedTuple):
@@ -20,23 +24,87 @@ class Documents(NamedTuple):
     cu_seqlens: torch.Tensor
 
 
-Network = Callable[[torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
-"""(input_ids [B, S], prediction_index [B·k], documents) → logits [B·k, vocabulary]."""
-
-
-class Batch(TypedDict):
-    """One micro-batch of B blocks of S tokens with k predictions each; int64.
+@dataclass
+class Batch:
+    """One micro-batch of B blocks of S tokens. Its shapes are the same for any blocks.
 
     Attributes:
-        input_ids: [B, S], masked.
-        prediction_index: [B·k], flat positions into B·S.
-        labels: [B·k], original ids at these positions, or IGNORED_LABEL.
-        sources: [B], number of the source of each block; only in a run that mixes several.
+        inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.
+        labels: by term of the loss int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
+        prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed.
+        sources: int64 [B], number of the source of each block; only in a run that mixes several.
         documents: only in a run with attention within documents.
     """
 
-    input_ids: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
     prediction_index: torch.Tensor
-    labels: torch.Tensor
-    sources: NotRequired[torch.Tensor]
-    documents: NotRequired[Documents]
+    sources: torch.Tensor | None = None
+    documents: Documents | None = None
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.inputs["input_ids"])
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to the device, without waiting where the batch is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Copy into pinned memory; torch's DataLoader calls it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def count(self, term: str) -> int:
+        """How many labels of a term count in the loss."""
+        return int((self.labels[term] != IGNORED_LABEL).sum())
+
+    def count_by_source(self, term: str, source_count: int) -> np.ndarray:
+        """int64 [source_count]: the same of each source, for a batch that has `sources`."""
+        assert self.sources is not None
+        counts = (self.labels[term] != IGNORED_LABEL).view(self.rows, -1).sum(dim=1)
+        return np.bincount(self.sources.numpy(), counts.numpy(), source_count).astype(np.int64)
+
+    def leave_out(self, rows: np.ndarray) -> None:
+        """Make padding of some blocks: without labels they count in no loss. `rows` is bool [B]."""
+        for labels in self.labels.values():
+            labels.view(len(rows), -1)[torch.from_numpy(rows)] = IGNORED_LABEL
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def changed(value: object) -> object:
+            if isinstance(value, torch.Tensor):
+                return change(value)
+            if isinstance(value, dict):
+                return {name: changed(each) for name, each in value.items()}
+            return Documents(*map(change, value)) if isinstance(value, Documents) else value
+
+        return Batch(**{each.name: changed(getattr(self, each.name)) for each in fields(self)})  # type: ignore[arg-type]
+
+
+class Samples(Protocol):
+    """What an objective makes of blocks, in a loader's worker: pure, in numpy; one for each phase.
+
+    Attributes:
+        seq_len: S, tokens of a block as the model sees it.
+        view: which tokens a block is.
+        marks: what has to be read beside the tokens, see `Blocks.starts`.
+        head_rows: k, positions of a block for which logits of the vocabulary are computed.
+    """
+
+    seq_len: int
+    view: View
+    marks: tuple[str, ...]
+    head_rows: int
+
+    def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:
+        """Make a batch, a pure function of (seed, t, position).
+
+        Args:
+            samples: uint64 [B], the sample numbers t.
+            seed: of the run.
+        """
+        ...
+
+    def plain(self, blocks: Blocks) -> Batch:
+        """Make a batch in which nothing is hidden from the model, predicting evenly spread positions."""
+        ...

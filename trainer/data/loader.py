@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from trainer.data.batch import Batch, Samples
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
 from trainer.data.order.run_order import RunOrder
@@ -23,10 +25,6 @@ from trainer.errors import MaskwrightError
 from trainer.runtime.rendezvous import close_listening_sockets
 from trainer.runtime.signals import ignore_stop_signals
 from trainer.schedule.batch_plan import BatchPlan
-
-if TYPE_CHECKING:
-    from trainer.data.batch import Batch
-    from trainer.objectives.mlm import MaskedLanguageModelling
 
 PADDING = -1  # in the place of a sample number: a row without predictions
 _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
@@ -94,49 +92,41 @@ class ReadFailure:
     error: MaskwrightError
 
 
-class MaskedBlocks(Dataset[Any]):
-    """Reads and masks the blocks of one micro-batch.
+class SampledBlocks(Dataset[Any]):
+    """Reads the blocks of one micro-batch, and has an objective make a batch of them."""
 
-    Args:
-        document_attention: whether batches tell where documents begin; if not, borders are not read.
-    """
-
-    def __init__(
-        self, sources: list[ShardSet], objective: MaskedLanguageModelling, seed: int, document_attention: bool = False
-    ) -> None:
-        self.sources, self.objective, self.seed = sources, objective, seed
-        self.borders = [DocumentBorders(source) for source in sources] if document_attention else None
+    def __init__(self, sources: list[ShardSet], samples: Samples, seed: int) -> None:
+        self.sources, self.samples, self.seed = sources, samples, seed
+        self.borders = [DocumentBorders(source) for source in sources] if DOCUMENT_STARTS in samples.marks else None
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
-        samples, sources, numbers = places.T
-        padding = samples == PADDING
+        numbers, sources, blocks = places.T
+        padding = numbers == PADDING
         try:
-            blocks, starts = self._read(sources, numbers)
+            read = self._read(sources, blocks)
         except MaskwrightError as error:
             return ReadFailure(error)
-        batch = self.objective.make_batch(blocks, samples.astype(np.uint64), self.seed, starts)
+        batch = self.samples.make_batch(read, numbers.astype(np.uint64), self.seed)
         if padding.any():
-            self.objective.leave_out(batch, padding)
+            batch.leave_out(padding)
         if len(self.sources) > 1:
-            batch["sources"] = torch.from_numpy(sources.copy())
+            batch.sources = torch.from_numpy(sources.copy())
         return batch
 
     def __getitem__(self, place: np.ndarray) -> Batch | ReadFailure:
         return self.__getitems__(place[None])
 
-    def _read(
-        self, sources: NDArray[np.int64], numbers: NDArray[np.int64]
-    ) -> tuple[np.ndarray, NDArray[np.bool_] | None]:
-        """Tokens [B, payload] in the dtype of the sources, which share a tokenizer, and where documents begin."""
-        shape = (len(sources), self.objective.payload)
-        blocks = np.empty(shape, self.sources[sources[0]].dtype)
+    def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Blocks:
+        """Tokens in the dtype of the sources, which share a tokenizer, and where documents begin."""
+        shape = (len(sources), self.samples.view.payload)
+        tokens = np.empty(shape, self.sources[sources[0]].dtype)
         starts = None if self.borders is None else np.empty(shape, np.bool_)
         for source, rows in _by_source(sources, np.arange(len(sources))):
-            blocks[rows] = self.sources[source].read_blocks(numbers[rows], shape[1])
+            tokens[rows] = self.sources[source].read_blocks(numbers[rows], shape[1])
             if starts is not None and self.borders is not None:
                 starts[rows] = self.borders[source].document_starts(numbers[rows], shape[1])
-        return blocks, starts
+        return Blocks(tokens) if starts is None else Blocks(tokens, {DOCUMENT_STARTS: starts})
 
 
 class TrainingBatches:
@@ -150,7 +140,7 @@ class TrainingBatches:
         self,
         order: RunOrder | SampleOrder,
         plan: BatchPlan,
-        dataset: MaskedBlocks,
+        dataset: SampledBlocks,
         *,
         rank: int,
         first_sample: int,
@@ -158,7 +148,7 @@ class TrainingBatches:
         workers: int,
         pin_memory: bool,
     ) -> None:
-        payload = dataset.objective.payload
+        payload = dataset.samples.view.payload
         accumulation = max((run.shape.accumulation for run in plan.runs(first_sample, steps)), default=1)
         self.loader: DataLoader[Any] = DataLoader(
             dataset,

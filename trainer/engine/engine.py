@@ -10,7 +10,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,10 @@ from trainer.engine.partitions import PARAMETER_NAMES, Partitions
 from trainer.engine.snapshot import HostBuffers, Snapshot
 from trainer.engine.zero_patches import raise_scale_after_step, shorten_step
 from trainer.errors import UserError
-from trainer.model.build import BuiltModel, constant_inputs
+from trainer.model.build import BuiltModel
 from trainer.model.compiling import expect_shapes, options_of
 from trainer.model.cpu_dropout import use_host_dropout
-from trainer.model.document_attention import DocumentAttention
-from trainer.model.masked_head import install
+from trainer.model.forward import Forward
 from trainer.runtime.distributed import World
 
 if TYPE_CHECKING:
@@ -90,20 +89,20 @@ class TrainingEngine:
                 remedy="Remove it, or train on GPUs.",
             )
         model = built.model
-        self._positions = install(model)
+        self._forward = Forward(model, world.device, built.document_attention)
         if world.device.type == "cpu":
             use_host_dropout(model)
         adamw = build_optimizer(model, optimizer)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
+        self._forward.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             shorten_step(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module = model
         self.device = world.device
-        self.document_attention = DocumentAttention(model, world.device) if built.document_attention else None
-        self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
+        self.document_attention = self._forward.document_attention
         self._capturing = CapturingCheckpointEngine()
         self._host_buffers = HostBuffers()
         self._engine.checkpoint_engine = self._capturing
@@ -134,31 +133,12 @@ class TrainingEngine:
         self._engine.destroy()
 
     def network(
-        self, input_ids: torch.Tensor, prediction_index: torch.Tensor, documents: Documents | None = None
-    ) -> torch.Tensor:
-        """Logits [n, vocabulary] at the flat positions `prediction_index` [n] of `input_ids` [B, S].
-
-        With `documents` attention stays within them; without, each block is one sequence.
-        """
-        seq_len = input_ids.shape[1]
-        if seq_len not in self._constants:
-            self._constants[seq_len] = constant_inputs(self.module, seq_len, self.device)
-        inputs = self._constants[seq_len]
-        if documents is not None:
-            assert self.document_attention is not None
-            inputs = {**inputs, **self.document_attention.inputs(documents)}
+        self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor, documents: Documents | None = None
+    ) -> Any:
+        """Run the model; see `trainer.model.forward.Forward`."""
         if self._has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._positions.select(prediction_index):
-            output = self._engine(input_ids=input_ids, **inputs)
-        shape = output.logits.shape[:2]
-        if not self._positions.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
-            raise UserError(
-                f"{type(self.module).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
-                where="data.seq_len",
-                remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
-            )
-        return self._positions.logits(output.logits, prediction_index)
+        return self._forward(inputs, prediction_index, documents)
 
     def begin_step(self, micro_size: int, accumulation: int) -> None:
         """Say how many micro-batches the next step has, and of how many sequences; they may differ from step to step.

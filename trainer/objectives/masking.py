@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.blocks import IGNORED_LABEL, framed_view
 from trainer.data.order.permutation import GOLDEN, KeyPurpose, UInt64s, fold_key, mix64_in_place
-
-IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 
 # A block's draws are numbers of one SplitMix64 sequence, keyed by (seed, t): position p takes the p-th for its priority
 # and, when it is chosen, the (2^16 + p)-th for what is shown.
@@ -80,7 +79,7 @@ class TokenMasking:
         """
         rows, seq_len = tokens.shape
         assert seq_len <= _NO_POSITION
-        count = predictions_per_block(self.mask_ratio, seq_len - 2)
+        count = predictions_per_block(self.mask_ratio, framed_view(seq_len).payload)
         keys = fold_key(KeyPurpose.MASKING, seed, samples)
         positions = np.empty((rows, count), np.int64)
         piece_rows = max(1, _PIECE // seq_len)

@@ -10,7 +10,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.hf_config import build_config
-from trainer.objectives.masking import predictions_per_block
+from trainer.objectives.registry import make_samples
 from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_model
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
@@ -42,7 +42,7 @@ class Footprint:
         self.device_type: DeviceType = device_type
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
         self.seq_len = seq_len or config.data.seq_len
-        self.predictions_per_block = predictions_per_block(config.objective.mask_ratio, self.seq_len - 2)
+        self.head_rows = make_samples(config, vocabulary, self.seq_len).head_rows
         self._traced: dict[int, TracedStep] = {}
 
     @cached_property
@@ -62,7 +62,7 @@ class Footprint:
                 self._tracer = StepTracer(
                     self.model, self.device_type, settings.document_attention, settings.activation_checkpointing
                 )
-            self._traced[micro_size] = self._tracer.trace(micro_size, self.seq_len, self.predictions_per_block)
+            self._traced[micro_size] = self._tracer.trace(micro_size, self.seq_len, self.head_rows)
         return self._traced[micro_size]
 
     def memory(

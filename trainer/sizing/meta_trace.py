@@ -23,10 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from trainer.data.batch import Documents
-from trainer.model.build import constant_inputs
-from trainer.model.document_attention import DocumentAttention
+from trainer.model.forward import Forward
 from trainer.model.hf_config import attention_of, vocabulary_rows
-from trainer.model.masked_head import install
 from trainer.sizing.zero_memory import PassPeaks
 
 META = torch.device("meta")
@@ -93,26 +91,25 @@ class StepTracer:
     ) -> None:
         self._model = model
         self._device_type: DeviceType = device_type
-        self._documents = DocumentAttention(model, META) if document_attention else None
-        self._positions = install(model)
+        self._forward, self._document_attention = Forward(model, META, document_attention), document_attention
         if activation_checkpointing:
             # A backward pass leaves function modes behind, so what it computes again gets its own.
             contexts = {"context_fn": lambda: (nullcontext(), _KernelsOf(device_type))}
             model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
-    def trace(self, micro_size: int, seq_len: int, predictions_per_block: int) -> TracedStep:
-        """One micro-batch of `micro_size` blocks of `seq_len`; a few tenths of a second, whatever the sizes."""
+    def trace(self, micro_size: int, seq_len: int, head_rows: int) -> TracedStep:
+        """Trace a micro-batch of `micro_size` blocks of `seq_len`; a few tenths of a second, whatever the sizes.
+
+        Args:
+            head_rows: positions of a block for which logits are computed.
+        """
         model = self._model
         input_ids = torch.zeros(micro_size, seq_len, dtype=torch.int64, device=META)
-        index = torch.zeros(micro_size * predictions_per_block, dtype=torch.int64, device=META)
+        index = torch.zeros(micro_size * head_rows, dtype=torch.int64, device=META)
 
         def one_pass() -> None:
-            inputs: dict[str, Any] = dict(constant_inputs(model, seq_len, META))
-            if self._documents is not None:
-                inputs |= self._documents.inputs(Documents(positions=input_ids, cu_seqlens=input_ids))
-            with self._positions.select(index):
-                output = model(input_ids=input_ids, **inputs)
-            logits = self._positions.logits(output.logits, index)
+            documents = Documents(positions=input_ids, cu_seqlens=input_ids) if self._document_attention else None
+            logits = self._forward({"input_ids": input_ids}, index, documents).logits
             functional.cross_entropy(logits.float(), index, reduction="sum").backward()
 
         rows = vocabulary_rows(model)

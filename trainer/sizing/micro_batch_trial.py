@@ -6,10 +6,12 @@ import gc
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from trainer.config import Config
-from trainer.data.batch import Batch, Documents
+from trainer.data.batch import Batch
+from trainer.data.blocks import Blocks
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
@@ -17,8 +19,8 @@ from trainer.engine.loss_kernel import settle_loss_kernel
 from trainer.model.attention_backend import preferring
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
-from trainer.objectives.cross_entropy import CrossEntropies
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.objective import Criterion, loss_sums
+from trainer.objectives.registry import make_criterion, make_samples
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
@@ -53,10 +55,10 @@ def largest_by_trial(
     usual = "flash" if config.train.deterministic else None
     try:
         with preferring(usual if wanted == "auto" else wanted, world.device):
-            kernel = settle_loss_kernel(config, vocabulary.size, world)
-            largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[first:], kernel)
+            criterion = make_criterion(config, settle_loss_kernel(config, vocabulary.size, world))
+            largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[first:], criterion)
             if largest is None and first:
-                largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[:first], kernel)
+                largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[:first], criterion)
     finally:
         if world.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, world.device)
@@ -82,15 +84,14 @@ def _first_to_try(
 
 
 def _try_in_turn(
-    config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int], kernel: CrossEntropies
+    config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int], criterion: Criterion
 ) -> int | None:
     """The last of `sizes` that fits, with an engine of their own, of which nothing is left; None when none does."""
     trial = None
     try:
-        trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes))
+        trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes), criterion)
         if trial is None:
             return None
-        trial.objective.cross_entropies = kernel
         return _last_that_fits(trial, sizes)
     finally:
         if trial is not None:
@@ -125,7 +126,9 @@ def limit_memory(config: Config, world: World) -> float | None:
 class _Trial:
     """An engine that is thrown away, and batches of made-up tokens."""
 
-    def __init__(self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int) -> None:
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int, criterion: Criterion
+    ) -> None:
         plan = BatchPlan(_ACCUMULATION * world.size, 1, world.size, _ACCUMULATION, seq_len, total_steps=1)
         built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)
         self.world = world
@@ -135,15 +138,17 @@ class _Trial:
         if config.model.compile:
             # CUDA graphs go with a given micro-batch only, and a trial is no place to time kernels.
             self.engine.compile(True, shapes=shapes)
-        self.objective = MaskedLanguageModelling(config.objective, vocabulary, seq_len)
-        self._documents = config.model.document_attention
+        self.criterion = criterion
+        self._samples, self._token = make_samples(config, vocabulary, seq_len), vocabulary.mask_id
 
     @classmethod
-    def start(cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int) -> _Trial | None:
+    def start(
+        cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int, criterion: Criterion
+    ) -> _Trial | None:
         """None on every rank when not even the engine fits on one of them."""
         trial = None
         try:
-            trial = cls(config, vocabulary, world, seq_len, shapes)
+            trial = cls(config, vocabulary, world, seq_len, shapes, criterion)
         except torch.OutOfMemoryError as error:
             logger.info("the engine alone does not fit: %s", error)
         return trial if _all_agree(world, trial is not None) else None
@@ -168,24 +173,18 @@ class _Trial:
         return True
 
     def _micro_step(self, micro_size: int) -> None:
-        batch = self.objective.to_device(self._batch(micro_size), self.engine.device)
-        losses = self.objective.loss_sums(self.engine.network, batch, source_count=1)
+        batch = self._batch(micro_size).to(self.engine.device)
+        losses = loss_sums(self.criterion, self.engine.network, batch, source_count=1)
         # Gradients of nought take as much memory. Those of equal tokens all point one way: in fp16 they would overflow,
         # and a step that is skipped never makes AdamW's state.
         self.engine.backward(losses.sum() * 0)
         self.engine.step(learning_rate=0.0)
 
     def _batch(self, micro_size: int) -> Batch:
-        objective = self.objective
-        count = micro_size * objective.predictions_per_block
-        input_ids = torch.full((micro_size, objective.seq_len), objective.vocabulary.mask_id)
-        index = torch.arange(count) * (micro_size * objective.seq_len // count)
-        batch = Batch(input_ids=input_ids, prediction_index=index, labels=input_ids.flatten()[:count].clone())
-        if self._documents:  # one a block, the longest that there may be
-            positions = torch.arange(objective.seq_len).repeat(micro_size, 1)
-            starts = torch.arange(0, input_ids.numel() + 1, objective.seq_len, dtype=torch.int32)
-            batch["documents"] = Documents(positions, starts)
-        return batch
+        shape = (micro_size, self._samples.view.payload)
+        # One document a block, the longest that there may be.
+        starts = {mark: np.zeros(shape, np.bool_) for mark in self._samples.marks}
+        return self._samples.plain(Blocks(np.full(shape, self._token), starts))
 
 
 def _all_agree(world: World, yes: bool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.order.run_order import RunOrder
 from trainer.engine.engine import TrainingEngine
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.objective import Criterion
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan, StepShape
@@ -30,7 +30,7 @@ class StepMetrics:
     plan: BatchPlan
     world: World
     engine: TrainingEngine
-    objective: MaskedLanguageModelling
+    criterion: Criterion
     order: RunOrder
     meter: ThroughputMeter
 
@@ -38,7 +38,7 @@ class StepMetrics:
         self,
         state: TrainState,
         loss_sums: torch.Tensor,
-        predictions: float,
+        counts: Sequence[float],
         micro_batches: list[Batch],
         shape: StepShape,
     ) -> dict[str, Any]:
@@ -46,13 +46,15 @@ class StepMetrics:
 
         Args:
             state: after the step.
-            loss_sums: of this rank's cross-entropies in the step, by source, nats.
-            predictions: in the global batch.
+            loss_sums: [terms, sources], of this rank's losses in the step, nats.
+            counts: of the labels of each term in the global batch.
             micro_batches: of this rank in the step.
             shape: of the step.
         """
-        totals = distributed.total(self.world, loss_sums.tolist())
-        loss = sum(totals) / max(1.0, predictions)
+        totals = np.reshape(distributed.total(self.world, loss_sums.flatten().tolist()), tuple(loss_sums.shape))
+        terms = self.criterion.terms
+        means = [float(sum(totals[number])) / max(1.0, counts[number]) for number in range(len(terms))]
+        loss = sum(term.weight * mean for term, mean in zip(terms, means, strict=True))
         rate = learning_rate(state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
         return {
             **counters(state),
@@ -67,21 +69,28 @@ class StepMetrics:
             **self.meter.read(),
             "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
             **(self._batch_values(shape) if self.plan.sizes_vary else {}),
-            **(self._source_values(state, totals, micro_batches) if len(totals) > 1 else {}),
+            **(self._term_values(means) if len(terms) > 1 else {}),
+            **(self._source_values(state, totals, micro_batches) if totals.shape[1] > 1 else {}),
         }
 
     def _batch_values(self, shape: StepShape) -> dict[str, Any]:
         return {"batch/global_size": shape.global_size, "batch/seq_len": shape.seq_len}
 
-    def _source_values(self, state: TrainState, loss_totals: list[float], micro_batches: list[Batch]) -> dict[str, Any]:
-        """Loss of the step, epochs and tokens of each source; `loss_totals` are over all ranks."""
-        of_rank = sum(self.objective.predictions_by_source(batch, len(loss_totals)) for batch in micro_batches)
-        predictions = distributed.total(self.world, np.asarray(of_rank).tolist())
+    def _term_values(self, means: Sequence[float]) -> dict[str, Any]:
+        return {f"train/loss/{term.name}": mean for term, mean in zip(self.criterion.terms, means, strict=True)}
+
+    def _source_values(self, state: TrainState, totals: np.ndarray, micro_batches: list[Batch]) -> dict[str, Any]:
+        """Loss of the step, epochs and tokens of each source; `totals` [terms, sources] are over all ranks."""
+        losses = np.zeros(totals.shape[1])
+        for sums, term in zip(totals, self.criterion.terms, strict=True):
+            of_rank = sum(batch.count_by_source(term.name, len(losses)) for batch in micro_batches)
+            counts = np.array(distributed.total(self.world, np.asarray(of_rank).tolist()))
+            with np.errstate(invalid="ignore"):
+                losses += term.weight * sums / counts  # NaN for a source without labels
         tokens, epochs = self.order.source_tokens(state.samples), self.order.epochs(state.samples)
         values: dict[str, Any] = {}
         for number, source in enumerate(self.config.data.train):
-            loss = loss_totals[number] / predictions[number] if predictions[number] else math.nan
-            values[f"source/{source.label}/loss"] = loss
+            values[f"source/{source.label}/loss"] = float(losses[number])
             values[f"source/{source.label}/epochs"] = epochs[number]
             values[f"source/{source.label}/tokens"] = tokens[number]
         return values

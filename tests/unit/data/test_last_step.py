@@ -12,13 +12,12 @@ from tests.unit.data.test_loader import OBJECTIVE, SEED, SEQ_LEN, folders, order
 from trainer.config import BatchConfig, DataConfig, TrainConfig
 from trainer.data.batch import Batch
 from trainer.data.dataset import ShardSet
-from trainer.data.loader import MaskedBlocks, MicroBatches, TrainingBatches
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.data.loader import MicroBatches, SampledBlocks, TrainingBatches
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out
 
 EPOCHS = 3
-PREDICTIONS = OBJECTIVE.predictions_per_block
+PREDICTIONS = OBJECTIVE.head_rows
 
 
 def plan_of(blocks: int, world_size: int, micro_size: int) -> BatchPlan:
@@ -34,8 +33,8 @@ def counted_rows(batches: list[Batch]) -> Counter[Row]:
     """(masked ids, labels) of the blocks that count in the loss."""
     rows: Counter[Row] = Counter()
     for batch in batches:
-        labels = batch["labels"].view(len(batch["input_ids"]), -1).tolist()
-        for ids, of_row in zip(batch["input_ids"].tolist(), labels, strict=True):
+        labels = batch.labels["mlm"].view(len(batch.inputs["input_ids"]), -1).tolist()
+        for ids, of_row in zip(batch.inputs["input_ids"].tolist(), labels, strict=True):
             assert all(label < 0 for label in of_row) or all(label >= 0 for label in of_row)
             if of_row[0] >= 0:
                 rows[tuple(ids), tuple(of_row)] += 1
@@ -53,14 +52,14 @@ def source(folders: list[Path]) -> ShardSet:  # noqa: F811
 def test_every_block_is_seen_exactly_as_often_as_there_are_epochs(
     source: ShardSet, world_size: int, micro_size: int, workers: int
 ) -> None:
-    blocks, order = source.block_count(OBJECTIVE.payload), order_of([source])
+    blocks, order = source.block_count(OBJECTIVE.view.payload), order_of([source])
     plan = plan_of(blocks, world_size, micro_size)
     assert plan.end_sample == EPOCHS * blocks and plan.end_sample % 24 not in (0, 8, 16), "the last step is smaller"
     seen: Counter[int] = Counter()
     samples: list[int] = []
     rows: Counter[Row] = Counter()
     for rank in range(world_size):
-        places = list(MicroBatches(order, plan, [source], OBJECTIVE.payload, rank, 0, plan.total_steps))
+        places = list(MicroBatches(order, plan, [source], OBJECTIVE.view.payload, rank, 0, plan.total_steps))
         assert all(of_rank.shape == (micro_size, 3) for of_rank in places), "shapes are static"
         real = np.concatenate(places)
         real = real[real[:, 0] >= 0]
@@ -69,7 +68,7 @@ def test_every_block_is_seen_exactly_as_often_as_there_are_epochs(
         batches = TrainingBatches(
             order,
             plan,
-            MaskedBlocks([source], OBJECTIVE, SEED),
+            SampledBlocks([source], OBJECTIVE, SEED),
             rank=rank,
             first_sample=0,
             steps=plan.total_steps,
@@ -83,7 +82,7 @@ def test_every_block_is_seen_exactly_as_often_as_there_are_epochs(
     single = TrainingBatches(
         order,
         alone,
-        MaskedBlocks([source], OBJECTIVE, SEED),
+        SampledBlocks([source], OBJECTIVE, SEED),
         rank=0,
         first_sample=0,
         steps=alone.total_steps,
@@ -95,6 +94,6 @@ def test_every_block_is_seen_exactly_as_often_as_there_are_epochs(
 
 def test_padding_has_no_predictions(source: ShardSet) -> None:
     places = np.array([[7, 0, 1], [-1, 0, 2]])
-    batch = MaskedBlocks([source], OBJECTIVE, SEED).__getitems__(places)
-    assert isinstance(batch, dict)
-    assert MaskedLanguageModelling.predictions(batch) == PREDICTIONS
+    batch = SampledBlocks([source], OBJECTIVE, SEED).__getitems__(places)
+    assert isinstance(batch, Batch)
+    assert batch.count("mlm") == PREDICTIONS

@@ -14,12 +14,13 @@ from tests.unit.data.test_borders import starts_in
 from tests.unit.data.test_shards import write_data_set
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch
+from trainer.data.blocks import Blocks
 from trainer.data.dataset import ShardSet
-from trainer.data.loader import MaskedBlocks, TrainingBatches
+from trainer.data.loader import SampledBlocks, TrainingBatches
 from trainer.data.order.sample_order import SampleOrder
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import DamagedError
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedSamples
 from trainer.schedule.batch_plan import BatchPlan
 
 SEQ_LEN, GLOBAL_SIZE, SEED = 18, 12, 5
@@ -33,7 +34,8 @@ VOCABULARY = Vocabulary(
     special_ids=(0, 1, 2, 3),
     sha256="0" * 64,
 )
-OBJECTIVE = MaskedLanguageModelling(ObjectiveConfig(), VOCABULARY, SEQ_LEN)
+OBJECTIVE = MaskedSamples(ObjectiveConfig(), VOCABULARY, SEQ_LEN)
+WITH_DOCUMENTS = MaskedSamples(ObjectiveConfig(), VOCABULARY, SEQ_LEN, document_attention=True)
 
 
 class RecordingShards(ShardSet):
@@ -65,7 +67,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def order_of(sources: Sequence[ShardSet]) -> SampleOrder:
-    blocks = [source.block_count(OBJECTIVE.payload) for source in sources]
+    blocks = [source.block_count(OBJECTIVE.view.payload) for source in sources]
     return SampleOrder(blocks, [2.0, 1.0][: len(blocks)], SEED, chunk_blocks=8, window_chunks=4)
 
 
@@ -82,7 +84,7 @@ def batches_of(
 ) -> list[Batch]:
     accumulation = GLOBAL_SIZE // (micro_size * world_size)
     plan = BatchPlan(GLOBAL_SIZE, micro_size, world_size, accumulation, SEQ_LEN, total_steps=100)
-    dataset = MaskedBlocks(sources, OBJECTIVE, SEED, document_attention)
+    dataset = SampledBlocks(sources, WITH_DOCUMENTS if document_attention else OBJECTIVE, SEED)
     found = TrainingBatches(
         order_of(sources),
         plan,
@@ -95,7 +97,7 @@ def batches_of(
     )
     batches = list(found)
     assert len(batches) == steps * accumulation
-    assert all(batch["input_ids"].shape == (micro_size, SEQ_LEN) for batch in batches)
+    assert all(batch.inputs["input_ids"].shape == (micro_size, SEQ_LEN) for batch in batches)
     return batches
 
 
@@ -106,10 +108,13 @@ def rows_by_step(batches: list[Batch], steps: int) -> list[list[tuple[tuple[int,
     for step in range(steps):
         rows = []
         for batch in batches[step * per_step : (step + 1) * per_step]:
-            size = len(batch["input_ids"])
-            index = batch["prediction_index"].view(size, -1) - SEQ_LEN * torch.arange(size)[:, None]
+            size = len(batch.inputs["input_ids"])
+            index = batch.prediction_index.view(size, -1) - SEQ_LEN * torch.arange(size)[:, None]
             for ids, places, labels in zip(
-                batch["input_ids"].tolist(), index.tolist(), batch["labels"].view(size, -1).tolist(), strict=True
+                batch.inputs["input_ids"].tolist(),
+                index.tolist(),
+                batch.labels["mlm"].view(size, -1).tolist(),
+                strict=True,
             ):
                 rows.append((tuple(ids), tuple(places), tuple(labels)))
         result.append(rows)
@@ -175,10 +180,12 @@ def test_a_batch_is_what_order_and_shards_say(folders: list[Path]):
     assert set(chosen.tolist()) == {0, 1}
     expected = {}
     for t, source, block in zip(samples.tolist(), chosen.tolist(), blocks.tolist(), strict=True):
-        tokens = sources[source].read_blocks(np.array([block]), OBJECTIVE.payload)
-        one = OBJECTIVE.make_batch(tokens, np.array([t], np.uint64), SEED)
-        expected[tuple(one["input_ids"][0].tolist())] = one["labels"].tolist()
-        assert one["input_ids"][0, 0] == VOCABULARY.begin_id and one["input_ids"][0, -1] == VOCABULARY.end_id
+        tokens = sources[source].read_blocks(np.array([block]), OBJECTIVE.view.payload)
+        one = OBJECTIVE.make_batch(Blocks(tokens), np.array([t], np.uint64), SEED)
+        expected[tuple(one.inputs["input_ids"][0].tolist())] = one.labels["mlm"].tolist()
+        assert (
+            one.inputs["input_ids"][0, 0] == VOCABULARY.begin_id and one.inputs["input_ids"][0, -1] == VOCABULARY.end_id
+        )
     found = {ids: list(labels) for rows in global_rows(folders, 2, 3) for ids, _, labels in rows}
     assert found == expected
 
@@ -190,7 +197,7 @@ def test_positions_restart_at_each_document_for_any_ranks_workers_and_micro_batc
     world_size: int, micro_size: int, workers: int, folders: list[Path]
 ):
     """From the definition: each token's distance from the start of its document, or of what the block has of it."""
-    payload, expected = OBJECTIVE.payload, {}
+    payload, expected = OBJECTIVE.view.payload, {}
     for shards, folder in zip(two_sources(), folders, strict=True):
         starts, data = starts_in(shards), ShardSet(folder)
         for block in range(data.block_count(payload)):
@@ -203,9 +210,9 @@ def test_positions_restart_at_each_document_for_any_ranks_workers_and_micro_batc
         options = {"rank": rank, "world_size": world_size, "micro_size": micro_size, "workers": workers}
         sources = [ShardSet(folder) for folder in folders]
         for batch in batches_of(sources, **options, document_attention=True):
-            original = batch["input_ids"].clone().view(-1)
-            original[batch["prediction_index"]] = batch["labels"]
-            documents = batch.get("documents")
+            original = batch.inputs["input_ids"].clone().view(-1)
+            original[batch.prediction_index] = batch.labels["mlm"]
+            documents = batch.documents
             assert documents is not None
             for ids, positions in zip(original.view(micro_size, SEQ_LEN), documents.positions, strict=True):
                 assert positions.tolist() == expected[tuple(ids.tolist())]
@@ -220,7 +227,7 @@ def test_without_document_attention_no_border_is_read(tmp_path: Path):
     write_data_set(tmp_path, [[[5] * 20] * 20])
     sources = [ShardSet(tmp_path)]
     (tmp_path / "shard-00000.doc").unlink()
-    assert all("documents" not in batch for batch in batches_of(sources, steps=1))
+    assert all(batch.documents is None for batch in batches_of(sources, steps=1))
     with pytest.raises(DamagedError, match=r"shard-00000\.doc is missing"):
         batches_of(sources, steps=1, document_attention=True)
 
@@ -229,13 +236,13 @@ def test_blocks_that_cross_from_one_shard_into_the_next_are_among_those_read(fol
     data = RecordingShards(folders[0])
     batches_of([data], steps=40)
     border = data.manifest.shards[0].tokens
-    assert border % OBJECTIVE.payload, "the border lies within a block"
-    assert border // OBJECTIVE.payload in data.read
+    assert border % OBJECTIVE.view.payload, "the border lies within a block"
+    assert border // OBJECTIVE.view.payload in data.read
 
 
 def test_each_block_comes_once_an_epoch(folders: list[Path]):
     data = RecordingShards(folders[0])
-    count = data.block_count(OBJECTIVE.payload)
+    count = data.block_count(OBJECTIVE.view.payload)
     batches_of([data], steps=count)  # as many epochs as a batch has blocks
     assert sorted(data.read) == sorted(list(range(count)) * GLOBAL_SIZE)
 
@@ -250,7 +257,7 @@ def test_row_05_resuming_at_a_trillion_samples_reads_only_the_blocks_of_the_next
 
 def test_every_prediction_counts_in_ordinary_text(folders: list[Path]):
     for batch in batches_of([ShardSet(folders[0])]):
-        assert OBJECTIVE.predictions(batch) == GLOBAL_SIZE * OBJECTIVE.predictions_per_block
+        assert batch.count("mlm") == GLOBAL_SIZE * OBJECTIVE.head_rows
 
 
 def test_a_source_of_another_size_than_recorded_is_damage(tmp_path: Path):

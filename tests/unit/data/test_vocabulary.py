@@ -11,11 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trainer.config import ModelConfig, ObjectiveConfig
+from trainer.data.blocks import Blocks
 from trainer.data.manifest import token_dtype
 from trainer.data.tokenizer import load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.model.build import build_model
-from trainer.objectives.mlm import MaskedLanguageModelling
+from trainer.objectives.mlm import MaskedSamples
 
 ROLES = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -73,11 +74,11 @@ def test_an_id_far_off_is_refused_before_a_table_is_made(tmp_path: Path) -> None
 
 def test_masks_never_show_an_id_without_a_token(with_holes: Path) -> None:
     vocabulary = vocabulary_of(load_tokenizer(with_holes), "")
-    objective = MaskedLanguageModelling(ObjectiveConfig(replace_mask=0.0, replace_random=1.0), vocabulary, seq_len=34)
+    objective = MaskedSamples(ObjectiveConfig(replace_mask=0.0, replace_random=1.0), vocabulary, seq_len=34)
     blocks = np.tile(np.array([5, 6, 7, 20, 21, 22, 23, 5], np.int64), (64, 4))
-    shown = objective.make_batch(blocks, np.arange(64, dtype=np.uint64), seed=1)
-    assert set(np.unique(shown["input_ids"].numpy()).tolist()) == {0, 2, 5, 6, 7, 20, 21, 22, 23}
-    assert {20, 21, 22, 23} & set(shown["labels"].tolist())
+    shown = objective.make_batch(Blocks(blocks), np.arange(64, dtype=np.uint64), seed=1)
+    assert set(np.unique(shown.inputs["input_ids"].numpy()).tolist()) == {0, 2, 5, 6, 7, 20, 21, 22, 23}
+    assert {20, 21, 22, 23} & set(shown.labels["mlm"].tolist())
 
 
 def test_models_get_a_row_for_each_id(with_holes: Path, tmp_path: Path) -> None:

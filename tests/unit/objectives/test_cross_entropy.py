@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
+from trainer.data.blocks import IGNORED_LABEL
 from trainer.objectives.cross_entropy import cross_entropies
-from trainer.objectives.masking import IGNORED_LABEL
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data.blocks import IGNORED_LABEL
 from trainer.data.order.permutation import GOLDEN, fold_key, mix64
 from trainer.data.order.sample_order import ORDER_VERSION
-from trainer.objectives.masking import IGNORED_LABEL, TokenMasking, predictions_per_block
+from trainer.objectives.masking import TokenMasking, predictions_per_block
 
 GOLDEN_MASKS = json.loads((Path(__file__).parents[2] / "golden" / f"order_v{ORDER_VERSION}.json").read_text())["masks"]
 BEGIN, PAD, END, MASK = 0, 1, 2, 4

@@ -147,7 +147,9 @@ def test_batches_are_the_same_in_every_process_and_learnable() -> None:
     objective = objective_of(TINY, config_of(TINY, variant))
     once, again = (training_batches(TINY, variant, objective) for _ in range(2))
     assert len(once) == TINY.all_steps + 2
-    assert all((one["input_ids"] == other["input_ids"]).all() for one, other in zip(once, again, strict=True))
+    assert all(
+        (one.inputs["input_ids"] == other.inputs["input_ids"]).all() for one, other in zip(once, again, strict=True)
+    )
     tokens = learnable_tokens(100, 30, seed=0, vocabulary_size=1000)
     assert tokens.min() >= 5 and tokens.max() < 1000
     following = {int(one): int(other) for one, other in zip(tokens[:, 0], tokens[:, 1], strict=True)}
@@ -182,7 +184,7 @@ def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path:
     batches = training_batches(work, VARIANTS["ours"], objective)
     vocabulary = objective.vocabulary
     assert vocabulary.size == read_manifest(workspace / "data" / "train").vocabulary_size
-    assert all(int(batch["input_ids"].max()) < vocabulary.size for batch in batches)
+    assert all(int(batch.inputs["input_ids"].max()) < vocabulary.size for batch in batches)
     settings = StepBenchmark(variants=("torch-masked",), work=work, rounds=1, threads=1)
     report = call_forked(measure, settings)
     (measured,) = report.measurements["torch-masked"]

@@ -1,0 +1,66 @@
+"""A forward pass over packed blocks: what is the same for all of them is added, and the head restricted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from trainer.data.batch import Documents
+from trainer.errors import UserError
+from trainer.model.build import constant_inputs
+from trainer.model.document_attention import DocumentAttention
+from trainer.model.masked_head import install
+
+
+class Forward:
+    """Calls a stock model; made before the model is wrapped, partitioned or compiled, because it puts a hook into it.
+
+    Attributes:
+        call: what is called with the model's arguments: the model, or the engine that it has been given to.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, document_attention: bool = False) -> None:
+        self.model, self.device = model, device
+        self.call: Callable[..., Any] = model
+        self.document_attention = DocumentAttention(model, device) if document_attention else None
+        self._positions = install(model)
+        self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
+
+    def __call__(
+        self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor, documents: Documents | None = None
+    ) -> Any:
+        """Run the model on B blocks of S tokens.
+
+        Args:
+            inputs: arguments of the model's forward, among them `input_ids`, int64 [B, S].
+            prediction_index: int64 [n], flat positions into B·S.
+            documents: attention stays within them; without, each block is one sequence.
+
+        Returns:
+            The model's output, its `logits` [n, vocabulary] at these positions.
+
+        Raises:
+            UserError: when the model gives logits of other positions than it was given.
+        """
+        input_ids = inputs["input_ids"]
+        seq_len = input_ids.shape[1]
+        if seq_len not in self._constants:
+            self._constants[seq_len] = constant_inputs(self.model, seq_len, self.device)
+        arguments = {**self._constants[seq_len], **inputs}
+        if documents is not None:
+            assert self.document_attention is not None
+            arguments |= self.document_attention.inputs(documents)
+        with self._positions.select(prediction_index):
+            output = self.call(**arguments)
+        shape = output.logits.shape[:2]
+        if not self._positions.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
+            raise UserError(
+                f"{type(self.model).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
+                where="data.seq_len",
+                remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+            )
+        output.logits = self._positions.logits(output.logits, prediction_index)
+        return output

@@ -1,0 +1,39 @@
+"""The loss of a model of language: the cross-entropy of tokens that it was not shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from trainer.data.batch import Batch
+from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
+from trainer.objectives.objective import Network, Predicted, Tally, Term
+
+
+class LanguageModelLoss:
+    """One term over the logits of the vocabulary; see `trainer.objectives.objective.Criterion`.
+
+    Args:
+        term: the labels it is computed of.
+        kernel: what computes the losses in training; evaluations keep to torch's, which all runs have.
+    """
+
+    def __init__(self, term: str, kernel: CrossEntropies = cross_entropies) -> None:
+        self.terms = (Term(term, 1.0),)
+        self._kernel = kernel
+
+    def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:
+        """Compute the cross-entropies of the batch; see `Criterion.predict`."""
+        (term,) = self.terms
+        logits = network(batch.inputs, batch.prediction_index, batch.documents).logits
+        kernel = self._kernel if torch.is_grad_enabled() else cross_entropies
+        # Before the losses, which may be computed in the place of the logits.
+        guesses = None if torch.is_grad_enabled() else logits.argmax(dim=-1)
+        return {term.name: Predicted(kernel(logits, batch.labels[term.name]), guesses)}
+
+    def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        """Name perplexity and accuracy; see `Criterion.metrics`."""
+        (tally,) = tallies.values()
+        return {"eval/perplexity": math.exp(min(tally.mean, 700.0)), "eval/masked_accuracy": tally.accuracy}

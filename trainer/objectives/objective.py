@@ -1,0 +1,119 @@
+"""What a loss is: terms, each with a count of its own over the global batch.
+
+    loss = Σ weightⱼ · sumⱼ / countⱼ
+
+Sums and counts are those of all micro-batches and ranks of a step, so the loss does not depend on the layout. The
+counts are known from the labels before the first forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from trainer.data.batch import Batch, Documents
+from trainer.data.blocks import IGNORED_LABEL
+
+Network = Callable[[Mapping[str, torch.Tensor], torch.Tensor, Documents | None], Any]
+"""(inputs of the forward pass, prediction_index [B·k], documents) → the model's output, its `logits` [B·k, V]."""
+
+
+class Term(NamedTuple):
+    """A part of the loss, with the labels of this name."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model has made of the labels of a term.
+
+    Attributes:
+        losses: fp32 [B·n], nats; 0 where a label is ignored.
+        guesses: int64 [B·n], what it holds for likeliest; None where gradients are computed.
+    """
+
+    losses: torch.Tensor
+    guesses: torch.Tensor | None
+
+
+class Tally(NamedTuple):
+    """Totals of a term over an evaluation."""
+
+    loss: float
+    right: float
+    count: float
+
+    @property
+    def mean(self) -> float:
+        return self.loss / max(1.0, self.count)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1.0, self.count)
+
+
+class Criterion(Protocol):
+    """The loss of a run, in the training process."""
+
+    terms: tuple[Term, ...]
+
+    def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:
+        """Run a batch through the network; what it makes of each term."""
+        ...
+
+    def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        """Name what an evaluation has found beside `eval/loss`, which is the weighted loss."""
+        ...
+
+
+def loss_sums(criterion: Criterion, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
+    """Sum the losses of a batch: fp32 [terms, source_count], nats."""
+    predicted = criterion.predict(network, batch)
+    return torch.stack([_by_source(predicted[term.name].losses, batch, source_count) for term in criterion.terms])
+
+
+def _by_source(losses: torch.Tensor, batch: Batch, source_count: int) -> torch.Tensor:
+    if batch.sources is None:
+        return losses.sum().view(1)
+    losses = losses.view(len(batch.sources), -1)
+    # A product with 0 and 1 instead of a scattered sum, whose order is not fixed on CUDA.
+    of_source = batch.sources[:, None] == torch.arange(source_count, device=losses.device)
+    return (losses.sum(dim=1, keepdim=True) * of_source).sum(dim=0)
+
+
+def loss_to_differentiate(
+    terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float], averaged: int
+) -> torch.Tensor:
+    """Weigh the sums [terms, sources] of a micro-batch for its backward pass; a scalar.
+
+    Args:
+        counts: of the labels of each term in the global batch.
+        averaged: micro-batches of the step over which DeepSpeed takes the mean of gradients.
+    """
+    scales = [averaged * term.weight / max(1.0, count) for term, count in zip(terms, counts, strict=True)]
+    first, *others = (each.sum() * scale for each, scale in zip(sums, scales, strict=True))
+    return sum(others, start=first)
+
+
+def mean_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
+    """Weigh sums [terms, sources] by the counts of their terms; a scalar, this rank's share of the loss of a step."""
+    parts = zip(terms, sums, counts, strict=True)
+    first, *others = (term.weight * each.sum() / max(1.0, count) for term, each, count in parts)
+    return sum(others, start=first)
+
+
+@torch.no_grad()
+def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
+    """Score a batch: fp64 [terms, 3], the fields of `Tally`."""
+    predicted, rows = criterion.predict(network, batch), []
+    for term in criterion.terms:
+        labels, found = batch.labels[term.name], predicted[term.name]
+        right = (found.guesses == labels).sum()
+        count = (labels != IGNORED_LABEL).sum()
+        rows.append(torch.stack([found.losses.sum().double(), right.double(), count.double()]))
+    return torch.stack(rows)

@@ -1,0 +1,67 @@
+"""Objectives by their names in `objective.name`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trainer.config import Config
+from trainer.data.batch import Samples
+from trainer.data.tokenizer import Vocabulary
+from trainer.errors import UserError, nearest
+from trainer.objectives import mlm
+from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
+from trainer.objectives.language_model import LanguageModelLoss
+from trainer.objectives.objective import Criterion
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the two halves of an objective are made.
+
+    Attributes:
+        samples: (config, vocabulary, seq_len) → what makes its batches.
+        criterion: (config, what computes cross-entropies) → its loss.
+    """
+
+    samples: Callable[[Config, Vocabulary, int], Samples]
+    criterion: Callable[[Config, CrossEntropies], Criterion]
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "mlm": Objective(
+        samples=lambda config, vocabulary, seq_len: mlm.MaskedSamples(
+            config.objective, vocabulary, seq_len, config.model.document_attention
+        ),
+        criterion=lambda config, kernel: LanguageModelLoss(mlm.TERM, kernel),
+    ),
+}
+
+
+def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int) -> Samples:
+    """Make what turns blocks into batches of `seq_len` tokens.
+
+    Raises:
+        UserError: when there is no objective of this name.
+    """
+    return _named(config).samples(config, vocabulary, seq_len)
+
+
+def make_criterion(config: Config, kernel: CrossEntropies = cross_entropies) -> Criterion:
+    """Make the loss of a run.
+
+    Args:
+        kernel: what computes cross-entropies in training.
+    """
+    return _named(config).criterion(config, kernel)
+
+
+def _named(config: Config) -> Objective:
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"There is no objective '{name}'.{nearest(name, OBJECTIVES)}",
+            where=f"objective.name={name}",
+            remedy=f"One of {', '.join(OBJECTIVES)}.",
+        )
+    return OBJECTIVES[name]
