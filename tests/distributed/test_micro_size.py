@@ -106,7 +106,8 @@ def _step_after_trial(
     from trainer.engine.engine import TrainingEngine
     from trainer.model.build import build_model
     from trainer.runtime import distributed
-    from trainer.schedule.batch_plan import BatchPlan
+    from trainer.objectives.registry import make_criterion
+from trainer.schedule.batch_plan import BatchPlan
     from trainer.sizing import micro_batch_trial as micro_trial
     from trainer.sizing.micro_batch_trial import largest_by_trial
 
@@ -187,7 +188,7 @@ def _state_after_a_trial(config: Config) -> int:
 
     allow_fp16()
     world = distributed.start()
-    trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len, shapes=1)
+    trial = _Trial.start(config, load_vocabulary(config), world, config.data.seq_len, 1, make_criterion(config))
     assert trial is not None
     assert trial.fits(4)
     state = trial.engine._engine.optimizer.optimizer.state

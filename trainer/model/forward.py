@@ -29,6 +29,12 @@ class Forward:
         self._positions = install(model)
         self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
 
+    def constants(self, seq_len: int) -> dict[str, torch.Tensor]:
+        """The arguments that are the same for all blocks of so many tokens, made once."""
+        if seq_len not in self._constants:
+            self._constants[seq_len] = constant_inputs(self.model, seq_len, self.device)
+        return self._constants[seq_len]
+
     def __call__(
         self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor, documents: Documents | None = None
     ) -> Any:
@@ -47,9 +53,7 @@ class Forward:
         """
         input_ids = inputs["input_ids"]
         seq_len = input_ids.shape[1]
-        if seq_len not in self._constants:
-            self._constants[seq_len] = constant_inputs(self.model, seq_len, self.device)
-        arguments = {**self._constants[seq_len], **inputs}
+        arguments = {**self.constants(seq_len), **inputs}
         if documents is not None:
             assert self.document_attention is not None
             arguments |= self.document_attention.inputs(documents)

@@ -75,7 +75,7 @@ class Footprint:
             accumulation,
             self.config.train,
             zero or self.zero,
-            self.step(micro_size).peaks,
+            self.step(micro_size),
             on_cpu=self.device_type == "cpu",
         )
 

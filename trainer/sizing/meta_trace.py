@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,6 @@ from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from trainer.data.batch import Documents
 from trainer.model.forward import Forward
 from trainer.model.hf_config import attention_of, vocabulary_rows
-from trainer.sizing.zero_memory import PassPeaks
 
 META = torch.device("meta")
 _LOOKUPS = ("embedding", "index_select", "index", "gather")  # read no more of a table than they return
@@ -39,20 +38,52 @@ _COUNTED_AS = {
 DeviceType = Literal["cpu", "cuda"]
 
 
-@dataclass(frozen=True)
 class TracedStep:
-    """A micro-batch, forward and backward, in eager mode.
+    """A micro-batch, forward and backward, in eager mode; `trainer.sizing.zero_memory.PassPeaks` among what it says.
 
-    Attributes:
-        peaks: bytes beyond the weights.
-        logits_bytes: of `peaks.activations`, what has the vocabulary for its last dimension: logits, their copy in
-            fp32, their log-softmax and its gradient.
-        kernels: (FLOPs, bytes moved) → how many such kernels the two passes have.
+    Each kind of pass is traced when it is first asked for, which takes some tenths of a second.
+
+    Args:
+        one_pass: does the forward and the backward pass.
+        vocabulary_size: rows of the table of tokens.
     """
 
-    peaks: PassPeaks
-    logits_bytes: int
-    kernels: Counter[tuple[int, int]]
+    def __init__(self, model: PreTrainedModel, one_pass: Callable[[], None], vocabulary_size: int) -> None:
+        self._model, self._one_pass, self._vocabulary_size = model, one_pass, vocabulary_size
+
+    @property
+    def activations(self) -> int:
+        """Bytes beyond the weights, without gradients, each of which is taken away as it comes."""
+        return self._freeing.peak
+
+    @cached_property
+    def with_gradients(self) -> int:
+        """Bytes beyond the weights, gradients included, in a pass that makes them."""
+        peak = self._traced().peak
+        self._model.zero_grad(set_to_none=True)
+        return peak
+
+    @cached_property
+    def adding(self) -> int:
+        """Bytes beyond the weights, gradients included, in a pass that adds to those of an earlier one."""
+        self._one_pass()
+        held = sum(weight.grad.nbytes for weight in self._model.parameters() if weight.grad is not None)
+        peak = held + self._traced().peak
+        self._model.zero_grad(set_to_none=True)
+        return peak
+
+    @property
+    def logits_bytes(self) -> int:
+        """Of `activations`, what has the vocabulary for its last dimension.
+
+        That are logits, their copy in fp32, their log-softmax and its gradient.
+        """
+        return self._freeing.logits_at_peak
+
+    @property
+    def kernels(self) -> Counter[tuple[int, int]]:
+        """(FLOPs, bytes moved) → how many such kernels the two passes have."""
+        return self._freeing.kernels
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """A roofline: each kernel takes what its arithmetic or its traffic takes, whichever is longer."""
@@ -65,6 +96,19 @@ class TracedStep:
     def flops(self) -> int:
         """Of all matrix products, those of attention included."""
         return sum(count * flops for (flops, _), count in self.kernels.items())
+
+    @cached_property
+    def _freeing(self) -> _Trace:
+        hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in self._model.parameters()]
+        trace = self._traced()
+        for hook in hooks:
+            hook.remove()
+        return trace
+
+    def _traced(self) -> _Trace:
+        with _Trace(self._vocabulary_size) as trace:
+            self._one_pass()
+        return trace
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,42 +142,26 @@ class StepTracer:
             model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
     def trace(self, micro_size: int, seq_len: int, head_rows: int) -> TracedStep:
-        """Trace a micro-batch of `micro_size` blocks of `seq_len`; a few tenths of a second, whatever the sizes.
+        """Describe a micro-batch of `micro_size` blocks of `seq_len`; it is traced when that is looked at.
 
         Args:
             head_rows: positions of a block for which logits are computed.
         """
-        model = self._model
         input_ids = torch.zeros(micro_size, seq_len, dtype=torch.int64, device=META)
         index = torch.zeros(micro_size * head_rows, dtype=torch.int64, device=META)
+        self._forward.constants(seq_len)  # are there before the first pass
+        documents = Documents(positions=input_ids, cu_seqlens=input_ids) if self._document_attention else None
 
         def one_pass() -> None:
-            documents = Documents(positions=input_ids, cu_seqlens=input_ids) if self._document_attention else None
-            logits = self._forward({"input_ids": input_ids}, index, documents).logits
-            functional.cross_entropy(logits.float(), index, reduction="sum").backward()
+            with _KernelsOf(self._device_type):
+                logits = self._forward({"input_ids": input_ids}, index, documents).logits
+                functional.cross_entropy(logits.float(), index, reduction="sum").backward()
 
-        rows = vocabulary_rows(model)
-        with _KernelsOf(self._device_type):
-            hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in model.parameters()]
-            freeing = _traced(one_pass, vocabulary_size=rows)
-            for hook in hooks:
-                hook.remove()
-            making = _traced(one_pass, vocabulary_size=rows)
-            held = sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
-            adding = _traced(one_pass, vocabulary_size=rows)
-        model.zero_grad(set_to_none=True)
-        peaks = PassPeaks(freeing.peak, making.peak, held + adding.peak)
-        return TracedStep(peaks, freeing.logits_at_peak, making.kernels)
+        return TracedStep(self._model, one_pass, vocabulary_rows(self._model))
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
-
-
-def _traced(work: Callable[[], None], vocabulary_size: int) -> _Trace:
-    with _Trace(vocabulary_size) as trace:
-        work()
-    return trace
 
 
 class _Trace(TorchDispatchMode):

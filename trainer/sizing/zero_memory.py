@@ -19,7 +19,7 @@ The activations of a pass come from `trainer.sizing.meta_trace`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.config import TrainConfig
 
@@ -68,19 +68,23 @@ class ZeroSettings:
         )
 
 
-@dataclass(frozen=True)
-class PassPeaks:
-    """Bytes of a forward and backward pass beyond the weights, at its peak.
+class PassPeaks(Protocol):
+    """Bytes of a forward and backward pass beyond the weights, at its peak; each is found out when it is asked for."""
 
-    Attributes:
-        activations: without gradients, each of which is taken away as it comes.
-        with_gradients: gradients included, in a pass that makes them.
-        adding: gradients included, in a pass that adds to those of an earlier one.
-    """
+    @property
+    def activations(self) -> int:
+        """Without gradients, each of which is taken away as it comes."""
+        ...
 
-    activations: int
-    with_gradients: int
-    adding: int
+    @property
+    def with_gradients(self) -> int:
+        """Gradients included, in a pass that makes them."""
+        ...
+
+    @property
+    def adding(self) -> int:
+        """Gradients included, in a pass that adds to those of an earlier one."""
+        ...
 
 
 @dataclass(frozen=True)

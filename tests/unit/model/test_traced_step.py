@@ -29,10 +29,9 @@ def test_every_architecture_is_traced(model_type, device_type, dtype, tmp_path):
     counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
     # Flash attention computes one of its products once more in the backward pass.
     assert counted <= traced.flops <= 1.2 * counted
-    peaks = traced.peaks
     weights = sum(parameter.numel() for parameter in model.parameters()) * (4 if dtype is torch.float32 else 2)
-    assert 0 < traced.logits_bytes < peaks.activations <= peaks.with_gradients <= peaks.activations + weights
-    assert peaks.adding >= weights
+    assert 0 < traced.logits_bytes < traced.activations <= traced.with_gradients <= traced.activations + weights
+    assert traced.adding >= weights
 
 
 def test_the_flops_are_those_that_torch_counts_in_a_real_pass(tmp_path):
@@ -51,10 +50,10 @@ def test_the_flops_are_those_that_torch_counts_in_a_real_pass(tmp_path):
 def test_memory_grows_with_the_batch_and_falls_with_checkpointing(tmp_path):
     deep = {"num_hidden_layers": 12}
     plain = tracer(tmp_path, "roberta", **deep)
-    two, four, eight = (plain.trace(size, SEQ_LEN, PREDICTIONS).peaks.activations for size in (2, 4, 8))
+    two, four, eight = (plain.trace(size, SEQ_LEN, PREDICTIONS).activations for size in (2, 4, 8))
     assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
     less = tracer(tmp_path, "roberta", checkpointing=True, **deep).trace(8, SEQ_LEN, PREDICTIONS)
-    assert less.peaks.activations < eight / 2
+    assert less.activations < eight / 2
     assert less.flops > plain.trace(8, SEQ_LEN, PREDICTIONS).flops
 
 
@@ -62,7 +61,7 @@ def test_memory_grows_with_the_batch_and_falls_with_checkpointing(tmp_path):
 def test_document_attention_is_traced_with_its_mask(model_type, tmp_path):
     without = tracer(tmp_path, model_type, "cuda").trace(BLOCKS, SEQ_LEN, PREDICTIONS)
     within = tracer(tmp_path, model_type, "cuda", documents=True).trace(BLOCKS, SEQ_LEN, PREDICTIONS)
-    assert within.peaks.activations > without.peaks.activations
+    assert within.activations > without.activations
 
 
 def test_a_roofline_takes_the_longer_of_arithmetic_and_traffic(tmp_path):
