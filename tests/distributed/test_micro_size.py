@@ -106,8 +106,7 @@ def _step_after_trial(
     from trainer.engine.engine import TrainingEngine
     from trainer.model.build import build_model
     from trainer.runtime import distributed
-    from trainer.objectives.registry import make_criterion
-from trainer.schedule.batch_plan import BatchPlan
+    from trainer.schedule.batch_plan import BatchPlan
     from trainer.sizing import micro_batch_trial as micro_trial
     from trainer.sizing.micro_batch_trial import largest_by_trial
 
@@ -183,6 +182,7 @@ def test_a_trial_begins_with_half_of_what_is_foreseen_and_with_less_where_that_w
 
 def _state_after_a_trial(config: Config) -> int:
     """Runs on a rank: say how many of AdamW's flat partitions have moments after a micro-batch has fitted."""
+    from trainer.objectives.registry import make_criterion
     from trainer.runtime import distributed
     from trainer.sizing.micro_batch_trial import _Trial
 

@@ -92,12 +92,10 @@ def test_a_folder_to_be_made_is_checked_before_the_work(tmp_path: Path, monkeypa
 
 def test_paths_of_users_are_expanded_in_one_place():
     """`expanduser` fails on an unknown user, and `resolve` of Python 3.11 on links that go round in a circle."""
+    here = (CODE / "trainer" / "runtime" / "paths.py", CODE / "launcher" / "__main__.py")  # the latter: its own
     for folder in ("launcher", "trainer", "tools"):
         for path in (CODE / folder).rglob("*.py"):
-            if path not in (
-                CODE / "trainer" / "runtime" / "paths.py",
-                CODE / "launcher" / "__main__.py",
-            ):  # the latter: its own
+            if path not in here:
                 calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
                 names = {function.attr for function in calls if isinstance(function, ast.Attribute)}
                 assert not names & {"expanduser", "resolve"}, f"{path}: use trainer.runtime.paths"

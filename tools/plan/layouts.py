@@ -76,7 +76,7 @@ class Layouts:
 
     @cached_property
     def flops_per_token(self) -> float:
-        ratio = self.footprint.predictions_per_block / self.config.data.seq_len
+        ratio = self.footprint.head_rows / self.config.data.seq_len
         return flops_per_token(self.footprint.model, self._attended_tokens, ratio)
 
     @cached_property

@@ -30,7 +30,7 @@ class MaskedSamples:
         self, settings: ObjectiveConfig, vocabulary: Vocabulary, seq_len: int, document_attention: bool = False
     ) -> None:
         self.vocabulary, self.seq_len, self.view = vocabulary, seq_len, framed_view(seq_len)
-        self.marks = (DOCUMENT_STARTS,) if document_attention else ()
+        self.marks: tuple[str, ...] = (DOCUMENT_STARTS,) if document_attention else ()
         self.head_rows = predictions_per_block(settings.mask_ratio, self.view.payload)
         self.masking = TokenMasking(
             mask_ratio=settings.mask_ratio,

@@ -46,15 +46,15 @@ class Tally(NamedTuple):
 
     loss: float
     right: float
-    count: float
+    labels: float
 
     @property
     def mean(self) -> float:
-        return self.loss / max(1.0, self.count)
+        return self.loss / max(1.0, self.labels)
 
     @property
     def accuracy(self) -> float:
-        return self.right / max(1.0, self.count)
+        return self.right / max(1.0, self.labels)
 
 
 class Criterion(Protocol):

@@ -56,21 +56,15 @@ class TracedStep:
         """Bytes beyond the weights, without gradients, each of which is taken away as it comes."""
         return self._freeing.peak
 
-    @cached_property
+    @property
     def with_gradients(self) -> int:
         """Bytes beyond the weights, gradients included, in a pass that makes them."""
-        peak = self._traced().peak
-        self._model.zero_grad(set_to_none=True)
-        return peak
+        return self._making
 
-    @cached_property
+    @property
     def adding(self) -> int:
         """Bytes beyond the weights, gradients included, in a pass that adds to those of an earlier one."""
-        self._one_pass()
-        held = sum(weight.grad.nbytes for weight in self._model.parameters() if weight.grad is not None)
-        peak = held + self._traced().peak
-        self._model.zero_grad(set_to_none=True)
-        return peak
+        return self._adding
 
     @property
     def logits_bytes(self) -> int:
@@ -96,6 +90,20 @@ class TracedStep:
     def flops(self) -> int:
         """Of all matrix products, those of attention included."""
         return sum(count * flops for (flops, _), count in self.kernels.items())
+
+    @cached_property
+    def _making(self) -> int:
+        peak = self._traced().peak
+        self._model.zero_grad(set_to_none=True)
+        return peak
+
+    @cached_property
+    def _adding(self) -> int:
+        self._one_pass()
+        held = sum(weight.grad.nbytes for weight in self._model.parameters() if weight.grad is not None)
+        peak = held + self._traced().peak
+        self._model.zero_grad(set_to_none=True)
+        return peak
 
     @cached_property
     def _freeing(self) -> _Trace:
