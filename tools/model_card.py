@@ -9,14 +9,16 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
+from trainer.checkpoint.resume import objective_of
 from trainer.config import BatchConfig, DataConfig
 from trainer.data.order.compare import phases_of
 from trainer.data.order.mixture import mixture_order
+from trainer.objectives.objective import Card
+from trainer.objectives.registry import OBJECTIVES
 from trainer.runtime.paths import real_path
 from trainer.schedule.phases import lay_out, tokens_before
 from trainer.state import TrainState
 from trainer.tracking.jsonl import read_lines
-from trainer.tracking.metrics import EVALUATION_METRICS
 
 CURVE_POINTS = 12
 
@@ -27,22 +29,24 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
-    evaluations = [line for line in lines if all(line.get(name) is not None for name in EVALUATION_METRICS)]
+    evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
+    card = OBJECTIVES[objective_of(manifest.identity)["name"]].card
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags: [masked-lm, maskwright]\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
+        f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
         f"# {name}",
-        _summary(manifest, dtype, evaluations),
-        _use(),
+        _summary(manifest, card, dtype, evaluations),
+        f"```python\n{card.use}\n```",
         _data(config, manifest) if config else "",
-        _training(config, manifest) if config else "",
-        _curve(lines, evaluations),
+        _training(config, card, manifest) if config else "",
+        _curve(lines, card, evaluations),
         _versions(manifest),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _summary(manifest: CheckpointManifest, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+def _summary(manifest: CheckpointManifest, card: Card, dtype: str, evaluations: list[dict[str, Any]]) -> str:
     state = TrainState(**manifest.state)
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases_of(manifest.data_order)]
     tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
@@ -53,19 +57,10 @@ def _summary(manifest: CheckpointManifest, dtype: str, evaluations: list[dict[st
     ]
     if evaluations:
         last = evaluations[-1]
-        rows.append(
-            ("validation perplexity of masked tokens", f"{last['eval/perplexity']:.2f} (step {last['step']:,})")
-        )
-        rows.append(("masked tokens predicted right", f"{last['eval/masked_accuracy']:.1%}"))
+        for name, (what, form) in card.results.items():
+            if last.get(name) is not None:
+                rows.append((what, f"{last[name]:{form}} (step {last['step']:,})"))
     return _table(("", ""), rows)
-
-
-def _use() -> str:
-    return (
-        "```python\nfrom transformers import pipeline\n\n"
-        'fill = pipeline("fill-mask", model="PATH_OF_THIS_FOLDER")\n'
-        'print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))\n```'
-    )
 
 
 def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
@@ -80,18 +75,11 @@ def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
     return "## Data\n\n" + _table(("source", "tokens", "documents", "times seen"), rows)
 
 
-def _training(config: dict[str, Any], manifest: CheckpointManifest) -> str:
-    objective, optimizer, schedule = config["objective"], config["optimizer"], config["schedule"]
-    replaced = (
-        f"{objective['replace_mask']:.0%} mask, {objective['replace_random']:.0%} random, "
-        f"{1 - objective['replace_mask'] - objective['replace_random']:.0%} kept"
-    )
+def _training(config: dict[str, Any], card: Card, manifest: CheckpointManifest) -> str:
+    optimizer, schedule = config["optimizer"], config["schedule"]
     layout = manifest.layout
     rows = [
-        (
-            "objective",
-            f"{objective['name']}, {objective['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit",
-        ),
+        ("objective", card.settings(config["objective"])),
         ("sequence length", _seq_len(manifest)),
         ("attention", _attention(config)),
         ("batch", _batch(config)),
@@ -141,19 +129,19 @@ def _attention(config: dict[str, Any]) -> str:
     return "over whole blocks, across the borders of the documents in them"
 
 
-def _curve(lines: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
+def _curve(lines: list[dict[str, Any]], card: Card, evaluations: list[dict[str, Any]]) -> str:
     training = [line for line in lines if line.get("train/loss") is not None]
     if not training:
         return ""
     every = max(1, len(training) // CURVE_POINTS)
     chosen = training[::every] if training[-1] in training[::every] else [*training[::every], training[-1]]
-    by_step = {line["step"]: line for line in evaluations}
+    by_step, shown = {line["step"]: line for line in evaluations}, next(iter(card.results))
     rows = []
     for line in chosen:
-        evaluation = by_step.get(line["step"])
-        perplexity = f"{evaluation['eval/perplexity']:.2f}" if evaluation else ""
-        rows.append((f"{line['step']:,}", f"{line['tokens']:,}", f"{line['train/loss']:.4f}", perplexity))
-    return "## Curve\n\n" + _table(("step", "tokens", "training loss", "validation perplexity"), rows)
+        found = by_step.get(line["step"], {}).get(shown)
+        value = "" if found is None else f"{found:{card.results[shown][1]}}"
+        rows.append((f"{line['step']:,}", f"{line['tokens']:,}", f"{line['train/loss']:.4f}", value))
+    return "## Curve\n\n" + _table(("step", "tokens", "training loss", card.results[shown][0]), rows)
 
 
 def _versions(manifest: CheckpointManifest) -> str:

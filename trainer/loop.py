@@ -360,7 +360,7 @@ class Loop:
                 self.activity.compiles("evaluation")
             values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
-            self.reporter.evaluation({**counters(self.state), **values})
+            self.reporter.evaluation({**counters(self.state), **values}, self.criterion.describe(values))
         self.meter.restart()
 
     def _stops_evaluation(self, last: bool) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
+from trainer.config import ObjectiveConfig
 from trainer.data.order.compare import order_differences
 from trainer.errors import UserError
 from trainer.inputs import sha256_of
@@ -28,7 +29,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
     """
     saved_order = _with_shards(folder, manifest.data_order)
     differences = [
-        *_differences(manifest.identity, current.identity),
+        *_differences(_filled_in(manifest.identity), _filled_in(current.identity)),
         *order_differences(saved_order, data_order, manifest.state["samples"]),
     ]
     if differences:
@@ -69,6 +70,15 @@ def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     except (LookupError, TypeError):
         return saved
     return {**saved, "sources": frozen["sources"]} if prints[0] == prints[1] else saved
+
+
+def objective_of(identity: dict[str, Any]) -> dict[str, Any]:
+    """The objective of a checkpoint; a key that it was written without was as the default is."""
+    return {**ObjectiveConfig().model_dump(), **identity.get("objective", {})}
+
+
+def _filled_in(identity: dict[str, Any]) -> dict[str, Any]:
+    return {**identity, "objective": objective_of(identity)}
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_log
 
 from trainer.errors import UserError
+from trainer.model.classes import model_class_of
 
 _LISTED = 6
 
@@ -42,7 +43,7 @@ def account_for_weights(config: PretrainedConfig, source: str, shapes: Mapping[s
 
 def _load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size]) -> tuple[PreTrainedModel, Any]:
     number = torch.zeros(())
-    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    model_class: Any = model_class_of(type(config))
     with _quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random
         return model_class.from_pretrained(
             None,

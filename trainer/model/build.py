@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
+from trainer.model.classes import AutoClass
 from trainer.model.hf_config import attention_of, build_config, position_offset, position_table, vocabulary_rows
 from trainer.model.masked_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
@@ -61,7 +62,7 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
     attention = attention_of(config)
     with _seeded(seed):
         if settings.from_pretrained is None:
-            model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            model = AutoClass.from_config(config, dtype=torch.float32, attn_implementation=attention)
         else:
             model = _load(settings.from_pretrained, config, attention, notes)
             _correct_ties(model, notes)
@@ -136,7 +137,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str]) -> PreTrainedModel:
     name = str(user_path(source, "model.from_pretrained")) if is_local(source) else source
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
+        model, report = AutoClass.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoModelForMaskedLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
+from trainer.model.classes import AutoClass, has_class, model_class_of
 from trainer.model.presets import PRESETS
 from trainer.model.source import read_source
 
@@ -99,7 +98,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
 
 def attention_of(config: PretrainedConfig) -> str:
     """'sdpa' where the model class supports it, else 'eager'."""
-    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    model_class: Any = model_class_of(type(config))
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
@@ -179,7 +178,7 @@ def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfi
             where=where,
             remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",
         )
-    if config_class not in MODEL_FOR_MASKED_LM_MAPPING or decodes:
+    if not has_class(config_class) or decodes:
         raise UserError(
             f"'{model_type}', as configured, is no encoder with a masked-LM head.",
             where=where,
@@ -278,7 +277,7 @@ def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> P
     """The model on the meta device: shapes and class, no storage."""
     try:
         with torch.device("meta"):
-            return AutoModelForMaskedLM.from_config(config, attn_implementation=attention_of(config))
+            return AutoClass.from_config(config, attn_implementation=attention_of(config))
     except Exception as error:  # a class checks its config as it likes: ValueError, AssertionError, KeyError, ...
         remedy = "Correct the model's config or model.overrides."
         positions = getattr(config, "max_position_embeddings", None)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.config import Config, ModelConfig
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
+from trainer.model.classes import has_class, model_class_of
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
 from trainer.runtime.paths import is_local, real_path, user_path
 from trainer.runtime.user_files import read_json
@@ -144,14 +145,14 @@ def _known_weights(source: str) -> dict[str, torch.Size] | None:
 
 
 def _masked_lm_types() -> Collection[str]:
-    return [name for name, config_class in CONFIG_MAPPING.items() if config_class in MODEL_FOR_MASKED_LM_MAPPING]
+    return [name for name, config_class in CONFIG_MAPPING.items() if has_class(config_class)]
 
 
 def _prefix_of(model_type: str) -> str | None:
     """What the names of the weights of a type's encoder begin with."""
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_MASKED_LM_MAPPING:
+    if model_type not in CONFIG_MAPPING or not has_class(CONFIG_MAPPING[model_type]):
         return None
-    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    model_class: Any = model_class_of(CONFIG_MAPPING[model_type])
     return model_class.base_model_prefix
 
 

@@ -9,9 +9,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.errors import UserError
+from trainer.model.classes import AutoClass
 
 # What a saved config may say otherwise without another model following from it.
 _FREE_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
@@ -20,7 +21,7 @@ _FREE_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype
 def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """The masked-LM class of a config, its weights tied as the config says; on 'meta' without storage."""
     with torch.device(device):
-        model = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+        model = AutoClass.from_config(config, trust_remote_code=False)
     model.tie_weights()
     return model
 

@@ -37,3 +37,7 @@ class LanguageModelLoss:
         """Name perplexity and accuracy; see `Criterion.metrics`."""
         (tally,) = tallies.values()
         return {"eval/perplexity": math.exp(min(tally.mean, 700.0)), "eval/masked_accuracy": tally.accuracy}
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Say perplexity and accuracy; see `Criterion.describe`."""
+        return f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"

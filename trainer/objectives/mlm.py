@@ -6,6 +6,9 @@ time it is seen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -15,8 +18,30 @@ from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
 from trainer.data.documents import cumulative_lengths, positions_in_documents
 from trainer.data.tokenizer import Vocabulary
 from trainer.objectives.masking import TokenMasking, predictions_per_block
+from trainer.objectives.objective import Card
 
 TERM = "mlm"
+
+
+def _described(settings: Mapping[str, Any]) -> str:
+    mask, drawn = settings["replace_mask"], settings["replace_random"]
+    replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
+    return f"mlm, {settings['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit"
+
+
+CARD = Card(
+    tags=("fill-mask", "masked-lm"),
+    settings=_described,
+    results={
+        "eval/perplexity": ("validation perplexity of masked tokens", ".2f"),
+        "eval/masked_accuracy": ("masked tokens predicted right", ".1%"),
+    },
+    use="""\
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="PATH_OF_THIS_FOLDER")
+print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))""",
+)
 
 
 class MaskedSamples:

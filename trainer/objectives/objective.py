@@ -70,6 +70,10 @@ class Criterion(Protocol):
         """Name what an evaluation has found beside `eval/loss`, which is the weighted loss."""
         ...
 
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Say what `metrics` has named, for the console."""
+        ...
+
 
 def loss_sums(criterion: Criterion, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
     """Sum the losses of a batch: fp32 [terms, source_count], nats."""
@@ -117,3 +121,20 @@ def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
         count = (labels != IGNORED_LABEL).sum()
         rows.append(torch.stack([found.losses.sum().double(), right.double(), count.double()]))
     return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says of an objective.
+
+    Attributes:
+        tags: of the model's page; the first is the pipeline that takes the model.
+        settings: the section `objective` of the run's config → a line.
+        results: names of what an evaluation finds → (what it is, the format of its value).
+        use: Python that uses the model in PATH_OF_THIS_FOLDER.
+    """
+
+    tags: tuple[str, ...]
+    settings: Callable[[Mapping[str, Any]], str]
+    results: Mapping[str, tuple[str, str]]
+    use: str

@@ -12,20 +12,22 @@ from trainer.errors import UserError, nearest
 from trainer.objectives import mlm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
-from trainer.objectives.objective import Criterion
+from trainer.objectives.objective import Card, Criterion
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How the two halves of an objective are made.
+    """How the two halves of an objective are made, and what is said of it.
 
     Attributes:
         samples: (config, vocabulary, seq_len) → what makes its batches.
         criterion: (config, what computes cross-entropies) → its loss.
+        card: what a model card says of it.
     """
 
     samples: Callable[[Config, Vocabulary, int], Samples]
     criterion: Callable[[Config, CrossEntropies], Criterion]
+    card: Card
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -34,6 +36,7 @@ OBJECTIVES: dict[str, Objective] = {
             config.objective, vocabulary, seq_len, config.model.document_attention
         ),
         criterion=lambda config, kernel: LanguageModelLoss(mlm.TERM, kernel),
+        card=mlm.CARD,
     ),
 }
 

@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.data.batch import Documents
+from trainer.model.classes import AutoClass
 from trainer.model.forward import Forward
 from trainer.model.hf_config import attention_of, vocabulary_rows
 
@@ -122,7 +123,7 @@ class TracedStep:
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config as it is trained, without storage."""
     with META:
-        model = AutoModelForMaskedLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
+        model = AutoClass.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     return model.train()
 
 

@@ -73,13 +73,10 @@ class Reporter:
             eta_seconds=seconds_left(values, self._plan),
         )
 
-    def evaluation(self, values: dict[str, Any]) -> None:
-        """Report an evaluation line."""
+    def evaluation(self, values: dict[str, Any], found: str) -> None:
+        """Report an evaluation line; `found` says for the console what it has found beside the loss."""
         self._write(values)
-        self.console.say(
-            f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  "
-            f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
-        )
+        self.console.say(f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}")
 
     def saved(self, folder: Path) -> None:
         """Report a checkpoint."""
