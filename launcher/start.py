@@ -183,7 +183,7 @@ def _tell_others(error: MaskwrightError, world_size: int) -> int:
         raise error
 
     def work() -> int:
-        from trainer.consistency import tell_others
+        from trainer.inputs.consistency import tell_others
 
         tell_others(error)
         return error.exit_code

@@ -116,7 +116,7 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     Args:
         stopped: whether a run ends with the step that is saved; none does by default.
     """
-    from trainer.inputs import open_inputs
+    from trainer.inputs.inputs import open_inputs
     from trainer.liveness.activity import Activity
     from trainer.runtime import distributed
     from trainer.runtime.run_lock import RunLock
@@ -149,7 +149,7 @@ def _reshape(checkpoint: Path, config: Config, target: Path) -> int:
     """Runs on each rank."""
     from trainer.checkpoint.restore import restore
     from trainer.engine.engine import TrainingEngine
-    from trainer.inputs import open_inputs
+    from trainer.inputs.inputs import open_inputs
     from trainer.model.build import build_model
     from trainer.runtime import distributed
 

@@ -13,9 +13,9 @@ from tests.ranks import TINY_ROBERTA
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.save import RECORDED_PACKAGES
 from trainer.config import ModelConfig
-from trainer.consistency import _sources_hash
 from trainer.data.manifest import Manifest, ShardEntry
 from trainer.data.tokenizer import Vocabulary
+from trainer.inputs.consistency import _sources_hash
 from trainer.model.rehearsal import rehearse
 from trainer.runtime.run_lock import Holder
 from trainer.runtime.typed_json import _adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tools.prepare.on_demand import look_up
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
-from trainer.inputs import describe_unprepared, open_inputs
+from trainer.inputs.inputs import describe_unprepared, open_inputs
 from trainer.sizing.micro_batch import foresee
 
 

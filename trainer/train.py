@@ -23,7 +23,6 @@ from trainer.checkpoint.retention import prepare_folder
 from trainer.checkpoint.run_folder import check_replaceable, settle
 from trainer.checkpoint.save import Saver
 from trainer.config import CUDA_GRAPHS, Config, run_folder
-from trainer.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.data.batch import Batch
 from trainer.data.loader import SampledBlocks, TrainingBatches
 from trainer.engine.engine import TrainingEngine
@@ -31,7 +30,8 @@ from trainer.engine.loss_kernel import settle_loss_kernel
 from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
-from trainer.inputs import Inputs, open_inputs
+from trainer.inputs.consistency import compare, facts_of_inputs, facts_of_start
+from trainer.inputs.inputs import Inputs, open_inputs
 from trainer.liveness.activity import Activity
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watch import watched

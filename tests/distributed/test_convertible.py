@@ -17,7 +17,7 @@ from trainer.checkpoint.contents import prove_repeatable, read_probe_block
 from trainer.config import Config
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, UserError
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 from trainer.liveness.watchdog import Limits
 from trainer.model.build import build_model
 from trainer.runtime import distributed

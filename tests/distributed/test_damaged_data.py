@@ -16,7 +16,7 @@ from trainer.config import Config
 from trainer.data.manifest import SUM_BYTES, ShardEntry, read_manifest
 from trainer.data.order.sample_order import rank_share
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 GLOBAL_SIZE, PAYLOAD = 8, 30
 STEPS = 12

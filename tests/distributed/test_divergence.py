@@ -220,7 +220,7 @@ def test_fault_10_weights_that_are_not_finite_are_never_saved(
 
 def judge_padding(config: Config) -> int:
     """Runs on each rank: the verdict on its state with infinities in the padding, and with one in a weight."""
-    from trainer.inputs import open_inputs
+    from trainer.inputs.inputs import open_inputs
     from trainer.model.build import build_model
     from trainer.runtime import distributed
 

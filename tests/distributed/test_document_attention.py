@@ -22,7 +22,7 @@ from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.shard_checks import document_starts
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.evaluate import EVALUATION_SEED, Evaluator
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 from trainer.objectives.registry import make_criterion
 
 SEQ_LEN = 64

@@ -18,7 +18,7 @@ from tools.validate import validate
 from trainer.checkpoint.manifest import RUN_CONFIG, read_manifest, write_manifest
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 from trainer.runtime.files import file_hash
 
 BATCH = {"global_size": 12, "micro_size": 2}

@@ -15,7 +15,7 @@ from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from trainer.config import Config
 from trainer.data.loader import SampledBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 CHANGE_AT = 85  # samples: within step 11 of 8 samples, and within a mixture block of 16
 STOP_AT = 10  # steps

@@ -27,7 +27,7 @@ from tools.simulate.run import simulate
 from trainer.config import Config
 from trainer.data.loader import PADDING, SampledBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 from trainer.model.build import build_model
 from trainer.schedule.learning_rate import learning_rate
 from trainer.sizing.flops import flops_per_token

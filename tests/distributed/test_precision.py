@@ -15,7 +15,7 @@ from tests.ranks import TINY_ROBERTA, allow_fp16, losses, metrics, run_ranks, ti
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 TOLERANCE = 0.01  # nats; measured over 60 steps of this model: 0.0018 to 0.0025
 

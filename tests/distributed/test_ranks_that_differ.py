@@ -16,8 +16,8 @@ from tests.ranks import free_port, run_ranks, tiny_config, write_config
 from tests.waiting import TIMEOUT_S
 from trainer.config import Config
 from trainer.config.file import parse_config
-from trainer.consistency import compare, facts_of_start, tell_others
 from trainer.errors import EXIT_USER_MISTAKE, UserError
+from trainer.inputs.consistency import compare, facts_of_start, tell_others
 from trainer.runtime import distributed
 
 

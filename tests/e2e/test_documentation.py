@@ -14,7 +14,7 @@ import yaml
 
 from launcher.cli import app
 from trainer.config.file import load_config, recipe_names
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [

@@ -30,7 +30,7 @@ from tools.prepare import prepare
 from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.manifest import read_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 LINES_BEFORE_STEP_1 = [
     r"run .+: starting afresh \(--resume auto, no checkpoint found\)",

@@ -203,7 +203,7 @@ def test_an_offload_that_is_null_is_none():
 
 def train_with_quantized_weights(config: Any) -> int:
     from trainer.engine.engine import TrainingEngine
-    from trainer.inputs import open_inputs
+    from trainer.inputs.inputs import open_inputs
     from trainer.liveness.watchdog import Limits
     from trainer.model.build import build_model
     from trainer.runtime import distributed

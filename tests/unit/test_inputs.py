@@ -19,7 +19,7 @@ from tools.tokenizer import train_tokenizer
 from trainer.config import run_folder
 from trainer.config.file import load_config
 from trainer.errors import UserError
-from trainer.inputs import Inputs, open_inputs
+from trainer.inputs.inputs import Inputs, open_inputs
 
 
 def test_a_tilde_is_the_home_folder(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

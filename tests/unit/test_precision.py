@@ -10,7 +10,7 @@ import torch
 
 from tests.ranks import tiny_config
 from trainer.engine.precision import precision_notes
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 GPU = torch.device("cuda", 0)
 

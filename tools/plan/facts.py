@@ -13,7 +13,7 @@ from trainer.data.order.mixture import mixture_order
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 from trainer.model.source import load_vocabulary, source_note
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out

@@ -33,9 +33,9 @@ from tools.prepare.text_cache import describe_unused
 from tools.prepare.work_folder import recorded_units
 from trainer.checkpoint.resume import DATA_ORDER
 from trainer.config import Config, run_folder
-from trainer.consistency import compare
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
+from trainer.inputs.consistency import compare
 from trainer.model.source import tokenizer_source
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World

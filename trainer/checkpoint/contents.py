@@ -20,7 +20,7 @@ from trainer.config.file import dump_config
 from trainer.data.blocks import Blocks
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
-from trainer.inputs import Inputs
+from trainer.inputs.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.runtime.files import give_usual_mode
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.checkpoint.manifest import Records
 from trainer.engine.deepspeed_config import stage_of
-from trainer.inputs import Inputs, sha256_of
+from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
 from trainer.runtime.distributed import World
 

@@ -11,7 +11,7 @@ from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.config import ObjectiveConfig
 from trainer.data.order.compare import order_differences
 from trainer.errors import UserError
-from trainer.inputs import sha256_of
+from trainer.inputs.inputs import sha256_of
 from trainer.runtime.paths import real_path
 from trainer.runtime.side_files import read_json_object
 

@@ -18,7 +18,7 @@ from trainer.checkpoint.resume import DATA_ORDER, set_aside, set_aside_newer
 from trainer.config.file import dump_config
 from trainer.engine.deepspeed_config import ALLOWED_KEYS
 from trainer.errors import UserError
-from trainer.inputs import Inputs, sha256_of
+from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.runtime.side_files import read_json_object, replace_side_file
 from trainer.runtime.user_files import to_yaml
 from trainer.state import TrainState

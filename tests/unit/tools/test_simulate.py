@@ -26,7 +26,7 @@ from trainer.config.file import load_config
 from trainer.data.order.run_order import RunOrder
 from trainer.data.order.sample_order import rank_share
 from trainer.errors import UserError
-from trainer.inputs import open_inputs
+from trainer.inputs.inputs import open_inputs
 
 
 def small_plan(seq_len: int = 66, window_chunks: int = 8, **changes: Any) -> SimulatedPlan:

@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.data.manifest import MANIFEST, split_folder
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import HangError, MaskwrightError, UserError, mark_origin
-from trainer.inputs import Inputs
+from trainer.inputs.inputs import Inputs
 from trainer.model.source import tokenizer_source
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -108,7 +108,7 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
 @cache
 def _sources_hash() -> str:
     """xxh3 over our own source files, by their names: finds another version of the code whatever it calls itself."""
-    top, digest = Path(__file__).parent.parent, xxhash.xxh3_64()
+    top, digest = Path(__file__).parents[2], xxhash.xxh3_64()
     for package in _PACKAGES:
         for path in sorted((top / package).rglob("*.py")):
             digest.update(str(path.relative_to(top)).encode())

@@ -29,6 +29,7 @@ from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, stage_of
 from trainer.errors import UserError
+from trainer.inputs.summary import describe_run
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
 from trainer.objectives.registry import make_samples
@@ -36,7 +37,6 @@ from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
 from trainer.schedule.run_length import defaults_of, resolve
-from trainer.summary import describe_run
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 

@@ -1,0 +1,1 @@
+"""What a run starts from, opened, compared over the ranks, and described."""
