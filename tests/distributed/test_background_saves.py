@@ -57,7 +57,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(
 def with_held_writes(config: Config, steps: int = 1) -> int:
     """Runs on each rank: rank 1's disk takes nothing until so many steps are trained, or training waits for it."""
     from trainer.checkpoint.save import Saver
-    from trainer.engine.engine import snapshot
+    from trainer.engine import snapshot
     from trainer.loop import Loop
     from trainer.train import run
 
