@@ -1,0 +1,32 @@
+"""The code keeps within the bounds set for its structure; `python -m tests.house` prints the figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.house import Figures, count
+
+LONG = {
+    "trainer/config/schema.py": 500,  # one key after another, each with its docstring
+    "trainer/loop.py": 450,
+    "trainer/train.py": 405,
+}
+MANY_OPTIONS = ("bench_step", "data_import", "import_tokens", "open_job", "prepare", "submit", "train", "_train")
+"""Functions of more than 60 lines: one parameter a line, each with what it is."""
+
+
+@pytest.fixture(scope="module")
+def figures() -> Figures:
+    return count()
+
+
+def test_the_rooms_are_few_and_their_arrows_point_one_way(figures: Figures) -> None:
+    assert len(figures.places) <= 20, figures.places
+    assert len(figures.arrows) <= 100, figures.arrows
+    assert figures.circles == []
+
+
+def test_files_and_functions_are_short(figures: Figures) -> None:
+    assert {path: lines for path, lines in figures.files.items() if lines > LONG.get(path, 400)} == {}
+    long = {place for place, lines in figures.functions.items() if lines > 60}
+    assert {place.partition(":")[2] for place in long} <= set(MANY_OPTIONS), long
