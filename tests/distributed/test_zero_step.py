@@ -62,7 +62,7 @@ def _train(model: str, stage: int, shortened: bool, path: str) -> int:
     clipped = config.optimizer.model_copy(update={"clip": 0.05})
     config = config.model_copy(update={"deepspeed": f"zero{stage}", "optimizer": clipped})
     objective = objective_of(work, config)
-    stepper = EngineStepper(work, variant, config, objective)
+    stepper = EngineStepper(work, config)
     steps = []
     for batch in training_batches(work, variant, objective)[rank : STEPS * ranks : ranks]:
         loss = stepper.forward(batch)
