@@ -8,6 +8,8 @@ TEST_WORKERS ?= $(shell expr $$(nproc) + 1)
 VENV := .venv
 STAMP := $(VENV)/.installed
 SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
+# Without what is seldom imported.
+COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/'
 AT_LEAST_3_11 := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 .PHONY: help setup demo test test-gpu check clean
@@ -29,9 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 		$(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing the pinned dependencies into $(VENV): a few minutes, and a large download the first time"
 	@$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
-	@$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
-	@# On all cores, where pip takes one, and without what is seldom imported; some packages hold templates that are no Python.
-	@$(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib launcher trainer tools || true
+	@# Compiled on all cores, where pip takes one: torch while the rest is fetched. Some packages hold templates that are no Python.
+	@$(COMPILE) $(VENV)/lib & $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'; \
+		installed=$$?; wait; exit $$installed
+	@$(COMPILE) $(VENV)/lib launcher trainer tools || true
 	@touch $@
 
 demo: setup
