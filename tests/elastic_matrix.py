@@ -118,6 +118,7 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     """
     from trainer.inputs.inputs import open_inputs
     from trainer.liveness.activity import Activity
+    from trainer.run import Run
     from trainer.runtime import distributed
     from trainer.runtime.run_lock import RunLock
     from trainer.tracking.console import TrainingConsole
@@ -128,12 +129,19 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     for config, stops in itertools.zip_longest(configs, stopped, fillvalue=False):
         run_dir = Path(config.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        console = TrainingConsole(sys.stdout) if world.is_main else None
-        status = StatusWriter(run_dir, ["here"], world.size) if world.is_main else None
-        lock = RunLock(run_dir, print)  # not taken: nobody else trains here
-        inputs = open_inputs(config, world.size, thorough=world.is_main)
-        stop = _AfterTheSave(run_dir) if stops else StopRequest()
-        code = _train(inputs, world, "auto", False, stop, Activity(), console, status, lock)
+        run = Run(
+            config=config,
+            world=world,
+            resume="auto",
+            is_dry=False,
+            stop=_AfterTheSave(run_dir) if stops else StopRequest(),
+            folder=run_dir,
+            lock=RunLock(run_dir, print),  # not taken: nobody else trains here
+            console=TrainingConsole(sys.stdout, is_silent=not world.is_main),
+            status=StatusWriter(run_dir if world.is_main else None, ["here"], world.size),
+            activity=Activity(),
+        )
+        code = _train(run, open_inputs(config, world.size, thorough=world.is_main))
         assert code == (EXIT_STOPPED_AFTER_SAVING if stops else EXIT_FINISHED), code
     distributed.stop()
     return EXIT_FINISHED

@@ -10,22 +10,8 @@ import math
 import statistics
 
 from trainer.config import ResilienceConfig
-from trainer.errors import DivergedError
+from trainer.errors import DivergedError, DivergenceError
 from trainer.state import TrainState
-
-
-class DivergenceError(Exception):
-    """Training has diverged, on all ranks alike: for the loop to act on. `DivergedError` is what ends a run.
-
-    Attributes:
-        reason: what was seen, as the end of a sentence.
-        onset: the first step that went wrong; a checkpoint of an earlier step is good.
-        where: the setting that decided, or the step.
-    """
-
-    def __init__(self, reason: str, onset: int, where: str) -> None:
-        super().__init__(reason)
-        self.reason, self.onset, self.where = reason, onset, where
 
 
 class DivergenceWatch:

@@ -88,6 +88,20 @@ def origin_of(error: BaseException, rank: int) -> int:
     return error.__dict__.get("origin_rank", rank)
 
 
+class DivergenceError(Exception):
+    """Training has diverged, on all ranks alike: for the loop to act on. `DivergedError` is what ends a run.
+
+    Attributes:
+        reason: what was seen, as the end of a sentence.
+        onset: the first step that went wrong; a checkpoint of an earlier step is good.
+        where: the setting that decided, or the step.
+    """
+
+    def __init__(self, reason: str, onset: int, where: str) -> None:
+        super().__init__(reason)
+        self.reason, self.onset, self.where = reason, onset, where
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ' Did you mean X?' for the closest known name, or an empty string."""
     import difflib

@@ -32,7 +32,8 @@ class Evaluator:
 
     def __init__(self, data: ShardSet, objective: Samples, criterion: Criterion, samples: int, micro_size: int) -> None:
         self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
-        self.borders = DocumentBorders(data) if DOCUMENT_STARTS in objective.marks else None
+        assert set(objective.marks) <= {DOCUMENT_STARTS}, "no other mark is read yet"
+        self.borders = DocumentBorders(data) if objective.marks else None
         available = data.block_count(objective.view.payload)
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)

@@ -20,15 +20,14 @@ from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.run_order import RunOrder
-from trainer.divergence import DivergenceError, DivergenceWatch, end_of
+from trainer.divergence import DivergenceWatch, end_of
 from trainer.engine.engine import TrainingEngine
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.liveness.activity import Activity
 from trainer.liveness.rank_timer import OwnTime
 from trainer.liveness.watchdog import Limits
-from trainer.model.cpu_dropout import seed_dropout
-from trainer.objectives.objective import Criterion, loss_sums, loss_to_differentiate, mean_loss
+from trainer.objectives.objective import Criterion, loss_sums, loss_to_differentiate, share_of_loss
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopRequest
@@ -98,9 +97,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.watch = DivergenceWatch(self.config.resilience)
-        self.step_metrics = StepMetrics(
-            self.config, self.plan, self.world, self.engine, self.criterion, self.order, self.meter
-        )
+        self.step_metrics = StepMetrics(self.config, self.plan, self.world, self.criterion, self.order, self.meter)
         self.own_time = OwnTime(self.world.device)
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
@@ -153,19 +150,17 @@ class Loop:
             )
         return EXIT_FINISHED
 
-    def dry_run(self, console: TrainingConsole | None) -> int:
+    def dry_run(self, console: TrainingConsole) -> int:
         """A real optimizer step of each phase and one evaluation, nothing written; shows that everything fits."""
         for phase in self.order.phases:
             self.state = TrainState(samples=phase.first_sample)
             values = self._dry_step()
-            if console is not None:
-                of_phase = f" of {phase.seq_len} tokens a block" if len(self.order.phases) > 1 else ""
-                console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {describe(values, self.plan)}")
+            of_phase = f" of {phase.seq_len} tokens a block" if len(self.order.phases) > 1 else ""
+            console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {describe(values, self.plan)}")
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
-        if console is not None:
-            if evaluation is not None:
-                console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
-            console.say("dry run passed; nothing was saved")
+        if evaluation is not None:
+            console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
+        console.say("dry run passed; nothing was saved")
         return EXIT_FINISHED
 
     def _dry_step(self) -> dict[str, Any]:
@@ -175,7 +170,7 @@ class Loop:
         micro_batches, agreed = self._agree(next(self._steps_of_batches()))
         try:
             losses = self._train_step(micro_batches, agreed.counts, shape)
-            return self.step_metrics.read(self.state, losses, agreed.counts, micro_batches, shape)
+            return self._read(losses, agreed.counts, micro_batches, shape)
         except DivergenceError as divergence:
             raise end_of(divergence, self.config.resilience, rollbacks=0) from None
 
@@ -253,7 +248,7 @@ class Loop:
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
-            seed_dropout(int(key) >> 1, self.engine.device)  # a function of the step: it needs no state
+            self.engine.seed_dropout(int(key) >> 1)  # a function of the step: it needs no state
             with self.profiler.range("forward"):
                 moved = batch.to(self.engine.device)
                 with self.own_time.forward():
@@ -263,7 +258,7 @@ class Loop:
             sums += losses.detach()
             if self.watch.needs_loss and number == len(micro_batches) - 1:
                 # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
-                self.loss_to_judge = _read_later(mean_loss(terms, sums, counts))
+                self.loss_to_judge = _read_later(share_of_loss(terms, sums, counts))
             with self.profiler.range("optimizer"):
                 applied = self.engine.step(rate, max_grad_norm)
             self.activity.progress()
@@ -342,8 +337,15 @@ class Loop:
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
 
+    def _read(
+        self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape
+    ) -> dict[str, Any]:
+        """The training line of the step that was just done."""
+        of_engine = self.engine.grad_norm, self.engine.loss_scale
+        return self.step_metrics.read(self.state, loss_sums, counts, micro_batches, shape, *of_engine)
+
     def _log(self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape) -> None:
-        values = self.step_metrics.read(self.state, loss_sums, counts, micro_batches, shape)
+        values = self._read(loss_sums, counts, micro_batches, shape)
         own_times = distributed.table(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)

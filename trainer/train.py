@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TextIO
 
 from trainer.checkpoint.begun import as_begun
 from trainer.checkpoint.contents import prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose
 from trainer.checkpoint.identity import describe_run
-from trainer.checkpoint.manifest import Records, read_manifest
+from trainer.checkpoint.manifest import CheckpointManifest, Records, read_manifest
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
@@ -32,35 +29,30 @@ from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, 
 from trainer.evaluate import Evaluator
 from trainer.inputs.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.inputs.inputs import Inputs, open_inputs
-from trainer.liveness.activity import Activity
 from trainer.liveness.stragglers import StragglerWatch
-from trainer.liveness.watch import watched
 from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, settle_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.objectives.objective import Criterion
 from trainer.objectives.registry import make_criterion
+from trainer.run import Run, opened
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
 from trainer.runtime.distributed import World
-from trainer.runtime.logs import make_log, rank_log
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
-from trainer.runtime.run_lock import RunLock, held
-from trainer.runtime.signals import StopRequest, stop_requests, time_to_stop
+from trainer.runtime.signals import StopRequest, stop_requests
 from trainer.sizing.flops import flops_per_token
 from trainer.sizing.micro_batch import settle_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
 from trainer.state import TrainState
-from trainer.tracking.console import TrainingConsole
 from trainer.tracking.jsonl import read_lines
 from trainer.tracking.metrics import ThroughputMeter
 from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
 from trainer.tracking.starts import record_start
-from trainer.tracking.status import StatusWriter, change_status
 
 logger = logging.getLogger(__name__)
 
@@ -95,215 +87,181 @@ def run(
     with stop_requests() as stop:
         try:
             compare(world, lambda: facts_of_start(config, resume, dry_run))
-            with (
-                _lock(config, world, dry_run) as lock,
-                _output(config, world, dry_run) as stream,
-                _status(config, world, dry_run) as status,
-                _watched(config, world, dry_run, status, give_up) as activity,
-            ):
-                console = TrainingConsole(stream) if world.is_main else None
-                say = console.say if console is not None else _nothing
-                if not dry_run:
-                    _make_ready(run_folder(config), world, lock, say)
-                    if world.is_main:  # whose clock decides
-                        stop.due_at = time_to_stop(config.resilience.stop_before_end_seconds)
-                for line in precision_notes(config.train.precision, world.device):
-                    say(line)
-                if config.train.deterministic:
-                    say(make_deterministic(world.device))
-                begun = distributed.from_main(world, as_begun(config, resume).defaults if world.is_main else 0)
-                config = config.model_copy(update={"defaults": begun})
-                with activity.within("prepare"):
-                    folders = prepare_text(config, world, stop, say)
-                if folders is None:
-                    say(f"stopped on {stop.reason}; the same command goes on")
-                    if status is not None:
-                        status.ended(EXIT_STOPPED_AFTER_SAVING, stop.reason)
-                    return EXIT_STOPPED_AFTER_SAVING
-                micro_size = settle_micro_size(config, world, say, largest_by_trial, keep=not dry_run)
-                inputs = distributed.build_together(
-                    world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
-                )
-                compare(world, lambda: facts_of_inputs(inputs))
-                return _train(inputs, world, resume, dry_run, stop, activity, console, status, lock)
+            with opened(config, world, resume, dry_run, stop, give_up) as this:
+                return _open_and_train(this, prepare_text)
         finally:
             distributed.stop()
 
 
-def _lock(config: Config, world: World, dry_run: bool) -> AbstractContextManager[RunLock]:
-    """Hold the run folder before anything is written there, logs included; a dry run writes nothing."""
-    say = partial(print, flush=True)  # there is no other console yet
-    return nullcontext(RunLock(run_folder(config), say)) if dry_run else held(world, run_folder(config), say)
+def _open_and_train(run: Run, prepare_text: PrepareText) -> int:
+    """Prepare what is raw text, open the inputs on all ranks, and train on them."""
+    config, world = run.config, run.world
+    if not run.is_dry:
+        _make_ready(run)
+    for line in precision_notes(config.train.precision, world.device):
+        run.say(line)
+    if config.train.deterministic:
+        run.say(make_deterministic(world.device))
+    begun = distributed.from_main(world, as_begun(config, run.resume).defaults if world.is_main else 0)
+    config = config.model_copy(update={"defaults": begun})
+    with run.activity.within("prepare"):
+        folders = prepare_text(config, world, run.stop, run.say)
+    if folders is None:
+        run.say(f"stopped on {run.stop.reason}; the same command goes on")
+        run.status.ended(EXIT_STOPPED_AFTER_SAVING, run.stop.reason)
+        return EXIT_STOPPED_AFTER_SAVING
+    micro_size = settle_micro_size(config, world, run.say, largest_by_trial, keep=not run.is_dry)
+    inputs = distributed.build_together(
+        world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
+    )
+    compare(world, lambda: facts_of_inputs(inputs))
+    return _train(run, inputs)
 
 
-@contextmanager
-def _output(config: Config, world: World, dry_run: bool) -> Iterator[TextIO]:
-    """Rank logs in the run folder; a dry run leaves none, so its logs lie in a temporary one."""
-    with tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch:
-        path, error = Path(), None
-        try:
-            path = make_log(Path(scratch) if dry_run else run_folder(config), world.rank)
-        except UserError as caught:
-            error = caught
-        distributed.raise_together(world, error)
-        with rank_log(path, world.rank) as stream:
-            yield stream
-
-
-@contextmanager
-def _status(config: Config, world: World, dry_run: bool) -> Iterator[StatusWriter | None]:
-    """RUN/status.json, on rank 0; every rank calls it. A dry run has none."""
-    nodes = list(dict.fromkeys(distributed.gather(world, node_name())))
-    if dry_run or not world.is_main:
-        yield None
-        return
-    status = StatusWriter(run_folder(config), nodes, world.size)
-    with status.until_the_end():
-        yield status
-
-
-@contextmanager
-def _watched(
-    config: Config, world: World, dry_run: bool, status: StatusWriter | None, give_up: Callable[[HangError], None]
-) -> Iterator[Activity]:
-    """This rank's activity, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
-    activity = Activity(on_enter=status.entered if status is not None else None)
-    if dry_run:
-        yield activity
-        return
-    run_dir = run_folder(config)
-
-    def end(error: HangError, is_first: bool) -> None:
-        if is_first:  # rank 0 may be the one that is stuck
-            change_status(run_dir, state="failed", reason=error.problem, eta_seconds=None)
-        give_up(error)
-
-    with watched(run_dir, world.rank, world.size, activity, config.watchdog, end):
-        yield activity
-
-
-def _make_ready(run_dir: Path, world: World, lock: RunLock, say: Callable[[str], None]) -> None:
+def _make_ready(run: Run) -> None:
     """See that checkpoints can be written, and remove what unfinished saves left."""
-    notes, error = lock.notes, None
-    if world.is_main:
+    notes, error = run.lock.notes, None
+    if run.world.is_main:
         try:
-            notes = [*notes, *prepare_folder(run_dir)]
+            notes = [*notes, *prepare_folder(run.folder)]
         except UserError as caught:
             error = caught
-    distributed.raise_together(world, error)
+    distributed.raise_together(run.world, error)
     for line in notes:
-        say(line)
+        run.say(line)
 
 
-def _nothing(_line: str) -> None:
-    """The other ranks say nothing."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts from: a checkpoint, or nothing."""
+
+    checkpoint: Path | None
+    manifest: CheckpointManifest | None
+    state: TrainState
 
 
-def _train(
-    inputs: Inputs,
-    world: World,
-    resume: str,
-    dry_run: bool,
-    stop: StopRequest,
-    activity: Activity,
-    console: TrainingConsole | None,
-    status: StatusWriter | None,
-    lock: RunLock,
-) -> int:
-    config, run_dir = inputs.config, run_folder(inputs.config)
-    say = console.say if console is not None else _nothing
-
-    checkpoint = None if dry_run else choose(world, run_dir, resume, say)
-    if not dry_run:
-        distributed.build_together(
-            world, lambda: check_replaceable(run_dir, resume, checkpoint) if world.is_main else None
-        )
-    manifest = read_manifest(checkpoint) if checkpoint else None
-    state = TrainState(**manifest.state) if manifest else TrainState()
-    activity.at_step(state.step, is_started=False)
-    say(_decision(config, resume, checkpoint, state, dry_run))
-    if state.step >= inputs.plan.total_steps:
-        say(f"finished: step {state.step} of {inputs.plan.total_steps} is done; nothing changed")
-        if status is not None:
-            status.take_back()
+def _train(run: Run, inputs: Inputs) -> int:
+    """Build the model, check that it may go on from the checkpoint, and hand all to the loop."""
+    start = _choose(run)
+    run.activity.at_step(start.state.step, is_started=False)
+    run.say(_decision(run, start))
+    if start.state.step >= inputs.plan.total_steps:
+        run.say(f"finished: step {start.state.step} of {inputs.plan.total_steps} is done; nothing changed")
+        run.status.take_back()
         return EXIT_FINISHED
 
+    config, world = inputs.config, run.world
     built = distributed.build_together(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
     )
     records = describe_run(inputs, built, world)
-    if checkpoint and manifest:
-        check_place(run_dir, checkpoint)
-        check_resumable(checkpoint, manifest, records, inputs.data_order(with_shards=True))
-        if change := describe_layout(manifest.layout, records.layout):
-            say(f"resuming in another layout: {change}, step {state.step:,}")
-    if not dry_run:
-        _count_start(config, world, state, say)
-    if status is not None:
-        status.start(state, inputs.plan.total_steps, checkpoint.name if checkpoint else "", is_new=resume == "never")
-    for line in (*inputs.describe(), *built.notes):
-        say(line)
-    if console is not None and not dry_run:
-        settle(run_dir, inputs, console.say, resume, checkpoint, state)
+    _check_start(run, inputs, start, records)
+    _begin(run, inputs, built, start)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     micro_size = inputs.plan.micro_size
-    backend = settle_attention_backend(config, built.model.config, micro_size, world, say, keep=not dry_run)
-    kernel = settle_loss_kernel(config, inputs.vocabulary.size, world, say)
-    criterion = make_criterion(config, kernel)
+    backend = settle_attention_backend(config, built.model.config, micro_size, world, run.say, keep=not run.is_dry)
+    criterion = make_criterion(config, settle_loss_kernel(config, inputs.vocabulary.size, world, run.say))
     with preferring(backend, world.device):
-        engine = _engine(inputs, built, world, say)
+        engine = _engine(inputs, built, world, run.say)
         limits = Limits.of(config.watchdog)
         distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
-        if checkpoint:
-            restore(engine, checkpoint, world)
-        loop = Loop(
-            config=config,
-            plan=inputs.plan,
-            world=world,
-            engine=engine,
-            criterion=criterion,
-            order=inputs.order,
-            open_batches=lambda state: _batches(inputs, world, state),
-            evaluator=_evaluator(inputs, criterion),
-            saver=_saver(run_dir, inputs, records, engine, world, checkpoint, lock),
-            meter=meter,
-            state=state,
-            stop=stop,
-            activity=activity,
-            reporter=None,
-            profiler=StepProfiler(None if dry_run else config.train.profile, run_dir, world, state.step + 1, say),
-            evaluated=distributed.from_main(world, _is_evaluated(run_dir, state)) if checkpoint else False,
-        )
-        if dry_run:
-            return loop.dry_run(console)
-        return _run_with_reports(loop, console, status, resumed_step=state.step if checkpoint else None)
+        if start.checkpoint:
+            restore(engine, start.checkpoint, world)
+        loop = _loop(run, inputs, start, records, engine, criterion, meter)
+        if run.is_dry:
+            return loop.dry_run(run.console)
+        return _run_with_reports(run, loop, start)
 
 
-def _count_start(config: Config, world: World, state: TrainState, say: Callable[[str], None]) -> None:
+def _choose(run: Run) -> Start:
+    """The checkpoint to go on from, the same on all ranks."""
+    if run.is_dry:
+        return Start(None, None, TrainState())
+    checkpoint = choose(run.world, run.folder, run.resume, run.say)
+    distributed.build_together(
+        run.world, lambda: check_replaceable(run.folder, run.resume, checkpoint) if run.world.is_main else None
+    )
+    manifest = read_manifest(checkpoint) if checkpoint else None
+    return Start(checkpoint, manifest, TrainState(**manifest.state) if manifest else TrainState())
+
+
+def _check_start(run: Run, inputs: Inputs, start: Start, records: Records) -> None:
+    """Refuse a checkpoint of another run, and say what is spread anew."""
+    if start.checkpoint is None or start.manifest is None:
+        return
+    check_place(run.folder, start.checkpoint)
+    check_resumable(start.checkpoint, start.manifest, records, inputs.data_order(with_shards=True))
+    if change := describe_layout(start.manifest.layout, records.layout):
+        run.say(f"resuming in another layout: {change}, step {start.state.step:,}")
+
+
+def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: Start) -> None:
+    """Record the start, say what is trained, and freeze what it is trained on."""
+    if not run.is_dry:
+        _count_start(run, start.state)
+    name = start.checkpoint.name if start.checkpoint else ""
+    run.status.start(start.state, inputs.plan.total_steps, name, is_new=run.resume == "never")
+    for line in (*inputs.describe(), *built.notes):
+        run.say(line)
+    if run.world.is_main and not run.is_dry:
+        settle(run.folder, inputs, run.say, run.resume, start.checkpoint, start.state)
+
+
+def _loop(
+    run: Run,
+    inputs: Inputs,
+    start: Start,
+    records: Records,
+    engine: TrainingEngine,
+    criterion: Criterion,
+    meter: ThroughputMeter,
+) -> Loop:
+    config, world, state = inputs.config, run.world, start.state
+    profiled = None if run.is_dry else config.train.profile
+    return Loop(
+        config=config,
+        plan=inputs.plan,
+        world=world,
+        engine=engine,
+        criterion=criterion,
+        order=inputs.order,
+        open_batches=lambda state: _batches(inputs, world, state),
+        evaluator=_evaluator(inputs, criterion),
+        saver=_saver(run, inputs, records, engine, start.checkpoint),
+        meter=meter,
+        state=state,
+        stop=run.stop,
+        activity=run.activity,
+        reporter=None,
+        profiler=StepProfiler(profiled, run.folder, world, state.step + 1, run.say),
+        evaluated=distributed.from_main(world, _is_evaluated(run.folder, state)) if start.checkpoint else False,
+    )
+
+
+def _count_start(run: Run, state: TrainState) -> None:
     """Record this start, and end a job whose starts lead nowhere."""
     error = None
     try:
-        if world.is_main:
-            line = record_start(run_folder(config), state.step, world.size, config.resilience.max_idle_starts)
-            (say if job_id() else logger.info)(line)  # who starts a run by hand knows it
+        if run.world.is_main:
+            line = record_start(run.folder, state.step, run.world.size, run.config.resilience.max_idle_starts)
+            (run.say if job_id() else logger.info)(line)  # who starts a run by hand knows it
     except MaskwrightError as caught:
         error = caught
-    distributed.raise_together(world, error)
+    distributed.raise_together(run.world, error)
 
 
-def _run_with_reports(
-    loop: Loop, console: TrainingConsole | None, status: StatusWriter | None, resumed_step: int | None
-) -> int:
-    stragglers, of_run = _straggler_watch(loop), (loop.plan, resumed_step, loop.config)
+def _run_with_reports(run: Run, loop: Loop, start: Start) -> int:
+    watch = _straggler_watch(loop)
+    stragglers = watch.add if watch is not None else None
+    of_run = (loop.plan, start.state.step if start.checkpoint else None, loop.config)
     loop.reporter = distributed.build_together(
-        loop.world,
-        lambda: Reporter(loop.saver.run_dir, console, status, stragglers, *of_run) if console and status else None,
+        run.world,
+        lambda: Reporter(run.folder, run.console, run.status, stragglers, *of_run) if run.world.is_main else None,
     )
     try:
         code = loop.run()
-        if status is not None:
-            status.ended(code, "" if code == EXIT_FINISHED else loop.stop.reason, loop.state)
+        run.status.ended(code, "" if code == EXIT_FINISHED else run.stop.reason, loop.state)
         return code
     finally:
         if loop.reporter is not None:
@@ -357,39 +315,32 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]
         )
 
 
-def _saver(
-    run_dir: Path,
-    inputs: Inputs,
-    records: Records,
-    engine: TrainingEngine,
-    world: World,
-    checkpoint: Path | None,
-    lock: RunLock,
-) -> Saver:
+def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, checkpoint: Path | None) -> Saver:
+    world = run.world
     block = distributed.build_together(world, lambda: read_probe_block(inputs))
     distributed.build_together(world, lambda: prove_repeatable(engine, inputs, block))
     saver = Saver(
-        run_dir=run_dir,
+        run_dir=run.folder,
         world=world,
         engine=engine,
         settings=inputs.config.checkpoint,
         records=records,
         contents=lambda: take_contents(engine, inputs, block),
-        lock_lost=lock.lost,
+        lock_lost=run.lock.lost,
     )
-    if checkpoint and real_path(checkpoint).parent == real_path(checkpoints_folder(run_dir)):
+    if checkpoint and real_path(checkpoint).parent == real_path(checkpoints_folder(run.folder)):
         saver.resumed(checkpoint, read_manifest(checkpoint).step)
     return saver
 
 
-def _decision(config: Config, resume: str, checkpoint: Path | None, state: TrainState, dry_run: bool) -> str:
+def _decision(run: Run, start: Start) -> str:
     """The first line: run folder, what was decided, and why."""
-    name = f"{config.run.name} in {run_folder(config)}"
-    if dry_run:
+    name = f"{run.config.run.name} in {run.folder}"
+    if run.is_dry:
         return f"dry run of {name}: one step, nothing is saved"
-    if checkpoint is not None:
-        return f"run {name}: resuming from {checkpoint.name} at step {state.step} (--resume {resume})"
-    why = "--resume never" if resume == "never" else f"--resume {resume}, no checkpoint found"
+    if start.checkpoint is not None:
+        return f"run {name}: resuming from {start.checkpoint.name} at step {start.state.step} (--resume {run.resume})"
+    why = "--resume never" if run.resume == "never" else f"--resume {run.resume}, no checkpoint found"
     return f"run {name}: starting afresh ({why})"
 
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.plan_engines import EngineLayout, steps_of
 from tests.ranks import run_ranks
 from tools.plan.wire import wire_of
-from trainer.sizing.zero_memory import WEIGHT_BYTES, ZeroSettings
+from trainer.engine.state_size import WEIGHT_BYTES
+from trainer.sizing.zero_memory import ZeroSettings
 
 RANKS = 2
 MODEL = {

@@ -16,9 +16,9 @@ from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates
 from trainer.checkpoint.retention import estimated_bytes
 from trainer.config import Config
+from trainer.engine.state_size import OPTIMIZER_BYTES
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 from trainer.runtime.run_lock import GUARD, RECORD, RunLock
-from trainer.sizing.zero_memory import OPTIMIZER_BYTES
 
 
 def names(run_dir: Path) -> list[str]:

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from trainer.config import ResilienceConfig
-from trainer.divergence import DivergenceError, DivergenceWatch
+from trainer.divergence import DivergenceWatch
+from trainer.errors import DivergenceError
 from trainer.state import TrainState
 
 

@@ -8,10 +8,11 @@ from functools import cached_property
 from tools.plan.devices import Device, MeasuredStep
 from tools.plan.wire import Wire, wire_of
 from trainer.engine.deepspeed_config import load_preset, stage_of
+from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.schedule.batch_plan import micro_sizes
 from trainer.sizing.flops import flops_per_token
 from trainer.sizing.memory_estimate import Footprint
-from trainer.sizing.zero_memory import WEIGHT_BYTES, RankMemory, ZeroSettings
+from trainer.sizing.zero_memory import RankMemory, ZeroSettings
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.config.base import LARGEST
 from trainer.engine.deepspeed_config import compose, load_preset
+from trainer.engine.state_size import checkpoint_bytes
 from trainer.errors import UserError
 from trainer.schedule.batch_plan import plan_batch
 from trainer.schedule.phases import lay_out, with_micro_size
 from trainer.sizing.memory_estimate import Footprint
-from trainer.sizing.zero_memory import checkpoint_bytes
 
 STORAGE_GB_S = 1.0
 """Assumed where it is not given: what all ranks together write to the run folder, in GB a second."""

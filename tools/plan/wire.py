@@ -22,7 +22,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.sizing.zero_memory import WEIGHT_BYTES, ZeroSettings
+from trainer.engine.state_size import WEIGHT_BYTES
+from trainer.sizing.zero_memory import ZeroSettings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, faults_of
 from trainer.checkpoint.manifest import Records
 from trainer.config import CheckpointConfig
+from trainer.engine.state_size import checkpoint_bytes
 from trainer.errors import cannot_write
 from trainer.runtime.files import unique_name
-from trainer.sizing.zero_memory import checkpoint_bytes
 
 logger = logging.getLogger(__name__)
 LEAST_VALID = 2

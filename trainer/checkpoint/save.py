@@ -24,10 +24,9 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.retention import expendable, is_sound, remove, remove_leftovers, too_little_space
 from trainer.config import CheckpointConfig
-from trainer.divergence import DivergenceError
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.snapshot import Snapshot
-from trainer.errors import UserError
+from trainer.errors import DivergenceError, UserError
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import file_hash, replace_synced, sync_folder

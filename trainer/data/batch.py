@@ -30,9 +30,9 @@ class Batch:
 
     Attributes:
         inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.
-        labels: by term of the loss int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
+        labels: name of a term of the loss → int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
         prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed.
-        sources: int64 [B], number of the source of each block; only in a run that mixes several.
+        sources: int64 [B], number of the source of each block; the loader sets it in a run that mixes several.
         documents: only in a run with attention within documents.
     """
 
@@ -60,13 +60,13 @@ class Batch:
         return int((self.labels[term] != IGNORED_LABEL).sum())
 
     def count_by_source(self, term: str, source_count: int) -> np.ndarray:
-        """int64 [source_count]: the same of each source, for a batch that has `sources`."""
+        """Count them by source: int64 [source_count]; for a batch that has `sources`."""
         assert self.sources is not None
         counts = (self.labels[term] != IGNORED_LABEL).view(self.rows, -1).sum(dim=1)
         return np.bincount(self.sources.numpy(), counts.numpy(), source_count).astype(np.int64)
 
     def leave_out(self, rows: np.ndarray) -> None:
-        """Make padding of some blocks: without labels they count in no loss. `rows` is bool [B]."""
+        """Ignore all labels of some blocks, so that they add nothing to the loss. `rows` is bool [B]."""
         for labels in self.labels.values():
             labels.view(len(rows), -1)[torch.from_numpy(rows)] = IGNORED_LABEL
 
@@ -82,7 +82,10 @@ class Batch:
 
 
 class Samples(Protocol):
-    """What an objective makes of blocks, in a loader's worker: pure, in numpy; one for each phase.
+    """What makes an objective's batches of blocks, in a loader's worker; one for each phase.
+
+    It keeps nothing between two batches, and no tensor: it is copied into each worker. It lies here, and not with the
+    objectives, because the loader may not import from the floor above.
 
     Attributes:
         seq_len: S, tokens of a block as the model sees it.
@@ -106,5 +109,8 @@ class Samples(Protocol):
         ...
 
     def plain(self, blocks: Blocks) -> Batch:
-        """Make a batch in which nothing is hidden from the model, predicting evenly spread positions."""
+        """Make a batch in which nothing is hidden from the model, predicting evenly spread positions.
+
+        The probe of a checkpoint gives it blocks without marks: each is then one document.
+        """
         ...

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
-DOCUMENT_STARTS = "doc"  # where documents begin, in `Blocks.starts`; beside it the marks of `trainer.data.token_marks`
+DOCUMENT_STARTS = (
+    "doc"  # a mark: where documents, or what a block holds of them, begin; the one that loaders read today
+)
 
 
 @dataclass(frozen=True)
 class View:
-    """Which tokens of a data set's stream block b is: [b · payload, (b + 1) · payload)."""
+    """How a data set is cut into blocks: block b is its tokens b·payload up to (b + 1)·payload."""
 
     payload: int
 
@@ -25,7 +27,7 @@ class View:
 
 
 def framed_view(seq_len: int) -> View:
-    """Blocks of `seq_len` tokens whose first and last are put around what is read: begin and end."""
+    """seq_len − 2 tokens are read; a begin and an end token are added."""
     return View(seq_len - 2)
 
 
@@ -34,7 +36,8 @@ class Blocks(NamedTuple):
 
     Attributes:
         tokens: [B, payload], any integer dtype.
-        starts: by mark bool [B, payload], True where one starts; those that `Samples.marks` names.
+        starts: name of a mark → bool [B, payload], True at the first token of each document (word, sentence): those
+            that `Samples.marks` names.
     """
 
     tokens: np.ndarray

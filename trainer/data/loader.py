@@ -97,7 +97,8 @@ class SampledBlocks(Dataset[Any]):
 
     def __init__(self, sources: list[ShardSet], samples: Samples, seed: int) -> None:
         self.sources, self.samples, self.seed = sources, samples, seed
-        self.borders = [DocumentBorders(source) for source in sources] if DOCUMENT_STARTS in samples.marks else None
+        assert set(samples.marks) <= {DOCUMENT_STARTS}, "no other mark is read yet"
+        self.borders = [DocumentBorders(source) for source in sources] if samples.marks else None
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""

@@ -27,7 +27,7 @@ from trainer.engine.zero_patches import raise_scale_after_step, shorten_step
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import expect_shapes, options_of
-from trainer.model.cpu_dropout import use_host_dropout
+from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
 from trainer.model.forward import Forward
 from trainer.runtime.distributed import World
 
@@ -139,6 +139,10 @@ class TrainingEngine:
         if self._has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         return self._forward(inputs, prediction_index, documents)
+
+    def seed_dropout(self, seed: int) -> None:
+        """Seed what draws dropout in the next forward pass; in [0, 2^63)."""
+        seed_dropout(seed, self.device)
 
     def begin_step(self, micro_size: int, accumulation: int) -> None:
         """Say how many micro-batches the next step has, and of how many sequences; they may differ from step to step.

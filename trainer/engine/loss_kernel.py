@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 
 from trainer.config import Config
+from trainer.data.blocks import IGNORED_LABEL
 from trainer.errors import UserError
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
-from trainer.objectives.masking import IGNORED_LABEL
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 

@@ -31,7 +31,7 @@ class DocumentAttention:
     """The forward arguments that keep the attention of one model within documents.
 
     Args:
-        model: of a class in `configuration.DOCUMENT_ATTENTION_MODELS`, in the precision it will train in. Where
+        model: of a class in `hf_config.DOCUMENT_ATTENTION_MODELS`, in the precision it will train in. Where
             variable-length attention can be used, the model is switched to it.
         device: where it will run.
 

@@ -1,4 +1,4 @@
-"""A forward pass over packed blocks: what is the same for all of them is added, and the head restricted."""
+"""A forward pass over packed blocks: adds position_ids and token_type_ids, computes logits where they are needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Forward:
     """Calls a stock model; made before the model is wrapped, partitioned or compiled, because it puts a hook into it.
 
     Attributes:
-        call: what is called with the model's arguments: the model, or the engine that it has been given to.
+        call: the model; DeepSpeed's engine once that has wrapped it.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, document_attention: bool = False) -> None:
@@ -49,7 +49,7 @@ class Forward:
             The model's output, its `logits` [n, vocabulary] at these positions.
 
         Raises:
-            UserError: when the model gives logits of other positions than it was given.
+                UserError: when a model whose head is not known gives logits of other positions than it was given.
         """
         input_ids = inputs["input_ids"]
         seq_len = input_ids.shape[1]

@@ -1,1 +1,1 @@
-"""Training objectives, one file each. An objective builds batches from blocks and computes their loss."""
+"""Training objectives: what makes batches of blocks, and the loss of what a model makes of them."""

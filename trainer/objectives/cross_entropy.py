@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.objectives.masking import IGNORED_LABEL
+from trainer.data.blocks import IGNORED_LABEL
 
 CrossEntropies = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [n, V], labels [n]) → losses [n] in fp32, as `cross_entropies`."""

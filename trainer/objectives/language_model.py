@@ -1,4 +1,4 @@
-"""The loss of a model of language: the cross-entropy of tokens that it was not shown."""
+"""The loss of a model of language: the cross-entropy of tokens that it has to tell."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class LanguageModelLoss:
     """One term over the logits of the vocabulary; see `trainer.objectives.objective.Criterion`.
 
     Args:
-        term: the labels it is computed of.
-        kernel: what computes the losses in training; evaluations keep to torch's, which all runs have.
+        term: name of the loss term, and of its labels in a batch.
+        kernel: what computes the losses in training; evaluations keep to `cross_entropies`, so that they do not depend
+            on it.
     """
 
     def __init__(self, term: str, kernel: CrossEntropies = cross_entropies) -> None:
@@ -29,7 +30,6 @@ class LanguageModelLoss:
         (term,) = self.terms
         logits = network(batch.inputs, batch.prediction_index, batch.documents).logits
         kernel = self._kernel if torch.is_grad_enabled() else cross_entropies
-        # Before the losses, which may be computed in the place of the logits.
         guesses = None if torch.is_grad_enabled() else logits.argmax(dim=-1)
         return {term.name: Predicted(kernel(logits, batch.labels[term.name]), guesses)}
 

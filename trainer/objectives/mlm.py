@@ -1,7 +1,7 @@
 """Masked language modelling: masked batches of blocks.
 
 BERT (arXiv:1810.04805) with the dynamic masks of RoBERTa (arXiv:1907.11692): a block is masked anew each
-time it is seen.
+time it is seen in training.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Predicted:
 
     Attributes:
         losses: fp32 [B·n], nats; 0 where a label is ignored.
-        guesses: int64 [B·n], what it holds for likeliest; None where gradients are computed.
+        guesses: int64 [B·n], the class of each label that the model predicts; None while gradients are computed
+            (`torch.is_grad_enabled()`), because only evaluations ask.
     """
 
     losses: torch.Tensor
@@ -42,7 +43,7 @@ class Predicted:
 
 
 class Tally(NamedTuple):
-    """Totals of a term over an evaluation."""
+    """Totals of a term over an evaluation: the losses, how many labels were predicted, how many there are."""
 
     loss: float
     right: float
@@ -63,7 +64,7 @@ class Criterion(Protocol):
     terms: tuple[Term, ...]
 
     def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:
-        """Run a batch through the network; what it makes of each term."""
+        """Run a batch through the network, once for all terms."""
         ...
 
     def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
@@ -76,7 +77,7 @@ class Criterion(Protocol):
 
 
 def loss_sums(criterion: Criterion, network: Network, batch: Batch, source_count: int) -> torch.Tensor:
-    """Sum the losses of a batch: fp32 [terms, source_count], nats."""
+    """Sum the losses of a batch: fp32 [terms, source_count], nats; one column for a batch without `sources`."""
     predicted = criterion.predict(network, batch)
     return torch.stack([_by_source(predicted[term.name].losses, batch, source_count) for term in criterion.terms])
 
@@ -93,19 +94,20 @@ def _by_source(losses: torch.Tensor, batch: Batch, source_count: int) -> torch.T
 def loss_to_differentiate(
     terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float], averaged: int
 ) -> torch.Tensor:
-    """Weigh the sums [terms, sources] of a micro-batch for its backward pass; a scalar.
+    """Make the scalar whose gradient a micro-batch adds; `sums` are its [terms, sources].
 
     Args:
         counts: of the labels of each term in the global batch.
-        averaged: micro-batches of the step over which DeepSpeed takes the mean of gradients.
+        averaged: how many micro-batches the step has on all ranks: DeepSpeed divides the gradients by it, so it is
+            multiplied with here.
     """
     scales = [averaged * term.weight / max(1.0, count) for term, count in zip(terms, counts, strict=True)]
     first, *others = (each.sum() * scale for each, scale in zip(sums, scales, strict=True))
     return sum(others, start=first)
 
 
-def mean_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
-    """Weigh sums [terms, sources] by the counts of their terms; a scalar, this rank's share of the loss of a step."""
+def share_of_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
+    """This rank's share of the loss of a step, a scalar: over all ranks the shares add up to it."""
     parts = zip(terms, sums, counts, strict=True)
     first, *others = (term.weight * each.sum() / max(1.0, count) for term, each, count in parts)
     return sum(others, start=first)

@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from trainer.config import TrainConfig
+from trainer.engine.state_size import OPTIMIZER_BYTES, WEIGHT_BYTES
 
-OPTIMIZER_BYTES = 12  # a parameter: AdamW's two moments and the master weight, in fp32
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a parameter in a training precision."""
 GPU_SHARE = 0.9
 """Of a GPU's memory, for torch's tensors: fragmentation, NCCL's buffers and kernels' workspaces come on top."""
@@ -183,12 +182,3 @@ def _with_offload(memory: RankMemory, zero: ZeroSettings, part: int, weight: int
         host=host,
         update=weights + optimizer + update,
     )
-
-
-def checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
-    """Weights and optimizer state of a checkpoint, without what little is added to them.
-
-    At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
-    and at stage 3 DeepSpeed stores the optimizer's alone.
-    """
-    return parameters * (OPTIMIZER_BYTES + (WEIGHT_BYTES[precision] if stage in (1, 2) else 0))

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingConsole:
-    """Rank 0's view of a run, written to `stream`."""
+    """Rank 0's view of a run, written to `stream`; that of the other ranks is silent."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._rich = PlainConsole(file=stream, highlight=False, soft_wrap=True)
+    def __init__(self, stream: TextIO, is_silent: bool = False) -> None:
+        self._rich = PlainConsole(file=stream, highlight=False, soft_wrap=True, quiet=is_silent)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._plan: BatchPlan | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Config
 from trainer.config.file import dump_config
 from trainer.errors import cannot_write
-from trainer.liveness.stragglers import StragglerWatch
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
@@ -29,12 +29,12 @@ class Reporter:
         run_dir: Path,
         console: TrainingConsole,
         status: StatusWriter,
-        stragglers: StragglerWatch | None,
+        find_stragglers: Callable[[list[list[float]], float], str | None] | None,
         plan: BatchPlan,
         resumed_step: int | None,
         config: Config,
     ) -> None:
-        self.console, self.status, self._stragglers = console, status, stragglers
+        self.console, self.status, self._find_stragglers = console, status, find_stragglers
         self._run_dir, self._plan, self._config = run_dir, plan, config
         try:
             self._open(resumed_step)
@@ -89,8 +89,8 @@ class Reporter:
         self.console.say(line)
 
     def own_times(self, seconds: list[list[float]]) -> None:
-        """Say, now and then, which ranks hold up the others (seconds of each as in trainer.liveness.stragglers)."""
-        if self._stragglers is not None and (line := self._stragglers.add(seconds, time.monotonic())):
+        """Say, now and then, which ranks hold up the others; `seconds` as in `trainer.liveness.stragglers`."""
+        if self._find_stragglers is not None and (line := self._find_stragglers(seconds, time.monotonic())):
             logger.info("%s", line)
             self.console.say(line)
 

@@ -91,8 +91,10 @@ def read_status(run_dir: Path) -> Status | None:
     return read_record(run_dir / STATUS, Status)
 
 
-def _write(run_dir: Path, status: Status) -> None:
-    """Replace the file; a warning in the log where that is not possible."""
+def _write(run_dir: Path | None, status: Status) -> None:
+    """Replace the file; a warning in the log where that is not possible. None: there is none."""
+    if run_dir is None:
+        return
     path = run_dir / STATUS
     temporary = unique_name(path)
     content = json.dumps(asdict(status), indent=1) + "\n"
@@ -114,11 +116,15 @@ def change_status(run_dir: Path, **changes: Any) -> None:
 
 
 class StatusWriter:
-    """Rank 0's hand on RUN/status.json, from one start to its end."""
+    """Rank 0's hand on RUN/status.json, from one start to its end.
 
-    def __init__(self, run_dir: Path, nodes: Sequence[str], world_size: int) -> None:
+    Args:
+        run_dir: None for a hand that writes nothing: of another rank, or of a dry run.
+    """
+
+    def __init__(self, run_dir: Path | None, nodes: Sequence[str], world_size: int) -> None:
         self._run_dir = run_dir
-        self._before = read_status(run_dir)
+        self._before = read_status(run_dir) if run_dir is not None else None
         before = self._before or Status()
         self._status = replace(
             before,

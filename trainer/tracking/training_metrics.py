@@ -12,7 +12,6 @@ import torch
 from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.order.run_order import RunOrder
-from trainer.engine.engine import TrainingEngine
 from trainer.objectives.objective import Criterion
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -29,7 +28,6 @@ class StepMetrics:
     config: Config
     plan: BatchPlan
     world: World
-    engine: TrainingEngine
     criterion: Criterion
     order: RunOrder
     meter: ThroughputMeter
@@ -41,6 +39,8 @@ class StepMetrics:
         counts: Sequence[float],
         micro_batches: list[Batch],
         shape: StepShape,
+        grad_norm: float,
+        loss_scale: float,
     ) -> dict[str, Any]:
         """Reduce and read; the only place where the host waits for the device.
 
@@ -50,6 +50,7 @@ class StepMetrics:
             counts: of the labels of each term in the global batch.
             micro_batches: of this rank in the step.
             shape: of the step.
+            grad_norm, loss_scale: of the engine, after the step.
         """
         totals = np.reshape(distributed.total(self.world, loss_sums.flatten().tolist()), tuple(loss_sums.shape))
         terms = self.criterion.terms
@@ -60,14 +61,14 @@ class StepMetrics:
             **counters(state),
             "train/loss": loss,
             "train/learning_rate": rate,
-            "train/grad_norm": self.engine.grad_norm,
+            "train/grad_norm": grad_norm,
             "train/skipped_steps": state.skipped_steps,
-            "train/loss_scale": self.engine.loss_scale,
+            "train/loss_scale": loss_scale,
             "resilience/rollbacks": len(state.rollbacks),
             "resilience/skipped_samples": state.skipped_samples,
             "train/epoch": max(self.order.epochs(state.samples)),
             **self.meter.read(),
-            "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.engine.device))),
+            "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.world.device))),
             **(self._batch_values(shape) if self.plan.sizes_vary else {}),
             **(self._term_values(means) if len(terms) > 1 else {}),
             **(self._source_values(state, totals, micro_batches) if totals.shape[1] > 1 else {}),

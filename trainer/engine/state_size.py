@@ -1,0 +1,15 @@
+"""Bytes of a parameter in memory and in a checkpoint."""
+
+from __future__ import annotations
+
+OPTIMIZER_BYTES = 12  # a parameter: AdamW's two moments and the master weight, in fp32
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
+    """Weights and optimizer state of a checkpoint, without what little is added to them.
+
+    At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
+    and at stage 3 DeepSpeed stores the optimizer's alone.
+    """
+    return parameters * (OPTIMIZER_BYTES + (WEIGHT_BYTES[precision] if stage in (1, 2) else 0))
