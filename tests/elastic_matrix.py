@@ -106,7 +106,7 @@ class _AfterTheSave(StopRequest):
         self._checkpoint = run_dir / f"checkpoints/step-{SAVED_STEP:08d}"
 
     @property
-    def received(self) -> bool:  # type: ignore[override]
+    def received(self) -> bool:
         return self._checkpoint.exists()
 
 

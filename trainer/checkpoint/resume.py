@@ -74,11 +74,15 @@ def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 def objective_of(identity: dict[str, Any]) -> dict[str, Any]:
     """The objective of a checkpoint; a key that it was written without was as the default is."""
-    return {**ObjectiveConfig().model_dump(), **identity.get("objective", {})}
+    recorded = identity.get("objective")
+    return {**ObjectiveConfig().model_dump(), **(recorded if isinstance(recorded, dict) else {})}
 
 
 def _filled_in(identity: dict[str, Any]) -> dict[str, Any]:
-    return {**identity, "objective": objective_of(identity)}
+    # What is no section at all differs, and is refused.
+    return (
+        {**identity, "objective": objective_of(identity)} if isinstance(identity.get("objective"), dict) else identity
+    )
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

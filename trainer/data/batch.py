@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -71,14 +71,13 @@ class Batch:
             labels.view(len(rows), -1)[torch.from_numpy(rows)] = IGNORED_LABEL
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        def changed(value: object) -> object:
-            if isinstance(value, torch.Tensor):
-                return change(value)
-            if isinstance(value, dict):
-                return {name: changed(each) for name, each in value.items()}
-            return Documents(*map(change, value)) if isinstance(value, Documents) else value
-
-        return Batch(**{each.name: changed(getattr(self, each.name)) for each in fields(self)})  # type: ignore[arg-type]
+        return Batch(
+            inputs={name: change(tensor) for name, tensor in self.inputs.items()},
+            labels={name: change(tensor) for name, tensor in self.labels.items()},
+            prediction_index=change(self.prediction_index),
+            sources=None if self.sources is None else change(self.sources),
+            documents=None if self.documents is None else Documents(*map(change, self.documents)),
+        )
 
 
 class Samples(Protocol):

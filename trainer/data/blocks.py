@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
-DOCUMENT_STARTS = (
-    "doc"  # a mark: where documents, or what a block holds of them, begin; the one that loaders read today
-)
+DOCUMENT_STARTS = "doc"
+"""A mark: where documents, or what a block holds of them, begin. The only one that loaders read today."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Forward:
         self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
 
     def constants(self, seq_len: int) -> dict[str, torch.Tensor]:
-        """The arguments that are the same for all blocks of so many tokens, made once."""
+        """Make, once, the arguments that are the same for all blocks of so many tokens."""
         if seq_len not in self._constants:
             self._constants[seq_len] = constant_inputs(self.model, seq_len, self.device)
         return self._constants[seq_len]
@@ -49,7 +49,7 @@ class Forward:
             The model's output, its `logits` [n, vocabulary] at these positions.
 
         Raises:
-                UserError: when a model whose head is not known gives logits of other positions than it was given.
+            UserError: when a model whose head is not known gives logits of other positions than it was given.
         """
         input_ids = inputs["input_ids"]
         seq_len = input_ids.shape[1]

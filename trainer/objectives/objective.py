@@ -107,7 +107,7 @@ def loss_to_differentiate(
 
 
 def share_of_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[float]) -> torch.Tensor:
-    """This rank's share of the loss of a step, a scalar: over all ranks the shares add up to it."""
+    """Compute this rank's share of the loss of a step, a scalar: over all ranks the shares add up to it."""
     parts = zip(terms, sums, counts, strict=True)
     first, *others = (term.weight * each.sum() / max(1.0, count) for term, each, count in parts)
     return sum(others, start=first)

@@ -41,13 +41,28 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def find_objective(name: str) -> Objective:
+    """Look an objective up.
+
+    Raises:
+        UserError: when there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"There is no objective '{name}'.{nearest(name, OBJECTIVES)}",
+            where=f"objective.name={name}",
+            remedy=f"One of {', '.join(OBJECTIVES)}.",
+        )
+    return OBJECTIVES[name]
+
+
 def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int) -> Samples:
     """Make what turns blocks into batches of `seq_len` tokens.
 
     Raises:
-        UserError: when there is no objective of this name.
+        UserError: as `find_objective`.
     """
-    return _named(config).samples(config, vocabulary, seq_len)
+    return find_objective(config.objective.name).samples(config, vocabulary, seq_len)
 
 
 def make_criterion(config: Config, kernel: CrossEntropies = cross_entropies) -> Criterion:
@@ -56,15 +71,4 @@ def make_criterion(config: Config, kernel: CrossEntropies = cross_entropies) -> 
     Args:
         kernel: what computes cross-entropies in training.
     """
-    return _named(config).criterion(config, kernel)
-
-
-def _named(config: Config) -> Objective:
-    name = config.objective.name
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"There is no objective '{name}'.{nearest(name, OBJECTIVES)}",
-            where=f"objective.name={name}",
-            remedy=f"One of {', '.join(OBJECTIVES)}.",
-        )
-    return OBJECTIVES[name]
+    return find_objective(config.objective.name).criterion(config, kernel)
