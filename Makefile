@@ -12,12 +12,13 @@ SHELL_SCRIPTS := .ci/run $(wildcard slurm/*.sbatch slurm/*.sh)
 COMPILE = $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests?/|/transformers/models/'
 AT_LEAST_3_11 := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help setup demo test test-gpu check clean
+.PHONY: help setup demo test test-fast test-gpu check clean
 
 help:
 	@echo "make setup   make $(VENV) with the pinned dependencies (PYTHON=python3.12 picks the interpreter)"
 	@echo "make demo    the whole path on a small corpus, on CPU, about 5 minutes (DIR=folder: where)"
 	@echo "make test    the whole test suite (ARGS='-k order': some of it; TEST_WORKERS=1: one test at a time)"
+	@echo "make test-fast  those that need no process, rank, cluster or large model: within a minute on two cores"
 	@echo "make test-gpu  the tests of a machine with a GPU: whether maskwright is right there"
 	@echo "make check   lint, format, types, import rules, shell scripts"
 	@echo "make clean   remove $(VENV) and all caches"
@@ -42,6 +43,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --hypothesis-profile=fast $(or $(ARGS),tests/unit)
 
 # On a machine with a GPU, which all of them share.
 test-gpu: setup

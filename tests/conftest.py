@@ -8,19 +8,47 @@ if os.environ.get("MASKWRIGHT_GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's: exact, and with any number of ranks
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, and its kernels when they are made
 
+import gc
 import random
 import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
+
+gc.disable()  # until all is imported: those million objects stay, and to look through them takes half of the collection
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a timing in a test is noise
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("no deadline")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background job of a shell ignores Ctrl-C, and so would each process that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+MARK_OF_FOLDER = {
+    "distributed": "ranks",
+    "e2e": "process",
+    "fuzz": "process",
+    "gpu": "gpu",
+    "models": "models",
+    "process": "process",
+    "slurm": "slurm",
+}
+"""What the tests of a folder need; those of tests/unit need none of it."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    mark = MARK_OF_FOLDER.get(item.path.relative_to(Path(__file__).parent).parts[0])
+    if mark is not None:
+        item.add_marker(mark)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def write_text(path: Path, documents: int, seed: int) -> Path:
@@ -58,7 +86,15 @@ def make_workspace(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with text.txt, a tokenizer and prepared data (train and validation), made by the real tools."""
-    folder = tmp_path_factory.mktemp("workspace")
-    make_workspace(folder)
+    """A folder with text.txt, a tokenizer and prepared data (train and validation), made by the real tools.
+
+    The first test process that needs it makes it for all: no test writes into it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "workspace"
+    with FileLock(shared / "workspace.lock"):
+        if not (folder / "data").exists():
+            folder.mkdir(exist_ok=True)
+            make_workspace(folder)
     return folder

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.console import make_console
+from tests.preparing import read_token_documents
 from tests.ranks import losses, metrics, tiny_config, train
-from tests.unit.tools.conftest import read_token_documents
-from tests.unit.tools.token_files import write_dataset, write_megatron
+from tests.token_files import write_dataset, write_megatron
 from tools.import_tokens import import_tokens
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import EXIT_FINISHED

@@ -2,7 +2,7 @@
 
 Rows 1 to 4 are also in tests/unit (test_config.py, test_deepspeed_config.py), row 5 in tests/unit/data/test_loader.py,
 row 6 in tests/distributed/test_resume.py, rows 8 and 9 in tests/distributed/test_convert.py, row 14 in
-tests/unit/launcher/test_cli.py, row 17 in test_documentation.py.
+tests/process/test_cli.py, row 17 in test_documentation.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from trainer.errors import EXIT_FINISHED
 REHEARSED = os.environ.get("MASKWRIGHT_GPU_TESTS") == "rehearse"
 only_on_a_gpu = pytest.mark.skipif(not ON_GPUS, reason="it says nothing without a GPU")
 MARKS = [
-    pytest.mark.gpu,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         not (REHEARSED or (ON_GPUS and torch.cuda.is_available())),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preparing import folder_hashes
 from tests.slurm.cluster import SlurmCluster
-from tests.unit.tools.conftest import folder_hashes
 from tools.prepare import prepare
 from tools.prepare.plan import MINIMUM_UNIT_BYTES
 

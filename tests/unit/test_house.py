@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.house import Figures, count
@@ -30,3 +32,10 @@ def test_files_and_functions_are_short(figures: Figures) -> None:
     assert {path: lines for path, lines in figures.files.items() if lines > LONG.get(path, 400)} == {}
     long = {place for place, lines in figures.functions.items() if lines > 60}
     assert {place.partition(":")[2] for place in long} <= set(MANY_OPTIONS), long
+
+
+@pytest.mark.parametrize("word", ["tests.commands", "run_ranks", "workspace", "run_prepare", "multiprocessing"])
+def test_what_is_tested_fast_starts_no_process(word: str) -> None:
+    others = [path for path in Path(__file__).parent.rglob("test_*.py") if path != Path(__file__)]
+    assert len(others) > 40
+    assert [path for path in others if word in path.read_text(encoding="utf-8")] == []

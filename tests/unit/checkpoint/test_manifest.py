@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import DATA_ORDER, RECORDS, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.damage import flip
+from tests.unit.checkpoint.checkpoint_folders import DATA_ORDER, RECORDS, write_checkpoint
 from trainer.checkpoint import find
 from trainer.checkpoint.find import candidates, locate
 from trainer.checkpoint.manifest import HASH_THREADS, find_faults, read_manifest, share_files, step_folder

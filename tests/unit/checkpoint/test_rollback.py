@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from checkpoint_folders import DATA_ORDER, write_checkpoint
 
+from tests.unit.checkpoint.checkpoint_folders import DATA_ORDER, write_checkpoint
 from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.rollback import last_good, leave_branch

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import RobertaProcessing
 
 from tests.conftest import write_text
-from tests.unit.tools.conftest import CHINESE, quiet_console
+from tests.preparing import CHINESE, quiet_console
 from tools.prepare import encode
 from tools.prepare.encode import Encoder, split_text
 from tools.prepare.segment import Segmenter, StartSettings

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.unit.tools.conftest import quiet_console
-from tests.unit.tools.token_files import write_dataset, write_datatrove, write_megatron
+from tests.preparing import quiet_console
+from tests.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import import_tokens
 from tools.import_tokens.clean import Cleaner
 from tools.import_tokens.find import find_sources

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.tools.conftest import read_text_pieces
+from tests.preparing import read_text_pieces
 from tools.prepare.encode import split_text
 from tools.prepare.inputs import find_inputs
 from tools.prepare.pieces import Piece, ReadSettings

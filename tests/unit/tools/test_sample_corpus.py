@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tools.conftest import folder_hashes
+from tests.preparing import folder_hashes
 from tools.sample_corpus import write_corpus
 from trainer.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.unit.tools.conftest import CHINESE
+from tests.preparing import CHINESE
 from tools.prepare.segment import Segmenter, StartSettings
 from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 from trainer.errors import UserError

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from tests.unit.tools.conftest import quiet_console
+from tests.preparing import quiet_console
 from tools.prepare.inputs import find_inputs
 from tools.prepare.pieces import ReadSettings
 from tools.prepare.plan import plan_units

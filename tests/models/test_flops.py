@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForMaskedLM
+
+from tests.tiny_models import ARCHITECTURES, BLOCKS, PREDICTIONS, SEQ_LEN, masked_batch, tiny_model, vocabulary
+from trainer.config import ModelConfig
+from trainer.model.build import constant_inputs
+from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.masked_head import install
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.peak_flops import datasheet_peak, device_peak, matmul_peak_flops
+from trainer.tracking.metrics import ThroughputMeter, as_json
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
+    input_ids, index, *_ = masked_batch()
+    model = tiny_model(tmp_path, model_type)
+    positions = install(model)
+    # The counter does not know the CPU's flash kernel; the plain one does the same products.
+    with sdpa_kernel(SDPBackend.MATH), positions.select(index), FlopCounterMode(display=False) as counter:
+        model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
+    counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+@pytest.mark.parametrize("model_type", sorted(DOCUMENT_ATTENTION_MODELS))
+def test_document_attention_counts_what_the_documents_alone_would_take(model_type, tmp_path):
+    model = tiny_model(tmp_path, model_type)
+    lengths = [7, 1, 13, 3]
+    assert sum(lengths) == SEQ_LEN
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        for length in lengths:
+            model(input_ids=masked_batch()[0][:, :length])
+    attended = sum(length**2 for length in lengths) / SEQ_LEN
+    counted = flops_per_token(model, attended, 1.0) * BLOCKS * SEQ_LEN
+    assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+def test_a_full_head_counts_every_position(tmp_path):
+    model = tiny_model(tmp_path, "mpnet")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=masked_batch()[0])
+    assert flops_per_token(model, SEQ_LEN, 1.0) * BLOCKS * SEQ_LEN == pytest.approx(3 * counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    ("preset", "ratio", "gigaflops"),
+    [
+        ("roberta-base", 1.0, 0.801),
+        ("roberta-base", 0.15, 0.602),
+        ("roberta-large", 1.0, 2.278),
+        ("roberta-large", 0.15, 2.010),
+    ],
+)
+def test_roberta_formula(preset, ratio, gigaflops):
+    config = build_config(ModelConfig(preset=preset, tokenizer="unused"), vocabulary(50_265), 512)
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(config)
+    flops = flops_per_token(model, 512, ratio)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    matrices = layers * (8 * width**2 + 4 * width * config.intermediate_size)
+    head = 2 * width**2 + 2 * width * 50_265
+    assert flops == 3 * (matrices + 4 * layers * 512 * width + ratio * head)
+    assert flops / 1e9 == pytest.approx(gigaflops, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "number_format", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
+        ("NVIDIA A100 80GB PCIe", "tf32", 156),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "fp16", 756),
+        ("NVIDIA H100 NVL", "bf16", 835.5),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA GH200 480GB", "bf16", 989.4),
+        ("NVIDIA B200", "bf16", 2250),
+        ("NVIDIA GB200", "bf16", 2500),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA L4", "bf16", 121),
+        ("NVIDIA A10", "bf16", 125),
+        ("Tesla V100-SXM2-32GB", "fp16", 125),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
+        ("NVIDIA RTX A4000", "bf16", None),
+    ],
+)
+def test_datasheet_peaks(name, number_format, teraflops):
+    peak = datasheet_peak(name, number_format)
+    assert peak == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+
+
+def test_the_peak_of_a_cpu_is_not_guessed():
+    peak, label = device_peak(torch.device("cpu"), torch.float32)
+    assert math.isnan(peak) and "not known" in label
+    assert 1e8 < matmul_peak_flops(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14, "for benchmarks"
+
+
+def test_mfu_counts_the_flops_of_each_phase_and_is_null_without_a_peak():
+    for peak, shares in ((1e6, (1.0, 3.0)), (math.nan, None)):
+        meter = ThroughputMeter([100.0, 300.0], peak)
+        found = []
+        for phase in (0, 1):
+            meter.restart()
+            meter.trained(64, phase)
+            values = meter.read()
+            found.append(values["throughput/mfu"] / values["throughput/tokens_per_second"] * 1e4)
+        if shares is None:
+            assert as_json({"throughput/mfu": found[0]}) == {"throughput/mfu": None}
+        else:
+            assert found == pytest.approx(shares)

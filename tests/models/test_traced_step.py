@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.tiny_models import ARCHITECTURES, PREDICTIONS, SEQ_LEN, vocabulary, write_config
+from trainer.model.build import build_model, constant_inputs
+from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.masked_head import install
+from trainer.sizing.flops import flops_per_token
+from trainer.sizing.meta_trace import StepTracer, meta_model
+
+BLOCKS = 4
+
+
+def tracer(
+    tmp_path, model_type, device_type="cpu", dtype=torch.float32, documents=False, checkpointing=False, **changes
+):
+    config = build_config(write_config(tmp_path, model_type, **changes), vocabulary(), SEQ_LEN)
+    return StepTracer(meta_model(config, dtype), device_type, documents, checkpointing)
+
+
+@pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_architecture_is_traced(model_type, device_type, dtype, tmp_path):
+    traced = tracer(tmp_path, model_type, device_type, dtype).trace(BLOCKS, SEQ_LEN, PREDICTIONS)
+    model = build_model(write_config(tmp_path, model_type), vocabulary(), SEQ_LEN, seed=0).model
+    counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    # Flash attention computes one of its products once more in the backward pass.
+    assert counted <= traced.flops <= 1.2 * counted
+    weights = sum(parameter.numel() for parameter in model.parameters()) * (4 if dtype is torch.float32 else 2)
+    assert 0 < traced.logits_bytes < traced.activations <= traced.with_gradients <= traced.activations + weights
+    assert traced.adding >= weights
+
+
+def test_the_flops_are_those_that_torch_counts_in_a_real_pass(tmp_path):
+    changes = {"attention_probs_dropout_prob": 0.1}  # which takes the plain attention on CPU, known to the counter
+    traced = tracer(tmp_path, "roberta", **changes).trace(BLOCKS, SEQ_LEN, PREDICTIONS)
+    model = build_model(write_config(tmp_path, "roberta", **changes), vocabulary(), SEQ_LEN, seed=0).model
+    positions, index = install(model), torch.arange(BLOCKS * PREDICTIONS)
+    with FlopCounterMode(display=False) as counter:
+        with positions.select(index):
+            inputs = constant_inputs(model, SEQ_LEN, torch.device("cpu"))
+            output = model(input_ids=torch.zeros(BLOCKS, SEQ_LEN, dtype=torch.int64), **inputs)
+        output.logits.sum().backward()
+    assert traced.flops == counter.get_total_flops()
+
+
+def test_memory_grows_with_the_batch_and_falls_with_checkpointing(tmp_path):
+    deep = {"num_hidden_layers": 12}
+    plain = tracer(tmp_path, "roberta", **deep)
+    two, four, eight = (plain.trace(size, SEQ_LEN, PREDICTIONS).activations for size in (2, 4, 8))
+    assert eight - four == pytest.approx(2 * (four - two), rel=0.02)
+    less = tracer(tmp_path, "roberta", checkpointing=True, **deep).trace(8, SEQ_LEN, PREDICTIONS)
+    assert less.activations < eight / 2
+    assert less.flops > plain.trace(8, SEQ_LEN, PREDICTIONS).flops
+
+
+@pytest.mark.parametrize("model_type", sorted(DOCUMENT_ATTENTION_MODELS))
+def test_document_attention_is_traced_with_its_mask(model_type, tmp_path):
+    without = tracer(tmp_path, model_type, "cuda").trace(BLOCKS, SEQ_LEN, PREDICTIONS)
+    within = tracer(tmp_path, model_type, "cuda", documents=True).trace(BLOCKS, SEQ_LEN, PREDICTIONS)
+    assert within.activations > without.activations
+
+
+def test_a_roofline_takes_the_longer_of_arithmetic_and_traffic(tmp_path):
+    traced = tracer(tmp_path, "roberta").trace(BLOCKS, SEQ_LEN, PREDICTIONS)
+    moved = sum(count * size for (_, size), count in traced.kernels.items())
+    assert traced.seconds(1e9, 1e30) == pytest.approx(traced.flops / 1e9)
+    assert traced.seconds(1e30, 1e9) == pytest.approx(moved / 1e9)
+    assert traced.seconds(1e9, 1e9) >= max(traced.flops, moved) / 1e9

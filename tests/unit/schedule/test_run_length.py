@@ -1,0 +1,155 @@
+"""What follows from the length of a run, and that a run which has begun keeps what it began with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import Config
+from trainer.config.file import dump_config, load_config, parse_config
+from trainer.errors import UserError
+from trainer.schedule.batch_plan import BatchPlan, divisors, plan_batch
+from trainer.schedule.learning_rate import learning_rate
+from trainer.schedule.phases import lay_out
+from trainer.schedule.run_length import FEW_UPDATES, defaults_of, describe_length, few_updates, resolve
+
+
+def config_of(**sections: Any) -> Config:
+    minimal = {"run": {"dir": "r"}, "model": {"from_pretrained": "m"}, "data": {"train": "d"}, "train": {"steps": 50}}
+    return parse_config({**minimal, **sections}, "test")
+
+
+def plan_of(config: Config, blocks: int = 438, ranks: int = 1) -> BatchPlan:
+    phases, whole_steps = lay_out(config.data, config.batch), defaults_of(config).whole_steps
+    return plan_batch(config.batch, config.train, phases, ranks, [blocks] * len(phases), whole_steps)
+
+
+def resolved(blocks: int = 438, **sections: Any) -> Config:
+    config = config_of(**sections)
+    return resolve(config, plan_of(config, blocks))
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "every"),
+    [(1, 1, 1), (6, 1, 1), (17, 2, 1), (100, 6, 5), (165, 10, 8), (300, 18, 10), (20_000, 1000, 10), (10**6, 1000, 10)],
+)
+def test_warm_up_and_lines_follow_from_the_number_of_steps(steps: int, warmup: int, every: int) -> None:
+    found = resolved(train={"steps": steps})
+    assert (found.schedule.warmup_steps, found.logging.every_steps) == (warmup, every)
+
+
+@given(steps=st.integers(1, 10**7))
+def test_every_run_reaches_its_peak_rate(steps: int) -> None:
+    found = resolved(train={"steps": steps})
+    warmup = found.schedule.warmup_steps
+    assert warmup is not None and 1 <= warmup <= steps
+    assert learning_rate(warmup, 1.0, steps, found.schedule) == 1.0
+
+
+def test_what_is_given_counts() -> None:
+    assert resolved(schedule={"warmup_steps": 0}).schedule.warmup_steps == 0
+    assert resolved(schedule={"warmup_steps": 50}).schedule.warmup_steps == 50
+    of_share = resolved(schedule={"warmup_fraction": 0.1}).schedule
+    assert (of_share.warmup_steps, of_share.warmup_fraction) == (5, None)
+    assert resolved(logging={"every_steps": 7}).logging.every_steps == 7
+    with pytest.raises(UserError, match="has both warmup_steps and warmup_fraction"):
+        config_of(schedule={"warmup_steps": 1, "warmup_fraction": 0.1})
+
+
+def test_a_share_on_the_command_line_takes_the_place_of_a_recipes_steps() -> None:
+    found = load_config("roberta-base", ["schedule.warmup_fraction=0.5", "train.steps=30"])
+    assert resolve(found, plan_of(found)).schedule.warmup_steps == 15
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "wsd", "constant"])
+def test_a_warm_up_that_does_not_fit_is_refused_with_the_number_to_write(shape: str) -> None:
+    schedule = {"name": shape, "warmup_steps": 51}
+    with pytest.raises(UserError, match="50 steps and would end within its warm-up of 51") as caught:
+        resolved(schedule=schedule)
+    assert caught.value.where == "schedule.warmup_steps=51"
+    number = re.search(r"Set schedule.warmup_steps to (\d+)", caught.value.remedy)
+    assert number is not None
+    assert resolved(schedule={**schedule, "warmup_steps": int(number[1])}).schedule.warmup_steps == 3
+
+
+def test_the_resolved_config_says_the_same_again_as_a_file() -> None:
+    found = resolved(train={"epochs": 3}, batch={"global_size": 8})
+    again = parse_config(yaml.safe_load(dump_config(found)), "config.yaml")
+    assert again == found
+    assert (again.schedule.warmup_steps, again.logging.every_steps, again.defaults) == (10, 8, 2)
+
+
+def test_the_first_set_of_defaults_stays_what_it_was() -> None:
+    """1,000 steps of warm-up even in a run of six, epochs up to whole steps, a line every ten."""
+    old = resolved(defaults=1, train={"epochs": 3})
+    assert (old.schedule.warmup_steps, old.logging.every_steps) == (1000, 10)
+    plan = plan_of(old)
+    assert (plan.total_steps, plan.end_sample, plan.earlier) == (6, 6 * 256, ())
+    assert "ENDS WITHIN THE WARM-UP of 1,000 steps" in describe_length(old, plan)[0]
+
+
+def test_defaults_of_keys_have_not_changed_since_their_set_was_made() -> None:
+    """A default that changes would change runs that have begun: it belongs into a new set (schedule.run_length)."""
+    golden = yaml.safe_load((Path(__file__).parents[2] / "golden" / "defaults_v2.yaml").read_text())
+    now = config_of().model_dump(mode="json")
+    changed = {
+        f"{section}.{key}": (value, now[section].get(key))
+        for section, keys in golden.items()
+        for key, value in keys.items()
+        if now[section].get(key) != value
+    }
+    assert not changed
+
+
+def few(blocks: int, ranks: int = 1, **sections: Any) -> str:
+    config = config_of(**sections)
+    return few_updates(config, plan_of(config, blocks, ranks))
+
+
+def test_a_handful_of_updates_is_said_with_what_to_set() -> None:
+    assert few(438, train={"epochs": 3}) == (
+        "FEW UPDATES: 6 steps in all, of up to 256 sequences, teach a model little: "
+        "set batch.global_size to 8 for 165, or train for longer"
+    )
+    assert "batch.global_size to 12 and batch.micro_size to 6" in few(438, ranks=2, train={"epochs": 3})
+    assert few(2, ranks=4, train={"epochs": 3}, batch={"global_size": 32}).endswith(
+        "set train.epochs to 200, batch.global_size to 4 and batch.micro_size to 1 for 100, or give more text"
+    )
+    assert "about 8" in few(
+        438, train={"epochs": 3}, batch={"warmup": {"start_size": 64, "tokens": 999}, "global_size": 256}
+    )
+    assert "FEW UPDATES" in few(438, train={"tokens": 10_000})
+    assert few(438, train={"steps": 6}) == "", "who asks for six steps gets six"
+    assert few(10**6, train={"epochs": 3}) == ""
+
+
+sizes = st.integers(1, 9)
+
+
+@given(blocks=st.integers(1, 9000), ranks=sizes, micro=sizes, accumulation=st.integers(1, 40))
+def test_the_remedy_for_few_updates_gives_enough_of_them(
+    blocks: int, ranks: int, micro: int, accumulation: int
+) -> None:
+    line = few(
+        blocks,
+        ranks,
+        train={"epochs": 3},
+        batch={"global_size": ranks * micro * accumulation, "micro_size": micro},
+    )
+    if not line:
+        return
+    numbers = {name: int(text.replace(",", "")) for name, text in re.findall(r"([a-z_.]+) to ([\d,]*\d)", line)}
+    batch = {"global_size": numbers["batch.global_size"], "micro_size": numbers.get("batch.micro_size", micro)}
+    found = plan_of(config_of(train={"epochs": numbers.get("train.epochs", 3)}, batch=batch), blocks, ranks)
+    assert found.total_steps >= FEW_UPDATES
+
+
+@given(number=st.integers(1, 5000))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == [divisor for divisor in range(1, number + 1) if number % divisor == 0]
