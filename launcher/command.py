@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from launcher.console import EXIT_INTERRUPTED, Card, exit_code, make_console, print_card
+from launcher.console import EXIT_INTERRUPTED, ErrorCard, exit_code, make_console, print_card
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError, UserError
 from trainer.runtime.plain_text import fit
-from trainer.runtime.streams import loss_of, reader_has_left
+from trainer.runtime.streams import first_loss, reader_has_left
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ class Command(TyperCommand):
                 print("Interrupted.", file=sys.stderr)
                 code = EXIT_INTERRUPTED
             elif isinstance(error, MaskwrightError):
-                print_card(Card.of(error))
+                print_card(ErrorCard.of(error))
                 code = exit_code(error)
             elif isinstance(error, OSError) and isinstance(error.filename, str | bytes):
                 print_card(_of_system(error))
@@ -102,11 +102,11 @@ class TrainingCommand(Command):
 def _code_of_results() -> int:
     """0, or 2 with a card where something that was printed on stdout did not arrive."""
     sys.stdout.flush()
-    error = loss_of(sys.stdout)
+    error = first_loss(sys.stdout)
     if error is None or reader_has_left(sys.stdout):
         return EXIT_FINISHED
     remedy = "Send the output to a place that has room."
-    print_card(Card("Please check", f"The output could not be written: {error.strerror}.", "stdout", remedy))
+    print_card(ErrorCard("Please check", f"The output could not be written: {error.strerror}.", "stdout", remedy))
     return EXIT_USER_MISTAKE
 
 
@@ -140,9 +140,9 @@ def _check_current_folder() -> None:
         raise UserError(problem, where="the current folder", remedy="Change to a folder that exists.") from None
 
 
-def _of_system(error: OSError) -> Card:
+def _of_system(error: OSError) -> ErrorCard:
     """What the system says of a file or folder that a command could not use."""
-    return Card(
+    return ErrorCard(
         "Please check",
         f"{error.strerror or type(error).__name__}: '{os.fsdecode(error.filename)}'.",
         os.fsdecode(error.filename),

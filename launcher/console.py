@@ -20,7 +20,7 @@ PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Card:
+class ErrorCard:
     """A short message about an error: what is wrong, where, and what to do."""
 
     title: str
@@ -29,12 +29,12 @@ class Card:
     remedy: str = ""
 
     @classmethod
-    def of(cls, error: MaskwrightError) -> Card:
+    def of(cls, error: MaskwrightError) -> ErrorCard:
         return cls(error.title, error.problem, error.where, error.remedy)
 
-    def fitted(self) -> Card:
+    def fitted(self) -> ErrorCard:
         """The card as it is shown: short, whatever a value or a library's message holds, and printable."""
-        return Card(self.title, fit(self.problem, 1500), fit(self.where, 600), fit(self.remedy, 1000))
+        return ErrorCard(self.title, fit(self.problem, 1500), fit(self.where, 600), fit(self.remedy, 1000))
 
 
 def exit_code(error: BaseException) -> int:
@@ -64,7 +64,7 @@ def make_console(file: TextIO | None = None) -> Console:
     )
 
 
-def print_card(card: Card, file: TextIO | None = None) -> None:
+def print_card(card: ErrorCard, file: TextIO | None = None) -> None:
     """Print the card on stderr (or `file`): a panel on a terminal, plain lines off it."""
     stream, card = file or sys.stderr, card.fitted()
     if stream.isatty():
@@ -77,7 +77,7 @@ def print_card(card: Card, file: TextIO | None = None) -> None:
     stream.flush()
 
 
-def _print_panel(card: Card, file: TextIO) -> None:
+def _print_panel(card: ErrorCard, file: TextIO) -> None:
     from rich.panel import Panel
     from rich.text import Text
 

@@ -345,11 +345,11 @@ def data_simulate(
       maskwright data simulate my.yaml batch.global_size=2048 --ranks 64
       maskwright data simulate data/train --global-batch 1024 --ranks 8
     """
-    from tools.simulate import SimulateOptions, make_plan, simulate
+    from tools.simulate import SimulateOptions, plan_simulation, simulate
 
     options = SimulateOptions(
         tokens, shards, vocabulary_size, seq_len, ranks, global_size, steps, first_sample or 0, seed
     )
-    simulation = simulate(lambda: make_plan(source, overrides or (), options), make_console())
+    simulation = simulate(lambda: plan_simulation(source, overrides or (), options), make_console())
     write_result(simulation, as_json)
     return EXIT_FINISHED if simulation.exactness.each_sample_once else EXIT_UNEXPECTED

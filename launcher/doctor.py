@@ -14,7 +14,7 @@ from trainer.runtime.process import node_name
 from trainer.runtime.rendezvous import LOCALHOST, free_port
 
 if TYPE_CHECKING:
-    from tools.doctor.job import Place
+    from tools.doctor.job import NodePlace
 
 
 def examine_here(config_source: str | None, overrides: Sequence[str], as_json: bool) -> int:
@@ -38,17 +38,17 @@ def examine_in_job(run: str, as_json: bool, answer_s: float) -> int:
     return report.exit_code
 
 
-def find_place(environ: Mapping[str, str]) -> Place:
+def find_place(environ: Mapping[str, str]) -> NodePlace:
     """This node among those of the SLURM step; alone where there is no step of several tasks.
 
     Raises:
         UserError: when there are several tasks on a node.
     """
-    from tools.doctor.job import Place
+    from tools.doctor.job import NodePlace
 
     membership = find_membership(environ)
     if membership is None:
-        return Place(0, [node_name()], LOCALHOST, free_port())
+        return NodePlace(0, [node_name()], LOCALHOST, free_port())
     if membership.local_world_size != 1:
         raise UserError(
             f"{membership.local_world_size} tasks on a node, and one looks at a node.",
@@ -57,4 +57,4 @@ def find_place(environ: Mapping[str, str]) -> Place:
         )
     node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     names = hosts(node_list) if node_list else [f"node-{rank}" for rank in range(membership.world_size)]
-    return Place(membership.rank, names, membership.master_address, membership.master_port)
+    return NodePlace(membership.rank, names, membership.master_address, membership.master_port)

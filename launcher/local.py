@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launcher.console import EXIT_INTERRUPTED, Card, print_card
+from launcher.console import EXIT_INTERRUPTED, ErrorCard, print_card
 from launcher.environment import Membership
-from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, ended_file, log_of, print_report
+from launcher.rank import ERROR_FILE_VARIABLE, ErrorReport, describe_rank, ended_file, find_log, print_report
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_UNEXPECTED
 from trainer.runtime.process import make_die_with_parent
 from trainer.runtime.rendezvous import LISTENER_VARIABLE, LOCALHOST, listen, listen_for_nodes
@@ -286,7 +286,7 @@ def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:
         if report.exit_code == EXIT_UNEXPECTED:  # rank 0 may have told what it met itself
             _tell_status(run_dir, ranks, state="failed", reason=report.problem)
         return report.exit_code
-    problem = _show_silent_end(first, log_of(run_dir, first.rank))
+    problem = _show_silent_end(first, find_log(run_dir, first.rank))
     _tell_status(run_dir, ranks, state="failed", reason=problem)
     return max(first.process.returncode, EXIT_UNEXPECTED)
 
@@ -328,7 +328,7 @@ def _show_silent_end(rank: RankProcess, log: str) -> str:
             if -code == signal.SIGKILL
             else "Read what it printed above, and its log."
         )
-    print_card(Card("Unexpected end", problem, describe_rank(rank.rank, log), remedy))
+    print_card(ErrorCard("Unexpected end", problem, describe_rank(rank.rank, log), remedy))
     return problem
 
 

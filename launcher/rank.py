@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launcher.console import Card, exit_code, print_card
+from launcher.console import ErrorCard, exit_code, print_card
 from trainer.errors import MaskwrightError, origin_of
 from trainer.runtime.plain_text import printable
 
@@ -50,8 +50,8 @@ class ErrorReport:
     """The rank's log file, if it has one."""
 
     @property
-    def card(self) -> Card:
-        return Card(self.title, self.problem, self.where, self.remedy)
+    def card(self) -> ErrorCard:
+        return ErrorCard(self.title, self.problem, self.where, self.remedy)
 
     @property
     def is_interrupt(self) -> bool:
@@ -71,7 +71,7 @@ class ErrorReport:
             return None
 
 
-def log_of(run_dir: Path | None, rank: int) -> str:
+def find_log(run_dir: Path | None, rank: int) -> str:
     """The log file of a rank, or an empty string where there is none (a dry run, or an error before it was made)."""
     from trainer.runtime.logs import log_path
 
@@ -139,9 +139,9 @@ def print_report(report: ErrorReport) -> None:
 def _describe(error: BaseException, run_dir: Path | None) -> ErrorReport:
     own_rank = int(os.environ["RANK"])
     rank = origin_of(error, own_rank)
-    log = log_of(run_dir, rank)
+    log = find_log(run_dir, rank)
     expected = isinstance(error, MaskwrightError)
-    card = Card.of(error) if expected else _unexpected_card(error, rank, log)
+    card = ErrorCard.of(error) if expected else _unexpected_card(error, rank, log)
     return ErrorReport(
         timestamp=time.time(),
         rank=rank,
@@ -157,9 +157,9 @@ def _describe(error: BaseException, run_dir: Path | None) -> ErrorReport:
     )
 
 
-def _unexpected_card(error: BaseException, rank: int, log: str) -> Card:
+def _unexpected_card(error: BaseException, rank: int, log: str) -> ErrorCard:
     last_lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
-    return Card(
+    return ErrorCard(
         title="Unexpected error",
         problem=last_lines[0],
         where=describe_rank(rank, log),

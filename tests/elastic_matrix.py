@@ -19,7 +19,7 @@ from tests.ranks import TWO_LAYERS, losses, run_ranks, tiny_config
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
 from trainer.runtime.signals import StopRequest
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 SAVED_STEP, LAST_STEP = 5, 15
 
@@ -87,7 +87,7 @@ def resume_all(
         _run_in_turn(ranks, [configs[pair] for pair in group])
     found = {}
     for pair, config in configs.items():
-        lines = [line for line in read_lines(Path(config.run.dir) / "metrics.jsonl") if "train/loss" in line]
+        lines = [line for line in read_metrics(Path(config.run.dir) / "metrics.jsonl") if "train/loss" in line]
         assert [line["step"] for line in lines] == list(range(SAVED_STEP + 1, (config.train.steps or 0) + 1))
         found[pair] = [line["train/loss"] for line in lines]
     return found

@@ -19,7 +19,7 @@ from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
 from tools.prepare.pieces import Piece
 from tools.prepare.plan import plan_units
 from tools.tokenizer import train_tokenizer
-from trainer.data.manifest import read_manifest
+from trainer.data.manifest import read_data_manifest
 from trainer.data.shard_checks import document_starts
 
 UNIT_BYTES = 16384
@@ -91,7 +91,7 @@ def quiet_console() -> Console:
 
 def read_token_documents(folder: Path) -> list[list[int]]:
     """The content tokens of every document of a data set, in order."""
-    manifest, documents = read_manifest(folder), []
+    manifest, documents = read_data_manifest(folder), []
     for entry in manifest.shards:
         tokens = np.fromfile(folder / f"{entry.name}.tok", manifest.dtype)
         starts = document_starts(folder, entry).astype(int)

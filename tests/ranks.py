@@ -22,7 +22,7 @@ from tests.forked import fork_workers
 from tests.waiting import TIMEOUT_S
 from trainer.config import Config
 from trainer.config.file import parse_config
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 ON_GPUS = os.environ.get("MASKWRIGHT_GPU_TESTS") == "1"
 """Whether tests see the GPUs of this machine; tests/conftest.py hides them otherwise."""
@@ -205,7 +205,7 @@ def write_config(config: Config, path: Path) -> Path:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return read_lines(run_dir / "metrics.jsonl")
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def losses(run_dir: Path) -> list[float]:

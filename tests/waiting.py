@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 TIMEOUT_S = 600.0
 """Of one wait; only what hangs takes longer, on a machine with ten times the work that it has cores for too."""
@@ -52,7 +52,7 @@ def wait_for_step(process: Started, run_dir: Path, step: int) -> None:
     def reached() -> bool:
         if process.poll() is not None:
             raise AssertionError(f"the run ended before step {step}:\n{process.communicate()[0]}")
-        lines = read_lines(run_dir / "metrics.jsonl")
+        lines = read_metrics(run_dir / "metrics.jsonl")
         return bool(lines) and lines[-1]["step"] >= step
 
     wait_for(reached, f"step {step}")

@@ -21,7 +21,7 @@ from trainer.runtime.run_lock import Holder
 from trainer.runtime.typed_json import _adapter
 from trainer.runtime.versions import installed_version
 from trainer.state import TrainState
-from trainer.tracking.starts import Start
+from trainer.tracking.starts import StartRecord
 from trainer.tracking.status import Status
 
 for _module in (
@@ -41,7 +41,7 @@ for _module in (
     importlib.import_module(_module)
 for _package in RECORDED_PACKAGES:
     installed_version(_package)
-for _kind in (CheckpointManifest, Holder, Manifest, ShardEntry, Start, Status, TrainState):
+for _kind in (CheckpointManifest, Holder, Manifest, ShardEntry, StartRecord, Status, TrainState):
     _adapter(_kind)
 _sources_hash()
 rehearse(

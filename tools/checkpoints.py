@@ -13,9 +13,10 @@ from rich.table import Table
 
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
-from trainer.checkpoint.find import Candidate, candidates, faults_of, listing
+from trainer.checkpoint.find import Candidate, candidates, find_candidate_faults
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.paths import real_path, user_path
+from trainer.runtime.plain_text import listed
 
 _SHAPE = ("world_size", "stage", "precision")
 
@@ -49,7 +50,7 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
     before = 0
     with ReadProgress(console, "Verifying", total) as progress:
         for candidate in found:
-            faults = faults_of(candidate, on_bytes=partial(_show, progress, before))
+            faults = find_candidate_faults(candidate, on_bytes=partial(_show, progress, before))
             before += candidate.manifest.bytes if candidate.manifest is not None else 0
             if faults and not candidate.folder.exists():
                 continue  # the run goes on, and has removed it by now
@@ -58,7 +59,7 @@ def verify_run(run: str, as_json: bool, console: Console) -> None:
                 console.print(f"{candidate.folder.name}: {'; '.join(faults) if faults else 'whole'}", markup=False)
     if as_json:
         print(json.dumps(results, indent=1))
-    damaged = [f"{name}: {listing(faults)}" for name, faults in results.items() if faults]
+    damaged = [f"{name}: {listed(faults, separator='; ')}" for name, faults in results.items() if faults]
     if damaged:
         raise DamagedError(
             f"{len(damaged)} of {len(results)} checkpoints damaged. {' | '.join(damaged)}",
@@ -89,7 +90,7 @@ def _candidates(run: str) -> list[Candidate]:
 
 def _row(candidate: Candidate) -> dict[str, Any]:
     """What is known of a checkpoint; None where its manifest cannot be read."""
-    manifest, faults = candidate.manifest, faults_of(candidate, read=False)
+    manifest, faults = candidate.manifest, find_candidate_faults(candidate, read=False)
     layout = manifest.layout if manifest else {}
     return {
         "name": candidate.folder.name,
@@ -99,6 +100,6 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "bytes": manifest.bytes if manifest else None,
         **{name: layout.get(name) for name in _SHAPE},
         "valid": not faults,
-        "state": listing(faults) if faults else "valid",
+        "state": listed(faults, separator="; ") if faults else "valid",
         "manifest": {key: value for key, value in asdict(manifest).items() if key != "files"} if manifest else None,
     }

@@ -20,12 +20,12 @@ import numpy as np
 
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.inputs import find_inputs, resolve_documents
-from tools.prepare.pieces import ReadSettings
+from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import read_documents
 from tools.prepare.segment import StartSettings
 from trainer.data.manifest import token_dtype
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 
 VARIANTS = {
     "no marks": StartSettings(),
@@ -51,7 +51,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         file, dtype = (
             str(Path(folder) / "tokenizer.json"),
-            token_dtype(vocabulary_of(tokenizer, arguments.tokenizer).size),
+            token_dtype(read_vocabulary(tokenizer, arguments.tokenizer).size),
         )
         encoders = {name: Encoder(file, dtype, starts.segmenters()) for name, starts in VARIANTS.items()}
     for encoder in encoders.values():
@@ -77,7 +77,7 @@ def _batches(paths: list[str], documents: str | None) -> Iterator[list[str]]:
     documents = resolve_documents(documents, found.format)
     batch: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        reading = ReadSettings(found.format, documents, "text", scratch)
+        reading = TextSettings(found.format, documents, "text", scratch)
         for piece in (piece for unit in plan_units(found, documents) for piece in unit.pieces):
             for text, _ in read_documents(piece, reading):
                 batch.append(text)

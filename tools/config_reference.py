@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
-from trainer.config.base import LARGEST, LIMIT, keys_of, section_in
+from trainer.config.base import LARGEST, LIMIT, fields_by_key, section_in
 from trainer.data.manifest import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
 from trainer.state import TrainState
@@ -116,7 +116,7 @@ def config_reference() -> str:
 
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
     single = []
-    for name, field in keys_of(Config).items():
+    for name, field in fields_by_key(Config).items():
         section = section_in(field.annotation)
         if section is None:
             single.append((name, field))
@@ -128,7 +128,7 @@ def config_reference() -> str:
                 ("data.phases", PhaseConfig),
                 ("data.stages", StageConfig),
             ):
-                keys = list(keys_of(entry).items())
+                keys = list(fields_by_key(entry).items())
                 parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))
     return "\n".join(parts)
@@ -137,7 +137,7 @@ def config_reference() -> str:
 def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     """The keys of a section, those of a section within it in its place, after it if it may be left out."""
     keys = []
-    for key, field in keys_of(section).items():
+    for key, field in fields_by_key(section).items():
         inner = section_in(field.annotation)
         if inner is not field.annotation:
             keys.append((f"{prefix}.{key}", field))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
 from trainer.runtime.paths import real_path, user_path
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 MARKER = ".maskwright-demo"
 RANKS = 2
@@ -113,7 +113,7 @@ def _maskwright(console: Console, folder: Path, arguments: str, interrupt_at_ste
 
 def _wait_for_step(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:
     while process.poll() is None:
-        lines = read_lines(metrics)
+        lines = read_metrics(metrics)
         if lines and lines[-1]["step"] >= step:
             return
         time.sleep(0.2)
@@ -131,7 +131,7 @@ def _fill_masks(console: Console, model: Path) -> None:
 
 
 def _summary(console: Console, folder: Path, seconds: float) -> None:
-    evaluations = [line for line in read_lines(folder / "run" / "metrics.jsonl") if "eval/perplexity" in line]
+    evaluations = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "eval/perplexity" in line]
     first, last = evaluations[0]["eval/perplexity"], evaluations[-1]["eval/perplexity"]
     console.rule("Done")
     for line in (

@@ -27,18 +27,18 @@ from trainer.data.manifest import (
     MANIFEST,
     SENTENCE_STARTS,
     SPLITS,
-    START_PLANES,
+    TOKEN_MARKS,
     WORD_STARTS,
     Manifest,
     ShardEntry,
-    read_manifest,
+    read_data_manifest,
 )
 from trainer.data.shard_checks import check_content, document_starts, file_fault, verify_shard
-from trainer.data.token_marks import SETTING_OF_PLANE, planes_of, read_starts, starts_at
+from trainer.data.token_marks import SETTING_OF_MARK, marks_of, read_marks, starts_at
 from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.paths import real_path, user_path
-from trainer.runtime.plain_text import printable
+from trainer.runtime.plain_text import listed, printable
 
 BLOCK_TOKENS = 510  # seq_len 512 without its two special tokens
 BLOCKS_SHOWN = 3
@@ -111,9 +111,8 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
         facts = {"folder": str(folder), "whole": not faults, "shards": len(shards), "bytes": total, "faults": faults}
         _write(json.dumps(facts, indent=1, ensure_ascii=False))
     if faults:
-        more = f" and {len(faults) - _FAULTS_IN_CARD} more" if len(faults) > _FAULTS_IN_CARD else ""
         raise DamagedError(
-            f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {'; '.join(faults[:_FAULTS_IN_CARD])}{more}.",
+            f"{len(faults)} fault{'s' if len(faults) > 1 else ''}: {listed(faults, _FAULTS_IN_CARD, '; ')}.",
             where=str(folder),
             remedy="Copy the named files again from where they are whole, or prepare the data set again.",
         )
@@ -126,7 +125,7 @@ def _data_sets(folder: str | Path) -> dict[str, Path]:
     """The data set in a folder, or its splits: both, where one of them has a manifest."""
     path = user_path(folder)
     if (path / MANIFEST).is_file() or not any((path / name / MANIFEST).is_file() for name in SPLITS):
-        read_manifest(path)  # says what is wrong when it is none
+        read_data_manifest(path)  # says what is wrong when it is none
         return {real_path(path).name: path}
     return {name: path / name for name in SPLITS}
 
@@ -136,7 +135,7 @@ def _read_manifests(data_sets: dict[str, Path]) -> tuple[dict[Path, Manifest], l
     manifests, faults = {}, []
     for path in data_sets.values():
         try:
-            manifests[path] = read_manifest(path)
+            manifests[path] = read_data_manifest(path)
         except DamagedError as error:
             faults.append(f"{path.name}/{MANIFEST}: {error.problem}")
     return manifests, faults
@@ -165,30 +164,30 @@ def _describe(data: ShardSet) -> dict[str, Any]:
 
 def _mark_lines(manifest: Manifest, coloured: bool) -> Iterator[str]:
     """What marked words and sentences, and how they are shown."""
-    planes = planes_of(manifest)
-    for plane, label, mark in (
+    marks = marks_of(manifest)
+    for mark, label, sign in (
         (WORD_STARTS, "words", "alternating colours" if coloured else f"{WORD_MARK} before each"),
         (SENTENCE_STARTS, "sentences", f"{SENTENCE_MARK} before each"),
     ):
-        if plane in planes:
-            yield f"  {label:<10} marked by {manifest.settings.get(SETTING_OF_PLANE[plane], 'another tool')}; {mark}"
+        if mark in marks:
+            yield f"  {label:<10} marked by {manifest.settings.get(SETTING_OF_MARK[mark], 'another tool')}; {sign}"
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A block, decoded; `marked` has a part for each document in it, none when the shards have no start planes."""
+    """A block, decoded; `marked` has a part for each document in it, none when the shards have no token marks."""
 
     block: int
     text: str
-    planes: tuple[str, ...]
+    marks: tuple[str, ...]
     marked: list[MarkedText]
 
     @property
     def facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"block": self.block, "text": self.text}
-        if WORD_STARTS in self.planes:
+        if WORD_STARTS in self.marks:
             facts["words"] = [word for part in self.marked for word in part.words]
-        if SENTENCE_STARTS in self.planes:
+        if SENTENCE_STARTS in self.marks:
             facts["sentences"] = [sentence for part in self.marked for sentence in part.sentences]
         return facts
 
@@ -201,18 +200,18 @@ def _samples(data: ShardSet) -> Iterator[_Sample]:
     tokenizer = load_tokenizer(folder)
     payload = min(BLOCK_TOKENS, data.tokens)
     last = data.block_count(payload) - 1
-    planes = planes_of(data.manifest)
+    marks = marks_of(data.manifest)
     for block in sorted({round(number * last / (BLOCKS_SHOWN - 1)) for number in range(BLOCKS_SHOWN)}):
         ids = data.read_blocks(np.array([block]), payload)[0]
-        starts = {plane: _starts(data, plane, block * payload, payload) for plane in planes}
+        starts = {mark: _starts(data, mark, block * payload, payload) for mark in marks}
         parts, marked, start = [], [], 0
         for end in [*_document_ends(data, block * payload, payload), payload]:
             parts.append(tokenizer.decode(ids[start:end].tolist(), clean_up_tokenization_spaces=False))
-            if planes:
-                own = {plane: bits[start:end] for plane, bits in starts.items()}
+            if marks:
+                own = {mark: bits[start:end] for mark, bits in starts.items()}
                 marked.append(MarkedText(tokenizer, ids[start:end], own))
             start = end + 1  # the separator itself is shown as the border
-        yield _Sample(block, BORDER.join(parts), planes, marked)
+        yield _Sample(block, BORDER.join(parts), marks, marked)
 
 
 def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
@@ -225,13 +224,13 @@ def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
     return ends
 
 
-def _starts(data: ShardSet, plane: str, start: int, length: int) -> np.ndarray:
-    """bool [length]: the bits of a start plane from token `start` on."""
+def _starts(data: ShardSet, mark: str, start: int, length: int) -> np.ndarray:
+    """bool [length]: the bits of a token mark from token `start` on."""
     parts = []
     for entry, base in _shards_of(data, start, length):
-        check_content(data.folder, entry, plane)
+        check_content(data.folder, entry, mark)
         first, end = max(start - base, 0), min(start + length - base, entry.tokens)
-        parts.append(read_starts(data.folder, entry, plane, first, end))
+        parts.append(read_marks(data.folder, entry, mark, first, end))
     return np.concatenate(parts)
 
 
@@ -254,10 +253,10 @@ def tokenizer_folder(data_set: Path) -> Path | None:
 
 def _manifest_faults(folder: Path, manifest: Manifest) -> list[str]:
     faults = []
-    for plane, setting in SETTING_OF_PLANE.items():
-        lacking = [entry.name for entry in manifest.shards if plane not in entry.files]
+    for mark, setting in SETTING_OF_MARK.items():
+        lacking = [entry.name for entry in manifest.shards if mark not in entry.files]
         if setting in manifest.settings and lacking:
-            faults.append(f"{MANIFEST}: {setting} are set, but {lacking[0]} has no .{plane}")
+            faults.append(f"{MANIFEST}: {setting} are set, but {lacking[0]} has no .{mark}")
     return [*(f"{folder.name}/{fault}" for fault in faults), *_tokenizer_faults(folder, manifest)]
 
 
@@ -300,13 +299,13 @@ def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> lis
         largest = int(tokens[start : start + _SCANNED_TOKENS].max())
         if largest >= manifest.vocabulary_size:
             return [f"{entry.name}.tok: token {largest:,} in a vocabulary of {manifest.vocabulary_size:,}"]
-    planes = [plane for plane in START_PLANES if plane in entry.files]
-    return [fault for plane in planes for fault in _plane_faults(folder, entry, plane, starts)]
+    marks = [mark for mark in TOKEN_MARKS if mark in entry.files]
+    return [fault for mark in marks for fault in _mark_faults(folder, entry, mark, starts)]
 
 
-def _plane_faults(folder: Path, entry: ShardEntry, plane: str, documents: np.ndarray) -> list[str]:
-    """Whether a start plane fits the tokens and, int64 [documents + 1], the borders of the documents."""
-    name = f"{entry.name}.{plane}"
+def _mark_faults(folder: Path, entry: ShardEntry, mark: str, documents: np.ndarray) -> list[str]:
+    """Whether a token mark fits the tokens and, int64 [documents + 1], the borders of the documents."""
+    name = f"{entry.name}.{mark}"
     packed = np.memmap(folder / name, np.uint8, "r")
     if entry.tokens % 8 and packed[-1] >> entry.tokens % 8:
         return [f"{name}: bits are set after the last of {entry.tokens:,} tokens"]

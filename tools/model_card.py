@@ -9,16 +9,16 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
-from trainer.checkpoint.resume import objective_of
+from trainer.checkpoint.resume import recorded_objective
 from trainer.config import BatchConfig, DataConfig
-from trainer.data.order.compare import phases_of
+from trainer.data.order.compare import recorded_phases
 from trainer.data.order.mixture import mixture_order
-from trainer.objectives.objective import Card
+from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.registry import find_objective
 from trainer.runtime.paths import real_path
 from trainer.schedule.phases import lay_out, tokens_before
 from trainer.state import TrainState
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 CURVE_POINTS = 12
 
@@ -26,12 +26,12 @@ CURVE_POINTS = 12
 def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
     run_dir = real_path(checkpoint).parent.parent
-    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
     evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
-    card = find_objective(objective_of(manifest.identity)["name"]).card
+    card = find_objective(recorded_objective(manifest.identity)["name"]).card
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
@@ -46,9 +46,9 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _summary(manifest: CheckpointManifest, card: Card, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+def _summary(manifest: CheckpointManifest, card: ObjectiveCard, dtype: str, evaluations: list[dict[str, Any]]) -> str:
     state = TrainState(**manifest.state)
-    lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases_of(manifest.data_order)]
+    lengths = [(phase["first_sample"], phase["seq_len"]) for phase in recorded_phases(manifest.data_order)]
     tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
     rows = [
         ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
@@ -64,7 +64,10 @@ def _summary(manifest: CheckpointManifest, card: Card, dtype: str, evaluations: 
 
 
 def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
-    recorded, blocks = manifest.data_order["sources"], [phase["blocks"] for phase in phases_of(manifest.data_order)]
+    recorded, blocks = (
+        manifest.data_order["sources"],
+        [phase["blocks"] for phase in recorded_phases(manifest.data_order)],
+    )
     data, batch = DataConfig.model_validate(config["data"]), BatchConfig.model_validate(config["batch"])
     tokens = [source["tokens"] for source in recorded]
     order = mixture_order(data, lay_out(data, batch), blocks, tokens, config["run"]["seed"])
@@ -75,7 +78,7 @@ def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
     return "## Data\n\n" + _table(("source", "tokens", "documents", "times seen"), rows)
 
 
-def _training(config: dict[str, Any], card: Card, manifest: CheckpointManifest) -> str:
+def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointManifest) -> str:
     optimizer, schedule = config["optimizer"], config["schedule"]
     layout = manifest.layout
     rows = [
@@ -101,7 +104,9 @@ def _training(config: dict[str, Any], card: Card, manifest: CheckpointManifest) 
 
 def _seq_len(manifest: CheckpointManifest) -> str:
     """Of each phase that the training has reached."""
-    phases = [phase for phase in phases_of(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]]
+    phases = [
+        phase for phase in recorded_phases(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]
+    ]
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases]
     return ", ".join(
         f"{seq_len}" + (f" from token {tokens_before(lengths, first):,} on" if first else "")
@@ -129,7 +134,7 @@ def _attention(config: dict[str, Any]) -> str:
     return "over whole blocks, across the borders of the documents in them"
 
 
-def _curve(lines: list[dict[str, Any]], card: Card, evaluations: list[dict[str, Any]]) -> str:
+def _curve(lines: list[dict[str, Any]], card: ObjectiveCard, evaluations: list[dict[str, Any]]) -> str:
     training = [line for line in lines if line.get("train/loss") is not None]
     if not training:
         return ""

@@ -26,7 +26,7 @@ _BLANK_AT_WIDE = re.compile(rf"(?<={_WIDE}) | (?={_WIDE})")
 
 
 @dataclass(frozen=True)
-class Run:
+class TextRun:
     """The text of some tokens, of which only the first may start a word or a sentence."""
 
     text: str
@@ -39,17 +39,17 @@ class MarkedText:
 
     Args:
         ids: [n], without separators.
-        starts: for each start plane there is bool [n].
+        starts: for each token mark there is bool [n].
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, starts: Mapping[str, np.ndarray]) -> None:
         nowhere = np.zeros(len(ids), bool)
-        words, sentences = (starts.get(plane, nowhere) for plane in (WORD_STARTS, SENTENCE_STARTS))
+        words, sentences = (starts.get(mark, nowhere) for mark in (WORD_STARTS, SENTENCE_STARTS))
         cuts = np.flatnonzero(words | sentences).tolist()
         begins = cuts if cuts[:1] == [0] or not len(ids) else [0, *cuts]
         texts = _decode_runs(tokenizer, ids.tolist(), [*begins[1:], len(ids)]) if len(ids) else []
         self._runs = [
-            Run(text, bool(words[begin]), bool(sentences[begin])) for text, begin in zip(texts, begins, strict=True)
+            TextRun(text, bool(words[begin]), bool(sentences[begin])) for text, begin in zip(texts, begins, strict=True)
         ]
 
     @property
@@ -67,8 +67,8 @@ class MarkedText:
         parts = []
         for run in self._runs:
             blank, visible = _split_blank(run.text)
-            mark = SENTENCE_MARK if run.starts_sentence else WORD_MARK if run.starts_word else ""
-            parts += [blank, mark if visible else "", visible]
+            sign = SENTENCE_MARK if run.starts_sentence else WORD_MARK if run.starts_word else ""
+            parts += [blank, sign if visible else "", visible]
         return "".join(parts)
 
     def coloured(self) -> Text:

@@ -18,6 +18,7 @@ from rich.live import Live
 from trainer.errors import UserError
 from trainer.liveness.heartbeat import Heartbeat, read_heartbeats
 from trainer.runtime.paths import user_path
+from trainer.runtime.plain_text import listed
 from trainer.runtime.process import has_process
 from trainer.runtime.streams import reader_has_left
 from trainer.runtime.typed_json import as_type
@@ -87,7 +88,7 @@ def show_status(run: str, watch: bool, as_json: bool, console: Console) -> None:
     else:
         with Live(console=console, auto_refresh=False) as live:
             for view in _until_it_ends(run):
-                live.update("\n".join(describe(view)), refresh=True)
+                live.update("\n".join(status_lines(view)), refresh=True)
 
 
 def _until_it_ends(run: str) -> Iterator[RunView]:
@@ -108,7 +109,7 @@ def _print(view: RunView, as_json: bool, console: Console) -> None:
     if as_json:
         print(json.dumps(view.to_dict()), flush=True)
     else:
-        console.print("\n".join(describe(view)))
+        console.print("\n".join(status_lines(view)))
 
 
 def look_at(run: str) -> RunView:
@@ -172,7 +173,7 @@ def _status_from_other_files(run_dir: Path) -> Status:
         return Status(last_checkpoint=str(facts["last_checkpoint"]))
 
 
-def describe(view: RunView) -> list[str]:
+def status_lines(view: RunView) -> list[str]:
     """The lines for a person."""
     status = view.status
     state = f"{view.state} ({status.reason})" if status.reason else view.state
@@ -191,7 +192,7 @@ def describe(view: RunView) -> list[str]:
         ("nodes", ", ".join(status.nodes)),
         ("ranks", str(status.world_size) if status.world_size else ""),
         ("heartbeat", _heartbeat(view)),
-        ("silent", _listed(view.silent)),
+        ("silent", listed(view.silent, _RANKS_NAMED, "; ")),
         ("updated", str(datetime.fromtimestamp(round(status.updated_at))) if status.updated_at else ""),
     ]
     return [str(view.run_dir), *(f"  {name:<11} {text}" for name, text in rows if text)]
@@ -207,8 +208,3 @@ def _heartbeat(view: RunView) -> str:
     if view.heartbeat_age_seconds is None:
         return ""
     return f"{timedelta(seconds=round(view.heartbeat_age_seconds))} old"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _RANKS_NAMED} more" if len(names) > _RANKS_NAMED else ""
-    return f"{'; '.join(names[:_RANKS_NAMED])}{more}" if names else ""

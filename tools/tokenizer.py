@@ -24,7 +24,7 @@ from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.job import check_on_bad_document
 from tools.prepare.option_names import COMMAND_LINE
-from tools.prepare.pieces import ReadSettings
+from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import describe_refused, say
@@ -98,7 +98,7 @@ def train_tokenizer(
     for line in input_notes(found, documents, COMMAND_LINE):
         say(console, line)
     with tempfile.TemporaryDirectory() as scratch, ReadProgress(console, "Reading", found.size) as progress:
-        reading = ReadSettings(found.format, documents, field, scratch, delimiter, on_bad_document)
+        reading = TextSettings(found.format, documents, field, scratch, delimiter, on_bad_document)
         pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
         text = TrainingText(pieces, reading, progress)
         tokenizer = run_interruptibly(

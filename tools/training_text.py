@@ -11,7 +11,7 @@ from typing import Self
 from tokenizers.normalizers import Normalizer
 
 from tools.prepare.bad_documents import Losses
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from tools.prepare.progress import ReadProgress
 from tools.prepare.readers import read_documents
 
@@ -29,7 +29,7 @@ class TrainingText:
         cut_words: how many words of the last pass were cut because they were longer than LONGEST_WORD.
     """
 
-    def __init__(self, pieces: Sequence[Piece], reading: ReadSettings, progress: ReadProgress) -> None:
+    def __init__(self, pieces: Sequence[Piece], reading: TextSettings, progress: ReadProgress) -> None:
         self._pieces, self._reading, self._progress = pieces, reading, progress
         self._cancel: threading.Event | None = None
         self._size = sum(piece.size for piece in pieces)

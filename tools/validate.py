@@ -6,7 +6,7 @@ from tools.prepare.on_demand import look_up
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.inputs.inputs import describe_unprepared, open_inputs
-from trainer.sizing.micro_batch import foresee
+from trainer.sizing.micro_batch import predict_micro_size
 
 
 def validate(config: Config, world_size: int) -> list[str]:
@@ -20,7 +20,7 @@ def validate(config: Config, world_size: int) -> list[str]:
     """
     config = as_begun(config)
     found = look_up(config)
-    micro_size, lines = foresee(config, world_size)
+    micro_size, lines = predict_micro_size(config, world_size)
     if not found.estimates:
         return [*open_inputs(config, world_size, folders=found.folders, micro_size=micro_size).describe(), *lines]
     described = describe_unprepared(config, world_size, found.folders, found.estimates, micro_size)

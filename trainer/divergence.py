@@ -76,7 +76,7 @@ class DivergenceWatch:
         del recent[: -self.settings.window]
 
 
-def end_of(divergence: DivergenceError, settings: ResilienceConfig, rollbacks: int) -> DivergedError:
+def make_final_error(divergence: DivergenceError, settings: ResilienceConfig, rollbacks: int) -> DivergedError:
     """What ends a run that is not, or cannot be, rolled back."""
     if settings.on_divergence == "stop":
         also, remedy = "", " Or let the run pass over such data: resilience.on_divergence=rollback."

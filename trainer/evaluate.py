@@ -51,14 +51,14 @@ class Evaluator:
             for number in range(passes):
                 first = (number * world.size + world.rank) * micro_size
                 batch, error = self._read(np.arange(first, first + micro_size))
-                stop, failed = distributed.total(world, [stop_early(), error is not None])
+                stop, failed = distributed.all_reduce_sum(world, [stop_early(), error is not None])
                 if failed:
-                    distributed.raise_together(world, error)
+                    distributed.raise_on_all_ranks(world, error)
                 if stop:
                     return None
                 assert batch is not None
                 sums += tally(self.criterion, engine.network, batch.to(engine.device))
-        totals = iter(distributed.total(world, sums.flatten().tolist()))
+        totals = iter(distributed.all_reduce_sum(world, sums.flatten().tolist()))
         tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
         loss = sum(term.weight * tallies[term.name].mean for term in terms)
         return {"eval/loss": loss, **self.criterion.metrics(tallies)}

@@ -20,7 +20,7 @@ from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.run_order import RunOrder
-from trainer.divergence import DivergenceWatch, end_of
+from trainer.divergence import DivergenceWatch, make_final_error
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
 from trainer.evaluate import Evaluator
@@ -34,7 +34,7 @@ from trainer.runtime.signals import StopRequest
 from trainer.schedule.batch_plan import BatchPlan, StepShape
 from trainer.schedule.learning_rate import learning_rate
 from trainer.state import TrainState
-from trainer.tracking.console import TrainingConsole, describe
+from trainer.tracking.console import TrainingConsole, step_line
 from trainer.tracking.metrics import ThroughputMeter, counters
 from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
@@ -66,7 +66,7 @@ class Agreement:
     def over(self, world: World) -> Agreement:
         """Sum each over the ranks, in one reduction; every rank calls it."""
         *single, _ = values = [getattr(self, each.name) for each in fields(self)]
-        totals = distributed.total(world, [*single, *values[-1]])
+        totals = distributed.all_reduce_sum(world, [*single, *values[-1]])
         return Agreement(*totals[: len(single)], counts=totals[len(single) :])
 
 
@@ -156,7 +156,7 @@ class Loop:
             self.state = TrainState(samples=phase.first_sample)
             values = self._dry_step()
             of_phase = f" of {phase.seq_len} tokens a block" if len(self.order.phases) > 1 else ""
-            console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {describe(values, self.plan)}")
+            console.say(f"step 1 of {self.plan.total_steps}{of_phase}  {step_line(values, self.plan)}")
         evaluation = self.evaluator.run(self.engine, self.world) if self.evaluator is not None else None
         if evaluation is not None:
             console.say(f"evaluation  loss {evaluation['eval/loss']:.4f}")
@@ -172,7 +172,7 @@ class Loop:
             losses = self._train_step(micro_batches, agreed.counts, shape)
             return self._read(losses, agreed.counts, micro_batches, shape)
         except DivergenceError as divergence:
-            raise end_of(divergence, self.config.resilience, rollbacks=0) from None
+            raise make_final_error(divergence, self.config.resilience, rollbacks=0) from None
 
     def _steps_of_batches(self) -> Generator[list[Batch] | MaskwrightError]:
         """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
@@ -229,7 +229,7 @@ class Loop:
             error.where = f"{error.where} (rank {self.world.rank})"
         if self.state.step > 0:
             self._save(in_background=False)
-        distributed.raise_together(self.world, error)
+        distributed.raise_on_all_ranks(self.world, error)
 
     def _train_step(self, micro_batches: list[Batch], counts: list[float], shape: StepShape) -> torch.Tensor:
         """One optimizer step; returns this rank's sums of losses [terms, sources], on the device.
@@ -313,7 +313,7 @@ class Loop:
             found = last_good(self.world, run_dir, state, divergence.onset)
         if found is None:
             self._report_event("diverged", divergence.reason, state.begun_at, state.samples)
-            raise end_of(divergence, settings, len(state.rollbacks))
+            raise make_final_error(divergence, settings, len(state.rollbacks))
         folder, manifest = found
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
@@ -327,7 +327,7 @@ class Loop:
                 self.reporter.rewind(saved.step)
         except OSError as caught:
             error = cannot_go_back(run_dir, folder, caught)
-        distributed.raise_together(self.world, error)
+        distributed.raise_on_all_ranks(self.world, error)
         self._report_event("rollback", divergence.reason, saved.samples, state.samples, from_step=state.step)
         if self.reporter is not None:
             self.reporter.console.say(
@@ -346,7 +346,7 @@ class Loop:
 
     def _log(self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape) -> None:
         values = self._read(loss_sums, counts, micro_batches, shape)
-        own_times = distributed.table(self.world, self.own_time.take())
+        own_times = distributed.all_gather_floats(self.world, self.own_time.take())
         if self.reporter is not None:
             self.reporter.training(values)
             self.reporter.own_times(own_times)
@@ -383,7 +383,7 @@ class Loop:
             DivergenceError: on every rank, when it is not good.
         """
         if self.loss_to_judge is not None:
-            self._judge_loss(distributed.total(self.world, [self.loss_to_judge()])[0])
+            self._judge_loss(distributed.all_reduce_sum(self.world, [self.loss_to_judge()])[0])
         self.save_due = False
         self._finish_save()
         is_saved = self.saver.saved_step == self.state.step

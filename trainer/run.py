@@ -94,7 +94,7 @@ def _output(folder: Path, world: World, is_dry: bool) -> Iterator[TextIO]:
             path = make_log(Path(scratch) if is_dry else folder, world.rank)
         except UserError as caught:
             error = caught
-        distributed.raise_together(world, error)
+        distributed.raise_on_all_ranks(world, error)
         with rank_log(path, world.rank) as stream:
             yield stream
 
@@ -102,7 +102,7 @@ def _output(folder: Path, world: World, is_dry: bool) -> Iterator[TextIO]:
 @contextmanager
 def _status(folder: Path, world: World, is_dry: bool) -> Iterator[StatusWriter]:
     """RUN/status.json, on rank 0; every rank calls it."""
-    nodes = list(dict.fromkeys(distributed.gather(world, node_name())))
+    nodes = list(dict.fromkeys(distributed.all_gather(world, node_name())))
     status = StatusWriter(folder if world.is_main and not is_dry else None, nodes, world.size)
     with status.until_the_end():
         yield status

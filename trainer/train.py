@@ -11,9 +11,9 @@ from pathlib import Path
 
 from trainer.checkpoint.begun import as_begun
 from trainer.checkpoint.contents import prove_repeatable, read_probe_block, take_contents
-from trainer.checkpoint.find import checkpoints_folder, choose
-from trainer.checkpoint.identity import describe_run
-from trainer.checkpoint.manifest import CheckpointManifest, Records, read_manifest
+from trainer.checkpoint.find import checkpoints_folder, choose_checkpoint
+from trainer.checkpoint.identity import run_identity
+from trainer.checkpoint.manifest import CheckpointManifest, Records, read_checkpoint_manifest
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
 from trainer.checkpoint.retention import prepare_folder
@@ -23,7 +23,7 @@ from trainer.config import CUDA_GRAPHS, Config, run_folder
 from trainer.data.batch import Batch
 from trainer.data.loader import SampledBlocks, TrainingBatches
 from trainer.engine.engine import TrainingEngine
-from trainer.engine.loss_kernel import settle_loss_kernel
+from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluate import Evaluator
@@ -32,7 +32,7 @@ from trainer.inputs.inputs import Inputs, open_inputs
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
-from trainer.model.attention_backend import preferring, settle_attention_backend
+from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.objectives.objective import Criterion
 from trainer.objectives.registry import make_criterion
@@ -44,11 +44,11 @@ from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
 from trainer.sizing.flops import flops_per_token
-from trainer.sizing.micro_batch import settle_micro_size
+from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
 from trainer.state import TrainState
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 from trainer.tracking.metrics import ThroughputMeter
 from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
@@ -102,7 +102,7 @@ def _open_and_train(run: Run, prepare_text: PrepareText) -> int:
         run.say(line)
     if config.train.deterministic:
         run.say(make_deterministic(world.device))
-    begun = distributed.from_main(world, as_begun(config, run.resume).defaults if world.is_main else 0)
+    begun = distributed.broadcast_from_main(world, as_begun(config, run.resume).defaults if world.is_main else 0)
     config = config.model_copy(update={"defaults": begun})
     with run.activity.within("prepare"):
         folders = prepare_text(config, world, run.stop, run.say)
@@ -110,8 +110,8 @@ def _open_and_train(run: Run, prepare_text: PrepareText) -> int:
         run.say(f"stopped on {run.stop.reason}; the same command goes on")
         run.status.ended(EXIT_STOPPED_AFTER_SAVING, run.stop.reason)
         return EXIT_STOPPED_AFTER_SAVING
-    micro_size = settle_micro_size(config, world, run.say, largest_by_trial, keep=not run.is_dry)
-    inputs = distributed.build_together(
+    micro_size = resolve_micro_size(config, world, run.say, largest_by_trial, keep=not run.is_dry)
+    inputs = distributed.run_on_all_ranks(
         world, lambda: open_inputs(config, world.size, world.is_main, folders, micro_size)
     )
     compare(world, lambda: facts_of_inputs(inputs))
@@ -126,13 +126,13 @@ def _make_ready(run: Run) -> None:
             notes = [*notes, *prepare_folder(run.folder)]
         except UserError as caught:
             error = caught
-    distributed.raise_together(run.world, error)
+    distributed.raise_on_all_ranks(run.world, error)
     for line in notes:
         run.say(line)
 
 
 @dataclass(frozen=True)
-class Start:
+class StartPoint:
     """Where a run starts from: a checkpoint, or nothing."""
 
     checkpoint: Path | None
@@ -151,17 +151,17 @@ def _train(run: Run, inputs: Inputs) -> int:
         return EXIT_FINISHED
 
     config, world = inputs.config, run.world
-    built = distributed.build_together(
+    built = distributed.run_on_all_ranks(
         world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
     )
-    records = describe_run(inputs, built, world)
+    records = run_identity(inputs, built, world)
     _check_start(run, inputs, start, records)
     _begin(run, inputs, built, start)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
     micro_size = inputs.plan.micro_size
-    backend = settle_attention_backend(config, built.model.config, micro_size, world, run.say, keep=not run.is_dry)
-    criterion = make_criterion(config, settle_loss_kernel(config, inputs.vocabulary.size, world, run.say))
+    backend = resolve_attention_backend(config, built.model.config, micro_size, world, run.say, keep=not run.is_dry)
+    criterion = make_criterion(config, resolve_loss_kernel(config, inputs.vocabulary.size, world, run.say))
     with preferring(backend, world.device):
         engine = _engine(inputs, built, world, run.say)
         limits = Limits.of(config.watchdog)
@@ -174,19 +174,19 @@ def _train(run: Run, inputs: Inputs) -> int:
         return _run_with_reports(run, loop, start)
 
 
-def _choose(run: Run) -> Start:
+def _choose(run: Run) -> StartPoint:
     """The checkpoint to go on from, the same on all ranks."""
     if run.is_dry:
-        return Start(None, None, TrainState())
-    checkpoint = choose(run.world, run.folder, run.resume, run.say)
-    distributed.build_together(
+        return StartPoint(None, None, TrainState())
+    checkpoint = choose_checkpoint(run.world, run.folder, run.resume, run.say)
+    distributed.run_on_all_ranks(
         run.world, lambda: check_replaceable(run.folder, run.resume, checkpoint) if run.world.is_main else None
     )
-    manifest = read_manifest(checkpoint) if checkpoint else None
-    return Start(checkpoint, manifest, TrainState(**manifest.state) if manifest else TrainState())
+    manifest = read_checkpoint_manifest(checkpoint) if checkpoint else None
+    return StartPoint(checkpoint, manifest, TrainState(**manifest.state) if manifest else TrainState())
 
 
-def _check_start(run: Run, inputs: Inputs, start: Start, records: Records) -> None:
+def _check_start(run: Run, inputs: Inputs, start: StartPoint, records: Records) -> None:
     """Refuse a checkpoint of another run, and say what is spread anew."""
     if start.checkpoint is None or start.manifest is None:
         return
@@ -196,7 +196,7 @@ def _check_start(run: Run, inputs: Inputs, start: Start, records: Records) -> No
         run.say(f"resuming in another layout: {change}, step {start.state.step:,}")
 
 
-def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: Start) -> None:
+def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: StartPoint) -> None:
     """Record the start, say what is trained, and freeze what it is trained on."""
     if not run.is_dry:
         _count_start(run, start.state)
@@ -211,7 +211,7 @@ def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: Start) -> None:
 def _loop(
     run: Run,
     inputs: Inputs,
-    start: Start,
+    start: StartPoint,
     records: Records,
     engine: TrainingEngine,
     criterion: Criterion,
@@ -235,7 +235,9 @@ def _loop(
         activity=run.activity,
         reporter=None,
         profiler=StepProfiler(profiled, run.folder, world, state.step + 1, run.say),
-        evaluated=distributed.from_main(world, _is_evaluated(run.folder, state)) if start.checkpoint else False,
+        evaluated=distributed.broadcast_from_main(world, _is_evaluated(run.folder, state))
+        if start.checkpoint
+        else False,
     )
 
 
@@ -248,14 +250,14 @@ def _count_start(run: Run, state: TrainState) -> None:
             (run.say if job_id() else logger.info)(line)  # who starts a run by hand knows it
     except MaskwrightError as caught:
         error = caught
-    distributed.raise_together(run.world, error)
+    distributed.raise_on_all_ranks(run.world, error)
 
 
-def _run_with_reports(run: Run, loop: Loop, start: Start) -> int:
+def _run_with_reports(run: Run, loop: Loop, start: StartPoint) -> int:
     watch = _straggler_watch(loop)
     stragglers = watch.add if watch is not None else None
     of_run = (loop.plan, start.state.step if start.checkpoint else None, loop.config)
-    loop.reporter = distributed.build_together(
+    loop.reporter = distributed.run_on_all_ranks(
         run.world,
         lambda: Reporter(run.folder, run.console, run.status, stragglers, *of_run) if run.world.is_main else None,
     )
@@ -270,7 +272,7 @@ def _run_with_reports(run: Run, loop: Loop, start: Start) -> int:
 
 def _straggler_watch(loop: Loop) -> StragglerWatch | None:
     """Where it is wanted; every rank calls it."""
-    settings, nodes = loop.config.watchdog, distributed.gather(loop.world, node_name())
+    settings, nodes = loop.config.watchdog, distributed.all_gather(loop.world, node_name())
     if settings.straggler_minutes is None:
         return None
     return StragglerWatch(settings.straggler_minutes * 60, settings.straggler_ratio, nodes, time.monotonic())
@@ -295,7 +297,7 @@ def _evaluator(inputs: Inputs, criterion: Criterion) -> Evaluator | None:
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
-    return any(line["step"] == state.step and "eval/loss" in line for line in read_lines(run_dir / "metrics.jsonl"))
+    return any(line["step"] == state.step and "eval/loss" in line for line in read_metrics(run_dir / "metrics.jsonl"))
 
 
 def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]:
@@ -317,8 +319,8 @@ def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]
 
 def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, checkpoint: Path | None) -> Saver:
     world = run.world
-    block = distributed.build_together(world, lambda: read_probe_block(inputs))
-    distributed.build_together(world, lambda: prove_repeatable(engine, inputs, block))
+    block = distributed.run_on_all_ranks(world, lambda: read_probe_block(inputs))
+    distributed.run_on_all_ranks(world, lambda: prove_repeatable(engine, inputs, block))
     saver = Saver(
         run_dir=run.folder,
         world=world,
@@ -329,11 +331,11 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
         lock_lost=run.lock.lost,
     )
     if checkpoint and real_path(checkpoint).parent == real_path(checkpoints_folder(run.folder)):
-        saver.resumed(checkpoint, read_manifest(checkpoint).step)
+        saver.resumed(checkpoint, read_checkpoint_manifest(checkpoint).step)
     return saver
 
 
-def _decision(run: Run, start: Start) -> str:
+def _decision(run: Run, start: StartPoint) -> str:
     """The first line: run folder, what was decided, and why."""
     name = f"{run.config.run.name} in {run.folder}"
     if run.is_dry:

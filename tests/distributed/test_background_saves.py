@@ -15,7 +15,7 @@ from rich.console import Console
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
 from trainer.checkpoint.find import candidates
-from trainer.checkpoint.manifest import find_faults, read_manifest
+from trainer.checkpoint.manifest import find_faults, read_checkpoint_manifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
 from trainer.engine.partitions import MOMENTS, WEIGHT
@@ -48,7 +48,7 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(
     names = [f"step-{step:08d}" for step in (4, 8, 12, 16, 20)]
     for name in names:
         folders = [tmp_path / run / "checkpoints" / name for run in ("a", "b")]
-        assert find_faults(folders[1], read_manifest(folders[1])) == []
+        assert find_faults(folders[1], read_checkpoint_manifest(folders[1])) == []
         assert_same_state(*folders)
     checkpoint = tmp_path / "b" / "checkpoints" / names[1]
     convert(str(checkpoint), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))

@@ -149,7 +149,7 @@ def test_an_output_that_exists_is_never_overwritten(trained: Path, tmp_path: Pat
 def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from trainer.checkpoint.manifest import read_manifest, write_manifest
+    from trainer.checkpoint.manifest import read_checkpoint_manifest, write_manifest
     from trainer.runtime.files import file_hash
 
     copy = tmp_path / "run" / "checkpoints" / "step-00000020"
@@ -157,7 +157,7 @@ def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tm
     probe = load_file(copy / "probe.safetensors")
     probe["logits"][0, 0] += 1.0
     save_file(probe, copy / "probe.safetensors")
-    manifest = read_manifest(copy)
+    manifest = read_checkpoint_manifest(copy)
     path = copy / "probe.safetensors"
     manifest.files["probe.safetensors"] = (path.stat().st_size, file_hash(path))
     write_manifest(copy, manifest)

@@ -13,7 +13,7 @@ import pytest
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tests.unit.data.test_shards import flip, write_data_set
 from trainer.config import Config
-from trainer.data.manifest import SUM_BYTES, ShardEntry, read_manifest
+from trainer.data.manifest import SUM_BYTES, ShardEntry, read_data_manifest
 from trainer.data.order.sample_order import rank_share
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs.inputs import open_inputs
@@ -28,9 +28,9 @@ def data(workspace: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     generator = np.random.default_rng(0)
     write_data_set(folder, [[generator.integers(5, 500, 9999).tolist() for _ in range(63)] for _ in range(2)])
-    prepared = read_manifest(workspace / "data" / "train")
+    prepared = read_data_manifest(workspace / "data" / "train")
     manifest = replace(
-        read_manifest(folder), tokenizer_sha256=prepared.tokenizer_sha256, vocabulary_size=prepared.vocabulary_size
+        read_data_manifest(folder), tokenizer_sha256=prepared.tokenizer_sha256, vocabulary_size=prepared.vocabulary_size
     )
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder
@@ -129,14 +129,14 @@ def test_row_19_damaged_validation_data_stops_all_ranks(workspace: Path, data: P
 
 def _swap(folder: Path) -> None:
     """Shards exchanged, manifest and all: a data set that is whole, but another."""
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     _write(folder, manifest.shards[::-1])
 
 
 def _rename(folder: Path) -> None:
     for path in folder.glob("shard-00001.*"):
         path.rename(folder / f"other{path.suffix}")
-    first, second = read_manifest(folder).shards
+    first, second = read_data_manifest(folder).shards
     _write(folder, (first, replace(second, name="other")))
 
 
@@ -144,12 +144,12 @@ def _change(folder: Path) -> None:
     write_data_set(folder / "new", [[[7] * 9998 + [8]] * 63])
     for suffix in ("tok", "doc", "sum"):
         (folder / "new" / f"shard-00000.{suffix}").replace(folder / f"shard-00001.{suffix}")
-    new = read_manifest(folder / "new").shards[0]
-    _write(folder, (read_manifest(folder).shards[0], replace(new, name="shard-00001")))
+    new = read_data_manifest(folder / "new").shards[0]
+    _write(folder, (read_data_manifest(folder).shards[0], replace(new, name="shard-00001")))
 
 
 def _add(folder: Path) -> None:
-    shards = read_manifest(folder).shards
+    shards = read_data_manifest(folder).shards
     for suffix in ("tok", "doc", "sum"):
         shutil.copyfile(folder / f"shard-00000.{suffix}", folder / f"shard-00002.{suffix}")
     _write(folder, (*shards, replace(shards[0], name="shard-00002")))
@@ -157,7 +157,7 @@ def _add(folder: Path) -> None:
 
 def _write(folder: Path, shards: tuple[ShardEntry, ...]) -> None:
     totals = {name: sum(getattr(entry, name) for entry in shards) for name in ("tokens", "documents")}
-    manifest = replace(read_manifest(folder), shards=shards, **totals)
+    manifest = replace(read_data_manifest(folder), shards=shards, **totals)
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
 
 

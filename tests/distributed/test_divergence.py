@@ -236,7 +236,7 @@ def judge_padding(config: Config) -> int:
         view.copy_(value)
     flats = {view.untyped_storage().data_ptr(): view.untyped_storage() for view in views}
     padded = sum(flat.nbytes() for flat in flats.values()) > sum(view.nbytes for view in views)
-    assert distributed.total(world, [padded])[0] > 0, "there is padding to look past"
+    assert distributed.all_reduce_sum(world, [padded])[0] > 0, "there is padding to look past"
     assert engine.is_finite()
     views[0][0] = math.inf
     assert not engine.is_finite()

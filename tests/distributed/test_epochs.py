@@ -15,7 +15,7 @@ import yaml
 from tests.faults import assert_same_weights, train_with, with_dropout
 from tests.ranks import losses, metrics, tiny_config, train
 from tools.validate import validate
-from trainer.checkpoint.manifest import RUN_CONFIG, read_manifest, write_manifest
+from trainer.checkpoint.manifest import RUN_CONFIG, read_checkpoint_manifest, write_manifest
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 from trainer.inputs.inputs import open_inputs
@@ -73,7 +73,7 @@ def as_written_before(checkpoint: Path) -> None:
     assert config.pop("defaults") == 1
     config["schedule"].pop("warmup_fraction")
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    manifest = read_manifest(checkpoint)
+    manifest = read_checkpoint_manifest(checkpoint)
     files = {**manifest.files, RUN_CONFIG: (path.stat().st_size, file_hash(path))}
     write_manifest(checkpoint, replace(manifest, files=files))
 

@@ -117,13 +117,13 @@ def waits_too_long(folder: Path, seconds: float) -> int:
     from trainer.runtime import distributed
 
     world = distributed.start()
-    distributed.total(world, [1.0])
+    distributed.all_reduce_sum(world, [1.0])
     distributed.set_timeouts(timedelta(seconds=seconds), timedelta(seconds=seconds))
     if world.rank == 1:
         wait_for((folder / "given-up").exists, "rank 0")
         return 0
     with pytest.raises(RuntimeError, match="Timed out"):
-        distributed.total(world, [1.0])
+        distributed.all_reduce_sum(world, [1.0])
     (folder / "given-up").touch()
     return 7
 
@@ -136,7 +136,7 @@ def exchanges_a_table() -> int:
     from trainer.runtime import distributed
 
     world = distributed.start()
-    assert distributed.table(world, [world.rank + 0.5, 10.0]) == [[0.5, 10.0], [1.5, 10.0], [2.5, 10.0]]
+    assert distributed.all_gather_floats(world, [world.rank + 0.5, 10.0]) == [[0.5, 10.0], [1.5, 10.0], [2.5, 10.0]]
     return 0
 
 

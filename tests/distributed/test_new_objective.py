@@ -20,7 +20,7 @@ from trainer.data.batch import Batch
 from trainer.data.blocks import Blocks, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.objectives.objective import Card, Network, Predicted, Tally, Term
+from trainer.objectives.objective import Network, ObjectiveCard, Predicted, Tally, Term
 from trainer.objectives.registry import OBJECTIVES, Objective
 
 
@@ -71,7 +71,9 @@ class Parity:
 PARITY = Objective(
     samples=lambda config, vocabulary, seq_len: ParitySamples(vocabulary, seq_len),
     criterion=lambda config, kernel: Parity(),
-    card=Card(("feature-extraction",), lambda settings: "parity of the tokens", {"eval/parity": ("told", ".1%")}, ""),
+    card=ObjectiveCard(
+        ("feature-extraction",), lambda settings: "parity of the tokens", {"eval/parity": ("told", ".1%")}, ""
+    ),
 )
 
 

@@ -21,7 +21,7 @@ from tests.gate import Gate
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
-from tools.simulate import SimulateOptions, make_plan
+from tools.simulate import SimulateOptions, plan_simulation
 from tools.simulate.exactness import check_exactness
 from tools.simulate.run import simulate
 from trainer.config import Config
@@ -341,7 +341,7 @@ def test_validate_a_dry_run_the_simulation_and_the_model_card_show_the_changing_
     assert "dry run passed" in said and "evaluation  loss" in said and not (tmp_path / "run").exists()
 
     path = write_config(config, tmp_path / "config.yaml")
-    plan = make_plan(str(path), [], SimulateOptions(ranks=2))
+    plan = plan_simulation(str(path), [], SimulateOptions(ranks=2))
     found = check_exactness(plan, plan.order(), lambda done: None)
     assert found.each_sample_once and found.samples == sum(SIZES) == plan.end_sample
     assert plan.order().describe() == inputs.order.describe()

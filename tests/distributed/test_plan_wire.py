@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.plan_engines import EngineLayout, steps_of
 from tests.ranks import run_ranks
-from tools.plan.wire import wire_of
+from tools.plan.wire import plan_traffic
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.sizing.zero_memory import ZeroSettings
 
@@ -80,7 +80,7 @@ def test_the_wire_bytes_are_those_of_the_collectives(tmp_path: Path) -> None:
     assert run_ranks(_count, RANKS, tmp_path / "counts.json") == [0, 0]
     for layout, counted in zip(LAYOUTS, json.loads((tmp_path / "counts.json").read_text()), strict=True):
         sizes = layout.footprint(**MODEL).parameter_sizes
-        wire = wire_of(ZeroSettings.of(layout.preset()), sizes, layout.accumulation, layout.precision)
+        wire = plan_traffic(ZeroSettings.of(layout.preset()), sizes, layout.accumulation, layout.precision)
         # Beside them go a norm, an overflow flag and some padding.
         assert wire.elements * WEIGHT_BYTES[layout.precision] == pytest.approx(counted, rel=1e-3), layout
         assert wire.sent_bytes(RANKS) == pytest.approx(counted / 2, rel=1e-3)
@@ -88,6 +88,6 @@ def test_the_wire_bytes_are_those_of_the_collectives(tmp_path: Path) -> None:
 
 def test_a_model_beyond_the_reuse_distance_gathers_its_first_weights_twice() -> None:
     zero = ZeroSettings.of({"zero_optimization": {"stage": 3}})
-    wire = wire_of(zero, [10**9, 10**9], accumulation=4, precision="bf16")
+    wire = plan_traffic(zero, [10**9, 10**9], accumulation=4, precision="bf16")
     assert wire.gradients == 4 * 2 * 10**9
     assert wire.weights == 4 * (2 * 10**9 + 15 * 10**8) and not wire.is_exact

@@ -16,7 +16,7 @@ from tests.faults import with_dropout
 from tests.gate import Gate
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
-from trainer.checkpoint.find import candidates, faults_of
+from trainer.checkpoint.find import candidates, find_candidate_faults
 from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
 
@@ -157,7 +157,7 @@ def test_fault_03_a_damaged_checkpoint_is_stepped_over_by_all_ranks_and_the_olde
     assert losses(tmp_path / "run") == losses(Path(finished_by_two.run.dir))
     whole = candidates(tmp_path / "run")
     assert [candidate.step for candidate in whole] == [20, 10]
-    assert not any(faults_of(candidate) for candidate in whole)
+    assert not any(find_candidate_faults(candidate) for candidate in whole)
 
 
 def test_fault_03_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.tiny_bench import write_tiny_model
 from tools.bench.step import VARIANTS
 from tools.bench.step_ours import EngineStepper
-from tools.bench.step_work import StepWork, config_of, objective_of, training_batches
+from tools.bench.step_work import StepWork, make_config, make_work_samples, training_batches
 from trainer.data.batch import Batch
 
 WORK = StepWork(micro_size=2, seq_len=32, steps=2, warmup_steps=0)
@@ -58,8 +58,8 @@ def _count_reads(work: StepWork) -> int:
 def _after_a_step(work: StepWork) -> tuple[EngineStepper, Batch]:
     """The engine when its first step, which makes the optimizer's state, is done, and a batch on the device."""
     variant = VARIANTS["ours"]
-    config = config_of(work, variant)
-    objective = objective_of(work, config)
+    config = make_config(work, variant)
+    objective = make_work_samples(work, config)
     stepper = EngineStepper(work, config)
     first, second, *_ = (batch.to(stepper.device) for batch in training_batches(work, variant, objective))
     _step(stepper, first)

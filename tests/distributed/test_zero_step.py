@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from tests.tiny_bench import write_tiny_model
 from tools.bench.step import VARIANTS
 from tools.bench.step_ours import EngineStepper
-from tools.bench.step_work import StepWork, config_of, objective_of, training_batches
+from tools.bench.step_work import StepWork, make_config, make_work_samples, training_batches
 
 STEPS = 4
 
@@ -58,10 +58,10 @@ def _train(model: str, stage: int, shortened: bool, path: str) -> int:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     work = StepWork(model=model, micro_size=2, seq_len=32, ranks=ranks, steps=STEPS, warmup_steps=0, dropout=0.0)
     variant = VARIANTS["ours"]
-    config = config_of(work, variant)
+    config = make_config(work, variant)
     clipped = config.optimizer.model_copy(update={"clip": 0.05})
     config = config.model_copy(update={"deepspeed": f"zero{stage}", "optimizer": clipped})
-    objective = objective_of(work, config)
+    objective = make_work_samples(work, config)
     stepper = EngineStepper(work, config)
     steps = []
     for batch in training_batches(work, variant, objective)[rank : STEPS * ranks : ranks]:

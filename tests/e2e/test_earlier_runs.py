@@ -19,7 +19,7 @@ from tests.ranks import train
 from trainer.config import Config
 from trainer.config.file import load_config
 from trainer.errors import EXIT_FINISHED
-from trainer.tracking.jsonl import read_lines
+from trainer.tracking.jsonl import read_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -40,7 +40,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 def test_it_resumes_with_the_schedule_and_the_length_that_it_began_with(earlier: Path) -> None:
     assert train(config_of(earlier), world_size=2, resume="must") == EXIT_FINISHED
     golden = json.loads((GOLDEN / "run_v1.json").read_text())
-    lines = read_lines(earlier / "run" / "metrics.jsonl")
+    lines = read_metrics(earlier / "run" / "metrics.jsonl")
     trained = [line for line in lines if "train/loss" in line]
     assert [(line["step"], line["samples"]) for line in trained] == [tuple(row[:2]) for row in golden["train"]]
     assert [line["train/learning_rate"] for line in trained] == pytest.approx([row[2] for row in golden["train"]])
@@ -56,7 +56,7 @@ def test_it_resumes_with_the_schedule_and_the_length_that_it_began_with(earlier:
 def test_it_resumes_on_other_ranks_and_another_stage(earlier: Path, ranks: int, stage: str) -> None:
     other = ("batch.global_size=6", "train.epochs=null", "train.steps=7", f"deepspeed={stage}")
     assert train(config_of(earlier, *other), world_size=ranks, resume="must") == EXIT_FINISHED
-    assert read_lines(earlier / "run" / "metrics.jsonl")[-1]["step"] == 7
+    assert read_metrics(earlier / "run" / "metrics.jsonl")[-1]["step"] == 7
 
 
 def test_everything_of_it_opens(

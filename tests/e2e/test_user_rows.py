@@ -28,7 +28,7 @@ from tests.ranks import TINY_ROBERTA, losses, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S
 from tools.prepare import prepare
 from trainer.data.blocks import IGNORED_LABEL, Blocks
-from trainer.data.manifest import read_manifest
+from trainer.data.manifest import read_data_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
 from trainer.inputs.inputs import open_inputs
 
@@ -301,7 +301,7 @@ def test_row_16_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_muc
     result = maskwright("prepare", *arguments, **{name: str(folder) for name, folder in caches.items()})
     assert result.returncode == EXIT_FINISHED, result.stderr
 
-    manifest = read_manifest(output)
+    manifest = read_data_manifest(output)
     assert manifest.dtype == "<u2"
     written = sum(path.stat().st_size for path in output.glob("shard-*"))
     assert 2 * manifest.tokens <= written <= 2 * manifest.tokens + 8 * (manifest.documents + 1) + 64

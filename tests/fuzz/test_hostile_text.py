@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from launcher.cli import app
-from launcher.console import Card, make_console, print_card
+from launcher.console import ErrorCard, make_console, print_card
 from launcher.job_script import group_options, literal, write_options
 from launcher.site import find_site
 from tests.ranks import tiny_config, write_config
-from tools.prepare.share import share_of_job_array
+from tools.prepare.share import find_job_array_share
 from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.runtime.plain_text import fit, has_control, one_line, printable, shorten
 from trainer.runtime.process import restart_count
@@ -144,7 +144,7 @@ def test_a_site_file_with_odd_text_is_refused(content: dict, problem: str, tmp_p
 
 def test_escape_sequences_do_not_reach_a_terminal():
     for stream in (io.StringIO(), Terminal()):
-        print_card(Card("Please check", ESCAPES, ESCAPES, ESCAPES), stream)
+        print_card(ErrorCard("Please check", ESCAPES, ESCAPES, ESCAPES), stream)
         make_console(stream).print(ESCAPES)
         shown = stream.getvalue()
         assert "\\u001b]0;owned\\u0007b" in shown.replace("\n", "")
@@ -187,7 +187,7 @@ def test_cards_stay_short_whatever_a_value_holds(config: str, run: Run, tmp_path
     assert len(fit("word\n" * 10_000, 1500).splitlines()) <= 13
     assert shorten("x" * 300).endswith("x")
     stream = io.StringIO()
-    print_card(Card("Please check", "x" * 10**6, "y" * 10**6, "z " * 10**6), stream)
+    print_card(ErrorCard("Please check", "x" * 10**6, "y" * 10**6, "z " * 10**6), stream)
     assert len(stream.getvalue()) < 3500
 
 
@@ -206,6 +206,6 @@ def test_variables_of_slurm_that_are_no_numbers(value: str, monkeypatch: pytest.
     monkeypatch.setenv("SLURM_RESTART_COUNT", value)
     assert restart_count() == 0
     with pytest.raises(UserError, match="SLURM_ARRAY_TASK_ID is no number"):
-        share_of_job_array({"SLURM_ARRAY_TASK_ID": value, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"})
+        find_job_array_share({"SLURM_ARRAY_TASK_ID": value, "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "0"})
     with pytest.raises(UserError, match="SLURM_ARRAY_TASK_COUNT is no number"):
-        share_of_job_array({"SLURM_ARRAY_TASK_ID": "1"})
+        find_job_array_share({"SLURM_ARRAY_TASK_ID": "1"})

@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from trainer.model.attention_backend import BACKENDS, AttentionShape, agree, choose, measure, preferring, usable
+from trainer.model.attention_backend import (
+    BACKENDS,
+    AttentionShape,
+    agree,
+    choose_backend,
+    measure_backends,
+    preferring,
+    usable,
+)
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(batch=2, heads=2, seq_len=256, width=32, dropout=0.0, precision="fp32")
@@ -25,7 +33,7 @@ def kernels_of_a_call() -> set[str]:
 
 def test_what_the_device_cannot_do_is_left_out_and_the_random_state_is_kept() -> None:
     state = torch.random.get_rng_state()
-    times = measure(SHAPE, CPU, list(BACKENDS))
+    times = measure_backends(SHAPE, CPU, list(BACKENDS))
     assert list(times) == ["flash", "math"], "a CPU has no others"
     assert all(value > 0 for value in times.values())
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -34,14 +42,14 @@ def test_what_the_device_cannot_do_is_left_out_and_the_random_state_is_kept() ->
 def test_flash_has_no_dropout_on_a_cpu() -> None:
     with_dropout = AttentionShape(batch=1, heads=2, seq_len=64, width=16, dropout=0.1, precision="fp32")
     state = torch.random.get_rng_state()
-    assert list(measure(with_dropout, CPU, ["flash", "math"])) == ["math"]
+    assert list(measure_backends(with_dropout, CPU, ["flash", "math"])) == ["math"]
     assert torch.equal(torch.random.get_rng_state(), state), "its draws are not the run's"
 
 
 def test_half_precision_is_measured_in_half_precision() -> None:
     shape = AttentionShape(batch=1, heads=2, seq_len=64, width=16, dropout=0.0, precision="bf16")
     with torch.profiler.profile(record_shapes=True) as profile:
-        assert "flash" in measure(shape, CPU, ["flash"])
+        assert "flash" in measure_backends(shape, CPU, ["flash"])
     calls = [event for event in profile.events() if event.name.endswith("flash_attention_for_cpu")]
     assert calls and calls[0].input_shapes[0] == [1, 2, 64, 16]
 
@@ -102,7 +110,7 @@ print([event.key for event in profile.key_averages() if "_scaled_dot_product" in
     ],
 )
 def test_the_fastest_unless_it_hardly_is(milliseconds: dict[str, float], chosen: str | None) -> None:
-    assert choose(milliseconds) == chosen
+    assert choose_backend(milliseconds) == chosen
 
 
 def test_the_preferred_kernel_is_used_and_another_one_where_it_cannot_be() -> None:

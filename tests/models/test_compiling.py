@@ -15,7 +15,7 @@ from torch._inductor.codecache import compiled_fx_graph_hash
 
 from tests.ranks import tiny_config
 from trainer.model.attention_backend import preferring
-from trainer.model.compiling import expect_shapes, forget_graphs, options_of
+from trainer.model.compiling import compile_options, expect_shapes, forget_graphs
 from trainer.schedule.batch_plan import plan_batch
 from trainer.schedule.phases import lay_out
 
@@ -113,7 +113,7 @@ def test_a_graph_of_one_attention_kernel_is_never_taken_for_another() -> None:
 def test_a_mode_turns_on_what_it_says_and_cuda_graphs_go_with_one_alone(
     mode: bool | str, tunes: bool, has_graphs: bool
 ) -> None:
-    options = options_of(mode)
+    options = compile_options(mode)
     assert options["dynamic"] is False
     settings = torch._inductor.list_mode_options(options["mode"]) if "mode" in options else {}
     assert settings.get("max_autotune", False) is tunes

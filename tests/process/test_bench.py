@@ -16,7 +16,16 @@ from rich.console import Console
 from tests.commands import assert_one_card, call_forked, maskwright
 from tests.process.bench_variants import spin
 from tools.bench import loader as bench_loader
-from tools.bench.common import Measurement, Ratio, Report, Variant, for_seconds, in_own_process, measure, run_benchmark
+from tools.bench.common import (
+    BenchReport,
+    Measurement,
+    Ratio,
+    Variant,
+    for_seconds,
+    in_own_process,
+    measure,
+    run_benchmark,
+)
 from tools.bench.loader_peers import _mosaic_lacking
 from tools.bench.loader_work import LoaderBenchmark
 from tools.bench.prepare import SEQ_LEN, PrepareBenchmark, bench_prepare, group_blocks
@@ -32,10 +41,10 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def report_of(measurements: dict[str, list[Measurement]], ratios: list[Ratio]) -> Report:
+def report_of(measurements: dict[str, list[Measurement]], ratios: list[Ratio]) -> BenchReport:
     variants = [Variant(name, f"what {name} is", lambda: Measurement(0, 0, 0)) for name in measurements]
     machine = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "load_average": 0.5, "python": "3", "versions": {}}
-    return Report("test", {"size": 3}, machine, variants, measurements, ratios, ["a note"])
+    return BenchReport("test", {"size": 3}, machine, variants, measurements, ratios, ["a note"])
 
 
 def test_cpu_time_counts_work_and_not_waiting():

@@ -22,9 +22,9 @@ from tests.waiting import TIMEOUT_S, wait_for
 from tools.bench import step as bench
 from tools.bench.step import GROUPS, VARIANTS, StepBenchmark, bench_step, environments, members, require_equal_losses
 from tools.bench.step_report import Peaks, StepReport, draw_chart
-from tools.bench.step_work import StepMeasurement, StepWork, config_of, objective_of, training_batches
+from tools.bench.step_work import StepMeasurement, StepWork, make_config, make_work_samples, training_batches
 from tools.bench.synthetic import learnable_tokens
-from trainer.data.manifest import read_manifest
+from trainer.data.manifest import read_data_manifest
 from trainer.errors import MaskwrightError
 
 TINY = StepWork(micro_size=2, seq_len=32, steps=3, warmup_steps=1)
@@ -144,7 +144,7 @@ def test_a_chart_shows_each_variant(tmp_path: Path) -> None:
 
 def test_batches_are_the_same_in_every_process_and_learnable() -> None:
     variant = VARIANTS["hf"]
-    objective = objective_of(TINY, config_of(TINY, variant))
+    objective = make_work_samples(TINY, make_config(TINY, variant))
     once, again = (training_batches(TINY, variant, objective) for _ in range(2))
     assert len(once) == TINY.all_steps + 2
     assert all(
@@ -180,10 +180,10 @@ def test_mistakes_are_refused_before_anything_is_measured(tmp_path: Path) -> Non
 
 def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path: Path) -> None:
     work = replace(TINY, model=write_tiny_model(tmp_path), data=str(workspace / "data"))
-    objective = objective_of(work, config_of(work, VARIANTS["ours"]))
+    objective = make_work_samples(work, make_config(work, VARIANTS["ours"]))
     batches = training_batches(work, VARIANTS["ours"], objective)
     vocabulary = objective.vocabulary
-    assert vocabulary.size == read_manifest(workspace / "data" / "train").vocabulary_size
+    assert vocabulary.size == read_data_manifest(workspace / "data" / "train").vocabulary_size
     assert all(int(batch.inputs["input_ids"].max()) < vocabulary.size for batch in batches)
     settings = StepBenchmark(variants=("torch-masked",), work=work, rounds=1, threads=1)
     report = call_forked(measure, settings)

@@ -22,7 +22,7 @@ from trainer.engine.deepspeed_config import (
     compose,
     load_preset,
     preset_names,
-    stage_of,
+    zero_stage,
 )
 from trainer.errors import UserError
 from trainer.schedule.batch_plan import plan_batch
@@ -230,11 +230,11 @@ def test_row_04_an_unknown_preset_lists_the_names():
 
 def test_row_04_a_preset_is_found_by_name_or_path_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert stage_of(load_preset("zero3")) == 3
+    assert zero_stage(load_preset("zero3")) == 3
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
-    assert stage_of(load_preset("mine.json")) == 2
+    assert zero_stage(load_preset("mine.json")) == 2
     monkeypatch.chdir("/")
-    assert stage_of(load_preset(str(tmp_path / "mine.json"))) == 2
+    assert zero_stage(load_preset(str(tmp_path / "mine.json"))) == 2
 
 
 def test_a_preset_that_is_no_json_is_named(tmp_path: Path):

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import maskwright
 from tests.ranks import tiny_config, write_config
 from tools.doctor.judge import NodeFacts, judge
-from tools.doctor.lines import Line, Report, checked
+from tools.doctor.lines import DoctorReport, Line, checked
 from tools.doctor.machine import check_devices, check_interface, check_space, check_writing, compare_cuda
 from tools.doctor.run import check_config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
@@ -38,7 +38,7 @@ GOOD = NodeFacts(
 )
 
 
-def judged(changes: dict[int, dict[str, Any] | None], count: int = 4) -> Report:
+def judged(changes: dict[int, dict[str, Any] | None], count: int = 4) -> DoctorReport:
     """The report on `count` good nodes, some of them changed, or without an answer (None)."""
     good = replace(GOOD, seen=list(range(count)))
     facts = {

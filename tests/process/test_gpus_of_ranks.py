@@ -14,11 +14,11 @@ from tools.demo import rank_count
 from trainer.config import Config
 from trainer.errors import EXIT_USER_MISTAKE
 from trainer.runtime import distributed
-from trainer.runtime.distributed import Place, device_problem
+from trainer.runtime.distributed import RankDevice, device_problem
 
 
-def places(*devices: str, node: str = "n1", visible: int = 2) -> list[Place]:
-    return [Place(node, device, visible) for device in devices]
+def places(*devices: str, node: str = "n1", visible: int = 2) -> list[RankDevice]:
+    return [RankDevice(node, device, visible) for device in devices]
 
 
 def test_ranks_with_a_gpu_each_or_on_cpus_are_in_order() -> None:
@@ -43,7 +43,9 @@ def test_ranks_with_a_gpu_each_or_on_cpus_are_in_order() -> None:
         ),
     ],
 )
-def test_a_rank_without_a_gpu_of_its_own_is_named_with_the_remedy(found: list[Place], said: str, count: int) -> None:
+def test_a_rank_without_a_gpu_of_its_own_is_named_with_the_remedy(
+    found: list[RankDevice], said: str, count: int
+) -> None:
     error = device_problem(found)
     assert error is not None and error.problem == said
     assert f"one rank a GPU, here {count}." in error.remedy and 'CUDA_VISIBLE_DEVICES=""' in error.remedy
@@ -66,7 +68,7 @@ def train_on_one_gpu(config: Config) -> int:
     """Runs on each rank: both would compute on the same GPU, if there were one."""
     from trainer.train import run
 
-    distributed._own_place = lambda _device: Place("n1", "GPU-a", 1)  # type: ignore[assignment]
+    distributed._own_place = lambda _device: RankDevice("n1", "GPU-a", 1)  # type: ignore[assignment]
     return run(config)
 
 

@@ -18,7 +18,7 @@ from tests.gate import record_gate
 from tests.preparing import Importer, folder_hashes, read_token_documents
 from tests.token_files import write_datatrove, write_megatron
 from tests.waiting import TIMEOUT_S, wait_for
-from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, read_data_manifest
 from trainer.errors import UserError
 
 BEGIN, END = 0, 2
@@ -51,7 +51,7 @@ def test_a_killed_import_continues_and_gives_the_same_bytes(
     assert process.returncode != 0
     assert killed != signal.SIGINT or "run the same command again" in printed
     with pytest.raises(UserError, match="not a prepared data set"):
-        read_manifest(output)
+        read_data_manifest(output)
 
     done = {path.stem for path in (output / IMPORT_WORK_FOLDER).glob("shard-*.json")}
     times = {name: (output / f"{name}.doc").stat().st_mtime_ns for name in done}
@@ -59,7 +59,7 @@ def test_a_killed_import_continues_and_gives_the_same_bytes(
     run_import([linked, many], output)
     run_import([linked, many], tmp_path / "clean")
     assert folder_hashes(output) == folder_hashes(tmp_path / "clean")
-    assert 3 <= len(done) < len(read_manifest(output).shards)
+    assert 3 <= len(done) < len(read_data_manifest(output).shards)
     assert times == {name: (output / f"{name}.doc").stat().st_mtime_ns for name in done}
     assert (output / "shard-00000.tok").samefile(tmp_path / "a.bin")
 

@@ -16,7 +16,7 @@ from tests.preparing import Importer, folder_hashes, quiet_console, read_token_d
 from tests.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import import_tokens
 from tools.inspect import show, verify
-from trainer.data.manifest import IMPORT_WORK_FOLDER, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, read_data_manifest
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 
 BEGIN, PAD, END = 0, 1, 2
@@ -65,7 +65,7 @@ def test_an_import_gives_the_bytes_that_prepare_gives(
     for suffix in ("tok", "doc", "sum"):
         name = f"shard-00000.{suffix}"
         assert (tmp_path / "data" / name).read_bytes() == (prepared / name).read_bytes()
-    reference, manifest = read_manifest(prepared), read_manifest(tmp_path / "data")
+    reference, manifest = read_data_manifest(prepared), read_data_manifest(tmp_path / "data")
     assert manifest.fingerprint == reference.fingerprint
     for name in ("dtype", "tokenizer_sha256", "vocabulary_size", "separator_id", "tokens", "documents", "shards"):
         assert getattr(manifest, name) == getattr(reference, name)
@@ -137,7 +137,7 @@ def test_large_vocabularies_take_the_four_bytes_of_int32_as_they_are(tmp_path: P
     summary = import_tokens(
         [str(tmp_path / "*.idx")], str(tmp_path / "tokenizer"), str(tmp_path / "data"), console=quiet_console()
     )
-    assert read_manifest(tmp_path / "data").dtype == "<u4"
+    assert read_data_manifest(tmp_path / "data").dtype == "<u4"
     assert read_token_documents(tmp_path / "data") == contents * 2
     assert summary.linked == 1
     assert (tmp_path / "data" / "shard-00000.tok").samefile(tmp_path / "a.bin")
@@ -159,7 +159,7 @@ def test_a_folder_a_glob_and_prefixes_find_the_same_files_in_order(
     ):
         run_import(given, tmp_path / str(number))
         assert read_token_documents(tmp_path / str(number)) == documents
-    (source,) = read_manifest(tmp_path / "0").sources
+    (source,) = read_data_manifest(tmp_path / "0").sources
     assert source["name"] == "in" and source["files"] == 2
 
 
@@ -179,7 +179,7 @@ def test_the_validation_split_is_chosen_by_the_ids(
     assert sides["from-a", "validation"] == sides["from-b", "validation"]
     assert not sides["from-a", "train"] & sides["from-a", "validation"]
     assert 8 <= len(sides["from-a", "validation"]) <= 30
-    assert read_manifest(tmp_path / "from-a" / "train").documents > len(sides["from-a", "train"])
+    assert read_data_manifest(tmp_path / "from-a" / "train").documents > len(sides["from-a", "train"])
     verify(tmp_path / "from-a", console=quiet_console())
     with pytest.raises(UserError, match="Of 60 documents none falls into the validation split"):
         run_import(tmp_path / "b.ds", tmp_path / "none", validation_fraction=1e-9)
@@ -197,7 +197,7 @@ def test_documents_with_a_special_token_inside_can_be_left_out(
     summary = run_import(source, tmp_path / "data", special_inside="skip")
     assert read_token_documents(tmp_path / "data") == [*documents[:3], documents[4]]
     assert summary.counts.skipped == 1 and summary.linked == 0
-    assert read_manifest(tmp_path / "data").statistics["skipped_documents_in_input"] == 1
+    assert read_data_manifest(tmp_path / "data").statistics["skipped_documents_in_input"] == 1
 
 
 def test_a_token_that_ends_every_document_is_named_and_stripped_on_request(

@@ -15,7 +15,7 @@ from tests.conftest import write_text
 from tests.preparing import quiet_console
 from tools.inspect import BORDER, show, verify
 from tools.prepare import prepare
-from trainer.data.manifest import MANIFEST, START_PLANES, Manifest, read_manifest
+from trainer.data.manifest import MANIFEST, TOKEN_MARKS, Manifest, read_data_manifest
 from trainer.data.shard_checks import document_starts
 from trainer.data.shard_writer import ShardWriter
 from trainer.errors import DamagedError, UserError
@@ -108,9 +108,9 @@ def test_verify_names_the_damaged_file_of_the_tokenizer(data: Path) -> None:
         with pytest.raises(DamagedError, match=f"1 fault: tokenizer/tokenizer_config.json: {fault}"):
             verify(data, console=quiet_console())
     for name in ("train", "validation"):
-        write_manifest(data / name, replace(read_manifest(data / name), tokenizer_files={}))
+        write_manifest(data / name, replace(read_data_manifest(data / name), tokenizer_files={}))
     verify(data, console=quiet_console())
-    manifest = replace(read_manifest(data / "train"), tokenizer_files={"../x": (1, "")})
+    manifest = replace(read_data_manifest(data / "train"), tokenizer_files={"../x": (1, "")})
     write_manifest(data / "train", manifest)
     with pytest.raises(DamagedError, match="cannot be the name of a file"):
         verify(data, console=quiet_console())
@@ -126,13 +126,13 @@ def test_verify_names_the_damaged_file_of_the_tokenizer(data: Path) -> None:
     ],
 )
 def test_verify_checks_that_the_parts_agree(data: Path, change, fault) -> None:
-    write_manifest(data / "train", change(read_manifest(data / "train")))
+    write_manifest(data / "train", change(read_data_manifest(data / "train")))
     with pytest.raises(DamagedError, match=fault):
         verify(data / "train", console=quiet_console())
 
 
 def test_verify_checks_the_document_borders(data: Path) -> None:
-    folder, manifest = data / "train", read_manifest(data / "train")
+    folder, manifest = data / "train", read_data_manifest(data / "train")
     entry = manifest.shards[0]
     starts = document_starts(folder, entry)
     starts[[3, 4]] = starts[[4, 3]]
@@ -216,32 +216,32 @@ def test_words_of_byte_level_bpe_read_as_the_text(tmp_path: Path, run_prepare, c
         ("size", None, "bytes, but .* hold"),
     ],
 )
-@pytest.mark.parametrize("plane", START_PLANES)
+@pytest.mark.parametrize("mark", TOKEN_MARKS)
 def test_verify_checks_that_the_starts_agree_with_the_documents(
-    tmp_path: Path, plane: str, place: str, value: bool | None, fault: str
+    tmp_path: Path, mark: str, place: str, value: bool | None, fault: str
 ) -> None:
     bits = np.array([1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], bool)
-    writer = ShardWriter(tmp_path, "shard-00000", np.dtype("<u2"), 2, START_PLANES)
+    writer = ShardWriter(tmp_path, "shard-00000", np.dtype("<u2"), 2, TOKEN_MARKS)
     for document in (bits[:4], bits[5:7], bits[8:8], bits[8:12]):
-        writer.add_document(np.full(len(document), 7), dict.fromkeys(START_PLANES, document))
+        writer.add_document(np.full(len(document), 7), dict.fromkeys(TOKEN_MARKS, document))
     entry = writer.close()
     manifest = Manifest("<u2", "", 1000, 2, entry.tokens, entry.documents, (entry,))
     write_manifest(tmp_path, manifest)
     verify(tmp_path, console=quiet_console())
 
-    path, borders = tmp_path / f"{entry.name}.{plane}", document_starts(tmp_path, entry).astype(int)
+    path, borders = tmp_path / f"{entry.name}.{mark}", document_starts(tmp_path, entry).astype(int)
     packed = np.unpackbits(np.fromfile(path, np.uint8), bitorder="little")
     where = {"padding": entry.tokens, "separator": borders[2] - 1, "first": borders[1], "size": 0}[place]
     packed[where] = packed[where] if value is None else value
     path.write_bytes(np.packbits(packed, bitorder="little").tobytes() + (b"\0" if place == "size" else b""))
-    files = {**entry.files, plane: (path.stat().st_size, file_hash(path))}
+    files = {**entry.files, mark: (path.stat().st_size, file_hash(path))}
     write_manifest(tmp_path, replace(manifest, shards=(replace(entry, files=files),)))
-    with pytest.raises(DamagedError, match=rf"shard-00000\.{plane}: .*{fault}"):
+    with pytest.raises(DamagedError, match=rf"shard-00000\.{mark}: .*{fault}"):
         verify(tmp_path, console=quiet_console())
 
 
-def test_verify_misses_planes_that_the_settings_promise(data: Path) -> None:
-    manifest = read_manifest(data / "validation")
+def test_verify_misses_marks_that_the_settings_promise(data: Path) -> None:
+    manifest = read_data_manifest(data / "validation")
     write_manifest(data / "validation", replace(manifest, settings={**manifest.settings, "word_starts": "tokenizer"}))
     with pytest.raises(DamagedError, match=r"word_starts are set, but shard-00000 has no \.wrd"):
         verify(data, console=quiet_console())

@@ -21,7 +21,7 @@ import torch
 from launcher.console import make_console
 from tests.ranks import tiny_config, train
 from tools.convert import convert
-from trainer.checkpoint.manifest import read_manifest, write_manifest
+from trainer.checkpoint.manifest import read_checkpoint_manifest, write_manifest
 from trainer.checkpoint.safe_load import load_without_code
 from trainer.checkpoint.zero_files import MODEL_FILE, ZeroFiles
 from trainer.data.tokenizer import load_tokenizer
@@ -74,7 +74,7 @@ def poisoned(trained: Path, run_dir: Path, name: str, change: Callable[[dict[str
     content = load_without_code(path)
     torch.save(change(dict(content)), folder / "new")
     (folder / "new").rename(path)
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     manifest.files[name] = (path.stat().st_size, file_hash(path))
     write_manifest(folder, manifest)
     return folder
@@ -149,10 +149,10 @@ def test_the_weights_of_a_model_run_nothing(workspace: Path, marker: Path, tmp_p
     from transformers import RobertaConfig
 
     from trainer.config import ModelConfig
-    from trainer.data.tokenizer import vocabulary_of
+    from trainer.data.tokenizer import read_vocabulary
     from trainer.model.build import build_model
 
-    vocabulary = vocabulary_of(load_tokenizer(workspace / "tokenizer"), "")
+    vocabulary = read_vocabulary(load_tokenizer(workspace / "tokenizer"), "")
     config = RobertaConfig(vocab_size=vocabulary.size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.save_pretrained(tmp_path)
     torch.save({"lm_head.bias": calls(marker)["posix.system"]}, tmp_path / "pytorch_model.bin")

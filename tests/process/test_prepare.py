@@ -29,9 +29,9 @@ from tools.prepare import prepare
 from tools.prepare.encode import Encoder, split_text
 from tools.prepare.inputs import find_inputs
 from tools.prepare.plan import plan_units
-from tools.prepare.worker import _portable, split_of
+from tools.prepare.worker import _portable, choose_split
 from trainer.data.dataset import ShardSet
-from trainer.data.manifest import PREPARE_WORK_FOLDER, read_manifest
+from trainer.data.manifest import PREPARE_WORK_FOLDER, read_data_manifest
 from trainer.errors import MaskwrightError, UserError
 
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]
@@ -111,7 +111,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     assert len(workers) >= 3, "two, and what they are forked from"
     wait_for(lambda: not any(is_running(worker) for worker in workers), "the end of the workers")
     with pytest.raises(UserError, match="not a prepared data set"):
-        read_manifest(output)
+        read_data_manifest(output)
 
     done = [record.stem.replace("unit", "shard") for record in (output / PREPARE_WORK_FOLDER).glob("unit-*.json")]
     times = {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
@@ -120,7 +120,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     run_prepare([path], tmp_path / "clean", workers=2)
 
     assert folder_hashes(output) == folder_hashes(tmp_path / "clean")
-    assert 2 <= len(done) < len(read_manifest(output).shards)
+    assert 2 <= len(done) < len(read_data_manifest(output).shards)
     assert times == {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
 
 
@@ -181,7 +181,7 @@ def test_the_validation_split_follows_the_text_alone(tmp_path: Path, run_prepare
     assert not sides["a", "train"] & sides["a", "validation"]
     assert len(sides["a", "train"]) + len(sides["a", "validation"]) == 400
     assert 20 <= len(sides["a", "validation"]) <= 60
-    assert {split_of(str(number).encode(), 0.0) for number in range(100)} == {"train"}
+    assert {choose_split(str(number).encode(), 0.0) for number in range(100)} == {"train"}
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path: Path) -> None:

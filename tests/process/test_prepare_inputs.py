@@ -20,11 +20,11 @@ from tools.prepare.bad_documents import Losses
 from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, CONFIG
-from tools.prepare.pieces import Inputs, ReadSettings
+from tools.prepare.pieces import InputFiles, TextSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.readers import read_documents
 from tools.prepare.text_cache import describe_unused
-from trainer.data.manifest import read_manifest
+from trainer.data.manifest import read_data_manifest
 from trainer.errors import UserError
 
 
@@ -32,7 +32,7 @@ def texts_of(given: Path | str, field: str = "text", losses: Losses | None = Non
     inputs = find_inputs([str(given)], format)
     documents = resolve_documents(None, inputs.format)
     pieces = [piece for unit in plan_units(inputs, documents) for piece in unit.pieces]
-    reading = ReadSettings(inputs.format, documents, field, "", on_bad_document="skip" if losses else "stop")
+    reading = TextSettings(inputs.format, documents, field, "", on_bad_document="skip" if losses else "stop")
     return [text for piece in pieces for text, _ in read_documents(piece, reading, losses)]
 
 
@@ -42,7 +42,7 @@ def write(path: Path, content: bytes | str = "text\n") -> Path:
     return path
 
 
-def names_of(inputs: Inputs) -> list[str]:
+def names_of(inputs: InputFiles) -> list[str]:
     return [file.name for file in inputs.files]
 
 
@@ -118,7 +118,7 @@ def test_names_that_are_not_utf8_are_read_and_recorded(tmp_path: Path, tokenizer
 
     prepare_job(job, 1, console)
 
-    manifest = read_manifest(tmp_path / "data")
+    manifest = read_data_manifest(tmp_path / "data")
     assert manifest.documents == 2 and manifest.sources[0]["name"] == r"\xb0\xa1"
     assert names_of(job.inputs)[1] == r"\xb0\xa1.txt"
     table = pyarrow.table({"text": ["row"]})
@@ -232,7 +232,7 @@ def test_what_the_system_refuses_is_no_damage(tmp_path: Path) -> None:
         (unit,) = plan_units(inputs, "row")
         path.unlink()
         with pytest.raises(UserError, match="No such file") as caught:
-            list(read_documents(unit.pieces[0], ReadSettings(inputs.format, "line", "text", "")))
+            list(read_documents(unit.pieces[0], TextSettings(inputs.format, "line", "text", "")))
         assert "damaged" not in caught.value.remedy
 
 

@@ -1,4 +1,4 @@
-"""`prepare --word-starts --sentence-starts` from end to end: the planes, the manifest, reruns and other settings."""
+"""`prepare --word-starts --sentence-starts` from end to end: the marks, the manifest, reruns and other settings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tools.prepare import prepare
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import estimate_output
 from tools.prepare.inputs import find_inputs
-from tools.prepare.pieces import ReadSettings
+from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import plan_units
-from trainer.data.manifest import PREPARE_WORK_FOLDER, SENTENCE_STARTS, WORD_STARTS, read_manifest
+from trainer.data.manifest import PREPARE_WORK_FOLDER, SENTENCE_STARTS, WORD_STARTS, read_data_manifest
 from trainer.data.shard_checks import document_starts
-from trainer.data.token_marks import read_starts
+from trainer.data.token_marks import read_marks
 from trainer.errors import UserError
 
 OWN = """
@@ -49,12 +49,12 @@ def own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def document_words(folder: Path, plane: str, tokenizer: Tokenizer) -> list[list[str]]:
+def document_words(folder: Path, mark: str, tokenizer: Tokenizer) -> list[list[str]]:
     """What is between two starts, for each document, without ## and blanks."""
     found = []
-    for entry in read_manifest(folder).shards:
-        tokens = np.fromfile(folder / f"{entry.name}.tok", read_manifest(folder).dtype)
-        bits = read_starts(folder, entry, plane)
+    for entry in read_data_manifest(folder).shards:
+        tokens = np.fromfile(folder / f"{entry.name}.tok", read_data_manifest(folder).dtype)
+        bits = read_marks(folder, entry, mark)
         for begin, end in itertools.pairwise(document_starts(folder, entry).astype(int).tolist()):
             places = [*(np.flatnonzero(bits[begin : end - 1]) + begin).tolist(), end - 1]
             assert places[0] == begin and not bits[end - 1]
@@ -140,7 +140,7 @@ def test_chinese_words_whatever_the_number_of_workers(tmp_path: Path, chinese: P
     tokenizer = Tokenizer.from_file(str(chinese / "tokenizer" / "tokenizer.json"))
     train = tmp_path / "1" / "train"
     first = "我|来到|北京|清华大学|。|今天天气|很|好|，|我们|去|公园|看花|。|0|我|来到|北京|清华大学|。"
-    words, sentences = (document_words(train, plane, tokenizer) for plane in (WORD_STARTS, SENTENCE_STARTS))
+    words, sentences = (document_words(train, mark, tokenizer) for mark in (WORD_STARTS, SENTENCE_STARTS))
     assert "|".join(words[0]).startswith(first)
     assert sentences[0][:2] == ["我来到北京清华大学。", "今天天气很好，我们去公园看花。"]
     assert ["他说：“你真的吃过饭了吗？”", "大家都笑了！"] in [document[:2] for document in sentences]
@@ -153,15 +153,15 @@ def test_the_tokens_are_the_same_with_and_without(tmp_path: Path, run_prepare) -
     run_prepare([path], tmp_path / "words", word_starts="tokenizer")
     run_prepare([path], tmp_path / "both", word_starts="tokenizer", sentence_starts="rules")
 
-    plain, words, both = (read_manifest(tmp_path / name) for name in ("plain", "words", "both"))
-    for other, planes in ((words, ["wrd"]), (both, ["wrd", "snt"])):
+    plain, words, both = (read_data_manifest(tmp_path / name) for name in ("plain", "words", "both"))
+    for other, marks in ((words, ["wrd"]), (both, ["wrd", "snt"])):
         files = dict(other.shards[0].files)
-        assert list(files) == ["tok", "doc", "sum", *planes]
+        assert list(files) == ["tok", "doc", "sum", *marks]
         assert {suffix: files[suffix] for suffix in ("tok", "doc", "sum")} == plain.shards[0].files
         assert other.fingerprint == plain.fingerprint
     assert words.settings == {**plain.settings, "word_starts": "tokenizer"}
     assert both.settings == {**words.settings, "sentence_starts": "rules 1"}
-    bits = read_starts(tmp_path / "both", both.shards[0], SENTENCE_STARTS)
+    bits = read_marks(tmp_path / "both", both.shards[0], SENTENCE_STARTS)
     assert bits.sum() == 60  # the text is in lower case: a sentence a document
 
 
@@ -228,10 +228,10 @@ def test_documents_without_tokens_start_nothing(tmp_path: Path, chinese: Path) -
         sentence_starts="rules",
         console=quiet_console(),
     )
-    (entry,) = read_manifest(tmp_path / "data").shards
+    (entry,) = read_data_manifest(tmp_path / "data").shards
     assert document_starts(tmp_path / "data", entry).tolist() == [0, 3, 4, 7]
-    assert read_starts(tmp_path / "data", entry, WORD_STARTS).tolist() == [1, 1, 0, 0, 1, 1, 0]
-    assert read_starts(tmp_path / "data", entry, SENTENCE_STARTS).tolist() == [1, 0, 0, 0, 1, 0, 0]
+    assert read_marks(tmp_path / "data", entry, WORD_STARTS).tolist() == [1, 1, 0, 0, 1, 1, 0]
+    assert read_marks(tmp_path / "data", entry, SENTENCE_STARTS).tolist() == [1, 0, 0, 0, 1, 0, 0]
     verify(tmp_path / "data", console=quiet_console())
 
 
@@ -251,7 +251,7 @@ def test_a_users_function_comes_from_the_current_folder(own_words: Path, tokeniz
     assert result.returncode == 0, result.stderr
     found = document_words(own_words / "data", WORD_STARTS, Tokenizer.from_file(str(tokenizer / "tokenizer.json")))
     assert found[0][0].endswith("a") and len(found) == 5
-    assert read_manifest(own_words / "data").settings["word_starts"].startswith("own_words:words ")
+    assert read_data_manifest(own_words / "data").settings["word_starts"].startswith("own_words:words ")
 
 
 def test_a_wrong_function_ends_with_one_card(own_words: Path, tokenizer: Path) -> None:
@@ -268,10 +268,10 @@ def test_a_wrong_function_ends_with_one_card(own_words: Path, tokenizer: Path) -
     assert_one_card(result, 2, "Unknown --word-starts 'jeiba'. Did you mean 'jieba'?")
 
 
-def test_the_estimate_counts_the_planes(tmp_path: Path, tokenizer: Path) -> None:
+def test_the_estimate_counts_the_marks(tmp_path: Path, tokenizer: Path) -> None:
     found = find_inputs([str(write_text(tmp_path / "text.txt", documents=100, seed=1))])
     encoder = Encoder(str(tokenizer / "tokenizer.json"), np.dtype("<u2"))
-    given = plan_units(found, "paragraph"), ReadSettings("text", "paragraph", "text", ""), encoder, np.dtype("<u2")
-    plain, both = estimate_output(*given), estimate_output(*given, planes=2)
+    given = plan_units(found, "paragraph"), TextSettings("text", "paragraph", "text", ""), encoder, np.dtype("<u2")
+    plain, both = estimate_output(*given), estimate_output(*given, marks=2)
     assert both.tokens == plain.tokens > 1000
     assert both.output_bytes - plain.output_bytes == pytest.approx(plain.tokens / 4)

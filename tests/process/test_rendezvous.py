@@ -14,7 +14,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from trainer.errors import HangError, UserError
-from trainer.runtime.rendezvous import Place, call_the_roll, close_listening_sockets, listen
+from trainer.runtime.rendezvous import Introduction, call_the_roll, close_listening_sockets, listen
 
 
 def report_what_is_open(answers: Connection, listening: int, connected: int) -> None:
@@ -63,7 +63,7 @@ def test_ranks_that_do_not_fit_together_all_hear_it(
     def come(place: tuple[int, int, str]) -> None:
         store = TCPStore("127.0.0.1", server.port, is_master=False)
         try:
-            call_the_roll(store, Place(*place, node="node"), timedelta(seconds=60))
+            call_the_roll(store, Introduction(*place, node="node"), timedelta(seconds=60))
             heard.append("")
         except UserError as error:
             heard.append(f"{error} ")
@@ -82,4 +82,4 @@ def test_ranks_that_do_not_fit_together_all_hear_it(
 def test_ranks_that_do_not_come_are_counted() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(HangError, match="1 of 2 ranks have come"):
-        call_the_roll(store, Place(0, 2, "gloo", "node"), timedelta(seconds=0.2))
+        call_the_roll(store, Introduction(0, 2, "gloo", "node"), timedelta(seconds=0.2))

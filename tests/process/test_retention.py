@@ -15,7 +15,7 @@ from tests.damage import DAMAGES
 from tests.ranks import FORK_SERVER
 from tests.unit.checkpoint.checkpoint_folders import RECORDS, write_checkpoint
 from trainer.checkpoint.find import Candidate, candidates
-from trainer.checkpoint.manifest import CheckpointManifest, read_manifest, write_manifest
+from trainer.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest, write_manifest
 from trainer.checkpoint.retention import (
     LEAST_VALID,
     estimated_bytes,
@@ -141,7 +141,7 @@ def test_a_checkpoint_saved_while_steps_were_skipped_pushes_no_other_out(tmp_pat
     """Stopped and resumed among skipped steps, a run keeps what a rollback needs: those from before them."""
     for step in (4, 8, 10, 12):
         folder = write_checkpoint(tmp_path, step)
-        manifest = read_manifest(folder)
+        manifest = read_checkpoint_manifest(folder)
         skipped = {"skipped_in_a_row": max(0, step - 8)}
         write_manifest(folder, replace(manifest, state={**manifest.state, **skipped}))
     found = candidates(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import tiny_config
-from tools.status import describe, look_at
+from tools.status import look_at, status_lines
 from trainer.checkpoint.resume import DATA_ORDER
 from trainer.checkpoint.run_folder import check_replaceable
 from trainer.config.file import dump_config
@@ -24,8 +24,8 @@ from trainer.runtime.files import give_usual_mode
 from trainer.runtime.side_files import replace_side_file
 from trainer.runtime.tuning_cache import recall, remember
 from trainer.sizing import micro_batch as micro_size
-from trainer.tracking.jsonl import JsonlWriter, read_last, read_lines
-from trainer.tracking.starts import STARTS, read_starts, record_start
+from trainer.tracking.jsonl import JsonlWriter, read_last, read_metrics
+from trainer.tracking.starts import STARTS, read_start_records, record_start
 from trainer.tracking.status import STATUS, Status
 
 ODD = [b"", b"\0" * 40, b"\xff\xfe", b"3", b"null", b"{}", b'"x"', b"[]", b"[3]", b'{"a":', b"[" * 100_000, b"9" * 5000]
@@ -37,7 +37,7 @@ def test_any_content_counts_as_none(content: bytes, tmp_path: Path, caplog: pyte
     line = json.dumps({"step": 3, "train/loss": 1.5}).encode()
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(line + b"\n" + content + b"\n" + line + b"\n")
-    assert [found["step"] for found in read_lines(metrics)] == [3, 3]
+    assert [found["step"] for found in read_metrics(metrics)] == [3, 3]
     assert not content or f"{metrics}: line 2" in caplog.text
     assert (read_last(metrics, "train/loss") or {})["train/loss"] == 1.5
     JsonlWriter(metrics, 5).close()
@@ -45,30 +45,30 @@ def test_any_content_counts_as_none(content: bytes, tmp_path: Path, caplog: pyte
         (tmp_path / name).write_bytes(content)
     heartbeat_path(tmp_path, 0).parent.mkdir()
     heartbeat_path(tmp_path, 0).write_bytes(content)
-    assert read_starts(tmp_path) == []
+    assert read_start_records(tmp_path) == []
     assert record_start(tmp_path, 3, 1, None).startswith("start 1")
     assert read_heartbeat(tmp_path, 0) is None
     assert run_lock._read(tmp_path / "lock.json") is None
     remember(tmp_path / "records.json", {"a": 1})
     assert recall(tmp_path / "records.json")[-1] == {"a": 1}
-    assert describe(look_at(str(tmp_path)))
+    assert status_lines(look_at(str(tmp_path)))
 
 
 @pytest.mark.parametrize("value", ODD_VALUES)
 def test_values_of_another_type_count_as_none(value: object, tmp_path: Path) -> None:
     for name in asdict(Status()):
         (tmp_path / STATUS).write_text(json.dumps({**asdict(Status()), name: value}))
-        assert describe(look_at(str(tmp_path)))
+        assert status_lines(look_at(str(tmp_path)))
     (tmp_path / STATUS).unlink()
     for name in ("step", "samples", "tokens", "time", "train/loss", "throughput/tokens_per_second"):
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 1.0, name: value}))
-        assert describe(look_at(str(tmp_path)))
+        assert status_lines(look_at(str(tmp_path)))
 
 
 def test_a_folder_in_the_place_of_a_file_is_moved_beside_it(tmp_path: Path) -> None:
     (tmp_path / STARTS / "mine").mkdir(parents=True)
     record_start(tmp_path, 0, 1, None)
-    assert len(read_starts(tmp_path)) == 1
+    assert len(read_start_records(tmp_path)) == 1
     assert (tmp_path / f"{STARTS}.folder-1" / "mine").is_dir()
     replace_side_file(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"

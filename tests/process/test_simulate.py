@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from launcher.cli import app
 from tests.commands import assert_one_card, maskwright
-from tools.simulate import SimulatedPlan, SimulateOptions, exactness, make_plan
+from tools.simulate import SimulatedPlan, SimulateOptions, exactness, plan_simulation
 from tools.simulate.exactness import Exactness, SeenNumbers, check_exactness
 from tools.simulate.locality import PAGE_BYTES, measure_locality
 from tools.simulate.plan import SimulatedSource
@@ -165,7 +165,7 @@ def pages_of_reader(plan: SimulatedPlan, order: RunOrder, reader: int, readers: 
 
 def test_a_usual_batch_is_read_locally():
     """Pages read over bytes used at most 1.2 for 8 readers, 2 for 64; here in a window of a sixteenth part."""
-    plan = make_plan(None, [], SimulateOptions(tokens=10**13, shards=20_000, first_sample=10**12))
+    plan = plan_simulation(None, [], SimulateOptions(tokens=10**13, shards=20_000, first_sample=10**12))
     data = plan.data.model_copy(update={"window_chunks": 64})
     plan = replace(plan, data=data, global_size=8192)
     ratios = {row.readers: row.worst for row in measure_locality(plan, plan.order())[0]}
@@ -208,7 +208,7 @@ def test_a_config_is_simulated_as_it_trains(workspace: Path, manifests: Path, tm
     path.write_text(yaml.safe_dump(config).replace("DATA", str(workspace / "data")))
     inputs = open_inputs(load_config(path), world_size=6)
     path.write_text(yaml.safe_dump(config).replace("DATA", str(manifests)))
-    plan = make_plan(str(path), [], SimulateOptions())
+    plan = plan_simulation(str(path), [], SimulateOptions())
     assert plan.order().describe() == inputs.order.describe()
     assert (plan.ranks, plan.global_size, plan.total_steps) == (6, 12, inputs.plan.total_steps)
     assert plan.steps == min(1000, plan.total_steps)
@@ -219,7 +219,7 @@ def test_a_config_is_simulated_as_it_trains(workspace: Path, manifests: Path, tm
 
 
 def test_a_folder_is_simulated_from_its_manifest(manifests: Path):
-    plan = make_plan(str(manifests), [], SimulateOptions(seq_len=34, ranks=4, global_size=16, steps=7))
+    plan = plan_simulation(str(manifests), [], SimulateOptions(seq_len=34, ranks=4, global_size=16, steps=7))
     assert plan.sources[0].tokens == json.loads((manifests / "train" / "manifest.json").read_text())["tokens"]
     assert (plan.payload(0), plan.total_steps, plan.data.chunk_blocks, plan.data.window_chunks) == (32, 7, 1024, 1024)
     assert check(plan).each_sample_once
@@ -242,7 +242,7 @@ def test_a_folder_is_simulated_from_its_manifest(manifests: Path):
 def test_mistakes(source: str | None, overrides: list[str], options: dict[str, int], words: list[str], workspace: Path):
     folder = str(workspace / "data") if source == "DATA" else source
     with pytest.raises(UserError) as caught:
-        make_plan(folder, overrides, SimulateOptions(**options))
+        plan_simulation(folder, overrides, SimulateOptions(**options))
     assert all(word in str(caught.value) for word in words)
 
 

@@ -17,13 +17,13 @@ from tools.prepare import prepare
 from tools.prepare.encode import Encoder
 from tools.prepare.job import open_job
 from tools.prepare.on_demand import _begun_with, _cache, _name_of, _sum_of
-from tools.prepare.special_tokens import SpecialTokens, TokenTally, way_of
+from tools.prepare.special_tokens import SpecialTokens, TokenTally, resolve_special_in_text
 from tools.prepare.summary import describe_tokens
-from tools.prepare.worker import UnitRecord, read_record
+from tools.prepare.worker import UnitRecord, read_unit_record
 from tools.tokenizer import train_tokenizer
 from trainer.config import Config
-from trainer.data.manifest import read_manifest
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.manifest import read_data_manifest
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 
 TEXT = "@USER says <unk> kalo </s> mi <mask> HTTPURL[EOT]"
@@ -50,7 +50,7 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def encoder_of(folder: Path, way: str) -> tuple[Encoder, PreTrainedTokenizerFast, SpecialTokens]:
     loaded = load_tokenizer(folder)
-    special = SpecialTokens.of(loaded, vocabulary_of(loaded, ""), way)
+    special = SpecialTokens.of(loaded, read_vocabulary(loaded, ""), way)
     return Encoder(str(folder / "tokenizer.json"), np.dtype("<u2"), special=special), loaded, special
 
 
@@ -94,7 +94,7 @@ def test_the_summary_and_the_manifest_say_what_became_of_them(users_own: Path, t
     summary = prepare([str(text)], str(users_own), str(tmp_path / "d"), workers=1, console=console)
     assert "6 literal '[EOT]' became its id." in output.getvalue()
     assert "3 literal '</s>' were read as text." in output.getvalue()
-    manifest = read_manifest(tmp_path / "d")
+    manifest = read_data_manifest(tmp_path / "d")
     assert manifest.settings["special_in_text"] == "ids"
     assert manifest.statistics["tokens_in_input"]["as_ids"] == {"[EOT]": 6, "@USER": 3} == summary.tally.as_ids
     eot = load_tokenizer(users_own).convert_tokens_to_ids("[EOT]")
@@ -123,24 +123,24 @@ def test_a_data_set_goes_on_as_it_was_begun(users_own: Path, tmp_path: Path, mon
     text = tmp_path / "t.txt"
     text.write_text("mi [EOT] lo\n")
     prepare([str(text)], str(users_own), str(tmp_path / "old"), workers=1, special_in_text="text")
-    assert "special_in_text" not in read_manifest(tmp_path / "old").settings
+    assert "special_in_text" not in read_data_manifest(tmp_path / "old").settings
     before = folder_hashes(tmp_path / "old")
     assert prepare([str(text)], str(users_own), str(tmp_path / "old"), workers=1).already_prepared
     assert folder_hashes(tmp_path / "old") == before
     job_file = tmp_path / "job.json"
     for settings, way in (({}, "text"), ({"special_in_text": "refuse"}, "refuse"), ({"special_in_text": "ids"}, "ids")):
         job_file.write_text(json.dumps({"settings": settings}))
-        assert way_of(None, [tmp_path / "none", job_file]) == way
-    assert way_of(None, [tmp_path / "none"]) == "ids"
-    assert way_of("text", [job_file]) == "text"
+        assert resolve_special_in_text(None, [tmp_path / "none", job_file]) == way
+    assert resolve_special_in_text(None, [tmp_path / "none"]) == "ids"
+    assert resolve_special_in_text("text", [job_file]) == "text"
     job_file.write_text("[1]")
-    assert way_of(None, [job_file]) == "ids"
+    assert resolve_special_in_text(None, [job_file]) == "ids"
 
 
 def test_a_record_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     old = {"identity": "x", "empty_documents": 1, "refused_documents": {}, "splits": {}}
     (tmp_path / "unit-00000.json").write_text(json.dumps(old))
-    assert read_record(tmp_path, 0) == UnitRecord("x", empty_documents=1)
+    assert read_unit_record(tmp_path, 0) == UnitRecord("x", empty_documents=1)
 
 
 def test_a_run_that_has_begun_keeps_the_text_that_it_began_with(users_own: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_run_that_has_begun_keeps_the_text_that_it_began_with(users_own: Path,
     prepare([str(text)], str(users_own), str(folder), workers=1, special_in_text="text")
     assert _begun_with(config, job, str(text), sums) is None  # of another run, for all that is known
     (tmp_path / "runs" / "my").mkdir()
-    order = {"sources": [{"fingerprint": read_manifest(folder).fingerprint}]}
+    order = {"sources": [{"fingerprint": read_data_manifest(folder).fingerprint}]}
     (tmp_path / "runs" / "my" / "data_order.json").write_text(json.dumps(order))
     assert _begun_with(config, job, str(text), sums) == folder
 
@@ -193,12 +193,12 @@ def test_text_that_the_tokenizer_does_not_know_is_said(
 @pytest.fixture
 def summary_of() -> Callable:
     from tools.prepare.bad_documents import Losses
-    from tools.prepare.pieces import Inputs
+    from tools.prepare.pieces import InputFiles
     from tools.prepare.summary import PrepareSummary, SplitSummary
 
     def make(tally: TokenTally, tokens: int) -> PrepareSummary:
         split = SplitSummary(Path("d"), 1, tokens + 1, 0, tokens, 1)
-        return PrepareSummary(Path("d"), {"train": split}, Inputs("text", (), ()), 0, Losses(), 0.0, False, tally)
+        return PrepareSummary(Path("d"), {"train": split}, InputFiles("text", (), ()), 0, Losses(), 0.0, False, tally)
 
     return make
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.commands import assert_one_card, maskwright, start_maskwright
 from tests.waiting import TIMEOUT_S
-from tools.status import SILENCE_S, describe, look_at
+from tools.status import SILENCE_S, look_at, status_lines
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.liveness.heartbeat import Heartbeat, heartbeat_path
 from trainer.tracking.status import Status, change_status
@@ -40,7 +40,7 @@ def make_run(run_dir: Path, age_s: float = 0.0, ages: tuple[float, ...] = (), **
 
 
 def shown(run_dir: Path) -> str:
-    return "\n".join(describe(look_at(str(run_dir))))
+    return "\n".join(status_lines(look_at(str(run_dir))))
 
 
 def test_a_run_in_full(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import TIMEOUT_S
-from trainer.runtime.streams import ConsoleStream, loss_of, reader_has_left
+from trainer.runtime.streams import ConsoleStream, first_loss, reader_has_left
 
 SPEAK = r"""
 import sys
@@ -47,15 +47,15 @@ def test_the_first_reason_is_kept_and_a_reader_that_left_is_known() -> None:
     reading, writing = os.pipe()
     console = ConsoleStream(writing)
     print("read", file=console)
-    assert loss_of(console) is None and not reader_has_left(console)
+    assert first_loss(console) is None and not reader_has_left(console)
     os.close(reading)
     assert reader_has_left(console), "before anything is written"
     print("nobody", file=console)
-    error = loss_of(console)
+    error = first_loss(console)
     assert error is not None and error.errno == errno.EPIPE
     os.close(writing)
     print("closed", file=console)
-    assert loss_of(console) is error
+    assert first_loss(console) is error
 
 
 def test_a_reader_that_waits_holds_up_the_work_once_and_what_it_missed_is_lost() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RobertaConf
 from tests.conftest import write_text
 from tests.preparing import folder_hashes, quiet_console
 from tools.tokenizer import train_tokenizer
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 
 KINDS = ["bytelevel-bpe", "wordpiece", "unigram"]
@@ -66,7 +66,7 @@ def test_the_identity_survives_saving(trained: tuple[str, Path], tmp_path: Path)
     config.save_pretrained(str(tmp_path / "again"))  # as in a model folder
     beside_a_model = load_tokenizer(tmp_path / "again")
 
-    identities = {vocabulary_of(loaded, "").sha256 for loaded in (first, again, beside_a_model)}
+    identities = {read_vocabulary(loaded, "").sha256 for loaded in (first, again, beside_a_model)}
     assert len(identities) == 1
 
 

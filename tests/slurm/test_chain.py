@@ -20,7 +20,7 @@ from tests.slurm.runs import (
 )
 from trainer.checkpoint.find import candidates
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
-from trainer.tracking.starts import read_starts
+from trainer.tracking.starts import read_start_records
 
 
 def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_script_is_submitted_by_hand(
@@ -53,11 +53,11 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     assert (end.state, end.restarts) == ("NODE_FAIL", 0)
 
     def starts_of(job: int) -> list[int]:
-        return [start.step for start in read_starts(run_dir) if start.job == str(job)]
+        return [start.step for start in read_start_records(run_dir) if start.job == str(job)]
 
     for job in (second, third):
         cluster.wait_for(lambda job=job: bool(starts_of(job)), f"job {job}\n{job_logs(run_dir)}")
-        start = read_starts(run_dir)[-1]
+        start = read_start_records(run_dir)[-1]
         gate.close_after(start.step + 6)
         # Until it trains, the metrics are those of the job before, which got further than its last checkpoint.
         cluster.wait_for(lambda start=start: metrics(run_dir)[-1]["time"] > start.time, f"training of job {job}")
@@ -79,4 +79,4 @@ def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_sc
     assert (end.state, end.exit_code) == ("COMPLETED", EXIT_FINISHED), job_logs(run_dir)
     assert len(losses(run_dir)) == last, "each step once"
     assert [line["samples"] for line in metrics(run_dir)] == [16 * step for step in range(1, last + 1)]
-    assert [start.job for start in read_starts(run_dir)] == [str(job) for job in (first, second, third, by_hand)]
+    assert [start.job for start in read_start_records(run_dir)] == [str(job) for job in (first, second, third, by_hand)]

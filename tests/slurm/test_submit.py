@@ -25,7 +25,7 @@ from tests.slurm.runs import (
     write_site,
 )
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, EXIT_USER_MISTAKE
-from trainer.tracking.starts import read_starts
+from trainer.tracking.starts import read_start_records
 from trainer.tracking.status import read_status
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     clean = run_of_60_steps(workspace, tmp_path / "clean")
     assert train(clean, world_size=2) == EXIT_FINISHED
     assert losses(run_dir) == pytest.approx(losses(tmp_path / "clean"), abs=1e-5)  # each step once
-    starts = read_starts(run_dir)
+    starts = read_start_records(run_dir)
     assert [(start.job, start.restart, start.nodes, start.world) for start in starts] == [
         (str(job), restart, "n[1-2]", 2) for restart in range(4)
     ]
@@ -90,11 +90,11 @@ def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
     job = submit(cluster, *arguments, site=site, nodes=ONE_NODE, **gate.environment)
     log = run_dir / "logs" / f"slurm-{job}.log"
     for restart in range(2):
-        cluster.wait_for(lambda count=restart + 1: len(read_starts(run_dir)) == count, f"start {restart + 1}")
+        cluster.wait_for(lambda count=restart + 1: len(read_start_records(run_dir)) == count, f"start {restart + 1}")
         signal_job(cluster, job, "USR1")
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code, end.restarts) == ("FAILED", EXIT_UNEXPECTED, 2), log.read_text()
-    assert [start.step for start in read_starts(run_dir)] == [0, 0]
+    assert [start.step for start in read_start_records(run_dir)] == [0, 0]
     reason = f"SLURM job {job} makes no progress: it has started 2 times at step 0, and is there again."
     assert reason in log.read_text()
     status = read_status(run_dir)
@@ -159,4 +159,4 @@ def test_the_script_is_used_by_hand_with_exported_variables(
     (end,) = cluster.wait(job)
     assert (end.state, end.exit_code) == ("COMPLETED", EXIT_FINISHED), (tmp_path / "job.log").read_text()
     assert len(losses(tmp_path / "run")) == 5
-    assert read_starts(tmp_path / "run")[0].world == 2
+    assert read_start_records(tmp_path / "run")[0].world == 2

@@ -76,7 +76,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """The result of a benchmark.
 
     Attributes:
@@ -152,12 +152,12 @@ def run_benchmark(
     notes: Sequence[str],
     rounds: int,
     console: Console,
-) -> Report:
+) -> BenchReport:
     """Let the variants take turns `rounds` times; the console shows how far it is."""
     machine = describe_machine()  # before: the load is then that of others
     turns = {variant.name: variant.run for variant in variants}
     measurements = take_turns(benchmark, turns, rounds, console)
-    return Report(benchmark, settings, machine, variants, measurements, ratios, notes)
+    return BenchReport(benchmark, settings, machine, variants, measurements, ratios, notes)
 
 
 Measured = TypeVar("Measured", bound=Measurement)

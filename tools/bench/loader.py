@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tools.bench.common import Report, Variant, for_seconds, run_benchmark
+from tools.bench.common import BenchReport, Variant, for_seconds, run_benchmark
 from tools.bench.loader_work import LoaderBenchmark, Workload
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
@@ -24,7 +24,7 @@ from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
 from trainer.data.dataset import ShardSet
 from trainer.data.manifest import split_folder
 from trainer.data.order.sample_order import SampleOrder, rank_share
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.objectives.mlm import MaskedSamples
 from trainer.schedule.batch_plan import BatchPlan
@@ -34,7 +34,7 @@ _GATHERED_BATCHES = 16  # global batches whose blocks the gather variant goes th
 _FOR_EVER = 1 << 40  # steps
 
 
-def bench_loader(settings: LoaderBenchmark, console: Console) -> Report:
+def bench_loader(settings: LoaderBenchmark, console: Console) -> BenchReport:
     """Measure the parts of our loader, and other loaders beside it.
 
     Raises:
@@ -74,7 +74,7 @@ def _open(settings: LoaderBenchmark, scratch: Path, console: Console) -> Workloa
     shards = ShardSet(folder)
     kept = tokenizer_folder(folder)
     tokenizer = load_tokenizer(kept) if kept else make_tokenizer(shards.manifest.vocabulary_size)
-    objective = MaskedSamples(ObjectiveConfig(), vocabulary_of(tokenizer, str(kept)), settings.seq_len)
+    objective = MaskedSamples(ObjectiveConfig(), read_vocabulary(tokenizer, str(kept)), settings.seq_len)
     blocks, micro_size = shards.block_count(objective.view.payload), settings.micro_size
     if blocks < micro_size:
         raise UserError(

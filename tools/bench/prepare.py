@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench.common import Measurement, Ratio, Report, Variant, in_own_process, measure, run_benchmark
+from tools.bench.common import BenchReport, Measurement, Ratio, Variant, in_own_process, measure, run_benchmark
 from tools.prepare.inputs import find_inputs, resolve_documents
 from trainer.errors import UserError
 
@@ -48,7 +48,7 @@ class PrepareBenchmark:
     rounds: int = 3
 
 
-def bench_prepare(settings: PrepareBenchmark, console: Console) -> Report:
+def bench_prepare(settings: PrepareBenchmark, console: Console) -> BenchReport:
     """Measure `prepare` and what it stands beside.
 
     Raises:
@@ -145,13 +145,13 @@ def run_bare_tokenizer(inputs: list[str], tokenizer: str, scratch: str) -> Measu
 
 def _batches(inputs: list[str], scratch: str) -> Iterator[list[str]]:
     from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS
-    from tools.prepare.pieces import ReadSettings
+    from tools.prepare.pieces import TextSettings
     from tools.prepare.plan import plan_units
     from tools.prepare.readers import read_documents
 
     found = find_inputs(inputs)
     documents = resolve_documents(None, found.format)
-    reading = ReadSettings(found.format, documents, "text", scratch)
+    reading = TextSettings(found.format, documents, "text", scratch)
     pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
     texts, characters = list[str](), 0
     for text, _ in itertools.chain.from_iterable(read_documents(piece, reading) for piece in pieces):

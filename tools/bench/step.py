@@ -23,9 +23,9 @@ from tools.bench.step_work import (
     StepVariant,
     StepWork,
     check_data,
-    config_of,
-    objective_of,
-    vocabulary_of,
+    make_config,
+    make_vocabulary,
+    make_work_samples,
 )
 from tools.machine import compile_obstacle, describe_machine
 from trainer.config import CUDA_GRAPHS
@@ -118,9 +118,9 @@ def bench_step(settings: StepBenchmark, console: Console) -> StepReport:
     machine = describe_machine(with_gpus=True)  # before: the load is then that of others
     threads = settings.threads or max(1, machine["cores"] // settings.work.ranks)
     work = replace(settings.work, threads=threads, dropout=0.0 if settings.check_losses else settings.work.dropout)
-    config = config_of(work, variants[0])
-    build_config(config.model, vocabulary_of(work), work.seq_len)  # what it refuses is better refused now
-    check_data(work, objective_of(work, config))
+    config = make_config(work, variants[0])
+    build_config(config.model, make_vocabulary(work), work.seq_len)  # what it refuses is better refused now
+    check_data(work, make_work_samples(work, config))
     peaks = Peaks(
         **in_own_processes(f"{__name__}:measure_peaks", {"work": asdict(work)}, environments(work, variants[0])[:1])
     )

@@ -20,11 +20,11 @@ from tools.bench.step_work import (
     StepMeasurement,
     StepVariant,
     StepWork,
-    model_of,
+    build_variant_model,
+    make_vocabulary,
     profile_steps,
     synchronize,
     validation_batches,
-    vocabulary_of,
 )
 from tools.machine import peak_resident_bytes
 from trainer.config import Config
@@ -53,7 +53,7 @@ class TorchStepper:
         self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
         if not cuda and variant.keeps_memory:
             keep_freed_memory()
-        self.model: Any = model_of(work, config).model
+        self.model: Any = build_variant_model(work, config).model
         self.model.to(self.device)
         self._positions = install(self.model) if variant.masked_head else None
         self._settings = config.optimizer
@@ -99,16 +99,16 @@ class EngineStepper:
     def __init__(self, work: StepWork, config: Config) -> None:
         from trainer.engine.deepspeed_config import compose, load_preset
         from trainer.engine.engine import TrainingEngine
-        from trainer.engine.loss_kernel import settle_loss_kernel
-        from trainer.model.attention_backend import preferring, settle_attention_backend
+        from trainer.engine.loss_kernel import resolve_loss_kernel
+        from trainer.model.attention_backend import preferring, resolve_attention_backend
         from trainer.schedule.batch_plan import plan_batch
         from trainer.schedule.phases import lay_out
 
         self._world = distributed.start()
         plan = plan_batch(config.batch, config.train, lay_out(config.data, config.batch), self._world.size, [1])
         preset = compose(config, load_preset(config.deepspeed), plan)
-        built = model_of(work, config)
-        backend = settle_attention_backend(
+        built = build_variant_model(work, config)
+        backend = resolve_attention_backend(
             config, built.model.config, work.micro_size, self._world, logger.info, keep=False
         )
         self._attention = ExitStack()  # for as long as this object lives
@@ -117,7 +117,7 @@ class EngineStepper:
         if config.model.compile:
             self.engine.compile(config.model.compile, shapes=1)
         self._config, self._step = config, 0
-        self._criterion = make_criterion(config, settle_loss_kernel(config, vocabulary_of(work).size, self._world))
+        self._criterion = make_criterion(config, resolve_loss_kernel(config, make_vocabulary(work).size, self._world))
         self.model, self.device = self.engine.module, self._world.device
 
     def forward(self, batch: Batch) -> torch.Tensor:

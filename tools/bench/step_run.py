@@ -13,8 +13,8 @@ from tools.bench.step_work import (
     Stepper,
     StepVariant,
     StepWork,
-    config_of,
-    objective_of,
+    make_config,
+    make_work_samples,
     training_batches,
 )
 
@@ -27,8 +27,8 @@ def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasuremen
         from tools.bench.step_trainer import run_trainer
 
         return run_trainer(given, chosen)
-    config = config_of(given, chosen)
-    objective = objective_of(given, config)
+    config = make_config(given, chosen)
+    objective = make_work_samples(given, config)
     # Before the model, which may take the host's memory with it.
     batches = training_batches(given, chosen, objective)
     if chosen.loop == "ours":

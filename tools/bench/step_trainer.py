@@ -18,9 +18,9 @@ from tools.bench.step_work import (
     StepVariant,
     StepWork,
     as_trainer_rows,
-    config_of,
-    model_of,
-    objective_of,
+    build_variant_model,
+    make_config,
+    make_work_samples,
     profile_steps,
     synchronize,
     training_batches,
@@ -44,11 +44,11 @@ _DEEPSPEED = {
 
 def run_trainer(work: StepWork, variant: StepVariant) -> StepMeasurement:
     """Train with Trainer and measure. Its collator only stacks rows that are masked already."""
-    config = config_of(work, variant)
-    objective = objective_of(work, config)
+    config = make_config(work, variant)
+    objective = make_work_samples(work, config)
     batches = training_batches(work, variant, objective)
     rows = [row for batch in batches for row in as_trainer_rows(batch)]
-    model = model_of(work, config).model
+    model = build_variant_model(work, config).model
     if variant.deepspeed:
         import trainer.engine.engine  # so that DeepSpeed does not compile its shared-memory all-reduce
     with tempfile.TemporaryDirectory() as folder:

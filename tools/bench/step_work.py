@@ -24,7 +24,7 @@ from trainer.config.file import parse_config
 from trainer.data.batch import Batch
 from trainer.data.blocks import DOCUMENT_STARTS, IGNORED_LABEL, Blocks
 from trainer.data.dataset import ShardSet
-from trainer.data.manifest import read_manifest, split_folder
+from trainer.data.manifest import read_data_manifest, split_folder
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
@@ -138,7 +138,7 @@ class Stepper(Protocol):
     def optimize(self) -> None: ...
 
 
-def config_of(work: StepWork, variant: StepVariant) -> Config:
+def make_config(work: StepWork, variant: StepVariant) -> Config:
     """The run config of a variant; its paths are not used."""
     overrides: dict[str, Any] = dict(SMALL_MODEL) if work.model == "small" else {}
     if work.dropout is not None:
@@ -165,21 +165,21 @@ def config_of(work: StepWork, variant: StepVariant) -> Config:
     return parse_config(raw, f"bench step, {variant.name}")
 
 
-def vocabulary_of(work: StepWork) -> Vocabulary:
+def make_vocabulary(work: StepWork) -> Vocabulary:
     """RoBERTa's size and ids, or those of the data set."""
     size = VOCABULARY_SIZE
     if work.data is not None:
-        size = read_manifest(split_folder(work.data, "train")).vocabulary_size
+        size = read_data_manifest(split_folder(work.data, "train")).vocabulary_size
     return Vocabulary(size, 0, 2, 2, 4, 1, (0, 1, 2, 3, 4), "")
 
 
-def objective_of(work: StepWork, config: Config) -> MaskedSamples:
-    return MaskedSamples(config.objective, vocabulary_of(work), work.seq_len)
+def make_work_samples(work: StepWork, config: Config) -> MaskedSamples:
+    return MaskedSamples(config.objective, make_vocabulary(work), work.seq_len)
 
 
-def model_of(work: StepWork, config: Config) -> BuiltModel:
+def build_variant_model(work: StepWork, config: Config) -> BuiltModel:
     """The same weights for every variant."""
-    return build_model(config.model, vocabulary_of(work), work.seq_len, work.seed)
+    return build_model(config.model, make_vocabulary(work), work.seq_len, work.seed)
 
 
 def training_batches(work: StepWork, variant: StepVariant, objective: MaskedSamples) -> list[Batch]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.doctor.judge import NodeFacts, judge
-from tools.doctor.lines import Line, Report, checked
+from tools.doctor.lines import DoctorReport, Line, checked
 from tools.doctor.machine import (
     check_devices,
     check_interface,
@@ -33,7 +33,7 @@ from tools.doctor.machine import (
     versions,
 )
 from tools.doctor.run import check_config
-from tools.doctor.traffic import measure
+from tools.doctor.traffic import measure_traffic
 from trainer.config.file import load_config
 from trainer.errors import EXIT_UNEXPECTED
 from trainer.runtime.files import replace_synced, unique_token
@@ -48,7 +48,7 @@ _FILE_APPEARS_S = 10.0
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlace:
     """A node among those of the job.
 
     Attributes:
@@ -65,7 +65,7 @@ class Place:
 class Exchange:
     """What the nodes tell each other, as JSON under names in the store."""
 
-    def __init__(self, place: Place, answer_s: float) -> None:
+    def __init__(self, place: NodePlace, answer_s: float) -> None:
         import torch.distributed as dist
 
         self.place = place
@@ -100,7 +100,7 @@ class Exchange:
             time.sleep(0.05)
 
 
-def examine_job(run_dir: Path, place: Place, answer_s: float = ANSWER_S) -> Report | None:
+def examine_job(run_dir: Path, place: NodePlace, answer_s: float = ANSWER_S) -> DoctorReport | None:
     """Look at this node together with all others; every node calls it.
 
     Returns:
@@ -123,7 +123,7 @@ def examine_job(run_dir: Path, place: Place, answer_s: float = ANSWER_S) -> Repo
         guard.cancel()
 
 
-def _lead(run_dir: Path, exchange: Exchange, answer_s: float) -> Report:
+def _lead(run_dir: Path, exchange: Exchange, answer_s: float) -> DoctorReport:
     names = exchange.place.names
     token = f".preflight-{unique_token()}"
     folder = run_dir / token
@@ -154,7 +154,7 @@ def _follow(run_dir: Path, exchange: Exchange, answer_s: float) -> None:
     _do_together(folder, exchange, answer_s)
 
 
-def _look(run_dir: Path, folder: Path, place: Place) -> dict[str, Any]:
+def _look(run_dir: Path, folder: Path, place: NodePlace) -> dict[str, Any]:
     """What this node finds out by itself; it leaves a file for the others to see."""
     found, network = devices(), interface()
     lines = checked("devices", partial(check_devices, found))
@@ -191,7 +191,7 @@ def _do_together(folder: Path, exchange: Exchange, answer_s: float) -> None:
     while len(seen) < len(alive) and time.monotonic() < deadline:
         seen |= {rank for rank in alive if rank not in seen and _is_there(folder / str(rank), folder.name)}
         time.sleep(0.05)
-    traffic = measure(exchange.store, alive.index(exchange.place.rank), len(alive), told["backend"], EXCHANGE_S)
+    traffic = measure_traffic(exchange.store, alive.index(exchange.place.rank), len(alive), told["backend"], EXCHANGE_S)
     exchange.tell("together", {"told_at": now, "seen": sorted(seen), "traffic": dataclasses.asdict(traffic)})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.doctor.lines import Line, Report
+from tools.doctor.lines import DoctorReport, Line
 from tools.prepare.summary import human_bytes
 
 CLOCK_SKEW_S = 2.0
@@ -41,7 +41,7 @@ class NodeFacts:
     traffic: dict[str, Any] = field(default_factory=dict)
 
 
-def judge(names: Sequence[str], facts: Mapping[int, NodeFacts], answer_s: float) -> Report:
+def judge(names: Sequence[str], facts: Mapping[int, NodeFacts], answer_s: float) -> DoctorReport:
     """The lines about all nodes, and the nodes that should be left out: those of a fail that is theirs alone.
 
     Args:
@@ -58,7 +58,7 @@ def judge(names: Sequence[str], facts: Mapping[int, NodeFacts], answer_s: float)
         *_traffic(names, partners),
     ]
     bad = {line.node for line in lines if line.state == "fail" and line.node}
-    return Report(lines, [name for name in names if name in bad])
+    return DoctorReport(lines, [name for name in names if name in bad])
 
 
 def _answers(names: Sequence[str], facts: Mapping[int, NodeFacts], answer_s: float) -> list[Line]:

@@ -37,7 +37,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """What doctor found out.
 
     Attributes:

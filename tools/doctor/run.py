@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from tools.doctor.collective import check_all_reduce
-from tools.doctor.lines import Line, Report, checked
+from tools.doctor.lines import DoctorReport, Line, checked
 from tools.doctor.machine import (
     check_compilers,
     check_devices,
@@ -20,12 +20,12 @@ from tools.doctor.machine import (
 from trainer.config import Config
 
 
-def examine(config: Config | None) -> Report:
+def examine(config: Config | None) -> DoctorReport:
     """Check this machine, and what a config names if there is one."""
     folder = Path(config.run.dir) if config is not None else Path()
     lines = checked("versions", check_versions)
     if any(line.state == "fail" and line.name == "torch" for line in lines):
-        return Report(lines)
+        return DoctorReport(lines)
     found = devices()
     lines += checked("devices", partial(check_devices, found))
     lines += checked("compilers", check_compilers)
@@ -37,7 +37,7 @@ def examine(config: Config | None) -> Report:
         lines += checked("all-reduce, nccl", partial(check_all_reduce, "nccl", min(2, len(found))))
     if config is not None:
         lines += checked("config", partial(check_config, config))
-    return Report(lines)
+    return DoctorReport(lines)
 
 
 def check_config(config: Config) -> list[Line]:

@@ -29,7 +29,7 @@ class Traffic:
     all_reduce_mbit: float | None = None
 
 
-def measure(store: Any, rank: int, count: int, backend: str, timeout_s: float) -> Traffic:
+def measure_traffic(store: Any, rank: int, count: int, backend: str, timeout_s: float) -> Traffic:
     """Talk to the other nodes; every one of the `count` calls it."""
     if count == 1:
         return Traffic(backend)

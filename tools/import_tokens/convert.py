@@ -18,7 +18,7 @@ from tools.import_tokens.write import (
     ShardSettings,
     link_shard,
     possible_link,
-    read_record,
+    read_shard_record,
     write_shard,
 )
 from tools.prepare.estimate import check_free_space
@@ -28,7 +28,7 @@ SHARD_TOKENS = 1 << 28
 
 
 @dataclass
-class Conversion:
+class TokenConversion:
     """Shards of all sources so far.
 
     Attributes:
@@ -102,7 +102,7 @@ class Conversion:
 
     def _kept(self, number: int, identity: str) -> ShardRecord | None:
         """The record of a shard that is finished and whole."""
-        record = read_record(self.settings.work_folder, number)
+        record = read_shard_record(self.settings.work_folder, number)
         if record is None or record.identity != identity or not record.is_whole(self.settings.folders):
             return None
         return record

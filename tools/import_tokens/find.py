@@ -22,7 +22,7 @@ _KNOWN = "a Megatron X.bin with X.idx, a datatrove X.ds with X.ds.index, and a f
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTokens:
     """What the user gave, opened. `described` has one entry for each path given, as the manifest records it."""
 
     format: str
@@ -43,7 +43,7 @@ class _Place:
     name: str
 
 
-def find_sources(inputs: Sequence[str], format: str = "auto", field: str = "input_ids") -> Found:
+def find_sources(inputs: Sequence[str], format: str = "auto", field: str = "input_ids") -> FoundTokens:
     """Find and open all that is to be imported.
 
     Args:
@@ -79,7 +79,7 @@ def find_sources(inputs: Sequence[str], format: str = "auto", field: str = "inpu
         name = os.path.basename(absolute(given, "--input"))
         described.append({"name": name, "files": len(own), "bytes": sum(source.size for source in own)})
     described.sort(key=lambda entry: entry["name"])
-    return Found(next(iter(formats)), tuple(source for source, _ in opened), tuple(described))
+    return FoundTokens(next(iter(formats)), tuple(source for source, _ in opened), tuple(described))
 
 
 def _open(place: _Place, field: str) -> TokenSource:

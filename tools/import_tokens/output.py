@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tools.prepare.job import TOKENIZER_FOLDER
-from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_manifest
+from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_data_manifest
 from trainer.errors import UserError
 from trainer.runtime.files import replace_synced, sync_files, sync_folder
 
@@ -58,7 +58,7 @@ class Output:
         manifests: dict[str, Manifest] = {}
         for folder in (self.folder, *(self.folder / name for name in SPLITS)):
             if (folder / MANIFEST).is_file():
-                manifest = read_manifest(folder)
+                manifest = read_data_manifest(folder)
                 self._refuse_other(folder, manifest)
                 manifests.update({name: manifest for name, own in self.folders.items() if own == folder})
         if len(manifests) < len(self.folders):

@@ -14,9 +14,9 @@ import xxhash
 from rich.console import Console
 
 from tools.import_tokens.clean import Cleaner, Counts
-from tools.import_tokens.convert import Conversion
+from tools.import_tokens.convert import TokenConversion
 from tools.import_tokens.datatrove import DatatroveFile
-from tools.import_tokens.find import Found, find_sources
+from tools.import_tokens.find import FoundTokens, find_sources
 from tools.import_tokens.output import Output
 from tools.import_tokens.write import ShardRecord, ShardSettings
 from tools.prepare.job import TOKENIZER_FOLDER
@@ -24,7 +24,7 @@ from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
 from trainer.data.manifest import Manifest, token_dtype
 from trainer.data.shard_checks import document_starts
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.runtime.files import file_sums
 from trainer.runtime.paths import user_path
@@ -104,7 +104,7 @@ def import_tokens(
             remedy="Leave out one of the two.",
         )
     loaded = load_tokenizer(tokenizer)
-    vocabulary = vocabulary_of(loaded, tokenizer)
+    vocabulary = read_vocabulary(loaded, tokenizer)
     cleaner = Cleaner(loaded, vocabulary, strip, special_inside == "skip")
     found = find_sources(inputs, format, field)
     settings = _settings(found, field, validation_fraction, strip, special_inside)
@@ -127,7 +127,7 @@ def import_tokens(
 
 
 def _settings(
-    found: Found, field: str, validation_fraction: float, strip: Sequence[str], special_inside: str
+    found: FoundTokens, field: str, validation_fraction: float, strip: Sequence[str], special_inside: str
 ) -> dict[str, Any]:
     """What the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
     listing = repr([(source.name, source.size, source.documents) for source in found.sources])
@@ -141,7 +141,7 @@ def _settings(
     }
 
 
-def _tokenizer_note(found: Found, given: str, tokenizer: PreTrainedTokenizerFast) -> str:
+def _tokenizer_note(found: FoundTokens, given: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """Compare the tokenizer that datatrove's metadata names with the one given, as far as that can be done.
 
     Raises:
@@ -171,8 +171,8 @@ def _tokenizer_note(found: Found, given: str, tokenizer: PreTrainedTokenizerFast
 
 
 def _write_shards(
-    found: Found, place: Output, cleaner: Cleaner, vocabulary: Vocabulary, link: bool | None, console: Console
-) -> Conversion:
+    found: FoundTokens, place: Output, cleaner: Cleaner, vocabulary: Vocabulary, link: bool | None, console: Console
+) -> TokenConversion:
     files = f"{len(found.sources):,} source{'s' if len(found.sources) > 1 else ''}"
     _say(console, f"Input: {files}, {human_bytes(found.size)}, format {found.format}.")
     settings = ShardSettings(
@@ -185,14 +185,14 @@ def _write_shards(
     # Shards are known by their own documents, so that an import of more files keeps those of the first.
     identity = {**place.settings, "inputs": None, "tokenizer": vocabulary.sha256}
     with ReadProgress(console, "Importing", found.size) as progress:
-        conversion = Conversion(cleaner, settings, link, identity, progress.update)
+        conversion = TokenConversion(cleaner, settings, link, identity, progress.update)
         for source in found.sources:
             conversion.add(source)
     return conversion
 
 
 def _manifests(
-    records: Sequence[ShardRecord], place: Output, vocabulary: Vocabulary, found: Found
+    records: Sequence[ShardRecord], place: Output, vocabulary: Vocabulary, found: FoundTokens
 ) -> dict[str, Manifest]:
     """The manifest of each split.
 
@@ -233,7 +233,7 @@ def _no_documents(records: Sequence[ShardRecord]) -> str:
     return f"The input holds no documents to import: {empty:,} are empty, {skipped:,} hold a special token inside."
 
 
-def _describe_conversion(conversion: Conversion) -> list[str]:
+def _describe_conversion(conversion: TokenConversion) -> list[str]:
     """Which source was not linked, and why, and how many more."""
     if not conversion.converted:
         return []

@@ -18,7 +18,7 @@ import xxhash
 
 from tools.import_tokens.clean import Cleaner, Counts
 from tools.import_tokens.source import FlatFile, TokenSource
-from tools.prepare.worker import split_of
+from tools.prepare.worker import choose_split
 from trainer.data.manifest import SUM_BYTES, ShardEntry, read_entry
 from trainer.data.shard_checks import check_sizes
 from trainer.data.shard_writer import ShardWriter
@@ -71,7 +71,7 @@ class ShardRecord:
         return True
 
 
-def read_record(work_folder: Path, number: int) -> ShardRecord | None:
+def read_shard_record(work_folder: Path, number: int) -> ShardRecord | None:
     """The record of a shard number, None when there is none or it cannot be read."""
     try:
         raw: dict[str, Any] = json.loads(_record_path(work_folder, number).read_text())
@@ -134,7 +134,7 @@ def _documents(tokens: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
 
 def _split_of(ids: np.ndarray, validation_fraction: float) -> str:
     """By the hash of the ids, as the text is not known: equal documents are on the same side."""
-    return split_of(ids.astype("<u4").tobytes(), validation_fraction) if validation_fraction else "train"
+    return choose_split(ids.astype("<u4").tobytes(), validation_fraction) if validation_fraction else "train"
 
 
 def link_shard(

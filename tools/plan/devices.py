@@ -64,7 +64,7 @@ _SHEETS = {
 }
 
 
-def device_of(name: DeviceName, precision: str, ranks_per_node: int, network_gbit: float | None) -> Device:
+def find_device(name: DeviceName, precision: str, ranks_per_node: int, network_gbit: float | None) -> Device:
     """The device that a plan is for.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tools.prepare.on_demand import look_up, raw_paths
 from trainer.config import Config
 from trainer.data.blocks import framed_view
-from trainer.data.manifest import read_manifest, split_folder
+from trainer.data.manifest import read_data_manifest, split_folder
 from trainer.data.order.mixture import mixture_order
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
@@ -17,7 +17,7 @@ from trainer.inputs.inputs import open_inputs
 from trainer.model.source import load_vocabulary, source_note
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out
-from trainer.schedule.run_length import defaults_of, resolve
+from trainer.schedule.run_length import find_defaults, resolve
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
 
@@ -66,7 +66,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)
     blocks = [[framed_view(phase.seq_len).block_count(count) for count in tokens or ()] for phase in phases]
-    epoch_blocks, whole_steps = [sum(counts) for counts in blocks], defaults_of(config).whole_steps
+    epoch_blocks, whole_steps = [sum(counts) for counts in blocks], find_defaults(config).whole_steps
     plan = plan_batch(config.batch, config.train, phases, world_size, epoch_blocks, whole_steps)
     facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))
     facts.steps_known = config.train.epochs is None or tokens is not None
@@ -105,7 +105,7 @@ def _tokens_of_sources(config: Config, unknown: list[str]) -> list[int] | None:
                 unknown += [f"data: {note}" for note in found.notes]
             else:
                 folder = (found.folders if found is not None else {}).get(source.path, Path(source.path))
-                counts.append(read_manifest(split_folder(folder, "train")).tokens)
+                counts.append(read_data_manifest(split_folder(folder, "train")).tokens)
     except MaskwrightError as error:
         unknown.append(f"data: {error.problem} So how often they are passed over is not known")
         return None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tools.plan.devices import Device, MeasuredStep
-from tools.plan.wire import Wire, wire_of
-from trainer.engine.deepspeed_config import load_preset, stage_of
+from tools.plan.wire import Wire, plan_traffic
+from trainer.engine.deepspeed_config import load_preset, zero_stage
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.schedule.batch_plan import micro_sizes
 from trainer.sizing.flops import flops_per_token
@@ -101,7 +101,7 @@ class Layouts:
         config = self.config
         accumulation = config.batch.global_size // (micro_size * world_size)
         memory = self.footprint.memory(micro_size, world_size, accumulation, zero)
-        wire = wire_of(zero, self.footprint.parameter_sizes, accumulation, config.train.precision)
+        wire = plan_traffic(zero, self.footprint.parameter_sizes, accumulation, config.train.precision)
         return Layout(
             world_size=world_size,
             zero=zero,
@@ -134,5 +134,5 @@ class Layouts:
 
 def _preset(stage: int) -> ZeroSettings:
     preset = load_preset(f"zero{stage}")
-    assert stage_of(preset) == stage
+    assert zero_stage(preset) == stage
     return ZeroSettings.of(preset)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tools.plan.advice import Recommendation, best_of_each_stage, recommend, scale, when_nodes_double
-from tools.plan.devices import Device, DeviceName, MeasuredStep, device_here, device_of, read_bench
+from tools.plan.devices import Device, DeviceName, MeasuredStep, device_here, find_device, read_bench
 from tools.plan.facts import Facts, gather_facts
 from tools.plan.layouts import Layout, Layouts
 from trainer.checkpoint.begun import as_begun
@@ -110,7 +110,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     world_size = options.nodes * options.gpus_per_node
     precision = config.train.precision
     facts = gather_facts(config, world_size, options.vocabulary_size)
-    device = device_of(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
+    device = find_device(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
     measured = read_bench(options.bench, precision, device) if options.bench is not None else None
     preset = load_preset(config.deepspeed)
     footprint = Footprint(config, facts.vocabulary, preset, device.kind)

@@ -44,7 +44,7 @@ class Wire:
         return self.elements * self.bytes_per_element * (world_size - 1) / world_size
 
 
-def wire_of(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: int, precision: str) -> Wire:
+def plan_traffic(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: int, precision: str) -> Wire:
     """The traffic of a step in training's steady state.
 
     Args:

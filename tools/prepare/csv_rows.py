@@ -18,7 +18,7 @@ from tools.prepare.fields import missing_field
 from tools.prepare.lines import OpenedPiece, split_lines
 from tools.prepare.option_names import OptionNames
 from tools.prepare.paths import shown
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from trainer.errors import UserError
 
 _MARK = "\ufeff"
@@ -58,7 +58,7 @@ def delimiter_of(path: str, given: str | None) -> str:
     return given or ("\t" if bare.suffix.lower() == ".tsv" else ",")
 
 
-def read_csv(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
+def read_csv(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
     """The text field of each row, in order, with the bytes of the file read so far.
 
     Everything is text as it stands: "NA" stays "NA" and 1.50 stays 1.50.
@@ -114,7 +114,7 @@ class _Place:
 class _CsvFile:
     path: str
     delimiter: str
-    settings: ReadSettings
+    settings: TextSettings
 
     @property
     def name(self) -> str:

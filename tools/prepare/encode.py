@@ -24,7 +24,7 @@ class EncodedText:
 
     Attributes:
         ids: [n] in the dtype of the shards.
-        starts: for each start plane bool [n].
+        starts: for each token mark bool [n].
     """
 
     ids: np.ndarray
@@ -39,7 +39,7 @@ class Encoder:
     `tokenizers` needs about a hundred bytes a character, and a text of gigabytes should not need hundreds of them.
 
     Args:
-        segmenters: for each start plane to mark its function from a text to offsets, which sees a whole text however
+        segmenters: for each token mark to mark its function from a text to offsets, which sees a whole text however
             long; None marks the words of the tokenizer's pre-tokenizer.
         special: what becomes of special tokens that stand in a text.
     """
@@ -83,13 +83,13 @@ class Encoder:
         if tally is not None:
             self._counter.count(texts, joined, borders, tally)
         starts = {}
-        for plane, segmenter in self._segmenters.items():
+        for mark, segmenter in self._segmenters.items():
             if segmenter is None:
-                starts[plane] = np.concatenate(words)
+                starts[mark] = np.concatenate(words)
             else:
-                starts[plane] = self._align(_offsets(segmenter, texts), joined, np.concatenate(spans), borders)
+                starts[mark] = self._align(_offsets(segmenter, texts), joined, np.concatenate(spans), borders)
         return [
-            EncodedText(joined[begin:end], {plane: bits[begin:end] for plane, bits in starts.items()})
+            EncodedText(joined[begin:end], {mark: bits[begin:end] for mark, bits in starts.items()})
             for begin, end in pairwise(borders)
         ]
 

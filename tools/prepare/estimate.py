@@ -11,7 +11,7 @@ import numpy as np
 
 from tools.prepare.bad_documents import Losses
 from tools.prepare.encode import Encoder
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from tools.prepare.plan import Unit
 from tools.prepare.readers import read_documents
 from tools.prepare.summary import human_bytes
@@ -33,16 +33,16 @@ class Estimate:
 
 def estimate_output(
     units: Sequence[Unit],
-    reading: ReadSettings,
+    reading: TextSettings,
     encoder: Encoder,
     dtype: np.dtype,
-    planes: int = 0,
+    marks: int = 0,
     losses: Losses | None = None,
 ) -> Estimate:
     """Tokenize about 128 Ki characters from each of up to four units and extrapolate by bytes read.
 
     Args:
-        planes: how many start planes there will be, of one bit a token.
+        marks: how many token marks there will be, of one bit a token.
         losses: as in `read_documents`.
 
     Raises:
@@ -57,10 +57,10 @@ def estimate_output(
             read_bytes += position
     total = sum(unit.size for unit in units)
     scale = total / read_bytes if read_bytes else 0.0
-    return Estimate(tokens * scale, (tokens * (dtype.itemsize + planes / 8) + documents * _DOCUMENT_BYTES) * scale)
+    return Estimate(tokens * scale, (tokens * (dtype.itemsize + marks / 8) + documents * _DOCUMENT_BYTES) * scale)
 
 
-def _sample(piece: Piece, reading: ReadSettings, losses: Losses | None) -> tuple[list[str], float]:
+def _sample(piece: Piece, reading: TextSettings, losses: Losses | None) -> tuple[list[str], float]:
     """About SAMPLE_CHARACTERS of the piece's documents, and the bytes on disk that they took."""
     texts, characters = [], 0
     for text, consumed in read_documents(piece, reading, losses):

@@ -15,12 +15,13 @@ from tools.prepare.job import Job
 from tools.prepare.option_names import OptionNames
 from tools.prepare.plan import Unit
 from tools.prepare.special_tokens import TokenTally
-from tools.prepare.summary import counted, describe_refused, listing
+from tools.prepare.summary import counted, describe_refused
 from tools.prepare.work_folder import foreign_parts, remove_temporaries
-from tools.prepare.worker import UnitRecord, read_record, record_path
+from tools.prepare.worker import UnitRecord, read_unit_record, record_path
 from trainer.data.manifest import MANIFEST, Manifest
 from trainer.errors import UserError
 from trainer.runtime.files import file_sums, replace_synced, sync_folder
+from trainer.runtime.plain_text import listed
 
 
 def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
@@ -36,7 +37,7 @@ def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
     missing: list[Unit] = []
     foreign: list[Path] = []
     for unit in job.units:
-        record = read_record(job.work_folder, unit.number)
+        record = read_unit_record(job.work_folder, unit.number)
         if record is not None and record.identity != job.identity(unit):
             foreign.append(record_path(job.work_folder, unit.number))
         elif (record := job.record(unit)) is None:
@@ -91,7 +92,7 @@ def _refuse_foreign(job: Job, foreign: Sequence[Path]) -> None:
     if foreign:
         raise UserError(
             "The folder holds parts that are not of this job: "
-            f"{listing([str(path.relative_to(job.output)) for path in foreign], shown=8)}.",
+            f"{listed([str(path.relative_to(job.output)) for path in foreign], 8)}.",
             where=str(job.output),
             remedy="Delete them, or give the options and the input that they were written with. "
             "The units that are then missing are named.",
@@ -104,10 +105,10 @@ def _refuse_missing(job: Job, missing: Sequence[Unit], tasks: int | None) -> Non
     command = "the same command without --finalize"
     if tasks is not None:
         own = [f"--task {task}/{tasks}" for task in sorted({unit.number % tasks for unit in missing})]
-        command = f"the same command with {listing(own)} in place of --finalize"
+        command = f"the same command with {listed(own)} in place of --finalize"
     raise UserError(
         f"{len(missing):,} of {counted(len(job.units), 'unit')} are not written, or not whole: "
-        f"{listing([f'unit {unit.number} ({unit.describe()})' for unit in missing])}.",
+        f"{listed([f'unit {unit.number} ({unit.describe()})' for unit in missing])}.",
         where=str(job.output),
         remedy=f"Run {command}, then this one again; finished units are kept.",
     )

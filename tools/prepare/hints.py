@@ -7,14 +7,14 @@ from itertools import islice
 from tools.prepare.compression import large_window, open_input
 from tools.prepare.lines import is_blank, split_lines
 from tools.prepare.option_names import OptionNames
-from tools.prepare.pieces import Inputs
+from tools.prepare.pieces import InputFiles
 
 _FILES_LOOKED_AT = 8
 _LINES_LOOKED_AT = 2000
 _FEWEST_LINES = 10
 
 
-def input_notes(inputs: Inputs, documents: str, names: OptionNames) -> list[str]:
+def input_notes(inputs: InputFiles, documents: str, names: OptionNames) -> list[str]:
     """Notes on text that is one document because no line is blank, and on compression that takes much memory."""
     notes = []
     if documents == "paragraph" and (lines := _lines_without_blank_one(inputs)):
@@ -30,7 +30,7 @@ def input_notes(inputs: Inputs, documents: str, names: OptionNames) -> list[str]
     return notes
 
 
-def _lines_without_blank_one(inputs: Inputs) -> int:
+def _lines_without_blank_one(inputs: InputFiles) -> int:
     """How many lines the first files begin with, when none of them is blank and each file has several; else 0."""
     total = 0
     for file in [file for file in inputs.files if file.size][:_FILES_LOOKED_AT]:

@@ -13,13 +13,13 @@ from tools.prepare.compression import (
     ZstdReader,
 )
 from tools.prepare.paths import shown
-from tools.prepare.pieces import InputFile, Inputs, Piece
+from tools.prepare.pieces import InputFile, InputFiles, Piece
 from trainer.errors import UserError
 
 _MESSAGE_CHARACTERS = 600
 
 
-def find_hub_inputs(names: Sequence[str]) -> Inputs:
+def find_hub_inputs(names: Sequence[str]) -> InputFiles:
     """Splits of hub data sets, named NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (a local data set folder works as well).
 
     Without a split it is `train`; CONFIG may be empty.
@@ -34,7 +34,7 @@ def find_hub_inputs(names: Sequence[str]) -> Inputs:
             parts = builder.as_streaming_dataset(split=split).num_shards
         except Exception as error:  # the hub, the network and `datasets` raise a dozen kinds
             raise UserError(
-                f"Cannot open the data set '{name}': {message_of(error)}",
+                f"Cannot open the data set '{name}': {one_line(error)}",
                 where=name,
                 remedy="Give its name on the hub, or its folder: NAME, NAME:CONFIG if it has several, and "
                 "NAME:CONFIG:SPLIT for another split than train (NAME::SPLIT without a config).",
@@ -43,7 +43,7 @@ def find_hub_inputs(names: Sequence[str]) -> Inputs:
         label = shown(os.path.basename(name.rstrip("/"))) if os.path.exists(_hub_name(name)[0]) else name
         files.append(InputFile(name, label, size, 0, source, parts, _hub_revision(builder)))
         sources.append({"name": label, "files": parts, "bytes": size})
-    return Inputs("hub", tuple(files), tuple(sources))
+    return InputFiles("hub", tuple(files), tuple(sources))
 
 
 def hub_rows(piece: Piece) -> Any:
@@ -93,14 +93,14 @@ def _quiet_datasets() -> Any:
     return datasets
 
 
-def share_of(count: int, part: int, parts: int) -> range:
+def divide_evenly(count: int, part: int, parts: int) -> range:
     """The numbers of part `part` of `parts` of `count` things: neighbours, the first parts one larger."""
     each, more = divmod(count, parts)
     first = part * each + min(part, more)
     return range(first, first + each + (part < more))
 
 
-def message_of(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """A foreign message on one line, and not endless."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _MESSAGE_CHARACTERS else text[:_MESSAGE_CHARACTERS] + "…"

@@ -13,7 +13,7 @@ from typing import Any
 from tools.prepare.compression import COMPRESSIONS
 from tools.prepare.option_names import COMMAND_LINE, OptionNames
 from tools.prepare.paths import shown
-from tools.prepare.pieces import InputFile, Inputs
+from tools.prepare.pieces import InputFile, InputFiles
 from tools.prepare.walk import PassedOver, Walk
 from trainer.errors import UserError, nearest
 from trainer.runtime.paths import absolute
@@ -40,7 +40,7 @@ def find_inputs(
     format: str = "auto",
     names: OptionNames = COMMAND_LINE,
     excluded: Iterable[str | os.PathLike[str]] = (),
-) -> Inputs:
+) -> InputFiles:
     """Expand paths, globs and folders (recursively, through linked folders too, files with a known suffix).
 
     Args:
@@ -83,7 +83,7 @@ def find_inputs(
             where=", ".join(map(shown, inputs)),
             remedy="Give files that hold text.",
         )
-    return Inputs(chosen, files, _sources(inputs, files), walk.passed_over)
+    return InputFiles(chosen, files, _sources(inputs, files), walk.passed_over)
 
 
 def resolve_documents(documents: str | None, format: str, names: OptionNames = COMMAND_LINE) -> str:

@@ -15,15 +15,23 @@ import xxhash
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, OptionNames
-from tools.prepare.pieces import Inputs, ReadSettings
+from tools.prepare.pieces import InputFiles, TextSettings
 from tools.prepare.plan import Unit, plan_units
 from tools.prepare.segment import StartSettings
-from tools.prepare.special_tokens import SpecialTokens, way_of
+from tools.prepare.special_tokens import SpecialTokens, resolve_special_in_text
 from tools.prepare.summary import counted, human_bytes
-from tools.prepare.worker import UnitRecord, WorkSettings, read_record
-from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, SUFFIXES, Manifest, read_manifest, token_dtype
+from tools.prepare.worker import UnitRecord, WorkSettings, read_unit_record
+from trainer.data.manifest import (
+    MANIFEST,
+    PREPARE_WORK_FOLDER,
+    SPLITS,
+    SUFFIXES,
+    Manifest,
+    read_data_manifest,
+    token_dtype,
+)
 from trainer.data.shard_checks import check_sizes
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.data.tokenizer_files import loading_note
 from trainer.errors import DamagedError, UserError, nearest
 from trainer.runtime.paths import user_path
@@ -91,7 +99,7 @@ def open_job(
     loaded = load_tokenizer(tokenizer)
     starts = StartSettings(word_starts, sentence_starts)
     starts.check(loaded.backend_tokenizer)
-    folder, vocabulary = user_path(output, "--output"), vocabulary_of(loaded, tokenizer)
+    folder, vocabulary = user_path(output, "--output"), read_vocabulary(loaded, tokenizer)
     begun = [*(folder / name / MANIFEST for name in ("", *SPLITS)), folder / PREPARE_WORK_FOLDER / JOB_FILE]
     return Job(
         output=folder,
@@ -101,7 +109,7 @@ def open_job(
         validation_fraction=validation_fraction,
         skip_bad_documents=on_bad_document == "skip",
         starts=starts,
-        special=SpecialTokens.of(loaded, vocabulary, way_of(special_in_text, begun)),
+        special=SpecialTokens.of(loaded, vocabulary, resolve_special_in_text(special_in_text, begun)),
         tokenizer=loaded,
         vocabulary=vocabulary,
         delimiter=check_delimiter(delimiter, found.format, names),
@@ -125,7 +133,7 @@ class Job:
     """One resolved call of `prepare`; see `open_job`."""
 
     output: Path
-    inputs: Inputs
+    inputs: InputFiles
     documents: str
     field: str
     validation_fraction: float
@@ -177,7 +185,7 @@ class Job:
 
     def shard_files(self, units: Iterable[Unit]) -> set[str]:
         """The names of the files that units become."""
-        return {f"{unit.shard}.{suffix}" for unit in units for suffix in (*SUFFIXES, *self.starts.of_plane)}
+        return {f"{unit.shard}.{suffix}" for unit in units for suffix in (*SUFFIXES, *self.starts.by_mark)}
 
     def identity(self, unit: Unit) -> str:
         """Hash of all that decides the shards of a unit."""
@@ -192,7 +200,7 @@ class Job:
             dtype=self.dtype.str,
             separator_id=self.vocabulary.separator_id,
             validation_fraction=self.validation_fraction,
-            reading=ReadSettings(
+            reading=TextSettings(
                 self.inputs.format,
                 self.documents,
                 self.field,
@@ -207,7 +215,7 @@ class Job:
 
     def record(self, unit: Unit) -> UnitRecord | None:
         """The record of a unit that is finished and whole; None when it is to be written."""
-        record = read_record(self.work_folder, unit.number)
+        record = read_unit_record(self.work_folder, unit.number)
         if record is None or record.identity != self.identity(unit) or not self.is_whole(record):
             return None
         return record if self.skip_bad_documents or not record.losses.refused else None
@@ -231,7 +239,7 @@ class Job:
         manifests: dict[str, Manifest] = {}
         for folder in (self.output, *(self.output / name for name in SPLITS)):
             if (folder / MANIFEST).is_file():
-                manifest = read_manifest(folder)
+                manifest = read_data_manifest(folder)
                 self._refuse_other(folder, manifest)
                 manifests.update({name: manifest for name, own in self.folders.items() if own == folder})
         return manifests if len(manifests) == len(self.folders) else None

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 
 from tools.prepare.job import Job
 from tools.prepare.plan import Unit
-from tools.prepare.summary import counted, listing
+from tools.prepare.summary import counted
 from trainer.errors import UserError
+from trainer.runtime.plain_text import listed
 
 _JOB_BYTE = 0  # shared by tasks, or had alone
 _FIRST_UNIT_BYTE = 1
@@ -59,7 +60,7 @@ def locked_units(job: Job, units: Sequence[Unit]) -> Iterator[bool]:
         if busy:
             raise UserError(
                 f"Another process is writing {counted(len(busy), 'unit')} of this task: "
-                f"{listing([str(unit.number) for unit in busy])}.",
+                f"{listed([str(unit.number) for unit in busy])}.",
                 where=str(job.output),
                 remedy="The same task runs twice, or with another number of tasks; wait for it, or end it.",
             )

@@ -33,7 +33,7 @@ from tools.prepare.text_cache import describe_unused
 from tools.prepare.work_folder import recorded_units
 from trainer.checkpoint.resume import DATA_ORDER
 from trainer.config import Config, run_folder
-from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_manifest, split_folder
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_data_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.consistency import compare
 from trainer.model.source import tokenizer_source
@@ -53,7 +53,7 @@ Sums = dict[str, list[Any]]
 
 
 @dataclass
-class Found:
+class RawText:
     """What is known of the raw text in a config, before anything is prepared.
 
     Attributes:
@@ -76,7 +76,7 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
     Raises:
         MaskwrightError: on every rank, for a mistake in the text or the settings.
     """
-    paths = distributed.build_together(world, lambda: raw_paths(config))
+    paths = distributed.run_on_all_ranks(world, lambda: raw_paths(config))
     compare(world, lambda: {"paths of raw text": paths})
     folders: dict[str, Path] = {}
     for path in paths:
@@ -96,9 +96,9 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
     return folders
 
 
-def look_up(config: Config) -> Found:
+def look_up(config: Config) -> RawText:
     """Which raw text of a config is prepared already, and how much the rest will be; writes nothing."""
-    found = Found()
+    found = RawText()
     for path in raw_paths(config):
         job = _open(config, path, Path(os.devnull))
         sums = _known_sums(_cache(config), job.inputs.files)
@@ -170,20 +170,20 @@ def _own_folders(config: Config) -> list[Path]:
 
 def _shared_job(config: Config, path: str, world: World) -> Job:
     """The job that prepares a path, on every rank; its output is the place in the cache."""
-    job = distributed.build_together(world, lambda: _open(config, path, Path(os.devnull)))
+    job = distributed.run_on_all_ranks(world, lambda: _open(config, path, Path(os.devnull)))
     compare(world, lambda: _facts(job, path))
     cache = _cache(config)
-    known = distributed.from_main(world, _known_sums(cache, job.inputs.files) if world.is_main else None)
+    known = distributed.broadcast_from_main(world, _known_sums(cache, job.inputs.files) if world.is_main else None)
     unknown = [file for file in job.inputs.files if file.path not in known]
-    own = distributed.build_together(
+    own = distributed.run_on_all_ranks(
         world, lambda: {file.path: _sum_of(file) for file in unknown[world.rank :: world.size]}
     )
-    for part in distributed.gather(world, own):
+    for part in distributed.all_gather(world, own):
         known |= part
     if unknown and world.is_main:
         cache.mkdir(parents=True, exist_ok=True)
         replace_synced(cache / _SUMS, json.dumps({**_read_sums(cache), **known}).encode())
-    begun = distributed.from_main(world, _begun_with(config, job, path, known) if world.is_main else None)
+    begun = distributed.broadcast_from_main(world, _begun_with(config, job, path, known) if world.is_main else None)
     return replace(job, output=begun or cache / _name_of(job, path, known))
 
 
@@ -199,7 +199,7 @@ def _begun_with(config: Config, job: Job, path: str, sums: Sums) -> Path | None:
     try:
         order = json.loads((run_folder(config) / DATA_ORDER).read_text(encoding="utf-8"))
         begun = [source["fingerprint"] for source in order["sources"]]
-        same = read_manifest(split_folder(folder, "train")).fingerprint in begun
+        same = read_data_manifest(split_folder(folder, "train")).fingerprint in begun
     except (OSError, ValueError, KeyError, TypeError, MaskwrightError):
         return None  # no such run, or none that can be read: it has nothing to keep
     trained_on = path in [source.path for source in config.data.train]
@@ -232,21 +232,21 @@ def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bo
     told = time.monotonic()
     while True:
         thread.join(_POLL_SECONDS)
-        finished, failed, stopped = distributed.total(
+        finished, failed, stopped = distributed.all_reduce_sum(
             world, [not thread.is_alive(), bool(errors) and not cancel.is_set(), stop.received]
         )
         if failed or stopped:
             own = errors[0] if errors and not stopped else None  # before the cancelling adds one that hides the cause
             cancel.set()
             thread.join()
-            distributed.raise_together(world, own)
+            distributed.raise_on_all_ranks(world, own)
             return False
         if finished == world.size:
             break
         if time.monotonic() - told > _TELL_SECONDS:
             say(f"{len(recorded_units(job)):,} of {len(job.units):,} units are prepared")
             told = time.monotonic()
-    summary = distributed.build_together(world, lambda: finalize_job(job) if world.is_main else None)
+    summary = distributed.run_on_all_ranks(world, lambda: finalize_job(job) if world.is_main else None)
     for line in describe_tokens(summary) if summary is not None else ():
         say(line)
     return True

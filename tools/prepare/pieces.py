@@ -29,7 +29,7 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputFiles:
     """Files of one format, sorted by path; `sources` has one entry for each input the user gave."""
 
     format: str
@@ -65,7 +65,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class ReadSettings:
+class TextSettings:
     """How inputs become documents.
 
     Attributes:

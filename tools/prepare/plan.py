@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from tools.prepare.pieces import InputFile, Inputs, Piece
+from tools.prepare.pieces import InputFile, InputFiles, Piece
 
 MINIMUM_UNIT_BYTES = 4 << 20
 MAXIMUM_UNIT_BYTES = 1 << 30
@@ -59,7 +59,7 @@ class Unit:
         return xxhash.xxh3_128_hexdigest(json.dumps([self.number, settings, pieces], sort_keys=True).encode())
 
 
-def plan_units(inputs: Inputs, documents: str) -> tuple[Unit, ...]:
+def plan_units(inputs: InputFiles, documents: str) -> tuple[Unit, ...]:
     """Cut large inputs, group small ones that follow each other.
 
     A unit holds about total / 1,024 bytes of text, at least 4 MiB and at most 1 GiB. Compressed files, and files

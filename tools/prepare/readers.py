@@ -23,7 +23,7 @@ from tools.prepare.bad_documents import (
 from tools.prepare.fields import MISSING, missing_field, not_text_remedy, value_at
 from tools.prepare.lines import OpenedPiece, line_number
 from tools.prepare.paths import shown
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from trainer.errors import UserError
 
 _ONE_OBJECT_A_LINE = "Write one JSON object a line; from one JSON array: jq -c '.[]' OLD.json > NEW.jsonl."
@@ -31,7 +31,7 @@ _MARK = "\ufeff"
 _MARK_OF_LINE = re.compile(f"^{_MARK}", re.MULTILINE)
 
 
-def read_documents(piece: Piece, settings: ReadSettings, losses: Losses | None = None) -> Iterator[tuple[str, int]]:
+def read_documents(piece: Piece, settings: TextSettings, losses: Losses | None = None) -> Iterator[tuple[str, int]]:
     """The documents of one piece, in order, each with the bytes of the piece consumed so far (as on disk).
 
     Line ends of all kinds become \\n, byte order marks at the start of lines are dropped, lone surrogates become
@@ -58,7 +58,7 @@ def read_documents(piece: Piece, settings: ReadSettings, losses: Losses | None =
             )
 
 
-def _read(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
+def _read(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
     if settings.format == "hub":
         from tools.prepare.tables import read_table
 
@@ -93,7 +93,7 @@ def _read_text(piece: Piece, documents: str) -> Iterator[tuple[str | BadDocument
             yield text, opened.consumed(offset + len(raw))
 
 
-def _read_json_lines(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
+def _read_json_lines(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
     path = piece.file.path
     with OpenedPiece(piece) as opened:
         for offset, raw in opened.lines():
@@ -107,7 +107,7 @@ def _read_json_lines(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str
                 yield found, opened.consumed(offset + len(raw))
 
 
-def _field_of(line: str, settings: ReadSettings, path: str, offset: int) -> str | BadDocument:
+def _field_of(line: str, settings: TextSettings, path: str, offset: int) -> str | BadDocument:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -214,7 +214,7 @@ def _announce(job: Job, remaining: Sequence[Unit], size: int, kept: int, workers
     work = job.work_settings()
     losses = Losses()
     encoder = Encoder(work.tokenizer_file, job.dtype, special=job.special)
-    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.of_plane), losses)
+    estimate = estimate_output(remaining, work.reading, encoder, job.dtype, len(job.starts.by_mark), losses)
     again = f" {kept:,} of {counted(kept + len(remaining), 'unit')} are finished already." if kept else ""
     if estimate.tokens:
         say(

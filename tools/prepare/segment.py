@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from tools.prepare.sentences import RULES_VERSION, sentence_starts
 from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
-from trainer.data.token_marks import OPTION_OF_PLANE, SETTING_OF_PLANE
+from trainer.data.token_marks import OPTION_OF_MARK, SETTING_OF_MARK
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import file_hash
 
@@ -44,10 +44,10 @@ class StartSettings:
     sentences: str | None = None
 
     @property
-    def of_plane(self) -> dict[str, str]:
-        """The name for each plane to write."""
+    def by_mark(self) -> dict[str, str]:
+        """The name for each mark to write."""
         both = {WORD_STARTS: self.words, SENTENCE_STARTS: self.sentences}
-        return {plane: name for plane, name in both.items() if name is not None}
+        return {mark: name for mark, name in both.items() if name is not None}
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Load all that is named, so that a mistake is found before the work starts.
@@ -65,21 +65,21 @@ class StartSettings:
             )
 
     def segmenters(self) -> dict[str, Segmenter | None]:
-        """For each plane to write its function; None for the words of the tokenizer."""
-        return {plane: _load(plane, name) for plane, name in self.of_plane.items()}
+        """For each mark to write its function; None for the words of the tokenizer."""
+        return {mark: _load(mark, name) for mark, name in self.by_mark.items()}
 
     def recorded(self) -> dict[str, str]:
         """What the manifest and the identity of a unit hold: with each name the version that decides the result."""
-        return {SETTING_OF_PLANE[plane]: _with_version(name) for plane, name in self.of_plane.items()}
+        return {SETTING_OF_MARK[mark]: _with_version(name) for mark, name in self.by_mark.items()}
 
 
 class UsersFunction:
     """A user's own segmenter; what it returns is checked, because a wrong offset would be wrong in silence."""
 
-    def __init__(self, name: str, plane: str, function: Callable[[str], Iterable[int]]) -> None:
+    def __init__(self, name: str, mark: str, function: Callable[[str], Iterable[int]]) -> None:
         self._name, self._function = name, function
-        self._where = f"{OPTION_OF_PLANE[plane]} {name}"
-        self._remedy = _SIGNATURE.format(things="words" if plane == WORD_STARTS else "sentences")
+        self._where = f"{OPTION_OF_MARK[mark]} {name}"
+        self._remedy = _SIGNATURE.format(things="words" if mark == WORD_STARTS else "sentences")
 
     def __call__(self, text: str) -> np.ndarray:
         try:
@@ -109,17 +109,17 @@ class UsersFunction:
         )
 
 
-def _load(plane: str, name: str) -> Segmenter | None:
-    if name in _BUILT_IN[plane]:
+def _load(mark: str, name: str) -> Segmenter | None:
+    if name in _BUILT_IN[mark]:
         return _load_jieba() if name == "jieba" else sentence_starts if name == "rules" else None
     if not _USERS_OWN.fullmatch(name):
-        known = _BUILT_IN[plane]
+        known = _BUILT_IN[mark]
         raise UserError(
-            f"Unknown {OPTION_OF_PLANE[plane]} '{name}'.{nearest(name, known)}",
-            where=f"{OPTION_OF_PLANE[plane]} {name}",
+            f"Unknown {OPTION_OF_MARK[mark]} '{name}'.{nearest(name, known)}",
+            where=f"{OPTION_OF_MARK[mark]} {name}",
             remedy=f"Choose {', '.join(known)}, or module:function for one of your own.",
         )
-    return UsersFunction(name, plane, _import_function(name, f"{OPTION_OF_PLANE[plane]} {name}"))
+    return UsersFunction(name, mark, _import_function(name, f"{OPTION_OF_MARK[mark]} {name}"))
 
 
 def _import_function(name: str, where: str) -> Callable[[str], Iterable[int]]:

@@ -52,7 +52,7 @@ def choose_share(task: str | None, finalize: bool, environ: Mapping[str, str]) -
         )
     if finalize:
         return None
-    return parse_share(task) if task is not None else share_of_job_array(environ)
+    return parse_share(task) if task is not None else find_job_array_share(environ)
 
 
 def parse_share(text: str) -> Share:
@@ -69,7 +69,7 @@ def parse_share(text: str) -> Share:
     return Share(int(match[1]), int(match[2]))
 
 
-def share_of_job_array(environ: Mapping[str, str]) -> Share | None:
+def find_job_array_share(environ: Mapping[str, str]) -> Share | None:
     """The share of this element of a SLURM job array; None outside one.
 
     Raises:

@@ -179,7 +179,7 @@ class TokenCounter:
             tally.measured_text += len(text)
 
 
-def way_of(asked: str | None, begun: Sequence[Path]) -> str:
+def resolve_special_in_text(asked: str | None, begun: Sequence[Path]) -> str:
     """What `--special-in-text` stands for: when it is left out, what the output was begun with; else "ids".
 
     Data sets of before there was a choice have all special tokens as text.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.prepare.bad_documents import Losses
-from tools.prepare.pieces import Inputs
+from tools.prepare.pieces import InputFiles
 from tools.prepare.special_tokens import TokenTally
 from trainer.data.blocks import framed_view
 from trainer.data.manifest import Manifest
@@ -59,7 +58,7 @@ class PrepareSummary:
 
     output: Path
     splits: dict[str, SplitSummary]
-    inputs: Inputs
+    inputs: InputFiles
     empty_documents: int
     losses: Losses
     elapsed_seconds: float
@@ -72,7 +71,7 @@ class PrepareSummary:
         output: Path,
         folders: dict[str, Path],
         manifests: dict[str, Manifest],
-        inputs: Inputs,
+        inputs: InputFiles,
         seconds: float,
         already: bool,
     ) -> PrepareSummary:
@@ -223,12 +222,6 @@ def say(console: Console, line: str) -> None:
 def counted(number: int, thing: str) -> str:
     """ "1 unit", "2 units"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def listing(items: Sequence[str], shown: int = 4) -> str:
-    """The first few, and how many more there are."""
-    more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
 
 
 def human_bytes(count: float) -> str:

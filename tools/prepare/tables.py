@@ -16,9 +16,9 @@ from tools.prepare.compression import (
     open_input,
 )
 from tools.prepare.fields import MISSING, follow, missing_field, not_text_remedy
-from tools.prepare.hub import hub_rows, message_of, share_of
+from tools.prepare.hub import divide_evenly, hub_rows, one_line
 from tools.prepare.paths import shown
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from trainer.errors import MaskwrightError, UserError
 
 ROWS_A_BATCH = 1000
@@ -26,7 +26,7 @@ _PARQUET_MAGIC = b"PAR1"
 _ARROW_MAGICS = (b"ARROW1", b"\xff\xff\xff\xff")  # a file; a stream
 
 
-def read_table(piece: Piece, settings: ReadSettings) -> Iterator[tuple[str | BadDocument, int]]:
+def read_table(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
     """The text field of each row, in order, with the bytes consumed (estimated: a table has no byte positions)."""
     consumed = 0.0
     try:
@@ -62,7 +62,7 @@ def _bytes_a_row(piece: Piece) -> float | None:
     return piece.file.size / rows if rows else None
 
 
-def _text_of(value: Any, piece: Piece, settings: ReadSettings) -> str | BadDocument:
+def _text_of(value: Any, piece: Piece, settings: TextSettings) -> str | BadDocument:
     """The text of a row; bytes are UTF-8."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -92,7 +92,7 @@ def _values(column: Any) -> list[Any]:
         return column.cast("binary").to_pylist()
 
 
-def _columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
+def _columns(piece: Piece, settings: TextSettings) -> Iterator[Any]:
     """The column of the text, some rows at a time."""
     if settings.format == "parquet":
         yield from _parquet_columns(piece, settings)
@@ -103,18 +103,18 @@ def _columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
             yield _at(table, _path_in(table.schema, piece, settings))
 
 
-def _parquet_columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
+def _parquet_columns(piece: Piece, settings: TextSettings) -> Iterator[Any]:
     import pyarrow.parquet
 
     with _open(piece.file.path) as source, pyarrow.parquet.ParquetFile(source) as file:
         path = _path_in(file.schema_arrow, piece, settings)
-        groups = list(share_of(file.metadata.num_row_groups, piece.part, piece.parts))
+        groups = list(divide_evenly(file.metadata.num_row_groups, piece.part, piece.parts))
         column = [".".join(path)]
         for batch in file.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=column, use_threads=False):
             yield _at(batch, path)
 
 
-def _arrow_columns(piece: Piece, settings: ReadSettings) -> Iterator[Any]:
+def _arrow_columns(piece: Piece, settings: TextSettings) -> Iterator[Any]:
     import pyarrow
 
     with _open(piece.file.path) as source:
@@ -146,7 +146,7 @@ def _open(path: str) -> Any:
         return pyarrow.BufferReader(file.read())
 
 
-def _path_in(schema: Any, piece: Piece, settings: ReadSettings) -> tuple[str, ...]:
+def _path_in(schema: Any, piece: Piece, settings: TextSettings) -> tuple[str, ...]:
     """The names that lead to the text field, from the column to the struct fields within it."""
     import pyarrow
 
@@ -172,9 +172,9 @@ def _at(table: Any, path: Sequence[str]) -> Any:
     return pyarrow.compute.call_function("struct_field", [column], pyarrow.compute.StructFieldOptions(list(path[1:])))
 
 
-def _explain(piece: Piece, settings: ReadSettings, error: Exception) -> UserError:
+def _explain(piece: Piece, settings: TextSettings, error: Exception) -> UserError:
     """What a user is told when a table cannot be read; damage is said only of what looks like it."""
-    path, problem = piece.file.path, f"Cannot read '{shown(piece.file.name)}' as {settings.format}: {message_of(error)}"
+    path, problem = piece.file.path, f"Cannot read '{shown(piece.file.name)}' as {settings.format}: {one_line(error)}"
     if isinstance(error, OSError) and error.errno is not None:
         return explain_os_error(path, error)
     if isinstance(error, MemoryError):
@@ -192,7 +192,7 @@ def _explain(piece: Piece, settings: ReadSettings, error: Exception) -> UserErro
     return UserError(problem, where=shown(path), remedy=remedy)
 
 
-def _remedy_of_table(path: str, settings: ReadSettings) -> str:
+def _remedy_of_table(path: str, settings: TextSettings) -> str:
     file, raw = open_input(path)
     with raw, file:
         start = file.read(8)

@@ -6,8 +6,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from tools.prepare.summary import counted, human_bytes, listing
+from tools.prepare.summary import counted, human_bytes
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS
+from trainer.runtime.plain_text import listed
 
 
 def describe_unused(cache: Path, used: Collection[Path]) -> str | None:
@@ -16,7 +17,7 @@ def describe_unused(cache: Path, used: Collection[Path]) -> str | None:
     if not others:
         return None
     size = human_bytes(sum(map(_size, others)))
-    names = listing([entry.name for entry in others])
+    names = listed([entry.name for entry in others])
     return (
         f"{cache} also holds {counted(len(others), 'preparation')} that this run does not use, {size}: {names}; "
         "delete the folders that no other run needs"

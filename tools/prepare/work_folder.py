@@ -18,12 +18,13 @@ from rich.console import Console
 
 from tools.prepare.job import JOB_FILE, Job, setting_differences
 from tools.prepare.plan import Unit
-from tools.prepare.summary import counted, listing, say
+from tools.prepare.summary import counted, say
 from tools.prepare.worker import record_path
 from trainer.data.manifest import SPLITS
 from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import create_synced, replace_synced, sync_files, sync_folder, unique_token
+from trainer.runtime.plain_text import listed
 
 
 def claim_folder(job: Job) -> None:
@@ -38,7 +39,7 @@ def claim_folder(job: Job) -> None:
     held = sorted(path.name for path in job.output.iterdir()) if job.output.is_dir() else []
     if held and not job.work_folder.is_dir() and job.finished() is None:
         raise UserError(
-            f"The output folder already holds other files: {listing(held)}.",
+            f"The output folder already holds other files: {listed(held)}.",
             where=str(job.output),
             remedy="Choose an --output that is new or empty.",
         )
@@ -188,7 +189,7 @@ def _input_differences(found: list[list[Any]], own: list[list[Any]]) -> str:
             differs.append(f"'{name}' of {before[name][0]:,} bytes instead of {now[name][0]:,}")
         elif before[name] != now[name]:
             differs.append(f"'{name}' of another time")
-    return f"other input files ({listing(differs) or 'in another order'})"
+    return f"other input files ({listed(differs) or 'in another order'})"
 
 
 def _refuse(job: Job, differs: list[str]) -> None:

@@ -23,7 +23,7 @@ import xxhash
 from tools.prepare.bad_documents import BadDocument, Losses
 from tools.prepare.encode import BATCH_CHARACTERS, BATCH_DOCUMENTS, Encoder
 from tools.prepare.option_names import OptionNames
-from tools.prepare.pieces import ReadSettings
+from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import Unit
 from tools.prepare.readers import read_documents
 from tools.prepare.segment import StartSettings
@@ -47,7 +47,7 @@ class WorkSettings:
     dtype: str
     separator_id: int
     validation_fraction: float
-    reading: ReadSettings
+    reading: TextSettings
     starts: StartSettings = field(default_factory=StartSettings)
     special: SpecialTokens = NONE_SPECIAL
 
@@ -76,7 +76,7 @@ def record_path(work_folder: str | Path, number: int) -> Path:
     return Path(work_folder) / f"unit-{number:05d}.json"
 
 
-def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
+def read_unit_record(work_folder: str | Path, number: int) -> UnitRecord | None:
     """The record of a unit, None when there is none or it cannot be read."""
     try:
         raw = json.loads(record_path(work_folder, number).read_text())
@@ -91,7 +91,7 @@ def read_record(work_folder: str | Path, number: int) -> UnitRecord | None:
         return None
 
 
-def split_of(raw: bytes, validation_fraction: float) -> str:
+def choose_split(raw: bytes, validation_fraction: float) -> str:
     """ "train" or "validation", by the hash of the UTF-8 text: a repeated document is never on both sides."""
     held_out = xxhash.xxh3_64_intdigest(raw, seed=_SPLIT_SEED) < validation_fraction * 2**64
     return "validation" if held_out else "train"
@@ -111,14 +111,14 @@ def write_unit(
     for texts, position in _batches(unit, settings, record):
         for text, encoded in zip(texts, encoder.encode(texts, record.tally), strict=True):
             raw = text.encode()
-            name = split_of(raw, settings.validation_fraction) if settings.validation_fraction else "train"
+            name = choose_split(raw, settings.validation_fraction) if settings.validation_fraction else "train"
             if name not in writers:
                 writers[name] = ShardWriter(
                     settings.splits[name],
                     unit.shard,
                     np.dtype(settings.dtype),
                     settings.separator_id,
-                    tuple(settings.starts.of_plane),
+                    tuple(settings.starts.by_mark),
                 )
             writers[name].add_document(encoded.ids, encoded.starts)
             split = record.splits[name]

@@ -17,7 +17,15 @@ from trainer.config import BatchConfig, DataConfig
 from trainer.config.base import LIMIT
 from trainer.config.file import load_config, recipe_names
 from trainer.data.blocks import framed_view
-from trainer.data.manifest import MANIFEST, SUM_BYTES, Manifest, ShardEntry, read_manifest, split_folder, token_dtype
+from trainer.data.manifest import (
+    MANIFEST,
+    SUM_BYTES,
+    Manifest,
+    ShardEntry,
+    read_data_manifest,
+    split_folder,
+    token_dtype,
+)
 from trainer.data.order.mixture import mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.quarantine import kept_stretches
@@ -25,7 +33,7 @@ from trainer.errors import UserError
 from trainer.runtime.paths import user_path
 from trainer.schedule.batch_plan import BatchPlan, Stretch, plan_batch
 from trainer.schedule.phases import Phases, lay_out
-from trainer.schedule.run_length import defaults_of
+from trainer.schedule.run_length import find_defaults
 
 MOST_RANKS = 4096  # simulated without being asked
 USUAL_GLOBAL_SIZE = 8192  # sequences; RoBERTa's
@@ -143,7 +151,7 @@ class SimulatedPlan:
         return mixture_order(self.data, self.phases, blocks, [source.tokens for source in self.sources], self.seed)
 
 
-def make_plan(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
+def plan_simulation(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
     """The plan of a config, of a prepared folder (of either only manifests are read), or on paper.
 
     Args:
@@ -205,7 +213,7 @@ def _write_paper_manifest(folder: Path, tokens: int, shards: int, vocabulary_siz
 
 
 def _read_source(path: str, quarantine: Sequence[str] = ()) -> SimulatedSource:
-    manifest = read_manifest(split_folder(path, "train"))
+    manifest = read_data_manifest(split_folder(path, "train"))
     # A quarantine leaves out whole MiB, so each stretch that is left begins at a page, as a shard does.
     lengths = [tokens for _, _, tokens in kept_stretches(manifest, quarantine, path)]
     return SimulatedSource(path, np.array(lengths, np.int64), np.dtype(manifest.dtype).itemsize)
@@ -244,7 +252,7 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     epoch_blocks = [
         sum(framed_view(phase.seq_len).block_count(source.tokens) for source in sources) for phase in phases
     ]
-    plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks, defaults_of(config).whole_steps)
+    plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks, find_defaults(config).whole_steps)
     return SimulatedPlan(
         data=data,
         sources=sources,

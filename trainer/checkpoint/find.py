@@ -14,6 +14,7 @@ from trainer.errors import DamagedError, MaskwrightError, UserError
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path, user_path
+from trainer.runtime.plain_text import listed
 
 logger = logging.getLogger(__name__)
 _STEP_FOLDER = re.compile(r"step-(\d{8,})$")
@@ -57,10 +58,12 @@ def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
         UserError: when there is none.
         DamagedError: when there are some, but none is whole.
     """
-    return _newest_whole(_meant_by(source), faults_of)
+    return _newest_whole(_meant_by(source), find_candidate_faults)
 
 
-def choose(world: World, run_dir: Path, resume: str, say: Callable[[str], None] = logger.info) -> Path | None:
+def choose_checkpoint(
+    world: World, run_dir: Path, resume: str, say: Callable[[str], None] = logger.info
+) -> Path | None:
     """Decide what to resume from. Rank 0 lists, every rank checks its share of the files, all agree.
 
     Args:
@@ -103,21 +106,17 @@ def _together(world: World, find: Callable[[], list[Candidate]]) -> list[Candida
             found = find()
         except (MaskwrightError, OSError) as caught:
             error = caught
-    distributed.raise_together(world, error)
-    return distributed.from_main(world, found)
+    distributed.raise_on_all_ranks(world, error)
+    return distributed.broadcast_from_main(world, found)
 
 
-def faults_of(candidate: Candidate, *, read: bool = True, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+def find_candidate_faults(
+    candidate: Candidate, *, read: bool = True, on_bytes: Callable[[int], None] | None = None
+) -> list[str]:
     """Why a checkpoint cannot be used, its manifest or its files. Arguments as of find_faults."""
     if candidate.manifest is None:
         return [candidate.fault]
     return find_faults(candidate.folder, candidate.manifest, read=read, on_bytes=on_bytes)
-
-
-def listing(faults: list[str]) -> str:
-    """The first few faults and the number of the others, for one line."""
-    more = len(faults) - _LISTED_FAULTS
-    return "; ".join(faults[:_LISTED_FAULTS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _meant_by(source: str | Path) -> list[Candidate]:
@@ -145,7 +144,7 @@ def _newest_whole(found: list[Candidate], check: Callable[[Candidate], list[str]
         faults = check(candidate)
         if not faults and candidate.manifest is not None:
             return candidate.folder, candidate.manifest
-        damage.append(f"{candidate.folder.name}: {listing(faults)}")
+        damage.append(f"{candidate.folder.name}: {listed(faults, _LISTED_FAULTS, '; ')}")
         if len(damage) < len(found):
             logger.warning("CHECKPOINT DAMAGED, an older one is tried: %s", damage[-1])
     if len(found) == 1:
@@ -178,7 +177,7 @@ def _faults_by_all(world: World, candidate: Candidate, say: Callable[[str], None
             say(f"checking {candidate.folder.name}: {done / 2**20:,.0f} of {share_bytes / 2**20:,.0f} MiB{share}")
 
     faults = find_faults(candidate.folder, manifest, names, on_bytes=tell)
-    return [fault for share in distributed.gather(world, faults) for fault in share]
+    return [fault for share in distributed.all_gather(world, faults) for fault in share]
 
 
 def _names_beside(path: Path) -> str:

@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 from trainer.checkpoint.manifest import Records
-from trainer.engine.deepspeed_config import stage_of
+from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
 from trainer.runtime.distributed import World
 
 
-def describe_run(inputs: Inputs, built: BuiltModel, world: World) -> Records:
+def run_identity(inputs: Inputs, built: BuiltModel, world: World) -> Records:
     """The records of this start; to be made before the engine, which at ZeRO stage 3 leaves no weight in the module."""
     return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
 
@@ -21,7 +21,7 @@ def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
     """What the shape of DeepSpeed's files depends on."""
     return {
         "world_size": world.size,
-        "stage": stage_of(inputs.ds_config),
+        "stage": zero_stage(inputs.ds_config),
         "precision": inputs.config.train.precision,
         "gradient_accumulation_dtype": inputs.config.train.gradient_accumulation_dtype,
     }

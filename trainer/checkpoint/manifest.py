@@ -88,7 +88,7 @@ def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     replace_synced(folder / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
+def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
     """Read `folder/manifest.json`.
 
     Raises:

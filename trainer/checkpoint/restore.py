@@ -11,7 +11,7 @@ import logging
 import time
 from pathlib import Path
 
-from trainer.checkpoint.zero_files import Place, ZeroFiles
+from trainer.checkpoint.zero_files import FragmentPlace, ZeroFiles
 from trainer.engine.engine import TrainingEngine
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -27,14 +27,14 @@ def restore(engine: TrainingEngine, folder: Path, world: World) -> None:
     """
     start = time.perf_counter()
     # Each rank looks into a share of the files only, and tells the others what lies where.
-    places = distributed.build_together(world, lambda: _index_share(folder, world))
-    everywhere = [part for share in distributed.gather(world, places) for part in share]
-    distributed.build_together(world, lambda: _read_share(engine, ZeroFiles(folder, everywhere)))
+    places = distributed.run_on_all_ranks(world, lambda: _index_share(folder, world))
+    everywhere = [part for share in distributed.all_gather(world, places) for part in share]
+    distributed.run_on_all_ranks(world, lambda: _read_share(engine, ZeroFiles(folder, everywhere)))
     engine.refresh_forward_weights()
     logger.info("restored %s in %.1f s", folder.name, time.perf_counter() - start)
 
 
-def _index_share(folder: Path, world: World) -> list[list[Place]]:
+def _index_share(folder: Path, world: World) -> list[list[FragmentPlace]]:
     files = ZeroFiles(folder, places=())
     return [files.index(rank) for rank in range(world.rank, files.ranks, world.size)]
 

@@ -72,7 +72,7 @@ def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "sources": frozen["sources"]} if prints[0] == prints[1] else saved
 
 
-def objective_of(identity: dict[str, Any]) -> dict[str, Any]:
+def recorded_objective(identity: dict[str, Any]) -> dict[str, Any]:
     """The objective of a checkpoint; a key that it was written without was as the default is."""
     recorded = identity.get("objective")
     return {**ObjectiveConfig().model_dump(), **(recorded if isinstance(recorded, dict) else {})}
@@ -81,7 +81,9 @@ def objective_of(identity: dict[str, Any]) -> dict[str, Any]:
 def _filled_in(identity: dict[str, Any]) -> dict[str, Any]:
     # What is no section at all differs, and is refused.
     return (
-        {**identity, "objective": objective_of(identity)} if isinstance(identity.get("objective"), dict) else identity
+        {**identity, "objective": recorded_objective(identity)}
+        if isinstance(identity.get("objective"), dict)
+        else identity
     )
 
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, faults_of
+from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, find_candidate_faults
 from trainer.checkpoint.manifest import Records
 from trainer.config import CheckpointConfig
 from trainer.engine.state_size import checkpoint_bytes
@@ -48,7 +48,7 @@ def expendable(
 
 def is_complete(candidate: Candidate) -> bool:
     """Whether the manifest can be read and all its files have their sizes: no file is read."""
-    return not faults_of(candidate, read=False)
+    return not find_candidate_faults(candidate, read=False)
 
 
 def is_sound(candidate: Candidate) -> bool:

@@ -57,7 +57,7 @@ def leave_branch(
             write_manifest(folder, replace(manifest, state=state.to_dict(), data_order=data_order))
         except OSError as caught:
             error = cannot_go_back(run_dir, folder, caught)
-    distributed.raise_together(world, error)
+    distributed.raise_on_all_ranks(world, error)
     return moved
 
 

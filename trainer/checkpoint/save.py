@@ -170,13 +170,13 @@ class Saver:
         save, self._unfinished = self._unfinished, None
         save.wait()
         self.check_lock()
-        outcomes = distributed.gather(self.world, (save.files, save.problem))
+        outcomes = distributed.all_gather(self.world, (save.files, save.problem))
         errors = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(outcomes) if problem]
         if not errors and self.world.is_main:
             written = {name: record for files, _ in outcomes for name, record in files.items()}
             problem = self._commit(save, written)
             errors = [f"rank 0: {problem}"] if problem else []
-        errors = distributed.from_main(self.world, errors)
+        errors = distributed.broadcast_from_main(self.world, errors)
         if errors:
             if self.world.is_main:
                 shutil.rmtree(save.folder, ignore_errors=True)
@@ -191,7 +191,7 @@ class Saver:
         Raises:
             UserError: on every rank, when another job has taken it.
         """
-        distributed.raise_together(self.world, self.lock_lost())
+        distributed.raise_on_all_ranks(self.world, self.lock_lost())
 
     def _target(self, state: TrainState) -> Path:
         return step_folder(checkpoints_folder(self.run_dir), state.step)
@@ -199,7 +199,7 @@ class Saver:
     def _begin(self, state: TrainState, detached: bool) -> Save:
         assert self._unfinished is None, "one save at a time"
         self.check_lock()
-        if distributed.total(self.world, [not self.engine.is_finite()])[0]:
+        if distributed.all_reduce_sum(self.world, [not self.engine.is_finite()])[0]:
             raise DivergenceError(
                 f"weights or optimizer state are not finite at step {state.step}, so they are not saved",
                 onset=state.step,
@@ -216,7 +216,7 @@ class Saver:
                 problem = too_little_space(self.run_dir, self.records)
             except OSError as error:
                 problem = str(error)
-        problem = distributed.from_main(self.world, problem)
+        problem = distributed.broadcast_from_main(self.world, problem)
         if problem:
             return Save(target, folder, state.to_dict(), problem=problem if self.world.is_main else "")
         snapshot = self.engine.capture(folder, detached)

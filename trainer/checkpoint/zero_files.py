@@ -31,7 +31,7 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_sta
 
 
 @dataclass(frozen=True)
-class Place:
+class FragmentPlace:
     """Where a fragment lies: elements [start, start + length) of a flat tensor of a rank's file.
 
     Attributes:
@@ -77,10 +77,10 @@ class ZeroFiles:
         places: of all ranks' files (`index`); default: read now.
     """
 
-    def __init__(self, folder: Path, places: Iterable[Sequence[Place]] | None = None) -> None:
+    def __init__(self, folder: Path, places: Iterable[Sequence[FragmentPlace]] | None = None) -> None:
         self.folder = folder
         self._opened: dict[int, _Opened] = {}
-        self._places: dict[str, list[Place]] = {}
+        self._places: dict[str, list[FragmentPlace]] = {}
         found = [self.index(rank) for rank in range(self.ranks)] if places is None else places
         for place in sorted((place for part in found for place in part), key=lambda place: place.rank):
             self._add(place)
@@ -133,16 +133,16 @@ class ZeroFiles:
         return max(self._open(0).steps, default=0.0)
 
     @_explained
-    def index(self, rank: int) -> list[Place]:
+    def index(self, rank: int) -> list[FragmentPlace]:
         """Where the fragments in a rank's file lie; `begin` of stages 1 and 2 is found when all are put together."""
         if self.stage == 0:
             names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
-            return [Place(name, 0, 0, flat, 0, self.shapes[name].numel()) for flat, name in enumerate(names)]
+            return [FragmentPlace(name, 0, 0, flat, 0, self.shapes[name].numel()) for flat, name in enumerate(names)]
         if self.stage == 3:
             return self._index_even_parts(rank)
         mappings = self._load(self._optimizer_files[rank])["optimizer_state_dict"]["param_slice_mappings"]
         return [
-            Place(name, -1, rank, flat, place.start, place.numel)
+            FragmentPlace(name, -1, rank, flat, place.start, place.numel)
             for flat, mapping in enumerate(mappings)
             for name, place in mapping.items()
         ]
@@ -176,11 +176,11 @@ class ZeroFiles:
         self.read_into(name, 0, weight)
         return weight.view(self.shapes[name])
 
-    def _add(self, place: Place) -> None:
+    def _add(self, place: FragmentPlace) -> None:
         before = self._places.setdefault(place.name, [])
         if place.begin < 0:
             begin = before[-1].begin + before[-1].length if before else 0
-            place = Place(place.name, begin, place.rank, place.flat, place.start, place.length)
+            place = FragmentPlace(place.name, begin, place.rank, place.flat, place.start, place.length)
         before.append(place)
 
     def _check_complete(self) -> None:
@@ -189,7 +189,7 @@ class ZeroFiles:
             if length != shape.numel():
                 raise self._unreadable(f"{length:,} of {shape.numel():,} elements of {name} are there")
 
-    def _index_even_parts(self, rank: int) -> list[Place]:
+    def _index_even_parts(self, rank: int) -> list[FragmentPlace]:
         places, flat, start = [], 0, 0
         lengths = [weights[WEIGHT].numel() for weights in self._open(rank).flats]
         for name, shape in self.shapes.items():
@@ -198,7 +198,7 @@ class ZeroFiles:
                 flat, start = flat + 1, 0
             begin = min(rank * part, shape.numel())
             if length := min(part, shape.numel() - begin):
-                places.append(Place(name, begin, rank, flat, start, length))
+                places.append(FragmentPlace(name, begin, rank, flat, start, length))
             start += part
         return places
 

@@ -48,7 +48,7 @@ class Section(BaseModel):
     )
 
 
-def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 

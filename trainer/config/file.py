@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
-from trainer.config.base import keys_of, section_in
+from trainer.config.base import fields_by_key, section_in
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import shipped
 from trainer.runtime.paths import check_reachable, expanded, real_path
@@ -223,8 +223,8 @@ def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():
             continue
-        field = keys_of(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
+        field = fields_by_key(place).get(part) if isinstance(place, type) and issubclass(place, BaseModel) else None
         annotation = field.annotation if field else None
         place = _SECTIONS_IN_LISTS.get(part) if "list" in str(annotation) else section_in(annotation)
     is_section = isinstance(place, type) and issubclass(place, BaseModel)
-    return sorted(keys_of(place)) if is_section else []
+    return sorted(fields_by_key(place)) if is_section else []

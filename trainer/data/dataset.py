@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import read_manifest
+from trainer.data.manifest import read_data_manifest
 from trainer.data.quarantine import kept_stretches
 from trainer.data.shard_checks import check_sizes
 from trainer.data.shard_reader import OpenShard, ReadSettings, mebibytes
@@ -53,7 +53,7 @@ class ShardSet:
         vocabulary_size: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
+        self.manifest = read_data_manifest(folder)
         self.dtype = np.dtype(self.manifest.dtype)
         self.vocabulary_size = vocabulary_size or self.manifest.vocabulary_size
         self.settings = settings or ReadSettings()

@@ -36,18 +36,18 @@ from trainer.runtime.typed_json import Count, as_type
 
 WORD_STARTS = "wrd"
 SENTENCE_STARTS = "snt"
-START_PLANES = (WORD_STARTS, SENTENCE_STARTS)
+TOKEN_MARKS = (WORD_STARTS, SENTENCE_STARTS)
 
 
-def plane_bytes(tokens: int) -> int:
-    """The size of a plane."""
+def mark_bytes(tokens: int) -> int:
+    """The size of a mark."""
     return -(-tokens // 8)
 
 
 FORMAT = "maskwright-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
-SUFFIXES = ("tok", "doc", "sum")  # of every shard; start planes come on request
+SUFFIXES = ("tok", "doc", "sum")  # of every shard; token marks come on request
 SUM_BYTES = 1 << 20  # bytes of NAME.tok behind one sum
 SPLITS = ("train", "validation")  # folders of the two data sets of `prepare --validation-fraction`
 PREPARE_WORK_FOLDER, IMPORT_WORK_FOLDER = ".prepare", ".import"  # in the output of a job that is not finished
@@ -109,7 +109,7 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
     return np.dtype("<u2") if vocabulary_size <= 1 << 16 else np.dtype("<u4")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_data_manifest(folder: str | Path) -> Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises:
@@ -207,7 +207,7 @@ def check_entry(entry: ShardEntry, item_bytes: int | None = None) -> None:
     """
     if not is_shard_name(entry.name):
         raise ValueError(f"shards: {entry.name[:_SHOWN_CHARACTERS]!r} cannot be the name of a shard")
-    unknown = sorted(entry.files.keys() - {*_NEEDED, *START_PLANES})
+    unknown = sorted(entry.files.keys() - {*_NEEDED, *TOKEN_MARKS})
     lacking = [suffix for suffix in _NEEDED if suffix not in entry.files]
     if unknown or lacking:
         problem = f"has no .{lacking[0]}" if lacking else f"has a .{unknown[0][:_SHOWN_CHARACTERS]}"
@@ -216,7 +216,7 @@ def check_entry(entry: ShardEntry, item_bytes: int | None = None) -> None:
         raise ValueError(f"shards: {entry.name} has {entry.documents:,} documents in {entry.tokens:,} tokens")
     sizes = {suffix: size for suffix, (size, _) in entry.files.items()}
     expected = {"doc": (entry.documents + 1) * _NUMBER_BYTES, "sum": -(-sizes["tok"] >> 20) * _NUMBER_BYTES}
-    expected |= {plane: plane_bytes(entry.tokens) for plane in START_PLANES if plane in sizes}
+    expected |= {mark: mark_bytes(entry.tokens) for mark in TOKEN_MARKS if mark in sizes}
     if item_bytes is not None:
         expected["tok"] = entry.tokens * item_bytes
     for suffix, size in expected.items():

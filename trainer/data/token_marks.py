@@ -1,11 +1,11 @@
-"""Word and sentence starts: planes of one bit a token, beside NAME.tok.
+"""Word and sentence starts: one bit a token, in a file beside NAME.tok for each mark.
 
 `NAME.wrd` and `NAME.snt` have a bit for each token of NAME.tok, separators included, the first token in the lowest
 bit of the first byte (`np.packbits(bitorder="little")`); the last byte is filled up with zeros. A bit is set where a
 word, or a sentence, starts; it ends before the next set bit or the separator. The first content token of a document
 starts both; a separator starts neither.
 
-A data set has a plane in all of its shards or in none: `prepare --word-starts` and `--sentence-starts` write them.
+A data set has a mark in all of its shards or in none: `prepare --word-starts` and `--sentence-starts` write them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.manifest import SENTENCE_STARTS, START_PLANES, WORD_STARTS, Manifest, ShardEntry, plane_bytes
+from trainer.data.manifest import SENTENCE_STARTS, TOKEN_MARKS, WORD_STARTS, Manifest, ShardEntry, mark_bytes
 from trainer.errors import UserError
 from trainer.runtime.files import sync_and_close
 
-OPTION_OF_PLANE = {WORD_STARTS: "--word-starts", SENTENCE_STARTS: "--sentence-starts"}
-SETTING_OF_PLANE = {WORD_STARTS: "word_starts", SENTENCE_STARTS: "sentence_starts"}  # in a manifest's settings
+OPTION_OF_MARK = {WORD_STARTS: "--word-starts", SENTENCE_STARTS: "--sentence-starts"}
+SETTING_OF_MARK = {WORD_STARTS: "word_starts", SENTENCE_STARTS: "sentence_starts"}  # in a manifest's settings
 _WAITING_BITS = 1 << 16
 
 
-class StartPlaneWriter:
+class MarkWriter:
     """Packs bits into a file as they come, a few thousand at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -48,49 +48,47 @@ class StartPlaneWriter:
         sync_and_close(self._file)
 
 
-def planes_of(manifest: Manifest) -> tuple[str, ...]:
-    """The planes that every shard of a data set has."""
+def marks_of(manifest: Manifest) -> tuple[str, ...]:
+    """The marks that every shard of a data set has."""
     if not manifest.shards:
         return ()
-    return tuple(plane for plane in START_PLANES if all(plane in entry.files for entry in manifest.shards))
+    return tuple(mark for mark in TOKEN_MARKS if all(mark in entry.files for entry in manifest.shards))
 
 
-def read_starts(
-    folder: str | Path, entry: ShardEntry, plane: str, start: int = 0, stop: int | None = None
-) -> np.ndarray:
+def read_marks(folder: str | Path, entry: ShardEntry, mark: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Where words or sentences start among the tokens [start, stop) of a shard; only the bytes needed are read.
 
     Args:
-        plane: WORD_STARTS or SENTENCE_STARTS.
+        mark: WORD_STARTS or SENTENCE_STARTS.
         stop: default the end of the shard.
 
     Returns:
         bool [stop − start].
 
     Raises:
-        UserError: when the data set was prepared without this plane.
+        UserError: when the data set was prepared without this mark.
     """
-    path = Path(folder) / f"{entry.name}.{plane}"
-    if plane not in entry.files:
+    path = Path(folder) / f"{entry.name}.{mark}"
+    if mark not in entry.files:
         raise UserError(
-            f"The data set has no {'word' if plane == WORD_STARTS else 'sentence'} starts (no {path.name}).",
+            f"The data set has no {'word' if mark == WORD_STARTS else 'sentence'} starts (no {path.name}).",
             where=str(folder),
-            remedy=f"Prepare it again with {OPTION_OF_PLANE[plane]}.",
+            remedy=f"Prepare it again with {OPTION_OF_MARK[mark]}.",
         )
     stop = entry.tokens if stop is None else stop
     assert 0 <= start <= stop <= entry.tokens, f"tokens {start}..{stop} of {entry.tokens}"
     first = start // 8
-    packed = np.fromfile(path, np.uint8, plane_bytes(stop) - first, offset=first)
+    packed = np.fromfile(path, np.uint8, mark_bytes(stop) - first, offset=first)
     return unpack_starts(packed, start - first * 8, stop - first * 8)
 
 
 def unpack_starts(packed: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """bool [stop − start]: the bits [start, stop) of a packed plane, uint8, in memory or mapped."""
+    """bool [stop − start]: the bits [start, stop) of a packed mark, uint8, in memory or mapped."""
     first = start // 8
-    bits = np.unpackbits(packed[first : plane_bytes(stop)], bitorder="little")
+    bits = np.unpackbits(packed[first : mark_bytes(stop)], bitorder="little")
     return bits[start - first * 8 : stop - first * 8].view(bool)
 
 
 def starts_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """bool, shaped like `places`: the bits of a packed plane at these tokens (int64)."""
+    """bool, shaped like `places`: the bits of a packed mark at these tokens (int64)."""
     return (packed[places >> 3] >> (places & 7) & 1).astype(bool)

@@ -124,7 +124,7 @@ def _load(source: Path | str, where: str) -> Any:
         ) from error
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
     """Read the ids that training needs.
 
     Raises:

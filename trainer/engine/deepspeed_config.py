@@ -229,7 +229,7 @@ def _check(section: Mapping[str, Any], key: str, known: Mapping[str, Any], prefi
         ) from None
 
 
-def stage_of(preset: dict[str, Any]) -> int:
+def zero_stage(preset: dict[str, Any]) -> int:
     return preset["zero_optimization"]["stage"]
 
 
@@ -240,7 +240,7 @@ def check_precision(config: Config, preset: dict[str, Any]) -> None:
     and with fp32 gradient accumulation not at all. Stage 1 on one rank is the same computation, done right.
     """
     precision = config.train.precision
-    if stage_of(preset) == 0 and precision != "fp32":
+    if zero_stage(preset) == 0 and precision != "fp32":
         raise UserError(
             f"DeepSpeed's {precision} at ZeRO stage 0 gives other losses than fp32 and than the other stages.",
             where=f"deepspeed={config.deepspeed}, train.precision={precision}",

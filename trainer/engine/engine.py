@@ -23,10 +23,10 @@ from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.partitions import PARAMETER_NAMES, Partitions
 from trainer.engine.snapshot import HostBuffers, Snapshot
-from trainer.engine.zero_patches import raise_scale_after_step, shorten_step
+from trainer.engine.zero_patches import patch_zero_optimizer, raise_scale_after_step
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel
-from trainer.model.compiling import expect_shapes, options_of
+from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
 from trainer.model.forward import Forward
 from trainer.runtime.distributed import World
@@ -98,7 +98,7 @@ class TrainingEngine:
         self._forward.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
-            shorten_step(zero, adamw, world.size)
+            patch_zero_optimizer(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module = model
         self.device = world.device
@@ -125,7 +125,7 @@ class TrainingEngine:
             shapes: of batches that it will be given, in training and in evaluation.
         """
         expect_shapes(shapes)
-        self._engine.compile(compile_kwargs=options_of(mode))
+        self._engine.compile(compile_kwargs=compile_options(mode))
         self._has_cuda_graphs = mode == CUDA_GRAPHS
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ _ROWS = 5  # of the check, one of them without a label
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of a gradient, whose dtype rounds it
 
 
-def settle_loss_kernel(
+def resolve_loss_kernel(
     config: Config, classes: int, world: World, say: Callable[[str], None] = logger.info
 ) -> CrossEntropies:
     """What computes the losses of this run, the same on all ranks; every rank calls it.
@@ -40,10 +40,10 @@ def settle_loss_kernel(
     wanted = config.model.kernels
     if wanted == "torch" or (wanted == "auto" and world.device.type != "cuda"):
         return cross_entropies
-    own = distributed.build_together(
+    own = distributed.run_on_all_ranks(
         world, lambda: obstacle(classes, COMPUTE_DTYPES[config.train.precision], world.device)
     )
-    reason = next((each for each in distributed.gather(world, own) if each), None)
+    reason = next((each for each in distributed.all_gather(world, own) if each), None)
     if reason is None:
         say("cross-entropy: the Triton kernel, which agrees with torch's here")
         return triton_cross_entropies

@@ -21,7 +21,7 @@ import torch.distributed
 from trainer.engine.grad_norm import sum_of_squares
 
 
-def shorten_step(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
+def patch_zero_optimizer(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
     """Replace the methods of one optimizer of DeepSpeed.
 
     Args:

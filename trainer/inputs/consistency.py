@@ -26,6 +26,7 @@ from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import file_hash
 from trainer.runtime.paths import is_local, user_path
+from trainer.runtime.plain_text import listed
 from trainer.runtime.process import node_name
 from trainer.runtime.versions import installed_version
 
@@ -52,10 +53,10 @@ def compare(world: World, read: Callable[[], Mapping[str, Any]]) -> None:
         facts = _flat(read())
     except Exception as caught:
         error = caught
-    distributed.raise_together(world, error)
+    distributed.raise_on_all_ranks(world, error)
     digest = xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
-    if len(set(distributed.gather(world, digest))) > 1:
-        difference = _difference(distributed.gather(world, facts), distributed.gather(world, node_name()))
+    if len(set(distributed.all_gather(world, digest))) > 1:
+        difference = _difference(distributed.all_gather(world, facts), distributed.all_gather(world, node_name()))
         mark_origin(difference, 0)  # one card, not one from each rank
         raise difference
 
@@ -71,7 +72,7 @@ def tell_others(error: MaskwrightError) -> None:
     except HangError:  # nobody waits for it
         raise error from None
     try:
-        distributed.raise_together(world, error)  # the first thing that the others do as well, in `compare`
+        distributed.raise_on_all_ranks(world, error)  # the first thing that the others do as well, in `compare`
     finally:
         distributed.stop()
 
@@ -208,7 +209,7 @@ def _by_rank(values: list[str], nodes: list[str]) -> str:
     for kind in kinds[:_SHOWN_VALUES]:
         ranks = [rank for rank, value in enumerate(values) if value == kind]
         places = list(dict.fromkeys(nodes[rank] for rank in ranks))
-        shown.append(f"{_cut(kind, alike)} on {_ranges(ranks)} ({_listed(places, _SHOWN_NODES)})")
+        shown.append(f"{_cut(kind, alike)} on {_ranges(ranks)} ({listed(places, _SHOWN_NODES)})")
     if len(kinds) > _SHOWN_VALUES:
         shown.append(f"{len(kinds) - _SHOWN_VALUES:,} other values elsewhere")
     return ", ".join(shown)
@@ -219,12 +220,7 @@ def _ranges(ranks: list[int]) -> str:
     places = {rank: place for place, rank in enumerate(ranks)}
     runs = [list(run) for _, run in groupby(ranks, key=lambda rank: rank - places[rank])]
     parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {_listed(parts, _SHOWN_RANGES)}"
-
-
-def _listed(items: list[str], most: int) -> str:
-    more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed(parts, _SHOWN_RANGES)}"
 
 
 def _text(value: Any) -> str:

@@ -25,18 +25,18 @@ from trainer.data.manifest import split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.shard_reader import ReadSettings
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.data.tokenizer_files import loading_note
-from trainer.engine.deepspeed_config import check_precision, compose, load_preset, stage_of
+from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
-from trainer.inputs.summary import describe_run
+from trainer.inputs.summary import summarize_run
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
 from trainer.objectives.registry import make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
-from trainer.schedule.run_length import defaults_of, resolve
+from trainer.schedule.run_length import find_defaults, resolve
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
@@ -116,7 +116,7 @@ class Inputs:
         """The run in a few lines."""
         available = None if self.validation is None else self.validation.block_count(self.objective.view.payload)
         tokens = [source.tokens for source in self.sources]
-        lines = describe_run(self.config, self.plan, self.order, stage_of(self.ds_config), tokens, available)
+        lines = summarize_run(self.config, self.plan, self.order, zero_stage(self.ds_config), tokens, available)
         if self.config.model.document_attention:
             attended = " and then ".join(
                 f"{attended:,.0f} of {phase.seq_len:,}"
@@ -193,8 +193,8 @@ def describe_unprepared(
         for source in config.data.train
     ]
     config, order, plan = _arrange(config, world_size, base, tokens)
-    stage = stage_of(compose(config, base.preset, plan))
-    return [*describe_run(config, plan, order, stage, tokens, None), *base.notes]
+    stage = zero_stage(compose(config, base.preset, plan))
+    return [*summarize_run(config, plan, order, stage, tokens, None), *base.notes]
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Base:
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
         folder, tokenizer = open_tokenizer(config)
-        vocabulary = vocabulary_of(tokenizer, folder)
+        vocabulary = read_vocabulary(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         if thorough:
             rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
@@ -230,7 +230,7 @@ def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]
     blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
     epoch_blocks = [sum(counts) for counts in blocks]
-    whole_steps = defaults_of(config).whole_steps
+    whole_steps = find_defaults(config).whole_steps
     plan = plan_batch(config.batch, config.train, base.phases, world_size, epoch_blocks, whole_steps)
     check_epochs(config.data, order, plan.end_sample)
     return resolve(config, plan), order, plan
@@ -238,7 +238,7 @@ def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]
 
 def _check_compile(config: Config, preset: dict[str, Any]) -> None:
     """Refuse what cuts the model's graph at each module: slower than without, and past Dynamo's limit of graphs."""
-    if stage_of(preset) == 3:
+    if zero_stage(preset) == 3:
         raise UserError(
             "torch.compile cannot see through ZeRO-3, which gathers the weights of each module when it is called: the "
             "model falls into a graph for each, and is slower than without.",

@@ -15,7 +15,7 @@ MANY_MICRO_BATCHES = 32
 """From so many on the sum of their gradients in bf16 is off by one per cent and more (docs/decisions.md)."""
 
 
-def describe_run(
+def summarize_run(
     config: Config,
     plan: BatchPlan,
     order: RunOrder,

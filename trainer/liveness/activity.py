@@ -12,7 +12,7 @@ PhaseName = Literal["prepare", "start", "data", "step", "evaluate", "save", "end
 
 
 @dataclass(frozen=True)
-class Place:
+class Progress:
     """Where a rank stands.
 
     Attributes:
@@ -38,7 +38,7 @@ class Activity:
     """
 
     def __init__(self, on_enter: Callable[[PhaseName], None] | None = None) -> None:
-        self.place = Place("start", 0, 0, time.monotonic())  # replaced as a whole: other threads read it
+        self.place = Progress("start", 0, 0, time.monotonic())  # replaced as a whole: other threads read it
         self.is_started = False
         """Whether the first step has been done, and nothing is new that has to be compiled."""
         self._compiled: set[Hashable] = set()
@@ -79,4 +79,4 @@ class Activity:
         self._move("ended", self.place.step)
 
     def _move(self, phase: PhaseName, step: int) -> None:
-        self.place = Place(phase, step, self.place.position + 1, time.monotonic())
+        self.place = Progress(phase, step, self.place.position + 1, time.monotonic())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.runtime.plain_text import listed
+
 OWN_PHASES = ("data", "forward")
 """What a rank does without waiting for others: reading its data, and forward passes (but for ZeRO-3's weights).
 All other time of a step looks alike on all ranks, because the fast ones wait in it for the slow one."""
@@ -76,9 +78,8 @@ class StragglerWatch:
         self._begin(now)
         if not found:
             return ""
-        names = "; ".join(self._describe(straggler, wall_seconds) for straggler in found[:_NAMED])
-        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        return f"stragglers of the last {wall_seconds:,.0f} s: {names}{more}"
+        names = listed([self._describe(straggler, wall_seconds) for straggler in found], _NAMED, "; ")
+        return f"stragglers of the last {wall_seconds:,.0f} s: {names}"
 
     def _describe(self, found: Straggler, wall_seconds: float) -> str:
         times = f"{found.seconds / found.usual:.1f} times" if found.usual > 0 else "longer than"

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from trainer.config import WatchdogConfig
 from trainer.errors import HangError
-from trainer.liveness.activity import Activity, Place
+from trainer.liveness.activity import Activity, Progress
 from trainer.liveness.heartbeat import Heartbeat, heartbeat_path, interval_seconds, read_heartbeats
 from trainer.runtime.logs import log_path
+from trainer.runtime.plain_text import listed
 
 logger = logging.getLogger(__name__)
 READERS = 16
@@ -120,7 +121,7 @@ class Watchdog:
                 self._judge(place, quiet)
                 quiet, last = 0.0, time.monotonic()
 
-    def _judge(self, place: Place, quiet: float) -> None:
+    def _judge(self, place: Progress, quiet: float) -> None:
         """Dump the stacks, look for who is behind, and give up unless the phase has got on meanwhile."""
         logger.error("no progress in phase '%s' for %.0f s at step %d; all stacks:", place.phase, quiet, place.step)
         faulthandler.dump_traceback(_STDERR, all_threads=True)
@@ -186,11 +187,10 @@ def _describe(beat: Heartbeat) -> str:
     return f"rank {beat.rank} (node {beat.node}, process {beat.pid}, phase {beat.phase}, step {beat.step})"
 
 
-def hang_error(place: Place, quiet: float, behind: list[Behind], run_dir: Path, rank: int) -> HangError:
+def hang_error(place: Progress, quiet: float, behind: list[Behind], run_dir: Path, rank: int) -> HangError:
     """What is said when a phase makes no progress."""
-    names = "; ".join(found.why for found in behind[:_NAMED])
-    more = f" and {len(behind) - _NAMED} more" if len(behind) > _NAMED else ""
-    who = f" Behind: {names}{more}." if behind else " No rank is behind the others, as far as heartbeats tell."
+    names = listed([found.why for found in behind], _NAMED, "; ")
+    who = f" Behind: {names}." if behind else " No rank is behind the others, as far as heartbeats tell."
     logs = [log_path(run_dir, found.rank) for found in behind[:1]] or [log_path(run_dir, rank)]
     key = f"watchdog.{place.phase}_minutes"
     return HangError(

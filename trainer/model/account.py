@@ -14,6 +14,7 @@ from transformers.utils import logging as library_log
 
 from trainer.errors import UserError
 from trainer.model.classes import model_class_of
+from trainer.runtime.plain_text import listed
 
 _LISTED = 6
 
@@ -69,7 +70,7 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
     if differing:
         raise UserError(
             f"In '{source}' the config and {len(differing)} weights of {name} have different shapes: "
-            f"{listed(differing, '; ')}.",
+            f"{listed(differing, _LISTED, '; ')}.",
             where=where,
             remedy="Correct config.json there (vocab_size, the sizes); it may belong to other weights.",
         )
@@ -80,9 +81,9 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
     if encoder:
         prefix = _wrapper(encoder, unused)
         raise UserError(
-            f"'{source}' lacks {len(encoder)} weights of the encoder of {name}: {listed(encoder)}."
+            f"'{source}' lacks {len(encoder)} weights of the encoder of {name}: {listed(encoder, _LISTED)}."
             + (f" Its weights' names begin with '{prefix}', which a wrapper has put there." if prefix else "")
-            + (f" It holds {listed(unused, count=2)}." if unused and not prefix else ""),
+            + (f" It holds {listed(unused, 2)}." if unused and not prefix else ""),
             where=where,
             remedy=f"Save them without it, with `name.removeprefix('{prefix}')` for each name."
             if prefix
@@ -90,15 +91,10 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
         )
     notes = []
     if missing:
-        notes.append(f"checkpoint: no weights for {listed(missing)}; initialised at random")
+        notes.append(f"checkpoint: no weights for {listed(missing, _LISTED)}; initialised at random")
     if unused:
-        notes.append(f"checkpoint: not used: {listed(unused)}")
+        notes.append(f"checkpoint: not used: {listed(unused, _LISTED)}")
     return notes
-
-
-def listed(names: Sequence[str], separator: str = ", ", count: int = _LISTED) -> str:
-    """The first few, and the number of the others."""
-    return separator.join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _mismatches(report: Mapping[str, Any]) -> list[tuple[str, torch.Size, torch.Size]]:

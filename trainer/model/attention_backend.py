@@ -59,7 +59,7 @@ class AttentionShape:
     precision: str
 
 
-def settle_attention_backend(
+def resolve_attention_backend(
     config: Config,
     model_config: PretrainedConfig,
     micro_size: int,
@@ -78,10 +78,10 @@ def settle_attention_backend(
     Raises:
         UserError: on every rank, when the one that the config names cannot be used.
     """
-    wanted, shape = config.model.attention_backend, shape_of(config, model_config, micro_size)
+    wanted, shape = config.model.attention_backend, attention_shape(config, model_config, micro_size)
     if config.train.deterministic and world.device.type == "cuda" and model_config._attn_implementation == "sdpa":
         names = _DETERMINISTIC if wanted == "auto" else [wanted]
-        backend = distributed.build_together(world, lambda: _first_usable(names, shape, world))
+        backend = distributed.run_on_all_ranks(world, lambda: _first_usable(names, shape, world))
         say(f"attention: the {backend} backend, which is deterministic")
         return backend
     obstacle = _obstacle(config, model_config, world.device)
@@ -90,13 +90,13 @@ def settle_attention_backend(
             say(f"attention: model.attention_backend={wanted} has no effect: {obstacle}")
         return None
     if wanted != "auto":
-        distributed.build_together(world, lambda: _first_usable([wanted], shape, world))
+        distributed.run_on_all_ranks(world, lambda: _first_usable([wanted], shape, world))
         say(f"attention: the {wanted} backend, as the config says")
         return wanted
     return fastest(config, shape, world, say, keep) if world.device.type == "cuda" else None
 
 
-def shape_of(config: Config, model_config: PretrainedConfig, micro_size: int) -> AttentionShape:
+def attention_shape(config: Config, model_config: PretrainedConfig, micro_size: int) -> AttentionShape:
     """That of the run's last blocks."""
     return AttentionShape(
         batch=micro_size,
@@ -126,7 +126,7 @@ def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def measure(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> dict[str, float]:
+def measure_backends(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> dict[str, float]:
     """Milliseconds of a layer's forward and backward pass, by each of these backends that is usable."""
     found: dict[str, float] = {}
     attend = _attention_pass(shape, device)
@@ -173,7 +173,7 @@ def agree(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], to
     )
 
 
-def choose(milliseconds: dict[str, float]) -> str | None:
+def choose_backend(milliseconds: dict[str, float]) -> str | None:
     """The fastest, unless it is hardly faster than the first."""
     if not milliseconds:
         return None
@@ -189,8 +189,8 @@ def fastest(config: Config, shape: AttentionShape, world: World, say: Callable[[
     del case["batch"]
 
     def find() -> dict[str, Any]:
-        times = measure(shape, world.device, _CANDIDATES)
-        record = {"case": case, "milliseconds": times, "backend": choose(times)}
+        times = measure_backends(shape, world.device, _CANDIDATES)
+        record = {"case": case, "milliseconds": times, "backend": choose_backend(times)}
         if keep:
             remember(path, record)
         return record
@@ -200,8 +200,8 @@ def fastest(config: Config, shape: AttentionShape, world: World, say: Callable[[
         record = known or find()
         return record["backend"], _describe(record, None if known is None else path)
 
-    found = distributed.build_together(world, lambda: recall_or_find() if world.is_main else None)
-    backend, line = distributed.from_main(world, found)
+    found = distributed.run_on_all_ranks(world, lambda: recall_or_find() if world.is_main else None)
+    backend, line = distributed.broadcast_from_main(world, found)
     say(line)
     return backend
 

@@ -29,7 +29,7 @@ def expect_shapes(count: int) -> None:
         watched.addHandler(_LimitWatch(logging.WARNING))
 
 
-def options_of(mode: bool | str) -> dict[str, Any]:
+def compile_options(mode: bool | str) -> dict[str, Any]:
     """Arguments of torch.compile for a value of `model.compile`; shapes are static."""
     if mode is True:
         return {"dynamic": False}

@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.config import Config, ModelConfig
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.classes import has_class, model_class_of
@@ -188,7 +188,7 @@ def load_vocabulary(config: Config) -> Vocabulary:
         UserError: when there is none, or it lacks a token.
     """
     folder, tokenizer = open_tokenizer(config)
-    return vocabulary_of(tokenizer, folder)
+    return read_vocabulary(tokenizer, folder)
 
 
 def open_tokenizer(config: Config) -> tuple[str, Any]:

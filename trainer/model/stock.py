@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.errors import UserError
 from trainer.model.classes import AutoClass
+from trainer.runtime.plain_text import listed
 
 # What a saved config may say otherwise without another model following from it.
 _FREE_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
@@ -89,7 +90,7 @@ def prove_convertible(model: PreTrainedModel) -> None:
         raise _not_convertible(name, f"its config does not read back ({type(error).__name__}: {message})") from error
     fields = [field for field in _differing(model.config, config) if field not in _FREE_FIELDS]
     if fields:
-        raise _not_convertible(name, f"its config changes when it is saved: {_listed(fields)}")
+        raise _not_convertible(name, f"its config changes when it is saved: {listed(fields)}")
     trained = {name: tensor.shape for name, tensor in model.named_parameters()}
     found = origins(stock, trained)
     ours, theirs = tied_to(model), tied_to(stock)
@@ -100,7 +101,7 @@ def prove_convertible(model: PreTrainedModel) -> None:
     buffers = {name for name, _ in stock.named_buffers()}
     faults += [name for name in model.state_dict() if name not in expected and name not in buffers]
     if faults:
-        raise _not_convertible(name, f"its saved config makes other weights: {_listed(sorted(set(faults)))}")
+        raise _not_convertible(name, f"its saved config makes other weights: {listed(sorted(set(faults)))}")
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:
@@ -136,7 +137,3 @@ def _not_convertible(name: str, why: str) -> UserError:
         where="model",
         remedy="Train a model of another type, or with another version of transformers.",
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

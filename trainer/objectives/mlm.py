@@ -18,7 +18,7 @@ from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
 from trainer.data.documents import cumulative_lengths, positions_in_documents
 from trainer.data.tokenizer import Vocabulary
 from trainer.objectives.masking import TokenMasking, predictions_per_block
-from trainer.objectives.objective import Card
+from trainer.objectives.objective import ObjectiveCard
 
 TERM = "mlm"
 
@@ -29,7 +29,7 @@ def _described(settings: Mapping[str, Any]) -> str:
     return f"mlm, {settings['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit"
 
 
-CARD = Card(
+CARD = ObjectiveCard(
     tags=("fill-mask", "masked-lm"),
     settings=_described,
     results={

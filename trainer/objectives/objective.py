@@ -126,7 +126,7 @@ def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Card:
+class ObjectiveCard:
     """What a model card says of an objective.
 
     Attributes:

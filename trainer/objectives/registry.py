@@ -12,7 +12,7 @@ from trainer.errors import UserError, nearest
 from trainer.objectives import mlm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
-from trainer.objectives.objective import Card, Criterion
+from trainer.objectives.objective import Criterion, ObjectiveCard
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Objective:
 
     samples: Callable[[Config, Vocabulary, int], Samples]
     criterion: Callable[[Config, CrossEntropies], Criterion]
-    card: Card
+    card: ObjectiveCard
 
 
 OBJECTIVES: dict[str, Objective] = {

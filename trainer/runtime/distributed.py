@@ -81,7 +81,7 @@ def start(timeout: timedelta = START_TIMEOUT, traces: Path | None = None) -> Wor
     join_group("nccl" if cuda else "gloo", rank, size, timeout)
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     world = World(rank, size, local_rank, device, control)
-    if (problem := device_problem(gather(world, _own_place(device)))) is not None:
+    if (problem := device_problem(all_gather(world, _own_place(device)))) is not None:
         raise problem
     return world
 
@@ -95,7 +95,7 @@ def _set_defaults(traces: Path | None) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankDevice:
     """Where a rank computes.
 
     Attributes:
@@ -110,7 +110,7 @@ class Place:
     may_share: bool = False
 
 
-def device_problem(places: Sequence[Place]) -> UserError | None:
+def device_problem(places: Sequence[RankDevice]) -> UserError | None:
     """Say which ranks have no GPU of their own, before NCCL does in its way; None when all have, or on CPUs.
 
     Args:
@@ -133,14 +133,14 @@ def device_problem(places: Sequence[Place]) -> UserError | None:
     return None
 
 
-def _own_place(device: torch.device) -> Place:
+def _own_place(device: torch.device) -> RankDevice:
     visible = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.index is None or device.index >= visible:
-        return Place(node_name(), "", visible)
+        return RankDevice(node_name(), "", visible)
     # The UUID is that of a part of a GPU where it is divided (MIG). gloo does not care who shares one, and NCCL has a
     # variable by which a user says that it is meant.
     may_share = dist.get_backend() == "gloo" or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    return Place(node_name(), str(torch.cuda.get_device_properties(device).uuid), visible, may_share)
+    return RankDevice(node_name(), str(torch.cuda.get_device_properties(device).uuid), visible, may_share)
 
 
 def stop() -> None:
@@ -161,15 +161,15 @@ def set_timeouts(decisions: timedelta, gradients: timedelta) -> None:
             distributed_c10d._set_pg_timeout(gradients if backend == "nccl" else decisions, group)
 
 
-def table(world: World, values: Sequence[float]) -> list[list[float]]:
+def all_gather_floats(world: World, values: Sequence[float]) -> list[list[float]]:
     """Each rank's values, by rank: `gather` for some numbers, without pickling."""
     flat = [0.0] * (world.size * len(values))
     flat[world.rank * len(values) : (world.rank + 1) * len(values)] = values
-    flat = total(world, flat)
+    flat = all_reduce_sum(world, flat)
     return [flat[first : first + len(values)] for first in range(0, len(flat), len(values))]
 
 
-def total(world: World, values: Sequence[float]) -> list[float]:
+def all_reduce_sum(world: World, values: Sequence[float]) -> list[float]:
     """Sum each value over all ranks, in float64."""
     if world.size == 1:
         return [float(value) for value in values]
@@ -178,7 +178,7 @@ def total(world: World, values: Sequence[float]) -> list[float]:
     return tensor.tolist()
 
 
-def from_main(world: World, value: Any) -> Any:
+def broadcast_from_main(world: World, value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if world.size == 1:
         return value
@@ -187,7 +187,7 @@ def from_main(world: World, value: Any) -> Any:
     return box[0]
 
 
-def gather(world: World, value: Any) -> list[Any]:
+def all_gather(world: World, value: Any) -> list[Any]:
     """Every rank's value, on every rank, in rank order."""
     if world.size == 1:
         return [value]
@@ -196,12 +196,12 @@ def gather(world: World, value: Any) -> list[Any]:
     return values
 
 
-def raise_together(world: World, error: Exception | None) -> None:
+def raise_on_all_ranks(world: World, error: Exception | None) -> None:
     """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left.
 
     On several machines an expected error says which one it is about, unless all ranks met one.
     """
-    found = gather(world, (error, node_name()) if error is not None else None)
+    found = all_gather(world, (error, node_name()) if error is not None else None)
     for rank, each in enumerate(found):
         if each is None:
             continue
@@ -216,7 +216,7 @@ def _spans_nodes(world: World) -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) < world.size
 
 
-def build_together(world: World, build: Callable[[], Any]) -> Any:
+def run_on_all_ranks(world: World, build: Callable[[], Any]) -> Any:
     """Build something on every rank; when a rank cannot, all raise its error."""
     value, error = None, None
     try:
@@ -224,5 +224,5 @@ def build_together(world: World, build: Callable[[], Any]) -> Any:
     except Exception as caught:
         logger.exception("this rank cannot go on")
         error = caught
-    raise_together(world, error)
+    raise_on_all_ranks(world, error)
     return value

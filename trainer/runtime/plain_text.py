@@ -8,6 +8,7 @@ is refused where `has_control` finds something.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # C0 and C1 with DEL, line and paragraph separators, and marks that turn the order of what follows around.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -56,10 +57,10 @@ def foreign_message(error: BaseException, limit: int = 500) -> str:
     return shorten(" ".join(str(error).split()) or type(error).__name__, limit)
 
 
-def listed(items: list[str], limit: int = 5, separator: str = ", ") -> str:
+def listed(items: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
     """Join the first few items, and say how many more there are."""
     more = len(items) - limit
-    return separator.join(items[:limit]) + (f"{separator}and {more:,} more" if more > 0 else "")
+    return separator.join(items[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -93,13 +93,13 @@ def join_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
         store = _own_store(rank, size, timeout)
         if store is None:
             store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))  # type: ignore[attr-defined]
-        call_the_roll(store, Place(rank, size, backend, node_name()), timeout)
+        call_the_roll(store, Introduction(rank, size, backend, node_name()), timeout)
         group_store = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=group_store)
 
 
 @dataclass(frozen=True)
-class Place:
+class Introduction:
     """Where a rank believes to be: its number, of how many, the backend of its device, and its machine."""
 
     rank: int
@@ -108,7 +108,7 @@ class Place:
     node: str
 
 
-def call_the_roll(store: Any, own: Place, timeout: timedelta) -> None:
+def call_the_roll(store: Any, own: Introduction, timeout: timedelta) -> None:
     """See that the ranks fit together, before they make a group: one of another size would never be complete.
 
     Raises:
@@ -118,7 +118,7 @@ def call_the_roll(store: Any, own: Place, timeout: timedelta) -> None:
     import torch.distributed as dist
 
     token = unique_token()
-    first = Place(**json.loads(store.compare_set("first", "", json.dumps(asdict(own)))))
+    first = Introduction(**json.loads(store.compare_set("first", "", json.dumps(asdict(own)))))
     seated = json.loads(store.compare_set(f"seat {own.rank}", "", json.dumps([token, own.node])))
     error = _misfit(first, own, seated[1] if seated[0] != token else None)
     arrived = store.add("arrived", 1)
@@ -143,7 +143,7 @@ def call_the_roll(store: Any, own: Place, timeout: timedelta) -> None:
     raise UserError(verdict[0], where=verdict[1], remedy=verdict[2])
 
 
-def _misfit(first: Place, own: Place, taken_by: str | None) -> UserError | None:
+def _misfit(first: Introduction, own: Introduction, taken_by: str | None) -> UserError | None:
     """What is wrong with a rank beside the first one that came."""
     places = f"rank {first.rank} on {first.node}, rank {own.rank} on {own.node}"
     if own.size != first.size:

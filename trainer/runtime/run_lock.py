@@ -316,7 +316,7 @@ def held(world: World, run_dir: Path, say: Callable[[str], None]) -> Iterator[Ru
                 lock.take()
             except MaskwrightError as caught:
                 error = caught
-        distributed.raise_together(world, error)
+        distributed.raise_on_all_ranks(world, error)
         yield lock
     finally:
         lock.release()

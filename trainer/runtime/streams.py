@@ -95,7 +95,7 @@ def use_consoles() -> None:
         setattr(sys, name, ConsoleStream(descriptor, old.encoding if old is not None else "utf-8", patience))
 
 
-def loss_of(stream: IO[str]) -> OSError | None:
+def first_loss(stream: IO[str]) -> OSError | None:
     """The first reason why something could not be written to a stream; None where there was none."""
     return stream.lost if isinstance(stream, ConsoleStream) else None
 

@@ -48,7 +48,7 @@ _SETS = {
 assert max(_SETS) == DEFAULTS
 
 
-def defaults_of(config: Config) -> Defaults:
+def find_defaults(config: Config) -> Defaults:
     return _SETS[config.defaults]
 
 
@@ -58,7 +58,7 @@ def resolve(config: Config, plan: BatchPlan) -> Config:
     Raises:
         UserError: when the warm-up does not end within the run.
     """
-    steps, defaults = plan.total_steps, defaults_of(config)
+    steps, defaults = plan.total_steps, find_defaults(config)
     schedule, logging = config.schedule, config.logging
     warmup = schedule.warmup_steps
     if warmup is None and schedule.warmup_fraction is not None:

@@ -31,7 +31,7 @@ Trial = Callable[[Config, Vocabulary, World, int, Sequence[int]], int | None]
 """(config, vocabulary, world, tokens a block, ascending sizes) → the largest that fits on every rank; a collective."""
 
 
-def settle_micro_size(
+def resolve_micro_size(
     config: Config, world: World, say: Callable[[str], None], trial: Trial, keep: bool = True
 ) -> int | None:
     """What `batch.micro_size: auto` stands for in this run; every rank calls it. None when the config has a number.
@@ -44,8 +44,8 @@ def settle_micro_size(
     sizes = micro_sizes(config.data, config.batch, world.size)
     if not sizes:
         return None  # which open_inputs refuses, with the remedy
-    layout = layout_of(config, world.size, world.device_name)
-    records = distributed.from_main(world, read_records(config) if world.is_main else None)
+    layout = memory_layout(config, world.size, world.device_name)
+    records = distributed.broadcast_from_main(world, read_records(config) if world.is_main else None)
     found = next((record for record in records if record["layout"] == layout and record["micro_size"] in sizes), None)
     if found is not None:
         say(f"micro-batch: {found['micro_size']}, as in the first start of this layout ({run_folder(config) / RECORD})")
@@ -54,7 +54,7 @@ def settle_micro_size(
         say(f"micro-batch: searching anew: {_what_differs(records[-1]['layout'], layout)}")
     elif (path := run_folder(config) / RECORD).exists():
         say(f"micro-batch: searching anew: {path} cannot be read; with another number dropout is drawn otherwise")
-    vocabulary = distributed.build_together(world, lambda: load_vocabulary(config))
+    vocabulary = distributed.run_on_all_ranks(world, lambda: load_vocabulary(config))
     if world.device.type == "cuda":
         size, how = trial(config, vocabulary, world, longest_blocks(config), sizes), "by trial steps"
     else:
@@ -64,11 +64,11 @@ def settle_micro_size(
     say(f"micro-batch: {size}, the largest of {_listed(sizes)} that fits ({how})")
     if keep:
         record, path = {"layout": layout, "micro_size": size}, run_folder(config) / RECORD
-        distributed.build_together(world, lambda: remember(path, record) if world.is_main else None)
+        distributed.run_on_all_ranks(world, lambda: remember(path, record) if world.is_main else None)
     return size
 
 
-def foresee(config: Config, world_size: int) -> tuple[int | None, list[str]]:
+def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, list[str]]:
     """For `validate`: what auto will be, or would be on this machine, and a line on it; nothing for a number.
 
     Returns:
@@ -79,7 +79,7 @@ def foresee(config: Config, world_size: int) -> tuple[int | None, list[str]]:
         return None, []
     for record in reversed(read_records(config)):
         device = record["layout"]["device"]
-        if record["layout"] == layout_of(config, world_size, device):
+        if record["layout"] == memory_layout(config, world_size, device):
             return record["micro_size"], [f"micro-batch: {record['micro_size']}, as in the first start on {device}"]
     trial = f"micro-batch: auto, one of {_listed(sizes)}: on GPUs it is found by trial steps when training starts"
     if torch.cuda.is_available():
@@ -98,7 +98,7 @@ def longest_blocks(config: Config) -> int:
     return max(config.data.seq_len, *own) if own else config.data.seq_len
 
 
-def layout_of(config: Config, world_size: int, device: str) -> dict[str, Any]:
+def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """All that the memory of a rank depends on beside the micro-batch."""
     model = config.model.model_dump(mode="json")
     for key in ("attention_backend", "kernels"):
@@ -130,8 +130,10 @@ def read_records(config: Config) -> list[dict[str, Any]]:
 
 def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Sequence[int]) -> tuple[int | None, str]:
     """Each rank takes the memory that it sees; the least of them decides, so that all come to the same."""
-    budget = min(distributed.gather(world, _cpu_budget(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))))
-    footprint = distributed.build_together(
+    budget = min(
+        distributed.all_gather(world, _cpu_budget(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+    )
+    footprint = distributed.run_on_all_ranks(
         world, lambda: Footprint(config, vocabulary, load_preset(config.deepspeed), "cpu", longest_blocks(config))
     )
     size = footprint.largest(sizes, world.size, budget)

@@ -15,7 +15,7 @@ from trainer.data.blocks import Blocks
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
-from trainer.engine.loss_kernel import settle_loss_kernel
+from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.model.attention_backend import preferring
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
@@ -48,14 +48,14 @@ def largest_by_trial(
         the largest that fits on all ranks; None when the first does not.
     """
     limit = limit_memory(config, world)
-    first = distributed.build_together(
+    first = distributed.run_on_all_ranks(
         world, lambda: _first_to_try(config, vocabulary, world.size, seq_len, sizes, limit)
     )
     wanted = config.model.attention_backend  # auto is settled later, among such that take the same memory
     usual = "flash" if config.train.deterministic else None
     try:
         with preferring(usual if wanted == "auto" else wanted, world.device):
-            criterion = make_criterion(config, settle_loss_kernel(config, vocabulary.size, world))
+            criterion = make_criterion(config, resolve_loss_kernel(config, vocabulary.size, world))
             largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[first:], criterion)
             if largest is None and first:
                 largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[:first], criterion)
@@ -118,7 +118,7 @@ def limit_memory(config: Config, world: World) -> float | None:
     free, total = torch.cuda.mem_get_info(world.device)
     wanted = config.batch.memory_gib
     own = GPU_SHARE * free if wanted is None else wanted * 2**30
-    least = min(distributed.gather(world, min(own, free)))
+    least = min(distributed.all_gather(world, min(own, free)))
     torch.cuda.set_per_process_memory_fraction(min(1.0, least / total), world.device)
     return least
 
@@ -188,7 +188,7 @@ class _Trial:
 
 
 def _all_agree(world: World, yes: bool) -> bool:
-    return distributed.total(world, [yes])[0] == world.size
+    return distributed.all_reduce_sum(world, [yes])[0] == world.size
 
 
 def _release(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from trainer.runtime.rich_console import PlainConsole
-from trainer.runtime.streams import loss_of
+from trainer.runtime.streams import first_loss
 from trainer.schedule.batch_plan import BatchPlan
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TrainingConsole:
     def say(self, line: str) -> None:
         """Print one line. Where the console cannot be written the line is lost, but not the run."""
         self._rich.print(line, markup=False)
-        if not self._lost and (error := loss_of(self._rich.file)) is not None:
+        if not self._lost and (error := first_loss(self._rich.file)) is not None:
             self._lost = True
             logger.info("the console cannot be written (%s); the run goes on without it", error.strerror)
 
@@ -64,7 +64,7 @@ class TrainingConsole:
     def training_line(self, values: dict[str, Any]) -> None:
         """Show one metrics line: always the same order, so that it can be searched."""
         assert self._plan is not None
-        self.say(f"step {values['step']}/{self._plan.total_steps}  {describe(values, self._plan)}")
+        self.say(f"step {values['step']}/{self._plan.total_steps}  {step_line(values, self._plan)}")
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -78,7 +78,7 @@ def seconds_left(values: dict[str, Any], plan: BatchPlan) -> float:
     return tokens_left / values["throughput/tokens_per_second"]
 
 
-def describe(values: dict[str, Any], plan: BatchPlan) -> str:
+def step_line(values: dict[str, Any], plan: BatchPlan) -> str:
     """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
     skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (

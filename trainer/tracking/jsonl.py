@@ -28,7 +28,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resumed_step: int | None, keep_events: bool = False) -> None:
         kept = []
-        for line in read_lines(path) if resumed_step is not None else ():
+        for line in read_metrics(path) if resumed_step is not None else ():
             if line["step"] <= resumed_step:
                 kept.append(line)
             elif keep_events and "event" in line:
@@ -72,7 +72,7 @@ def read_last(path: Path, name: str) -> dict[str, Any] | None:
     return None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines that are metrics; others, such as one cut off by a crash, are left out with a warning."""
     return side_files.read_lines(path, _metrics_line)
 

@@ -18,7 +18,7 @@ STARTS = "starts.jsonl"
 
 
 @dataclass(frozen=True)
-class Start:
+class StartRecord:
     """One start of a run that had something to do.
 
     Attributes:
@@ -38,12 +38,12 @@ class Start:
     world: Count
 
 
-def read_starts(run_dir: Path) -> list[Start]:
+def read_start_records(run_dir: Path) -> list[StartRecord]:
     """The starts of a run, oldest first."""
-    return read_lines(run_dir / STARTS, lambda line: as_type(Start, line))
+    return read_lines(run_dir / STARTS, lambda line: as_type(StartRecord, line))
 
 
-def idle_starts(starts: Iterable[Start], job: str, step: int) -> int:
+def idle_starts(starts: Iterable[StartRecord], job: str, step: int) -> int:
     """How many starts of a SLURM job, one after the other up to the last one, began at this step."""
     count = 0
     for start in starts:
@@ -60,8 +60,8 @@ def record_start(run_dir: Path, step: int, world_size: int, max_idle_starts: int
         MaskwrightError: when `max_idle_starts` starts of this job have come no further.
         UserError: when the file cannot be written.
     """
-    starts = read_starts(run_dir)
-    this = Start(
+    starts = read_start_records(run_dir)
+    this = StartRecord(
         time=time.time(),
         step=step,
         job=job_id(),

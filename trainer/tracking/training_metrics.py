@@ -52,7 +52,9 @@ class StepMetrics:
             shape: of the step.
             grad_norm, loss_scale: of the engine, after the step.
         """
-        totals = np.reshape(distributed.total(self.world, loss_sums.flatten().tolist()), tuple(loss_sums.shape))
+        totals = np.reshape(
+            distributed.all_reduce_sum(self.world, loss_sums.flatten().tolist()), tuple(loss_sums.shape)
+        )
         terms = self.criterion.terms
         means = [float(sum(totals[number])) / max(1.0, counts[number]) for number in range(len(terms))]
         loss = sum(term.weight * mean for term, mean in zip(terms, means, strict=True))
@@ -68,7 +70,7 @@ class StepMetrics:
             "resilience/skipped_samples": state.skipped_samples,
             "train/epoch": max(self.order.epochs(state.samples)),
             **self.meter.read(),
-            "memory/peak_gib": max(distributed.gather(self.world, peak_memory_gib(self.world.device))),
+            "memory/peak_gib": max(distributed.all_gather(self.world, peak_memory_gib(self.world.device))),
             **(self._batch_values(shape) if self.plan.sizes_vary else {}),
             **(self._term_values(means) if len(terms) > 1 else {}),
             **(self._source_values(state, totals, micro_batches) if totals.shape[1] > 1 else {}),
@@ -85,7 +87,7 @@ class StepMetrics:
         losses = np.zeros(totals.shape[1])
         for sums, term in zip(totals, self.criterion.terms, strict=True):
             of_rank = sum(batch.count_by_source(term.name, len(losses)) for batch in micro_batches)
-            counts = np.array(distributed.total(self.world, np.asarray(of_rank).tolist()))
+            counts = np.array(distributed.all_reduce_sum(self.world, np.asarray(of_rank).tolist()))
             with np.errstate(invalid="ignore"):
                 losses += term.weight * sums / counts  # NaN for a source without labels
         tokens, epochs = self.order.source_tokens(state.samples), self.order.epochs(state.samples)

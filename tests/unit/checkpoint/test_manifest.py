@@ -17,7 +17,7 @@ from tests.damage import flip
 from tests.unit.checkpoint.checkpoint_folders import DATA_ORDER, RECORDS, write_checkpoint
 from trainer.checkpoint import find
 from trainer.checkpoint.find import candidates, locate
-from trainer.checkpoint.manifest import HASH_THREADS, find_faults, read_manifest, share_files, step_folder
+from trainer.checkpoint.manifest import HASH_THREADS, find_faults, read_checkpoint_manifest, share_files, step_folder
 from trainer.checkpoint.resume import check_resumable, describe_layout, set_aside
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.distributed import World
@@ -25,7 +25,7 @@ from trainer.runtime.distributed import World
 
 def test_a_manifest_comes_back(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 7)
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     assert folder.name == "step-00000007"
     assert (manifest.step, manifest.state["samples"], manifest.saved_at) == (7, 56, 1.5)
     assert (manifest.layout, manifest.identity, manifest.model) == (RECORDS.layout, RECORDS.identity, RECORDS.model)
@@ -51,17 +51,17 @@ def test_a_manifest_that_cannot_be_read_is_damage(change: Any, tmp_path: Path) -
     folder = write_checkpoint(tmp_path, 1)
     raw = json.loads((folder / "manifest.json").read_text())
     del raw["checksum"]  # as in a manifest from before there was one
-    assert find_faults(folder, read_manifest(folder)) == []
+    assert find_faults(folder, read_checkpoint_manifest(folder)) == []
     (folder / "manifest.json").write_text(change(raw))
     with pytest.raises(DamagedError, match=r"step-00000001: manifest\.json: cannot be read"):
-        read_manifest(folder)
+        read_checkpoint_manifest(folder)
     (candidate,) = candidates(tmp_path)
     assert candidate.manifest is None and "cannot be read" in candidate.fault
 
 
 def test_each_fault_of_a_file_is_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 1)
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     whole = (folder / "weights.pt").read_bytes()
     (folder / "weights.pt").write_bytes(whole[:-3])
     (folder / "sub" / "config.json").unlink()
@@ -78,7 +78,7 @@ def test_fault_03_a_digit_that_has_flipped_in_the_manifest_is_damage(tmp_path: P
     assert text.count('"samples": 56') == 1
     path.write_text(text.replace('"samples": 56', '"samples": 57'))
     with pytest.raises(DamagedError, match=r"manifest\.json: cannot be read \(its content differs from its checksum\)"):
-        read_manifest(path.parent)
+        read_checkpoint_manifest(path.parent)
 
 
 @given(st.dictionaries(st.text("abc/", min_size=1), st.integers(0, 1000), min_size=1), st.integers(1, 9))
@@ -102,7 +102,7 @@ def test_bytes_are_counted_over_threads_and_faults_come_in_the_manifests_order(t
     names = [f"file-{number}" for number in range(3 * HASH_THREADS)]
     sizes = {name: 1000 * (number + 1) for number, name in enumerate(names)}
     folder = write_checkpoint(tmp_path, 1, {name: os.urandom(size) for name, size in sizes.items()})
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     seen: list[int] = []
     assert find_faults(folder, manifest, on_bytes=seen.append) == []
     assert seen == sorted(seen) and seen[-1] == sum(sizes.values()) == manifest.bytes
@@ -122,7 +122,7 @@ def test_an_interrupted_check_does_not_read_to_the_end(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_faults(folder, read_manifest(folder), on_bytes=interrupt)
+        find_faults(folder, read_checkpoint_manifest(folder), on_bytes=interrupt)
     assert seen[-1] < 6 << 24, "of 6 << 25 bytes"
 
 
@@ -130,7 +130,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(find, "_TELL_SECONDS", 0.0)
     folder = write_checkpoint(tmp_path, 3, {"weights.pt": bytes(1 << 23)})
     lines: list[str] = []
-    assert find.choose(World(0, 1, 0, torch.device("cpu"), None), tmp_path, "auto", lines.append) == folder
+    assert find.choose_checkpoint(World(0, 1, 0, torch.device("cpu"), None), tmp_path, "auto", lines.append) == folder
     assert lines == ["checking step-00000003: 4 of 8 MiB", "checking step-00000003: 8 of 8 MiB"]
 
 
@@ -173,7 +173,7 @@ def test_a_run_means_its_newest_whole_checkpoint_and_a_folder_means_itself(tmp_p
 
 def test_a_resume_of_something_else_is_refused_with_each_difference(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 5)
-    manifest = read_manifest(folder)
+    manifest = read_checkpoint_manifest(folder)
     check_resumable(folder, manifest, RECORDS, DATA_ORDER)
     other = replace(RECORDS, identity={**RECORDS.identity, "seed": 1, "tokenizer": "xyz"})
     with pytest.raises(UserError, match="seed was 0, now 1; tokenizer was def, now xyz"):
@@ -201,10 +201,10 @@ def test_changed_data_are_explained_shard_by_shard_from_the_run_folder(tmp_path:
     (tmp_path / "data_order.json").write_text(json.dumps({**DATA_ORDER, "sources": [with_shards]}))
     changed = {**source, "fingerprint": "xyz", "shards": [["shard-0", "a", "b"], ["shard-1", "c", "e"]]}
     with pytest.raises(UserError, match=r"source 'wiki' is another \(changed: shard-1\)"):
-        check_resumable(folder, read_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
+        check_resumable(folder, read_checkpoint_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
     (tmp_path / "data_order.json").write_text("{")
     with pytest.raises(UserError, match=r"source 'wiki' is another \(its content differs\)"):
-        check_resumable(folder, read_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
+        check_resumable(folder, read_checkpoint_manifest(folder), RECORDS, {**DATA_ORDER, "sources": [changed]})
 
 
 def test_an_earlier_run_is_set_aside_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -217,5 +217,5 @@ def test_an_earlier_run_is_set_aside_and_nothing_is_lost(tmp_path: Path) -> None
     for number in (1, 2):
         kept = tmp_path / f"previous-{number}"
         assert (kept / "metrics.jsonl").read_text() == f"run {number}"
-        assert read_manifest(step_folder(kept / "checkpoints", number)).step == number
+        assert read_checkpoint_manifest(step_folder(kept / "checkpoints", number)).step == number
     assert sorted(path.name for path in tmp_path.iterdir()) == ["logs", "previous-1", "previous-2"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.checkpoint.checkpoint_folders import DATA_ORDER, write_checkpoint
 from trainer.checkpoint.find import candidates
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.manifest import read_checkpoint_manifest
 from trainer.checkpoint.rollback import last_good, leave_branch
 from trainer.data.order.compare import order_differences
 from trainer.runtime.distributed import World
@@ -30,7 +30,7 @@ def test_the_checkpoint_takes_over_state_and_data_order_and_later_ones_are_set_a
     assert manifest.step == 4
     state = diverged.rolled_back_to(TrainState(**manifest.state), "a test")
     moved = leave_branch(ALONE, tmp_path, folder, manifest, state, now)
-    after = read_manifest(folder)
+    after = read_checkpoint_manifest(folder)
     assert (after.step, after.state["samples"]) == (4, 104)
     assert after.files == manifest.files and after.layout == manifest.layout
     assert order_differences(after.data_order, now, after.state["samples"]) == []

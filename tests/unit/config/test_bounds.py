@@ -12,7 +12,7 @@ import typer
 
 from launcher.command import parse_count
 from trainer.config import BatchConfig, Config, DataConfig, PhaseConfig, SourceConfig, StageConfig, TrainConfig
-from trainer.config.base import MOST_SEQUENCES, keys_of, section_in
+from trainer.config.base import MOST_SEQUENCES, fields_by_key, section_in
 from trainer.config.file import parse_config
 from trainer.data.order.mixture import mixture_order
 from trainer.errors import UserError
@@ -30,7 +30,7 @@ MINIMAL: dict[str, Any] = {
 def number_keys(section: type[Any] = Config, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """The path of every key that takes a number, those in entries of lists included."""
     found = []
-    for key, field in keys_of(section).items():
+    for key, field in fields_by_key(section).items():
         inner = section_in(field.annotation)
         if inner is not None:
             found += number_keys(inner, (*prefix, key))

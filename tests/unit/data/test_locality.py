@@ -13,7 +13,7 @@ import pytest
 from tests.page_cache import drop_pages, drops_pages, resident_pages
 from tools.bench import synthetic
 from tools.simulate.locality import PAGE_BYTES, pages_of_samples
-from tools.simulate.plan import SimulateOptions, make_plan
+from tools.simulate.plan import SimulateOptions, plan_simulation
 from trainer.data.dataset import ShardSet
 from trainer.data.order.sample_order import rank_share
 
@@ -40,7 +40,7 @@ def test_a_rank_reads_its_pages_of_a_window_and_hardly_any_other(
     monkeypatch.setattr(synthetic, "SHARD_BYTES", SHARD_BYTES)
     synthetic.write_random_shards(on_disk, DATA_BYTES)
     options = SimulateOptions(global_size=GLOBAL_SIZE, ranks=RANKS, seed=SEED)
-    plan = make_plan(str(on_disk), [], options)
+    plan = plan_simulation(str(on_disk), [], options)
     sizes = {"chunk_blocks": CHUNK_BLOCKS, "window_chunks": WINDOW_CHUNKS}
     plan = replace(plan, data=plan.data.model_copy(update=sizes))
     order, token_files = plan.order(), sorted(on_disk.glob("*.tok"))

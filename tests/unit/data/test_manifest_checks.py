@@ -16,7 +16,7 @@ from tools.inspect import verify
 from trainer.checkpoint.manifest import try_manifest
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
-from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, read_entry, read_manifest, split_folder
+from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, read_data_manifest, read_entry, split_folder
 from trainer.data.shard_reader import ReadSettings
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import json_hash
@@ -71,14 +71,14 @@ def test_what_contradicts_itself_or_is_of_another_type_is_damage(path: str, valu
     write_data_set(tmp_path, [[[5, 6, 7], [8, 9, 5]]])
     rewrite(tmp_path, put(path, value), checksum=True)
     with pytest.raises(DamagedError, match="Cannot read the manifest"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 99, b"[" * 100_000, b"\xff", b"3", b"null", b"9" * 5000, b"[]"])
 def test_any_other_content_is_damage(content: bytes, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(DamagedError, match="Cannot read the manifest"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
 
 
 def test_every_digit_counts_and_a_manifest_of_an_older_version_opens(tmp_path: Path) -> None:
@@ -88,10 +88,10 @@ def test_every_digit_counts_and_a_manifest_of_an_older_version_opens(tmp_path: P
         changed = str((int(text[place]) + 1) % 10)
         (tmp_path / MANIFEST).write_text(text[:place] + changed + text[place + 1 :])
         with pytest.raises(DamagedError):
-            read_manifest(tmp_path)
+            read_data_manifest(tmp_path)
     (tmp_path / MANIFEST).write_text(text)
     rewrite(tmp_path, lambda content: None)
-    assert read_manifest(tmp_path) == manifest
+    assert read_data_manifest(tmp_path) == manifest
 
 
 def test_moved_borders_are_found_when_reads_are_verified(tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_a_lost_manifest_is_damage_and_an_unfinished_job_is_not(tmp_path: Path) 
     (tmp_path / "train" / MANIFEST).unlink()
     for folder in (tmp_path / "train", split_folder(tmp_path, "train")):
         with pytest.raises(DamagedError, match=r"manifest\.json is missing"):
-            read_manifest(folder)
+            read_data_manifest(folder)
     with pytest.raises(DamagedError, match="train/manifest"):
         verify(tmp_path)
     (tmp_path / PREPARE_WORK_FOLDER).mkdir()
     with pytest.raises(UserError, match="not a prepared data set"):
-        read_manifest(tmp_path / "train")
+        read_data_manifest(tmp_path / "train")
 
 
 def test_the_record_of_a_unit_names_no_other_folder() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import BatchConfig, DataConfig
-from trainer.data.order.compare import order_differences, phases_of
+from trainer.data.order.compare import order_differences, recorded_phases
 from trainer.data.order.mixture import mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.order.sample_order import SampleOrder
@@ -155,4 +155,4 @@ def test_a_record_from_before_there_were_phases_is_one_of_one_phase():
     old["sources"] = [{**source, "blocks": 300} for source in old["sources"]]
     assert order_differences(old, recorded(order_of()), 1000) == []
     assert "blocks of 32, now blocks of 24" in order_differences(old, recorded(order_of(seq_len=24)), 1000)[0]
-    assert [each["blocks"] for each in phases_of(old)] == [[300]]
+    assert [each["blocks"] for each in recorded_phases(old)] == [[300]]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.dataset import ShardSet
-from trainer.data.manifest import SUM_BYTES, Manifest, read_manifest, split_folder, token_dtype
+from trainer.data.manifest import SUM_BYTES, Manifest, read_data_manifest, split_folder, token_dtype
 from trainer.data.shard_checks import check_sizes, document_starts, verify_shard
 from trainer.data.shard_writer import ShardWriter
 from trainer.errors import DamagedError, UserError
@@ -94,7 +94,7 @@ def test_ids_take_two_bytes_as_long_as_they_fit(size: int, dtype: str, tmp_path:
 
 def test_the_manifest_comes_back_and_says_what_decides_the_tokens(tmp_path: Path):
     manifest = write_data_set(tmp_path / "a", [[[5, 6]], [[7]]])
-    assert read_manifest(tmp_path / "a") == manifest
+    assert read_data_manifest(tmp_path / "a") == manifest
     assert write_data_set(tmp_path / "b", [[[5, 6]], [[7]]]).fingerprint == manifest.fingerprint
     assert write_data_set(tmp_path / "c", [[[5, 6]], [[8]]]).fingerprint != manifest.fingerprint
     assert write_data_set(tmp_path / "d", [[[5], [7]], [[7]]]).fingerprint != manifest.fingerprint
@@ -126,7 +126,7 @@ def test_two_writers_of_a_shard_do_not_mix_their_bytes(tmp_path: Path):
 
 def test_a_path_where_nothing_is_is_said_to_be_one(tmp_path: Path):
     with pytest.raises(UserError, match="there is nothing at this path") as caught:
-        read_manifest(tmp_path / "no-such.txt")
+        read_data_manifest(tmp_path / "no-such.txt")
     assert caught.value.remedy.startswith("Correct the path.")
 
 
@@ -146,7 +146,7 @@ def test_a_folder_without_a_manifest_is_no_data_set_and_the_split_inside_is_name
 def test_a_manifest_that_cannot_be_read_is_damage(content: str, tmp_path: Path):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DamagedError, match="Cannot read the manifest"):
-        read_manifest(tmp_path)
+        read_data_manifest(tmp_path)
 
 
 def test_a_manifest_with_a_field_too_many_or_too_few_is_damage(tmp_path: Path):
@@ -156,7 +156,7 @@ def test_a_manifest_with_a_field_too_many_or_too_few_is_damage(tmp_path: Path):
     for raw in ({**whole, "extra": 1}, {key: value for key, value in whole.items() if key != "tokens"}):
         path.write_text(json.dumps(raw))
         with pytest.raises(DamagedError):
-            read_manifest(tmp_path)
+            read_data_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["tok", "doc", "sum"])
@@ -179,7 +179,7 @@ def test_one_flipped_bit_is_found_and_its_mebibyte_named(
     place: int, bit: int, tmp_path_factory: pytest.TempPathFactory
 ):
     folder = tmp_path_factory.getbasetemp() / "flipped"
-    manifest = read_manifest(folder) if folder.is_dir() else three_mebibytes(folder)
+    manifest = read_data_manifest(folder) if folder.is_dir() else three_mebibytes(folder)
     path = folder / "shard-00000.tok"
     place %= path.stat().st_size
     flip(path, place, bit)

@@ -13,7 +13,7 @@ import sentencepiece
 from transformers import BertTokenizer
 
 from trainer.data import tokenizer_files
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.data.tokenizer_files import loading_note
 from trainer.errors import UserError
 from trainer.runtime.plain_text import foreign_message
@@ -49,7 +49,7 @@ def test_a_vocab_txt_of_bert_is_read_as_berts(case: str, tmp_path: Path) -> None
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, BertTokenizer)
     assert tokenizer.tokenize("Kalo MI我的") == ["kalo", "mi", "我", "的"]
-    vocabulary = vocabulary_of(tokenizer, "")
+    vocabulary = read_vocabulary(tokenizer, "")
     assert (vocabulary.size, vocabulary.pad_id, vocabulary.begin_id, vocabulary.mask_id) == (12, 0, 3, 5)
     assert "read as BERT's, lower case" in loading_note(folder) and "\n" not in loading_note(folder)
 
@@ -161,7 +161,7 @@ def test_a_sentencepiece_model_is_all_that_is_needed(
     tokenizer = load_tokenizer(folder)
     assert "".join(tokenizer.tokenize("kalo mi")).replace("▁", " ").strip() == "kalo mi"
     assert tokenizer.unk_token_id not in tokenizer("kalo mi").input_ids
-    vocabulary = vocabulary_of(tokenizer, "")
+    vocabulary = read_vocabulary(tokenizer, "")
     assert vocabulary.mask_id < vocabulary.size
 
 

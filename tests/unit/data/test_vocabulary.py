@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trainer.config import ModelConfig, ObjectiveConfig
 from trainer.data.blocks import Blocks
 from trainer.data.manifest import token_dtype
-from trainer.data.tokenizer import load_tokenizer, vocabulary_of
+from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.model.build import build_model
 from trainer.objectives.mlm import MaskedSamples
@@ -40,7 +40,7 @@ def with_holes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_go_up_to_the_largest_id(with_holes: Path) -> None:
     tokenizer = load_tokenizer(with_holes)
-    vocabulary = vocabulary_of(tokenizer, "")
+    vocabulary = read_vocabulary(tokenizer, "")
     assert len(tokenizer) == 12
     assert vocabulary.size == 24
     assert vocabulary.unused_ids == tuple(range(8, 20))
@@ -50,7 +50,7 @@ def test_rows_go_up_to_the_largest_id(with_holes: Path) -> None:
 def test_without_holes_rows_are_the_tokens(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t", {f"w{number}": number for number in range(5, 9)}))
     tokenizer.add_tokens(["mi", "lo"])
-    vocabulary = vocabulary_of(tokenizer, "")
+    vocabulary = read_vocabulary(tokenizer, "")
     assert vocabulary.size == len(tokenizer) == 11
     assert vocabulary.unused_ids == ()
 
@@ -59,7 +59,7 @@ def test_of_two_ids_for_one_token_none_is_unused(tmp_path: Path) -> None:
     """As in CamemBERT's vocabulary, where <unk> stands twice; runs that drew both draw both."""
     pieces = [(token, 0.0) for token in (*ROLES.values(), "▁mi", "<unk>", "▁lo")]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=3)), **ROLES)
-    vocabulary = vocabulary_of(tokenizer, "")
+    vocabulary = read_vocabulary(tokenizer, "")
     assert (vocabulary.size, vocabulary.unused_ids) == (8, ())
 
 
@@ -68,12 +68,12 @@ def test_an_id_far_off_is_refused_before_a_table_is_made(tmp_path: Path) -> None
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"mi": 5', '"mi": 4000000000'))
     with pytest.raises(UserError, match=r"has the id 4,000,000,000") as refused:
-        vocabulary_of(load_tokenizer(folder), str(folder))
+        read_vocabulary(load_tokenizer(folder), str(folder))
     assert refused.value.where == str(folder)
 
 
 def test_masks_never_show_an_id_without_a_token(with_holes: Path) -> None:
-    vocabulary = vocabulary_of(load_tokenizer(with_holes), "")
+    vocabulary = read_vocabulary(load_tokenizer(with_holes), "")
     objective = MaskedSamples(ObjectiveConfig(replace_mask=0.0, replace_random=1.0), vocabulary, seq_len=34)
     blocks = np.tile(np.array([5, 6, 7, 20, 21, 22, 23, 5], np.int64), (64, 4))
     shown = objective.make_batch(Blocks(blocks), np.arange(64, dtype=np.uint64), seed=1)
@@ -83,7 +83,7 @@ def test_masks_never_show_an_id_without_a_token(with_holes: Path) -> None:
 
 def test_models_get_a_row_for_each_id(with_holes: Path, tmp_path: Path) -> None:
     """From random weights, and from a checkpoint that has as many rows as the tokenizer has tokens."""
-    vocabulary = vocabulary_of(load_tokenizer(with_holes), "")
+    vocabulary = read_vocabulary(load_tokenizer(with_holes), "")
     (tmp_path / "bert.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 12, **SIZES}))
     built = build_model(ModelConfig(config=str(tmp_path / "bert.json"), tokenizer=str(with_holes)), vocabulary, 16, 1)
     assert built.model.get_input_embeddings().num_embeddings == 24

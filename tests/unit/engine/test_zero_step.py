@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.engine.zero_patches import shorten_step
+from trainer.engine.zero_patches import patch_zero_optimizer
 
 
 class FromHost(TorchDispatchMode):
@@ -34,7 +34,7 @@ def test_the_loss_scale_is_not_copied_from_the_host(clip: float) -> None:
     zero = SimpleNamespace(clip_grad=clip, loss_scale=1024.0, partition_gradients=False, dtype=0)
     zero.gradient_accumulation_dtype = 1
     adamw = torch.optim.AdamW([torch.zeros(1)])
-    shorten_step(zero, adamw, ranks=2)
+    patch_zero_optimizer(zero, adamw, ranks=2)
     with FakeTensorMode(), FromHost() as copies:
         zero.unscale_and_clip_grads([], torch.empty((), device="cuda"))
     assert copies.found == []

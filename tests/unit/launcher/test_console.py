@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from launcher.console import Card, exit_code, make_console, print_card
+from launcher.console import ErrorCard, exit_code, make_console, print_card
 from trainer.errors import DamagedError, DivergedError, UserError
 
 LONG_PROBLEM = "Unknown key 'modle'. Did you mean 'model'? " + "And more about it. " * 12
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 def test_off_a_terminal_each_part_is_one_line() -> None:
     stream = io.StringIO()
-    print_card(Card("Please check", LONG_PROBLEM, "modle", "Correct it."), stream)
+    print_card(ErrorCard("Please check", LONG_PROBLEM, "modle", "Correct it."), stream)
     assert stream.getvalue().splitlines() == [
         f"Please check: {LONG_PROBLEM}",
         "  where:  modle",
@@ -29,7 +29,7 @@ def test_off_a_terminal_each_part_is_one_line() -> None:
 
 def test_empty_parts_are_left_out() -> None:
     stream = io.StringIO()
-    print_card(Card("Diverged", "no finite loss"), stream)
+    print_card(ErrorCard("Diverged", "no finite loss"), stream)
     assert stream.getvalue() == "Diverged: no finite loss\n"
 
 
@@ -37,7 +37,7 @@ def test_on_a_terminal_it_is_a_panel_with_everything_in_it(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    print_card(Card("Please check", "no file [bold]", "data.train=[x]", "Write [red] :smile: it."), stream)
+    print_card(ErrorCard("Please check", "no file [bold]", "data.train=[x]", "Write [red] :smile: it."), stream)
     shown = stream.getvalue()
     assert "╭" in shown and "Please check" in shown
     # Brackets and colons are text, not markup.

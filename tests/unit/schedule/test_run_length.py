@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.schedule.batch_plan import BatchPlan, divisors, plan_batch
 from trainer.schedule.learning_rate import learning_rate
 from trainer.schedule.phases import lay_out
-from trainer.schedule.run_length import FEW_UPDATES, defaults_of, describe_length, few_updates, resolve
+from trainer.schedule.run_length import FEW_UPDATES, describe_length, few_updates, find_defaults, resolve
 
 
 def config_of(**sections: Any) -> Config:
@@ -26,7 +26,7 @@ def config_of(**sections: Any) -> Config:
 
 
 def plan_of(config: Config, blocks: int = 438, ranks: int = 1) -> BatchPlan:
-    phases, whole_steps = lay_out(config.data, config.batch), defaults_of(config).whole_steps
+    phases, whole_steps = lay_out(config.data, config.batch), find_defaults(config).whole_steps
     return plan_batch(config.batch, config.train, phases, ranks, [blocks] * len(phases), whole_steps)
 
 

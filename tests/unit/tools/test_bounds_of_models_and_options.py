@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tools.plan.run import PlanOptions, _check_options
-from tools.simulate.plan import SimulateOptions, make_plan
+from tools.simulate.plan import SimulateOptions, plan_simulation
 from trainer.config import ModelConfig
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
@@ -61,4 +61,4 @@ def test_options_of_plan_have_bounds(name: str, value: float) -> None:
 )
 def test_options_of_simulate_have_bounds(name: str, value: int) -> None:
     with pytest.raises(UserError, match="at most"):
-        make_plan(None, (), SimulateOptions(**{name: value}))
+        plan_simulation(None, (), SimulateOptions(**{name: value}))

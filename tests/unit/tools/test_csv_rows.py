@@ -15,7 +15,7 @@ from tools.prepare.bad_documents import Losses
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import find_inputs
 from tools.prepare.option_names import COMMAND_LINE, CONFIG, OptionNames
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from tools.prepare.readers import read_documents
 from trainer.errors import UserError
 
@@ -30,7 +30,7 @@ def read(
 ) -> list[str]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     (file,) = find_inputs([str(path)]).files
-    reading = ReadSettings("csv", "row", field, "", delimiter, "skip" if losses else "stop", names)
+    reading = TextSettings("csv", "row", field, "", delimiter, "skip" if losses else "stop", names)
     return [text for text, _ in read_documents(Piece(file, 0, file.size), reading, losses)]
 
 

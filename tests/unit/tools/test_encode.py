@@ -44,16 +44,16 @@ def word_offsets(text: str) -> np.ndarray:
 
 
 def encoded_words(
-    file: str, texts: list[str], segmenter: Segmenter | None, plane: str = WORD_STARTS
+    file: str, texts: list[str], segmenter: Segmenter | None, mark: str = WORD_STARTS
 ) -> list[list[list[str]]]:
     """The tokens of each text, grouped at the starts."""
-    encoder, tokenizer = Encoder(file, np.dtype("<u2"), {plane: segmenter}), Tokenizer.from_file(file)
+    encoder, tokenizer = Encoder(file, np.dtype("<u2"), {mark: segmenter}), Tokenizer.from_file(file)
     grouped = []
     for encoded in encoder.encode(texts):
-        assert encoded.starts[plane].dtype == bool and len(encoded.starts[plane]) == len(encoded.ids)
-        assert encoded.starts[plane][:1].all()
+        assert encoded.starts[mark].dtype == bool and len(encoded.starts[mark]) == len(encoded.ids)
+        assert encoded.starts[mark][:1].all()
         tokens = [str(tokenizer.id_to_token(token)) for token in encoded.ids.tolist()]
-        places = [*np.flatnonzero(encoded.starts[plane]).tolist(), len(tokens)]
+        places = [*np.flatnonzero(encoded.starts[mark]).tolist(), len(tokens)]
         grouped.append([tokens[a:b] for a, b in itertools.pairwise(places)])
     return grouped
 
@@ -168,7 +168,7 @@ def test_a_long_text_has_the_same_starts_in_pieces(files, monkeypatch, kind: str
     for one, other in zip(whole, encoder.encode(texts), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.starts.keys() == other.starts.keys()
-        assert all(one.starts[plane].tolist() == other.starts[plane].tolist() for plane in one.starts)
+        assert all(one.starts[mark].tolist() == other.starts[mark].tolist() for mark in one.starts)
 
 
 def test_a_cut_within_a_word_starts_none(files, chinese_file, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from tests.token_files import write_dataset, write_datatrove, write_megatron
 from tools.import_tokens import import_tokens
 from tools.import_tokens.clean import Cleaner
 from tools.import_tokens.find import find_sources
-from trainer.data.tokenizer import vocabulary_of
+from trainer.data.tokenizer import read_vocabulary
 from trainer.errors import DamagedError, MaskwrightError, UserError
 
 BEGIN, PAD, END, UNKNOWN, MASK = range(5)
@@ -67,7 +67,7 @@ def test_documents_are_the_same_however_they_are_cut(
 ) -> None:
     path = write_megatron(tmp_path_factory.mktemp("files") / "a", documents, dtype)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    cleaner = Cleaner(loaded, vocabulary_of(loaded, "here"), skip_special=True)
+    cleaner = Cleaner(loaded, read_vocabulary(loaded, "here"), skip_special=True)
     expected, empty, skipped = [], 0, 0
     for document in documents:
         contents = [content_of(sequence) for sequence in document]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.preparing import read_text_pieces
 from tools.prepare.encode import split_text
 from tools.prepare.inputs import find_inputs
-from tools.prepare.pieces import Piece, ReadSettings
+from tools.prepare.pieces import Piece, TextSettings
 from tools.prepare.plan import MINIMUM_UNIT_BYTES, plan_units
 from tools.prepare.readers import read_documents
 from trainer.errors import UserError
@@ -35,7 +35,7 @@ LINES = st.lists(
 def read_all(path: Path, documents: str = "paragraph", format: str = "auto", field: str = "text") -> list[str]:
     inputs = find_inputs([str(path)], format)
     pieces = [piece for unit in plan_units(inputs, documents) for piece in unit.pieces]
-    reading = ReadSettings(inputs.format, documents, field, str(path.parent / "scratch"))
+    reading = TextSettings(inputs.format, documents, field, str(path.parent / "scratch"))
     return [text for piece in pieces for text, _ in read_documents(piece, reading)]
 
 
@@ -84,7 +84,7 @@ def test_a_piece_inside_a_huge_line_reads_no_more_than_itself(
 
     monkeypatch.setattr("tools.prepare.lines.open_input", open_counted)
     piece = Piece(file, 5 << 20, 6 << 20)
-    assert list(read_documents(piece, ReadSettings("text", documents, "text", ""))) == []
+    assert list(read_documents(piece, TextSettings("text", documents, "text", ""))) == []
     assert piece.size <= sum(read) < 2 * piece.size
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.preparing import quiet_console
 from tools.prepare.inputs import find_inputs
-from tools.prepare.pieces import ReadSettings
+from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
 from tools.tokenizer import _save, _wrap, train_tokenizer
@@ -105,7 +105,7 @@ def test_cutting_loses_nothing(tmp_path: Path) -> None:
     ]
     (tmp_path / "t.txt").write_text("\n".join(texts))
     found = find_inputs([str(tmp_path / "t.txt")])
-    reading = ReadSettings("text", "file", "text", str(tmp_path))
+    reading = TextSettings("text", "file", "text", str(tmp_path))
     with ReadProgress(quiet_console(), "Reading", 1) as progress:
         text = TrainingText([piece for unit in plan_units(found, "file") for piece in unit.pieces], reading, progress)
         parts = list(text.texts())

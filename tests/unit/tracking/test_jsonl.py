@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.tracking.jsonl import JsonlWriter, read_lines
+from trainer.tracking.jsonl import JsonlWriter, read_metrics
 from trainer.tracking.metrics import as_json
 
 
@@ -20,7 +20,7 @@ def write_steps(path: Path, resumed_step: int | None, *steps: int) -> None:
 
 
 def steps_in(path: Path) -> list[int]:
-    return [line["step"] for line in read_lines(path)]
+    return [line["step"] for line in read_metrics(path)]
 
 
 def test_a_resume_drops_the_steps_that_happen_again(tmp_path: Path) -> None:
@@ -39,7 +39,11 @@ def test_a_rollback_keeps_the_events_of_the_steps_it_takes_back_at_the_step_it_g
     writer.write({"step": 4, "event": "skip", "event/from_step": 4})
     writer.close()
     JsonlWriter(path, 2, keep_events=True).close()
-    assert [(line["step"], line.get("event/from_step")) for line in read_lines(path)] == [(1, None), (2, None), (2, 4)]
+    assert [(line["step"], line.get("event/from_step")) for line in read_metrics(path)] == [
+        (1, None),
+        (2, None),
+        (2, 4),
+    ]
     write_steps(path, 1)  # a resume from before it: it happens again
     assert steps_in(path) == [1]
 
@@ -71,7 +75,7 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
-    assert read_lines(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_what_is_not_finite_is_null_and_never_nan_in_the_file(tmp_path: Path) -> None:

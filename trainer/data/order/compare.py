@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.runtime.plain_text import listed
 from trainer.schedule.phases import tokens_before
-
-_SHARDS_NAMED = 5
 
 
 def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: int) -> list[str]:
@@ -38,7 +37,7 @@ def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: i
     return lines
 
 
-def phases_of(order: dict[str, Any]) -> list[dict[str, Any]]:
+def recorded_phases(order: dict[str, Any]) -> list[dict[str, Any]]:
     """The phases of a recorded order: first_sample, seq_len, blocks and spans of each.
 
     What was recorded before there were phases is a run of one.
@@ -67,14 +66,14 @@ def shard_differences(before: Sequence[Sequence[Any]], after: Sequence[Sequence[
         "gone": [name for name in old if name not in new and name not in renamed],
         "added": [name for name in new if name not in old and name not in renamed.values()],
     }
-    lines = [f"{word}: {_named(names)}" for word, names in groups.items() if names]
+    lines = [f"{word}: {listed(names)}" for word, names in groups.items() if names]
     common = [name for name in new if name in old]
     return lines if lines or common == list(old) else ["its shards are in another order"]
 
 
 def _begun_phases(order: dict[str, Any], samples: int) -> list[dict[str, Any]]:
     """The phases that the first `samples` samples lie in."""
-    return [phase for phase in phases_of(order) if phase["first_sample"] < max(1, samples)]
+    return [phase for phase in recorded_phases(order) if phase["first_sample"] < max(1, samples)]
 
 
 def _lengths(phases: list[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -134,8 +133,3 @@ def _describe_mixture(saved: dict[str, Any], current: dict[str, Any], samples: i
         f"the mixture of the {samples:,} samples seen so far was {before}, now {now} places: other weights can begin "
         f"at token {first_token + earliest * saved['seq_len']:,} at the earliest (data.stages)"
     )
-
-
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _SHARDS_NAMED} more" if len(names) > _SHARDS_NAMED else ""
-    return ", ".join(names[:_SHARDS_NAMED]) + more

@@ -1,4 +1,4 @@
-"""Start planes: the bits that were written come back for any range, and damage to them is damage to the shard."""
+"""Token marks: the bits that were written come back for any range, and damage to them is damage to the shard."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, flip
-from trainer.data import token_marks as start_planes
-from trainer.data.manifest import SENTENCE_STARTS, START_PLANES, WORD_STARTS, Manifest, ShardEntry, plane_bytes
+from trainer.data import token_marks as token_marks
+from trainer.data.manifest import SENTENCE_STARTS, TOKEN_MARKS, WORD_STARTS, Manifest, ShardEntry, mark_bytes
 from trainer.data.shard_checks import check_sizes, verify_shard
 from trainer.data.shard_writer import ShardWriter
-from trainer.data.token_marks import planes_of, read_starts, starts_at, unpack_starts
+from trainer.data.token_marks import marks_of, read_marks, starts_at, unpack_starts
 from trainer.errors import DamagedError, UserError
 
 
-def write_shard(folder: Path, documents: list[list[bool]], planes: tuple[str, ...] = START_PLANES) -> ShardEntry:
+def write_shard(folder: Path, documents: list[list[bool]], marks: tuple[str, ...] = TOKEN_MARKS) -> ShardEntry:
     """A shard whose documents have these word starts; the sentence starts are their opposite."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(folder, "shard-00000", np.dtype("<u2"), SEPARATOR, planes)
+    writer = ShardWriter(folder, "shard-00000", np.dtype("<u2"), SEPARATOR, marks)
     for document in documents:
         words = np.array(document, bool)
         writer.add_document(np.full(len(document), 7), {WORD_STARTS: words, SENTENCE_STARTS: ~words})
@@ -40,25 +40,25 @@ def test_any_range_of_bits_comes_back(
 ) -> None:
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start_planes, "_WAITING_BITS", waiting)
+        patch.setattr(token_marks, "_WAITING_BITS", waiting)
         entry = write_shard(folder, documents)
     words = [bit for document in documents for bit in [*document, False]]
     sentences = [bit for document in documents for bit in [*(not bit for bit in document), False]]
     start, stop = sorted(round(end * len(words)) for end in ends)
-    for plane, expected in ((WORD_STARTS, words), (SENTENCE_STARTS, sentences)):
-        path = folder / f"shard-00000.{plane}"
+    for mark, expected in ((WORD_STARTS, words), (SENTENCE_STARTS, sentences)):
+        path = folder / f"shard-00000.{mark}"
         assert path.read_bytes() == np.packbits(np.array(expected, bool), bitorder="little").tobytes()
-        assert path.stat().st_size == plane_bytes(entry.tokens) == entry.files[plane][0]
-        found = read_starts(folder, entry, plane, start, stop)
+        assert path.stat().st_size == mark_bytes(entry.tokens) == entry.files[mark][0]
+        found = read_marks(folder, entry, mark, start, stop)
         assert found.dtype == bool and found.tolist() == expected[start:stop]
-        assert read_starts(folder, entry, plane).tolist() == expected
+        assert read_marks(folder, entry, mark).tolist() == expected
         packed = np.fromfile(path, np.uint8)
         assert unpack_starts(packed, start, stop).tolist() == expected[start:stop]
         places = np.arange(start, stop)[::-1]
         assert starts_at(packed, places).tolist() == expected[start:stop][::-1]
 
 
-def test_a_shard_without_planes_is_what_it_was(tmp_path: Path) -> None:
+def test_a_shard_without_marks_is_what_it_was(tmp_path: Path) -> None:
     entry, plain = write_shard(tmp_path / "with", [[True, False]]), write_shard(tmp_path / "plain", [[True, False]], ())
     assert list(entry.files) == ["tok", "doc", "sum", "wrd", "snt"]
     assert list(plain.files) == ["tok", "doc", "sum"]
@@ -66,33 +66,33 @@ def test_a_shard_without_planes_is_what_it_was(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in (tmp_path / "plain").iterdir()) == [".doc", ".sum", ".tok"]
 
 
-def test_planes_that_are_not_there_are_named_with_the_option(tmp_path: Path) -> None:
+def test_marks_that_are_not_there_are_named_with_the_option(tmp_path: Path) -> None:
     entry = write_shard(tmp_path, [[True, False]], (WORD_STARTS,))
-    assert read_starts(tmp_path, entry, WORD_STARTS).tolist() == [True, False, False]
+    assert read_marks(tmp_path, entry, WORD_STARTS).tolist() == [True, False, False]
     with pytest.raises(UserError, match=r"no sentence starts \(no shard-00000\.snt\)") as caught:
-        read_starts(tmp_path, entry, SENTENCE_STARTS)
+        read_marks(tmp_path, entry, SENTENCE_STARTS)
     assert "--sentence-starts" in caught.value.remedy
 
 
-def test_a_data_set_has_the_planes_that_all_its_shards_have(tmp_path: Path) -> None:
+def test_a_data_set_has_the_marks_that_all_its_shards_have(tmp_path: Path) -> None:
     both, words = write_shard(tmp_path / "a", [[True]]), write_shard(tmp_path / "b", [[True]], (WORD_STARTS,))
 
-    def planes(*entries: ShardEntry) -> tuple[str, ...]:
-        return planes_of(Manifest("<u2", "", 1000, SEPARATOR, 0, 0, entries))
+    def marks(*entries: ShardEntry) -> tuple[str, ...]:
+        return marks_of(Manifest("<u2", "", 1000, SEPARATOR, 0, 0, entries))
 
-    assert planes(both, both) == (WORD_STARTS, SENTENCE_STARTS)
-    assert planes(both, words) == (WORD_STARTS,)
-    assert planes() == ()
+    assert marks(both, both) == (WORD_STARTS, SENTENCE_STARTS)
+    assert marks(both, words) == (WORD_STARTS,)
+    assert marks() == ()
 
 
-@pytest.mark.parametrize("plane", START_PLANES)
-def test_damage_to_a_plane_is_found(plane: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", TOKEN_MARKS)
+def test_damage_to_a_mark_is_found(mark: str, tmp_path: Path) -> None:
     entry = write_shard(tmp_path, [[True, False] * 50])
-    path = tmp_path / f"shard-00000.{plane}"
+    path = tmp_path / f"shard-00000.{mark}"
     flip(path, 3, 5)
-    assert verify_shard(tmp_path, entry) == [f"shard-00000.{plane}: content differs from its checksum"]
+    assert verify_shard(tmp_path, entry) == [f"shard-00000.{mark}: content differs from its checksum"]
     os.truncate(path, 5)
-    with pytest.raises(DamagedError, match=rf"shard-00000\.{plane} has 5 bytes; its manifest says 13"):
+    with pytest.raises(DamagedError, match=rf"shard-00000\.{mark} has 5 bytes; its manifest says 13"):
         check_sizes(tmp_path, entry)
     path.unlink()
     with pytest.raises(DamagedError, match="is missing"):
