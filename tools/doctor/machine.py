@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import platform
@@ -23,6 +22,7 @@ from tools.doctor.lines import Line
 from tools.machine import c_compiler, compile_obstacle, cpp_compiler, cpu_model
 from tools.prepare.summary import human_bytes
 from trainer.runtime.files import shipped, unique_name
+from trainer.runtime.record_lock import RecordLock, try_record_lock
 from trainer.runtime.versions import installed_version
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "pydantic", "tensorboard")
@@ -195,7 +195,7 @@ def check_writing(folder: Path) -> list[Line]:
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - start
-            locks = _can_lock(file.fileno())
+            locks = try_record_lock(file.fileno() is RecordLock.OURS)
         os.replace(probe, renamed)
     except OSError as error:
         remedy = "Give a folder that you may write to, on a file system with free space (see `quota`)."
@@ -208,14 +208,6 @@ def check_writing(folder: Path) -> list[Line]:
         remedy = "Nothing, where one job at a time uses a run folder: it is told by signs of life then."
         return [Line("warn", "writing", f"{speed}; the file system has no locks", remedy)]
     return [Line("ok", "writing", speed)]
-
-
-def _can_lock(descriptor: int) -> bool:
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def interface() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tools.prepare.job import TOKENIZER_FOLDER
 from trainer.data.manifest import IMPORT_WORK_FOLDER, MANIFEST, SPLITS, Manifest, read_data_manifest
 from trainer.errors import UserError
 from trainer.runtime.files import replace_synced, sync_files, sync_folder
+from trainer.runtime.record_lock import RecordLock, try_record_lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,7 +107,12 @@ class Output:
                 remedy="Choose another --output.",
             ) from None
         with open(self.work_folder / "lock", "w") as file:
-            self._lock(file)
+            if try_record_lock(file.fileno()) is RecordLock.THEIRS:
+                raise UserError(
+                    "Another import is writing to this folder.",
+                    where=str(self.folder),
+                    remedy="Wait for it, or choose another --output.",
+                )
             try:
                 yield
             except KeyboardInterrupt:
@@ -118,19 +123,6 @@ class Output:
                     raise
                 remedy = "Free some space and run the same command again to continue."
                 raise UserError(f"Cannot write: {error.strerror}.", where=str(self.folder), remedy=remedy) from None
-
-    def _lock(self, file: Any) -> None:
-        """The lock ends with the process, however that ends."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "Another import is writing to this folder.",
-                where=str(self.folder),
-                remedy="Wait for it, or choose another --output.",
-            ) from None
-        except OSError:
-            pass  # a network file system without locks
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer.save_pretrained(str(self.folder / TOKENIZER_FOLDER))

@@ -8,7 +8,6 @@ bytes, because temporary names are unique.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from tools.prepare.plan import Unit
 from tools.prepare.summary import counted
 from trainer.errors import UserError
 from trainer.runtime.plain_text import listed
+from trainer.runtime.record_lock import RecordLock, try_record_lock
 
 _JOB_BYTE = 0  # shared by tasks, or had alone
 _FIRST_UNIT_BYTE = 1
@@ -31,7 +31,7 @@ def locked(job: Job) -> Iterator[None]:
         UserError: when another process is at work.
     """
     with _lock_file(job) as file:
-        if _lock(file, fcntl.LOCK_EX, _JOB_BYTE) is None:
+        if try_record_lock(file, fcntl.LOCK_EX, _JOB_BYTE) is RecordLock.THEIRS:
             raise UserError(
                 "Another prepare, or a task of one, is writing to this folder.",
                 where=str(job.output),
@@ -50,13 +50,15 @@ def locked_units(job: Job, units: Sequence[Unit]) -> Iterator[bool]:
         UserError: when another process joins the job, or writes one of the units.
     """
     with _lock_file(job) as file:
-        if (granted := _lock(file, fcntl.LOCK_SH, _JOB_BYTE)) is None:
+        if (job_lock := try_record_lock(file, fcntl.LOCK_SH, _JOB_BYTE)) is RecordLock.THEIRS:
             raise UserError(
                 "A prepare without --task, or with --finalize, is at work in this folder.",
                 where=str(job.output),
                 remedy="Wait until it has ended; it does the work of all tasks.",
             )
-        busy = [unit for unit in units if _lock(file, fcntl.LOCK_EX, _FIRST_UNIT_BYTE + unit.number) is None]
+        busy = [
+            unit for unit in units if try_record_lock(file, byte=_FIRST_UNIT_BYTE + unit.number) is RecordLock.THEIRS
+        ]
         if busy:
             raise UserError(
                 f"Another process is writing {counted(len(busy), 'unit')} of this task: "
@@ -64,7 +66,7 @@ def locked_units(job: Job, units: Sequence[Unit]) -> Iterator[bool]:
                 where=str(job.output),
                 remedy="The same task runs twice, or with another number of tasks; wait for it, or end it.",
             )
-        yield granted
+        yield job_lock is RecordLock.OURS
 
 
 @contextlib.contextmanager
@@ -75,12 +77,3 @@ def _lock_file(job: Job) -> Iterator[int]:
         yield file
     finally:
         os.close(file)
-
-
-def _lock(file: int, kind: int, byte: int) -> bool | None:
-    """True: locked; None: another process has it; False: the file system has no locks."""
-    try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
-    except OSError as error:
-        return None if error.errno in (errno.EACCES, errno.EAGAIN) else False
-    return True

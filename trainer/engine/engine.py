@@ -23,6 +23,7 @@ from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.partitions import PARAMETER_NAMES, Partitions
 from trainer.engine.snapshot import HostBuffers, Snapshot
+from trainer.engine.step_guard import StepGuard
 from trainer.engine.zero_patches import patch_zero_optimizer, raise_scale_after_step
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel
@@ -109,12 +110,7 @@ class TrainingEngine:
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
         self._has_cuda_graphs = False
-        self._grad_norm: float | None = None  # of the last step, where the host has read it
-        self._max_grad_norm: float | None = None
-        self._withheld: bool | None = None  # whether the step under way is; None: not decided yet
-        self._held_back: list[tuple[dict[str, Any], Any]] = []
-        adamw.register_step_pre_hook(self._withhold_parameters)
-        adamw.register_step_post_hook(self._give_parameters_back)
+        self._guard = StepGuard(adamw, lambda: self._engine.optimizer._global_grad_norm)
 
     def compile(self, mode: bool | str, shapes: int) -> None:
         """torch.compile the module; shapes are static.
@@ -179,41 +175,18 @@ class TrainingEngine:
         assert learning_rate is not None
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._grad_norm, self._withheld, self._max_grad_norm = None, None, max_grad_norm
+        self._guard.begin(max_grad_norm)
         if self.stage == 0:
             grads = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            self._decide(sum_of_squares(grads).sqrt())
+            self._guard.decide(sum_of_squares(grads).sqrt())
         self._engine.step()
         self._raise_scale()
-        return self._engine.was_step_applied() and not self._withheld
-
-    def _decide(self, norm: torch.Tensor | float) -> None:
-        self._grad_norm = float(norm)
-        too_large = self._max_grad_norm is not None and self._grad_norm > self._max_grad_norm
-        self._withheld = too_large or not math.isfinite(self._grad_norm)
-
-    def _withhold_parameters(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Without parameters AdamW leaves weights and state alone: a skipped step that DeepSpeed would not skip.
-
-        ZeRO calls it once for each flat partition, when it knows the norm and has waited for it. Gradients are left
-        in place: with offload they are buffers that DeepSpeed uses again.
-        """
-        if self._withheld is None and self._max_grad_norm is not None:
-            self._decide(self._engine.optimizer._global_grad_norm)
-        if self._withheld:
-            self._held_back = [(group, group["params"]) for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["params"] = []
-
-    def _give_parameters_back(self, *_: Any) -> None:
-        for group, parameters in self._held_back:
-            group["params"] = parameters
-        self._held_back = []
+        return self._engine.was_step_applied() and not self._guard.has_withheld
 
     @property
     def grad_norm(self) -> float:
         """Global 2-norm of the last step's gradients, before clipping."""
-        norm = self._grad_norm if self._grad_norm is not None else self._engine.get_global_grad_norm()
+        norm = self._guard.norm if self._guard.norm is not None else self._engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
 
     @property

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import create_synced, sync_folder, unique_name, unique_token, write_synced
 from trainer.runtime.process import has_process, job_id, restart_count
+from trainer.runtime.record_lock import RecordLock, try_record_lock
 from trainer.runtime.typed_json import Count, Pid, Seconds, as_type
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,9 @@ class RunLock:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._guard = self._open_guard()
-            granted = _lock(self._guard)
-            self._holder = _this_process(record_lock=bool(granted))
-            while not self._try(granted):
+            guard = try_record_lock(self._guard)
+            self._holder = _this_process(record_lock=guard is RecordLock.OURS)
+            while not self._try(guard):
                 pass
             self._last_beat = _clock()
         except OSError as error:
@@ -140,26 +140,22 @@ class RunLock:
             os.close(self._guard)
             self._guard = -1
 
-    def _try(self, granted: bool | None) -> bool:
-        """Write the record, if nobody else's stands there; False: look again.
-
-        Args:
-            granted: the record lock: True, we have it; None, another process has it; False, there are none here.
-        """
+    def _try(self, guard: RecordLock) -> bool:
+        """Write the record, if nobody else's stands there; False: look again."""
         assert self._holder is not None
         content = json.dumps(asdict(self._holder), indent=1).encode()
-        other = _read(self._record) if granted is not None else self._holder_behind_the_guard()
+        other = self._holder_behind_the_guard() if guard is RecordLock.THEIRS else _read(self._record)
         if other is None:
-            if granted is None:
+            if guard is RecordLock.THEIRS:
                 raise self._refusal("a process that has locked it and left no record")
             if not self._record.exists():
                 return create_synced(self._record, content)
-        death = self._death_of(other, granted) if other is not None else "its record cannot be read"
+        death = self._death_of(other, guard) if other is not None else "its record cannot be read"
         if death is None:
             return False  # it has let go meanwhile
         if not self._replace(other, content):
             return False
-        if not granted or (other is not None and other.boot != self._holder.boot):
+        if guard is not RecordLock.OURS or (other is not None and other.boot != self._holder.boot):
             time.sleep(_SETTLE_S)  # two may have come to this line, where locks do not reach: the later one has it
             winner = _read(self._record)
             if winner is None or winner.token != self._holder.token:
@@ -198,7 +194,7 @@ class RunLock:
             return None
         return _is_running(other.pid, other.ticks)
 
-    def _death_of(self, other: Holder, granted: bool | None) -> str | None:
+    def _death_of(self, other: Holder, guard: RecordLock) -> str | None:
         """How it is known that a holder is dead; None when it has let go while we looked.
 
         Raises:
@@ -208,14 +204,14 @@ class RunLock:
         assert mine is not None
         if self._is_requeue_of(other):
             return f"its SLURM job has been requeued since, and is this one (restart {mine.restarts})"
-        if granted is None:
+        if guard is RecordLock.THEIRS:
             raise self._refusal(str(other))
         running = self._is_running(other)
         if running is not None:
             if running:
                 raise self._refusal(str(other))
             return "its process is gone"
-        if other.boot == mine.boot and other.record_lock and granted:
+        if other.boot == mine.boot and other.record_lock and guard is RecordLock.OURS:
             return "it has let go of its lock"
         return self._watch(other)
 
@@ -320,15 +316,6 @@ def held(world: World, run_dir: Path, say: Callable[[str], None]) -> Iterator[Ru
         yield lock
     finally:
         lock.release()
-
-
-def _lock(file: int) -> bool | None:
-    """True: locked; None: another process has it; False: the file system has no record locks."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-    except OSError as error:
-        return None if error.errno in (errno.EACCES, errno.EAGAIN) else False
-    return True
 
 
 def _this_process(record_lock: bool) -> Holder:

@@ -109,6 +109,24 @@ class RankMemory:
         return max(self.weights + self.optimizer + self.gradients + self.buckets + self.activations, self.update)
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """What the stages' memory is put together from, in bytes."""
+
+    whole: int
+    """All weights in the training precision."""
+    part: int
+    """This rank's share of them."""
+    masters: int
+    """This rank's share of master weights and moments, in fp32."""
+    own_gradients: int
+    """This rank's share of the gradients, as they are added up."""
+    bucket: int
+    """What is reduced at once, in all buckets."""
+    update: int
+    """Working memory of an update at stages 1 to 3."""
+
+
 def rank_memory(
     parameters: int,
     world_size: int,
@@ -118,51 +136,106 @@ def rank_memory(
     passes: PassPeaks,
     on_cpu: bool = False,
 ) -> RankMemory:
-    """The memory of a rank.
+    """Compute the memory of a rank.
 
     Args:
         parameters: elements of all trained parameters, tied ones once.
         accumulation: micro-batches a step.
         on_cpu: memory that is allocated and not yet written takes no room there, so a bucket grows as gradients come.
     """
-    part, weight = -(-parameters // world_size), WEIGHT_BYTES[train.precision]
-    whole = weight * parameters
-    fp32_gradients = train.gradient_accumulation_dtype == "fp32"
-    accumulates = accumulation > 1
+    share, weight = -(-parameters // world_size), WEIGHT_BYTES[train.precision]
+    adds_in_fp32 = train.gradient_accumulation_dtype == "fp32"
     bucket = weight * zero.buckets * zero.reduce_bucket_size
-    bucket = min(bucket, whole) if on_cpu else bucket
-    own_gradients = (4 if fp32_gradients else weight) * part
-    in_update = 2 * weight * part + (0 if weight == 4 else 4 * part)
+    sizes = _Bytes(
+        whole=weight * parameters,
+        part=weight * share,
+        masters=OPTIMIZER_BYTES * share,
+        own_gradients=(4 if adds_in_fp32 else weight) * share,
+        bucket=min(bucket, weight * parameters) if on_cpu else bucket,
+        update=2 * weight * share + (0 if weight == 4 else 4 * share),
+    )
+    accumulates = accumulation > 1
     if zero.stage == 0:
-        with_gradients = passes.adding if accumulates else passes.with_gradients
-        flat = weight * min(parameters, FLATTENED_AT_ONCE)
-        memory = RankMemory(whole, 8 * parameters, whole, 0, max(0, with_gradients - whole), whole + flat)
-    elif zero.stage == 1 and fp32_gradients:
-        # DeepSpeed's BF16_Optimizer keeps all gradients in fp32 as well, and reduces them as a flat copy in bf16.
-        with_gradients = passes.adding if accumulates else passes.with_gradients
-        flat = (weight + 4) * parameters
-        gradients = whole + 4 * parameters
-        activations = max(0, with_gradients - whole)
-        memory = RankMemory(whole, OPTIMIZER_BYTES * part, gradients, 0, activations, gradients + flat)
-    elif zero.stage in (1, 2):
-        kept = own_gradients if zero.stage == 2 and accumulates else 0  # of earlier micro-batches
-        if zero.stage == 1 and accumulates:
-            gradients, of_pass = whole, max(0, passes.adding - whole)
-        elif on_cpu:
-            gradients, of_pass = kept, passes.with_gradients
-        else:
-            gradients = own_gradients * (2 if kept and not fp32_gradients else 1)
-            of_pass = passes.activations
-        # At the end of a pass there are the last bucket and, while it is reduced, a copy.
-        in_update = max(in_update, kept + 2 * bucket)
-        memory = RankMemory(whole, OPTIMIZER_BYTES * part, gradients, 0 if on_cpu else bucket, of_pass, in_update)
+        memory = _stage_0(sizes, passes, accumulates, parameters)
+    elif zero.stage == 1 and adds_in_fp32:
+        memory = _stage_1_in_fp32(sizes, passes, accumulates, parameters)
+    elif zero.stage == 1:
+        memory = _stage_1(sizes, passes, accumulates, on_cpu)
+    elif zero.stage == 2:
+        memory = _stage_2(sizes, passes, accumulates, on_cpu, twice=accumulates and not adds_in_fp32)
     else:
-        arriving = weight * min(parameters, zero.prefetch_bucket_size)
-        weights, buckets = whole + weight * part, bucket + arriving
+        memory = _stage_3(sizes, passes, weight * min(parameters, zero.prefetch_bucket_size))
+    return _with_offload(memory, zero, share, weight)
+
+
+def _stage_0(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int) -> RankMemory:
+    in_pass = passes.adding if accumulates else passes.with_gradients
+    flat = sizes.whole // parameters * min(parameters, FLATTENED_AT_ONCE)
+    return RankMemory(
+        weights=sizes.whole,
+        optimizer=8 * parameters,
+        gradients=sizes.whole,
+        buckets=0,
+        activations=max(0, in_pass - sizes.whole),
+        update=sizes.whole + flat,
+    )
+
+
+def _stage_1_in_fp32(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int) -> RankMemory:
+    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 as well, and reduces them as a flat copy in bf16."""
+    in_pass = passes.adding if accumulates else passes.with_gradients
+    gradients = sizes.whole + 4 * parameters
+    return RankMemory(
+        weights=sizes.whole,
+        optimizer=sizes.masters,
+        gradients=gradients,
+        buckets=0,
+        activations=max(0, in_pass - sizes.whole),
+        update=2 * gradients,
+    )
+
+
+def _stage_1(sizes: _Bytes, passes: PassPeaks, accumulates: bool, on_cpu: bool) -> RankMemory:
+    if accumulates:
+        gradients, activations = sizes.whole, max(0, passes.adding - sizes.whole)
+    elif on_cpu:
+        gradients, activations = 0, passes.with_gradients
+    else:
+        gradients, activations = sizes.own_gradients, passes.activations
+    return _partitioned(sizes, gradients, activations, kept=0, on_cpu=on_cpu)
+
+
+def _stage_2(sizes: _Bytes, passes: PassPeaks, accumulates: bool, on_cpu: bool, twice: bool) -> RankMemory:
+    kept = sizes.own_gradients if accumulates else 0  # of earlier micro-batches
+    if on_cpu:
+        gradients, activations = kept, passes.with_gradients
+    else:
+        gradients, activations = sizes.own_gradients * (2 if twice else 1), passes.activations
+    return _partitioned(sizes, gradients, activations, kept=kept, on_cpu=on_cpu)
+
+
+def _partitioned(sizes: _Bytes, gradients: int, activations: int, kept: int, on_cpu: bool) -> RankMemory:
+    return RankMemory(
+        weights=sizes.whole,
+        optimizer=sizes.masters,
+        gradients=gradients,
+        buckets=0 if on_cpu else sizes.bucket,
+        activations=activations,
+        # At the end of a pass there are the last bucket and, while it is reduced, a copy.
+        update=max(sizes.update, kept + 2 * sizes.bucket),
+    )
+
+
+def _stage_3(sizes: _Bytes, passes: PassPeaks, arriving: int) -> RankMemory:
+    return RankMemory(
+        weights=sizes.whole + sizes.part,
+        optimizer=sizes.masters,
+        gradients=sizes.own_gradients,
+        buckets=sizes.bucket + arriving,
+        activations=passes.activations,
         # No weights are gathered then.
-        in_update += own_gradients + bucket - weight * part - whole
-        memory = RankMemory(weights, OPTIMIZER_BYTES * part, own_gradients, buckets, passes.activations, in_update)
-    return _with_offload(memory, zero, part, weight)
+        update=sizes.update + sizes.own_gradients + sizes.bucket - sizes.part - sizes.whole,
+    )
 
 
 def _with_offload(memory: RankMemory, zero: ZeroSettings, part: int, weight: int) -> RankMemory:
