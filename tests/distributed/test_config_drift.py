@@ -1,4 +1,4 @@
-"""Fault 15: what changes between two starts is refused with the difference, or taken and said; never silent."""
+"""What changes between two starts is refused with the difference, or taken and said; never silent."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TAKEN: dict[str, tuple[dict[str, Any], str]] = {
     "ZeRO stage": ({"deepspeed": "zero2"}, "stage 1 × 1 rank, fp32 → stage 2 × 1 rank, fp32"),
     "precision": ({"train": {"precision": "bf16"}}, "stage 1 × 1 rank, fp32 → stage 1 × 1 rank, bf16"),
     "batch": ({"batch": {"global_size": 4}}, "batch.global_size 8 → 4"),
-    "micro-batch": ({"batch": {"micro_size": 4}}, "batch.micro_size 2 → 4"),
+    "micro-batch": ({"batch": {"micro_size": 2}}, "batch.micro_size 4 → 2"),
     "learning rate": ({"optimizer": {"lr": 1.0e-3}}, "optimizer.lr 0.005 → 0.001"),
     "weight decay": ({"optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay 0.01 → 0.1"),
     "schedule": (
@@ -95,7 +95,7 @@ TAKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_fault_15_what_would_be_another_run_is_refused_with_the_difference(
+def test_what_would_be_another_run_is_refused_with_the_difference(
     change: str, workspace: Path, run_dir: Path, preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections, words = REFUSED[change]
@@ -112,7 +112,7 @@ def test_fault_15_what_would_be_another_run_is_refused_with_the_difference(
     ],
     ids=["data", "tokenizer", "tokenizer and data", "vocabulary and data"],
 )
-def test_fault_15_another_tokenizer_vocabulary_or_text_is_refused(
+def test_another_tokenizer_vocabulary_or_text_is_refused(
     tokenizer: str | None,
     data: str | None,
     words: str,
@@ -152,7 +152,7 @@ def content(run_dir: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("change", TAKEN)
-def test_fault_15_what_may_change_is_taken_and_said(
+def test_what_may_change_is_taken_and_said(
     change: str, workspace: Path, run_dir: Path, preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections, words = TAKEN[change]
@@ -163,7 +163,7 @@ def test_fault_15_what_may_change_is_taken_and_said(
     assert "at step 2 (" in output
 
 
-def test_fault_15_another_number_of_ranks_is_taken_and_said_and_nothing_else_then(
+def test_another_number_of_ranks_is_taken_and_said_and_nothing_else_then(
     workspace: Path, run_dir: Path, preset: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
@@ -175,7 +175,7 @@ def test_fault_15_another_number_of_ranks_is_taken_and_said_and_nothing_else_the
     assert [line for line in output.splitlines() if line.startswith("changed since")] == [moved]
 
 
-def test_fault_15_a_deepspeed_file_with_another_content_under_its_old_name_is_said(
+def test_a_deepspeed_file_with_another_content_under_its_old_name_is_said(
     workspace: Path, run_dir: Path, preset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = preset.read_text()
@@ -188,7 +188,7 @@ def test_fault_15_a_deepspeed_file_with_another_content_under_its_old_name_is_sa
     assert "zero_optimization.reduce_bucket_size 1000 → 5000" in said
 
 
-def test_fault_15_what_changes_back_and_what_changes_in_another_folder_is_said_as_well(
+def test_what_changes_back_and_what_changes_in_another_folder_is_said_as_well(
     workspace: Path, run_dir: Path, preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said is how a start differs from the one that saved its checkpoint, whatever the first start was like."""

@@ -37,7 +37,7 @@ def trained(request: pytest.FixtureRequest, workspace: Path, tmp_path_factory: p
     return run_dir
 
 
-def test_rows_8_and_9_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
+def test_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
     trained: Path, workspace: Path, tmp_path: Path
 ) -> None:
     conversion = convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())

@@ -56,7 +56,7 @@ def first_sample_in(config: Config, shard: int, mebibyte: int) -> int:
     return int(inside[0]) if len(inside) else -1
 
 
-def test_row_19_a_flipped_bit_stops_all_ranks_with_its_place_and_the_run_goes_on_from_there_once_it_is_mended(
+def test_a_flipped_bit_stops_all_ranks_with_its_place_and_the_run_goes_on_from_there_once_it_is_mended(
     workspace: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     seed = next(
@@ -101,7 +101,7 @@ def _train(config: Config) -> int:
     return run(config)
 
 
-def test_row_19_a_quarantine_steps_over_the_damage_and_is_part_of_what_a_run_is(
+def test_a_quarantine_steps_over_the_damage_and_is_part_of_what_a_run_is(
     workspace: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for place in (5, SUM_BYTES - 1):
@@ -112,7 +112,7 @@ def test_row_19_a_quarantine_steps_over_the_damage_and_is_part_of_what_a_run_is(
     assert "source 'data' is another (quarantine was ['shard-00000:0'], now empty)" in capfd.readouterr().out
 
 
-def test_row_19_damaged_validation_data_stops_all_ranks(workspace: Path, data: Path, tmp_path: Path) -> None:
+def test_damaged_validation_data_stops_all_ranks(workspace: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "validation")
     for shard in range(2):
         for place in (7, SUM_BYTES + 7):
@@ -161,7 +161,7 @@ def _write(folder: Path, shards: tuple[ShardEntry, ...]) -> None:
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
 
 
-def test_row_19_a_resume_on_other_shards_is_refused_with_the_difference(
+def test_a_resume_on_other_shards_is_refused_with_the_difference(
     workspace: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(workspace, data, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Fault 10: losses and gradients that are not finite, or jump. Steps are skipped, runs end with 4 or roll back."""
+"""Losses and gradients that are not finite, or jump. Steps are skipped, runs end with 4 or roll back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import trainer.loop
-from tests.ranks import allow_fp16, losses, metrics, run_ranks, started_ranks, tiny_config, train
+from tests.ranks import ADDING, allow_fp16, losses, metrics, run_ranks, started_ranks, tiny_config, train
 from trainer.checkpoint.find import candidates
 from trainer.config import Config
 from trainer.engine.engine import TrainingEngine
@@ -129,12 +129,17 @@ def one_after_another(loop: Loop, value: torch.Tensor) -> torch.Tensor:
 
 
 @at_every_stage
-def test_fault_10_what_is_not_finite_or_jumps_on_one_rank_is_skipped_by_all_bit_for_bit_and_counted(
+def test_what_is_not_finite_or_jumps_on_one_rank_is_skipped_by_all_bit_for_bit_and_counted(
     train_section: dict[str, Any], preset: str, workspace: Path, tmp_path: Path
 ) -> None:
     """A NaN loss, an infinite loss of finite gradients, an infinite gradient, a finite one that is too large."""
     bound = {"max_grad_norm_ratio": 3, "window": 3}
-    sections: dict[str, Any] = {"train": {"steps": 12, **train_section}, "deepspeed": preset, "resilience": bound}
+    sections: dict[str, Any] = {
+        "train": {"steps": 12, **train_section},
+        "deepspeed": preset,
+        "resilience": bound,
+        **ADDING,
+    }
     assert run_ranks(damaged, 2, tiny_config(workspace, tmp_path, **sections), one_after_another, 1, 12) == [0, 0]
     lines = [line for line in metrics(tmp_path) if "train/loss" in line]
     assert [line["train/skipped_steps"] for line in lines] == [0, 0, 0, 0, 1, 2, 2, 3, 3, 4, 4, 4]
@@ -157,7 +162,7 @@ def test_bounds_that_nothing_exceeds_change_no_loss(workspace: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("damage", [nan_loss, infinite_gradient])
-def test_fault_10_too_many_skipped_steps_in_a_row_end_with_4_and_no_new_checkpoint(
+def test_too_many_skipped_steps_in_a_row_end_with_4_and_no_new_checkpoint(
     damage: Damage, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"max_skipped_steps": 3}
@@ -200,7 +205,7 @@ def with_broken_weights(config: Config, at_step: int) -> int:
 @pytest.mark.parametrize(
     ("train_section", "preset"), [*(({"precision": "fp32"}, f"zero{stage}") for stage in (0, 1, 3))]
 )
-def test_fault_10_weights_that_are_not_finite_are_never_saved(
+def test_weights_that_are_not_finite_are_never_saved(
     train_section: dict[str, Any],
     preset: str,
     workspace: Path,
@@ -244,7 +249,7 @@ def judge_padding(config: Config) -> int:
     return EXIT_FINISHED
 
 
-def test_fault_10_what_pads_the_parts_of_stage_3_is_not_judged(workspace: Path, tmp_path: Path) -> None:
+def test_what_pads_the_parts_of_stage_3_is_not_judged(workspace: Path, tmp_path: Path) -> None:
     """Memory that nothing has written: it was infinite now and then, and a good run ended with exit code 4."""
     batch = {"global_size": 12, "micro_size": 2}
     config = tiny_config(workspace, tmp_path, deepspeed="zero3", batch=batch)
@@ -298,7 +303,7 @@ def spiked(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Spiked:
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 5, 6, 7])
-def test_fault_10_a_loss_spike_rolls_back_and_passes_over_the_data(number: int, spiked: Spiked) -> None:
+def test_a_loss_spike_rolls_back_and_passes_over_the_data(number: int, spiked: Spiked) -> None:
     config, shown = spiked(number)
     run_dir = Path(config.run.dir)
     assert "rollback at step 13: the loss of step 13 is" in shown
@@ -320,7 +325,7 @@ def test_fault_10_a_loss_spike_rolls_back_and_passes_over_the_data(number: int, 
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 6])
-def test_fault_10_a_run_lost_after_a_rollback_goes_on_bit_for_bit(number: int, spiked: Spiked, tmp_path: Path) -> None:
+def test_a_run_lost_after_a_rollback_goes_on_bit_for_bit(number: int, spiked: Spiked, tmp_path: Path) -> None:
     clean, _ = spiked(number)
     config = clean.model_copy(update={"run": clean.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     for kill_at in (12, 17):  # before the first save after the rollback, and after it
@@ -335,9 +340,7 @@ def test_fault_10_a_run_lost_after_a_rollback_goes_on_bit_for_bit(number: int, s
     assert len(events(tmp_path / "killed")) == 1
 
 
-def test_fault_10_skipped_steps_in_a_row_roll_back_behind_a_checkpoint_saved_among_them(
-    workspace: Path, tmp_path: Path
-) -> None:
+def test_skipped_steps_in_a_row_roll_back_behind_a_checkpoint_saved_among_them(workspace: Path, tmp_path: Path) -> None:
     config = rolling_back(workspace, tmp_path / "run", checkpoint={"every_steps": 4, "keep_last": 9})
     assert run_ranks(damaged, 2, config, nan_loss, 9, 11, 10) == [EXIT_STOPPED_AFTER_SAVING] * 2
     assert saved_steps(tmp_path / "run") == [10, 8, 4]
@@ -349,7 +352,7 @@ def test_fault_10_skipped_steps_in_a_row_roll_back_behind_a_checkpoint_saved_amo
     assert [path.name for path in (tmp_path / "run" / "previous-1" / "checkpoints").iterdir()] == ["step-00000010"]
 
 
-def test_fault_10_a_checkpoint_that_leads_straight_to_divergence_gives_way_to_an_older_one_then_exit_4(
+def test_a_checkpoint_that_leads_straight_to_divergence_gives_way_to_an_older_one_then_exit_4(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = rolling_back(
@@ -374,7 +377,7 @@ def test_fault_10_a_checkpoint_that_leads_straight_to_divergence_gives_way_to_an
     assert manifest is not None and manifest.state["samples"] == 8 * 14 and len(manifest.state["rollbacks"]) == 2
 
 
-def test_fault_10_without_a_checkpoint_to_go_back_to_the_run_ends_with_4(
+def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_4(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = rolling_back(workspace, tmp_path / "run")

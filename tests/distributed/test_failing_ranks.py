@@ -52,9 +52,7 @@ FAILURES: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize("place", FAILURES)
-def test_fault_11_an_exception_anywhere_ends_all_ranks_and_is_shown(
-    place: str, workspace: Path, tmp_path: Path
-) -> None:
+def test_an_exception_anywhere_ends_all_ranks_and_is_shown(place: str, workspace: Path, tmp_path: Path) -> None:
     fault = FAILURES[place]
     code, output = train_with(fault, workspace, tmp_path)
     assert code == EXIT_UNEXPECTED
@@ -65,14 +63,14 @@ def test_fault_11_an_exception_anywhere_ends_all_ranks_and_is_shown(
 
 
 @pytest.mark.parametrize("file", [r"/metrics\.jsonl$", r"/events\.out\.tfevents"])
-def test_fault_11_an_exception_in_the_logger_ends_all_ranks(file: str, workspace: Path, tmp_path: Path) -> None:
+def test_an_exception_in_the_logger_ends_all_ranks(file: str, workspace: Path, tmp_path: Path) -> None:
     fault = Fault(0, (("write", file),), fail)
     outcome = train_ranks_with(tiny_config(workspace, tmp_path, **SECTIONS), fault)
     assert 0 not in outcome.codes
     assert "InjectedError: the injected cause" in outcome.output
 
 
-def test_fault_12_the_death_of_the_master_is_named_and_ends_all(workspace: Path, tmp_path: Path) -> None:
+def test_the_death_of_the_master_is_named_and_ends_all(workspace: Path, tmp_path: Path) -> None:
     code, output = train_with(Fault(0, at_save("before the manifest", 8), kill), workspace, tmp_path)
     assert code == EXIT_UNEXPECTED
     assert "rank 0 was killed by SIGKILL" in output
@@ -93,7 +91,7 @@ def port_of(launcher: int) -> int:
     raise AssertionError("no rank was started")
 
 
-def test_fault_12_nobody_can_take_the_port_while_the_ranks_start(workspace: Path, tmp_path: Path) -> None:
+def test_nobody_can_take_the_port_while_the_ranks_start(workspace: Path, tmp_path: Path) -> None:
     config = write_config(tiny_config(workspace, tmp_path / "run", train={"steps": 2}), tmp_path / "config.yaml")
     process = start_maskwright("train", config, "--nproc-per-node", "2", fresh=True)
     port = port_of(process.pid)
@@ -109,7 +107,7 @@ def test_fault_12_nobody_can_take_the_port_while_the_ranks_start(workspace: Path
     assert attempts > 5
 
 
-def test_fault_12_a_given_port_that_is_taken_is_an_error_with_a_remedy(workspace: Path, tmp_path: Path) -> None:
+def test_a_given_port_that_is_taken_is_an_error_with_a_remedy(workspace: Path, tmp_path: Path) -> None:
     config = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "config.yaml")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

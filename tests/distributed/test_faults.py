@@ -36,7 +36,7 @@ def clean(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("moment", ["before its first file", "in its optimizer file", "after its optimizer file"])
-def test_fault_01_a_rank_killed_in_a_save_costs_that_save_alone(
+def test_a_rank_killed_in_a_save_costs_that_save_alone(
     moment: str, rank: int, clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = with_dropout(workspace, tmp_path, **SAVES)
@@ -57,7 +57,7 @@ def test_fault_01_a_rank_killed_in_a_save_costs_that_save_alone(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_fault_01_a_rank_killed_while_it_saves_in_the_background_costs_what_came_after_the_last_checkpoint(
+def test_a_rank_killed_while_it_saves_in_the_background_costs_what_came_after_the_last_checkpoint(
     rank: int, clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = with_dropout(workspace, tmp_path, **{**SAVES, "checkpoint": {**SAVES["checkpoint"], "async": True}})
@@ -78,7 +78,7 @@ def test_fault_01_a_rank_killed_while_it_saves_in_the_background_costs_what_came
         ("in the removal of an old one", 12, [12, 8]),
     ],
 )
-def test_fault_02_a_kill_around_the_commit_leaves_the_old_checkpoint_or_the_new_one(
+def test_a_kill_around_the_commit_leaves_the_old_checkpoint_or_the_new_one(
     moment: str, step: int, expected: list[int], clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = with_dropout(workspace, tmp_path, **SAVES)
@@ -118,7 +118,7 @@ def cannot_write(moment: str, run_dir: Path) -> list[Fault]:
         ("folder not writable", "rank 0: [Errno 20] Not a directory"),
     ],
 )
-def test_fault_05_a_save_that_cannot_be_written_fails_on_all_ranks_and_training_goes_on(
+def test_a_save_that_cannot_be_written_fails_on_all_ranks_and_training_goes_on(
     moment: str, where: str, clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = with_dropout(workspace, tmp_path, **SAVES)

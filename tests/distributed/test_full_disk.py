@@ -42,7 +42,7 @@ def shown_by_tensorboard(run_dir: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
-def test_fault_05_metrics_that_cannot_be_written_are_warned_of_and_training_goes_on(
+def test_metrics_that_cannot_be_written_are_warned_of_and_training_goes_on(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(workspace, tmp_path, logging={"tensorboard": True})
@@ -58,7 +58,7 @@ def test_fault_05_metrics_that_cannot_be_written_are_warned_of_and_training_goes
     assert shown_by_tensorboard(tmp_path) == [1, 2, 3, 4, *range(10, 21)]
 
 
-def test_fault_05_tensorboard_goes_on_when_there_is_space_again(
+def test_tensorboard_goes_on_when_there_is_space_again(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its file is the larger one, so it alone cannot be written; its thread has ended with that."""

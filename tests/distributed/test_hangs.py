@@ -53,7 +53,7 @@ def status_of(folder: Path) -> Status:
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_fault_08_a_stopped_rank_is_named_the_others_end_with_stacks_and_nothing_is_left(
+def test_a_stopped_rank_is_named_the_others_end_with_stacks_and_nothing_is_left(
     stopped: int, workspace: Path, tmp_path: Path
 ) -> None:
     limits = {f"{phase}_minutes": LIMIT_S / 60 for phase in ("data", "step", "evaluate", "save")}
@@ -96,7 +96,7 @@ def slowed(pid: int) -> Iterator[None]:
         thread.join()
 
 
-def test_fault_09_a_slow_rank_is_named_and_the_run_goes_on(workspace: Path, tmp_path: Path) -> None:
+def test_a_slow_rank_is_named_and_the_run_goes_on(workspace: Path, tmp_path: Path) -> None:
     with started_run(workspace, tmp_path, straggler_minutes=2.0 / 60) as (process, _):
         with slowed(rank_processes(process)[1]):
             wait_for(lambda: "rank 1 on " in log_of(tmp_path, 0), "a line about stragglers")

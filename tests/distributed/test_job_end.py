@@ -18,7 +18,7 @@ LEFT_S = 20
 """Half of it is for the save, far more than that takes."""
 
 
-def test_fault_16_a_job_whose_signal_was_lost_saves_and_stops_before_its_end(workspace: Path, tmp_path: Path) -> None:
+def test_a_job_whose_signal_was_lost_saves_and_stops_before_its_end(workspace: Path, tmp_path: Path) -> None:
     endless = tiny_config(workspace, tmp_path / "run", train={"steps": 1_000_000})
     assert run_ranks(train_to_the_end_of_the_job, 2, endless, tmp_path / "end") == [EXIT_STOPPED_AFTER_SAVING] * 2
     end = int((tmp_path / "end").read_text())

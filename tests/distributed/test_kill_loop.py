@@ -1,4 +1,4 @@
-"""Fault 17: a run that is killed again and again ends where the clean run ends, to the last bit of its weights."""
+"""A run that is killed again and again ends where the clean run ends, to the last bit of its weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ LAST_TARGET = STEPS - 20
 
 
 @pytest.mark.timeout(3600)
-def test_fault_17_twenty_kills_at_random_moments_leave_the_weights_of_the_clean_run(
-    workspace: Path, tmp_path: Path
-) -> None:
+def test_twenty_kills_at_random_moments_leave_the_weights_of_the_clean_run(workspace: Path, tmp_path: Path) -> None:
     sections = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": SAVE_EVERY, "keep_last": 2}}
     clean = with_dropout(workspace, tmp_path / "clean", **sections)
     assert train(clean, 2) == EXIT_FINISHED

@@ -1,4 +1,4 @@
-"""Fault 14: a kill while a checkpoint is converted, or brought into another layout, costs that attempt and no more."""
+"""A kill while a checkpoint is converted, or brought into another layout, costs that attempt and no more."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def convert_with(run_dir: Path, output: Path, *faults: Fault) -> int:
 
 
 @pytest.mark.parametrize("moment", CONVERSIONS)
-def test_fault_14_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(
+def test_a_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(
     moment: str, trained: Config, tmp_path: Path
 ) -> None:
     point, action = CONVERSIONS[moment]
@@ -79,7 +79,7 @@ RESTORING: Point = (("list", r"checkpoints/step-\d+$"), ("read", r"_optim_states
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_fault_14_a_kill_while_another_layout_is_restored_changes_nothing(
+def test_a_kill_while_another_layout_is_restored_changes_nothing(
     rank: int, trained: Config, workspace: Path, tmp_path: Path
 ) -> None:
     name = f"checkpoints/step-{SAVED_STEP:08d}"

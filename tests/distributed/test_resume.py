@@ -14,11 +14,12 @@ from tests.commands import start_maskwright
 from tests.damage import DAMAGES
 from tests.faults import with_dropout
 from tests.gate import Gate
-from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
+from tests.ranks import ADDING, losses, metrics, run_ranks, tiny_config, train, write_config
 from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates, find_candidate_faults
 from trainer.config import Config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
+from trainer.tracking.starts import read_start_records
 
 
 @pytest.mark.timeout(600)
@@ -50,14 +51,19 @@ def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterr
 
 @pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2", "zero3"])
 def test_resume_is_bit_exact_with_dropout_at_every_stage(preset: str, workspace: Path, tmp_path: Path) -> None:
-    clean = with_dropout(workspace, tmp_path / "clean", deepspeed=preset)
-    assert train(clean, 2) == EXIT_FINISHED
-    first = with_dropout(workspace, tmp_path / "run", deepspeed=preset, checkpoint={"every_steps": 7})
-    assert train(first, 2) == EXIT_FINISHED
-    checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.rmtree(checkpoints / "step-00000020")  # as if the run had been lost after step 14
-    assert train(first, 2) == EXIT_FINISHED
-    assert losses(tmp_path / "run") == losses(tmp_path / "clean")
+    config = with_dropout(workspace, tmp_path / "run", deepspeed=preset, checkpoint={"every_steps": 7}, **ADDING)
+    assert train(config, 2) == EXIT_FINISHED
+    clean = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")  # as if the run had been lost after step 14
+    assert train(config, 2) == EXIT_FINISHED
+    assert losses(tmp_path / "run") == clean
+    assert [start.step for start in read_start_records(tmp_path / "run")] == [0, 14]
+
+
+def test_checkpoints_change_no_loss(workspace: Path, tmp_path: Path) -> None:
+    assert train(with_dropout(workspace, tmp_path / "none"), 2) == EXIT_FINISHED
+    assert train(with_dropout(workspace, tmp_path / "two", checkpoint={"every_steps": 7}), 2) == EXIT_FINISHED
+    assert losses(tmp_path / "two") == losses(tmp_path / "none")
 
 
 def stop_at_step_7(config: Config, resume: str) -> int:
@@ -107,7 +113,7 @@ def checkpoint(config: Config, step: int) -> Path:
     return Path(config.run.dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def test_fault_21_a_relaunch_after_the_last_step_says_finished_and_changes_nothing(
+def test_a_relaunch_after_the_last_step_says_finished_and_changes_nothing(
     copy: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = Path(copy.run.dir)
@@ -142,7 +148,7 @@ def finished_by_two(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -
         ("deleted", "manifest.json"),
     ],
 )
-def test_fault_03_a_damaged_checkpoint_is_stepped_over_by_all_ranks_and_the_older_one_used(
+def test_a_damaged_checkpoint_is_stepped_over_by_all_ranks_and_the_older_one_used(
     damage: str, name: str, finished_by_two: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = copied(finished_by_two, tmp_path / "run")
@@ -160,7 +166,7 @@ def test_fault_03_a_damaged_checkpoint_is_stepped_over_by_all_ranks_and_the_olde
     assert not any(find_candidate_faults(candidate) for candidate in whole)
 
 
-def test_fault_03_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(
+def test_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(
     finished_by_two: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = copied(finished_by_two, tmp_path / "run")
@@ -178,9 +184,7 @@ def test_fault_03_checkpoints_but_none_whole_is_an_error_never_a_fresh_start(
 
 
 @pytest.mark.parametrize("content", [None, "", "step-00000010", "step-00000030", "nonsense"])
-def test_fault_04_latest_is_never_trusted(
-    content: str | None, copy: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_latest_is_never_trusted(content: str | None, copy: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """Missing, empty, stale, of a checkpoint that is not there, or anything."""
     latest = checkpoint(copy, 20).parent / "latest"
     latest.unlink() if content is None else latest.write_text(content)
@@ -199,7 +203,7 @@ def test_a_run_folder_that_is_a_file_is_refused_on_all_ranks(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_row_6_resume_modes_do_what_they_say_and_say_why(
+def test_resume_modes_do_what_they_say_and_say_why(
     copy: Config, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tiny_config(workspace, tmp_path / "empty")

@@ -25,9 +25,7 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def test_fault_18_a_second_job_is_refused_and_a_killed_ones_folder_is_taken_over(
-    workspace: Path, tmp_path: Path
-) -> None:
+def test_a_second_job_is_refused_and_a_killed_ones_folder_is_taken_over(workspace: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = tiny_config(workspace, run_dir, train={"steps": 100_000}, checkpoint={"every_steps": 50})
     command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
@@ -56,7 +54,7 @@ def test_fault_18_a_second_job_is_refused_and_a_killed_ones_folder_is_taken_over
     assert not (run_dir / RECORD).exists() and (run_dir / GUARD).exists()
 
 
-def test_fault_18_all_ranks_are_refused_but_a_dry_run_writes_nothing_and_may_go_on(
+def test_all_ranks_are_refused_but_a_dry_run_writes_nothing_and_may_go_on(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(workspace, tmp_path / "run", train={"steps": 2})
@@ -93,7 +91,7 @@ def lose_the_lock(config: Config) -> int:
     return run(config)
 
 
-def test_fault_18_a_job_whose_folder_was_taken_over_ends_before_it_writes_a_checkpoint(
+def test_a_job_whose_folder_was_taken_over_ends_before_it_writes_a_checkpoint(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(workspace, tmp_path, checkpoint={"every_steps": 3})

@@ -70,7 +70,7 @@ SAVE = at_save("before the manifest", 8)
     ],
     ids=["all ranks twice while they start", "before step 1", "twice in a save", "terminated twice in a save"],
 )
-def test_fault_06_and_07_a_signal_to_ranks_and_their_live_workers_saves_once_at_one_step(
+def test_a_signal_to_ranks_and_their_live_workers_saves_once_at_one_step(
     point: Point, ranks: tuple[int, ...], send: Send, clean: Config, workspace: Path, tmp_path: Path
 ) -> None:
     config = config_of(workspace, tmp_path)

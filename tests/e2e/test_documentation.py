@@ -1,4 +1,4 @@
-"""Row 17: what is shipped as an example works: recipes, and every command and config in the documents."""
+"""What is shipped as an example works: recipes, and every command and config in the documents."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> list[str]:
         return names
 
 
-def test_row_17_every_command_in_the_documents_parses() -> None:
+def test_every_command_in_the_documents_parses() -> None:
     commands = maskwright_commands()
     readme = [arguments[0] for document, arguments in commands if document.name == "README.md" and arguments]
     assert {"train", "prepare", "tokenizer", "convert"} <= set(readme), "a first run on one's own text is shown"
@@ -87,7 +87,7 @@ def test_row_17_every_command_in_the_documents_parses() -> None:
             raise AssertionError(f"{document.name}: maskwright {shlex.join(arguments)}: {error!r}") from error
 
 
-def test_row_17_a_wrong_command_would_be_seen() -> None:
+def test_a_wrong_command_would_be_seen() -> None:
     assert parse(["train", "demo", "batch.micro_size=4", "--nproc-per-node", "2"]) == ["train"]
     assert parse(["checkpoint", "list", "runs/a", "--json"]) == ["checkpoint", "list"]
     assert parse(["train", "--help"]) == ["train"] and parse(["--version"]) == []
@@ -96,13 +96,13 @@ def test_row_17_a_wrong_command_would_be_seen() -> None:
             parse(wrong)
 
 
-def test_row_17_every_make_target_in_the_documents_exists() -> None:
+def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = [word for _, words in shell_commands() if words[0] == "make" for word in words[1:] if word.isidentifier()]
     assert {"demo", "test"} <= set(named) <= targets
 
 
-def test_row_17_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
+def test_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
     for document, body in blocks("yaml", "yml"):
         raw = yaml.safe_load(body)
         if isinstance(raw, dict) and "run" in raw:
@@ -122,7 +122,7 @@ def test_row_17_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
         ("roberta-large", (1, 8, 64)),
     ],
 )
-def test_row_17_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path) -> None:
+def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path) -> None:
     assert name in recipe_names()
     own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={workspace / 'data'}"]
     config = load_config(name, [*own, f"data.validation={workspace / 'data'}"])
@@ -131,5 +131,5 @@ def test_row_17_every_recipe_validates(name: str, ranks: tuple[int, ...], worksp
         assert plan.micro_size * plan.accumulation * world_size == config.batch.global_size
 
 
-def test_row_17_no_recipe_is_left_out_above() -> None:
+def test_no_recipe_is_left_out_above() -> None:
     assert recipe_names() == ["demo", "roberta-base", "roberta-base-fast", "roberta-large"]

@@ -37,7 +37,7 @@ def damaged_data(workspace: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(workspace / "data", tmp_path / "data"))
 
 
-def test_mistake_01_a_typo_in_a_key(config: ConfigWriter, tmp_path: Path) -> None:
+def test_a_typo_in_a_key(config: ConfigWriter, tmp_path: Path) -> None:
     path = config()
     path.write_text(path.read_text().replace("micro_size", "micro_sise"))
     words = ("Unknown key 'batch.micro_sise'. Did you mean 'micro_size'?", "where:  batch.micro_sise", str(path))
@@ -55,11 +55,11 @@ def test_mistake_01_a_typo_in_a_key(config: ConfigWriter, tmp_path: Path) -> Non
     ],
     ids=["DeepSpeed", "model"],
 )
-def test_mistake_02_an_unknown_preset(override: str, words: tuple[str, ...], config: ConfigWriter) -> None:
+def test_an_unknown_preset(override: str, words: tuple[str, ...], config: ConfigWriter) -> None:
     assert_one_card(maskwright("validate", config(), override), EXIT_USER_MISTAKE, *words)
 
 
-def test_mistake_03_a_batch_that_does_not_divide(config: ConfigWriter) -> None:
+def test_a_batch_that_does_not_divide(config: ConfigWriter) -> None:
     arguments = ("batch.global_size=10", "batch.micro_size=4", "--nproc-per-node", "2")
     words = ("batch.global_size 10 does not divide", "on 2 ranks", "Set batch.global_size to 8 or 16, or", "[1, 5]")
     assert_one_card(maskwright("validate", config(), *arguments), EXIT_USER_MISTAKE, *words)
@@ -67,16 +67,14 @@ def test_mistake_03_a_batch_that_does_not_divide(config: ConfigWriter) -> None:
     assert_one_card(maskwright("train", config(), *arguments), EXIT_USER_MISTAKE, *words)
 
 
-def test_mistake_04_no_tokenizer(config: ConfigWriter, tmp_path: Path) -> None:
+def test_no_tokenizer(config: ConfigWriter, tmp_path: Path) -> None:
     missing = tmp_path / "tokeniser"
     path = config(model={"tokenizer": str(missing)})
     words = (f"No tokenizer folder at '{missing}'", "maskwright tokenizer train")
     assert_one_card(maskwright("validate", path), EXIT_USER_MISTAKE, *words)
 
 
-def test_mistake_05_a_tokenizer_that_does_not_match_the_shards(
-    config: ConfigWriter, workspace: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_does_not_match_the_shards(config: ConfigWriter, workspace: Path, tmp_path: Path) -> None:
     text = write_text(tmp_path / "other.txt", documents=100, seed=9)
     train_tokenizer([str(text)], str(tmp_path / "other"), "bytelevel-bpe", 300, make_console())
     result = maskwright("validate", config(model={"tokenizer": str(tmp_path / "other")}))
@@ -85,7 +83,7 @@ def test_mistake_05_a_tokenizer_that_does_not_match_the_shards(
 
 
 @pytest.mark.parametrize(("content", "problem"), [(b"", "is empty"), (b" \n\n \n", "holds no documents")])
-def test_mistake_06_empty_input(content: bytes, problem: str, workspace: Path, tmp_path: Path) -> None:
+def test_empty_input(content: bytes, problem: str, workspace: Path, tmp_path: Path) -> None:
     source = tmp_path / "empty.txt"
     source.write_bytes(content)
     result = maskwright(
@@ -94,7 +92,7 @@ def test_mistake_06_empty_input(content: bytes, problem: str, workspace: Path, t
     assert_one_card(result, EXIT_USER_MISTAKE, problem, "Give files that hold text")
 
 
-def test_mistake_07_input_that_is_not_utf8(workspace: Path, tmp_path: Path) -> None:
+def test_input_that_is_not_utf8(workspace: Path, tmp_path: Path) -> None:
     source = tmp_path / "latin1.txt"
     source.write_bytes("first line\nthe caf\xe9\n".encode("latin-1"))
     result = maskwright(
@@ -105,7 +103,7 @@ def test_mistake_07_input_that_is_not_utf8(workspace: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "out").glob("**/manifest.json"))
 
 
-def test_mistake_08_a_truncated_shard(config: ConfigWriter, damaged_data: Path) -> None:
+def test_a_truncated_shard(config: ConfigWriter, damaged_data: Path) -> None:
     victim = next((damaged_data / "train").glob("*.tok"))
     size = victim.stat().st_size
     os.truncate(victim, size - 10)
@@ -120,7 +118,7 @@ def test_mistake_08_a_truncated_shard(config: ConfigWriter, damaged_data: Path) 
     assert_one_card(verified, EXIT_DAMAGED, f"train/{victim.name}: {size - 10:,} bytes instead of {size:,}")
 
 
-def test_mistake_09_a_bit_flipped_in_a_shard(damaged_data: Path) -> None:
+def test_a_bit_flipped_in_a_shard(damaged_data: Path) -> None:
     assert maskwright("data", "verify", damaged_data).returncode == EXIT_FINISHED
     victim = next((damaged_data / "validation").glob("*.tok"))
     content = bytearray(victim.read_bytes())
@@ -130,7 +128,7 @@ def test_mistake_09_a_bit_flipped_in_a_shard(damaged_data: Path) -> None:
     assert_one_card(maskwright("data", "verify", damaged_data), EXIT_DAMAGED, *words)
 
 
-def test_mistake_10_a_checkpoint_of_another_model(workspace: Path, config: ConfigWriter, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model(workspace: Path, config: ConfigWriter, tmp_path: Path) -> None:
     assert train(tiny_config(workspace, tmp_path / "run", train={"steps": 2})) == EXIT_FINISHED
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     result = maskwright("train", config(), "model.overrides.num_hidden_layers=3")
@@ -139,14 +137,14 @@ def test_mistake_10_a_checkpoint_of_another_model(workspace: Path, config: Confi
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_mistake_11_both_steps_and_epochs(config: ConfigWriter) -> None:
+def test_both_steps_and_epochs(config: ConfigWriter) -> None:
     path = config()
     path.write_text(path.read_text().replace("epochs: null", "epochs: 3"))
     words = ("Section 'train' needs exactly one of steps, tokens, epochs; got steps and epochs", str(path))
     assert_one_card(maskwright("train", path), EXIT_USER_MISTAKE, *words)
 
 
-def test_mistake_12_a_deepspeed_key_that_the_config_owns(config: ConfigWriter, tmp_path: Path) -> None:
+def test_a_deepspeed_key_that_the_config_owns(config: ConfigWriter, tmp_path: Path) -> None:
     preset = tmp_path / "mine.json"
     preset.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
     result = maskwright("validate", config(), f"deepspeed={preset}")

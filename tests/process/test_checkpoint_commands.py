@@ -48,7 +48,7 @@ def test_list_shows_what_can_be_resumed_and_why_not(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_fault_03_every_damage_of_every_file_is_named_and_an_older_checkpoint_is_taken(
+def test_every_damage_of_every_file_is_named_and_an_older_checkpoint_is_taken(
     name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)

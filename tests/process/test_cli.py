@@ -47,7 +47,7 @@ def assert_is_a_card(result: subprocess.CompletedProcess[str], code: int, *words
         assert word in result.stderr
 
 
-def test_row_14_help_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom launcher.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
@@ -58,7 +58,7 @@ def test_row_14_help_imports_nothing_heavy() -> None:
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
-def test_row_14_help_answers_in_half_a_second() -> None:
+def test_help_answers_in_half_a_second() -> None:
     def seconds() -> float:
         """Of processor time: what the clock shows also depends on what else the machine does."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -70,7 +70,7 @@ def _as_plain(read: Any, given: Any) -> Any:
     return {key: getattr(read, key) for key in given} if isinstance(given, dict) else read
 
 
-def test_row_04_every_preset_is_found_by_name_and_loads_through_deepspeeds_own_reader():
+def test_every_preset_is_found_by_name_and_loads_through_deepspeeds_own_reader():
     assert preset_names() == sorted(PRESETS)
     cases = [composed(name) for name in PRESETS]
     cases += [composed(name, precision="bf16", gradient_accumulation_dtype="fp32") for name in PRESETS[1:]]
@@ -131,7 +131,7 @@ def test_every_key_that_we_allow_is_one_that_deepspeed_reads():
 
 
 @pytest.mark.parametrize("key", sorted(OWNED_KEYS))
-def test_row_02_a_number_that_the_run_config_owns_is_refused_with_its_owner(key: str):
+def test_a_number_that_the_run_config_owns_is_refused_with_its_owner(key: str):
     with pytest.raises(UserError) as caught:
         check_preset({key: 1, "zero_optimization": {"stage": 1}}, "my.json")
     assert f"'{key}' is owned by the run config" in caught.value.problem
@@ -139,7 +139,7 @@ def test_row_02_a_number_that_the_run_config_owns_is_refused_with_its_owner(key:
     assert OWNED_KEYS[key] in caught.value.remedy
 
 
-def test_row_03_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
+def test_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
     preset = {"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(preset))
@@ -190,7 +190,7 @@ def test_row_03_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
         ),
     ],
 )
-def test_row_01_a_mistake_in_a_preset_is_an_error_that_names_the_key(preset: Any, words: str):
+def test_a_mistake_in_a_preset_is_an_error_that_names_the_key(preset: Any, words: str):
     with pytest.raises(UserError) as caught:
         check_preset(preset, "my.json")
     assert words in caught.value.problem
@@ -222,13 +222,13 @@ def test_quantized_weights_on_a_cpu_are_refused(workspace: Path, tmp_path: Path)
     assert run_ranks(train_with_quantized_weights, 1, tiny_config(workspace, tmp_path, deepspeed=str(path))) == [0]
 
 
-def test_row_04_an_unknown_preset_lists_the_names():
+def test_an_unknown_preset_lists_the_names():
     with pytest.raises(UserError, match="Did you mean 'zero3'") as caught:
         load_preset("zero33")
     assert all(name in caught.value.remedy for name in PRESETS)
 
 
-def test_row_04_a_preset_is_found_by_name_or_path_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_preset_is_found_by_name_or_path_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert zero_stage(load_preset("zero3")) == 3
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')

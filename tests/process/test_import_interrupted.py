@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -147,10 +146,20 @@ def test_an_output_that_is_in_use_or_holds_something_is_refused(
     with pytest.raises(UserError, match=r"Cannot create the output folder: (Not a directory|File exists)"):
         run_import(source, tmp_path / "a.bin")
     (tmp_path / "data" / IMPORT_WORK_FOLDER).mkdir(parents=True)
-    with open(tmp_path / "data" / IMPORT_WORK_FOLDER / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    hold = """if True:
+        import fcntl, sys
+        with open(sys.argv[1], "w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            print(flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", hold, str(tmp_path / "data" / IMPORT_WORK_FOLDER / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdout.readline()  # it has the lock
         with pytest.raises(UserError, match="Another import is writing"):
             run_import(source, tmp_path / "data")
+        other.stdin.close()
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(

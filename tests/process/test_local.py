@@ -99,7 +99,7 @@ def test_a_given_thread_count_is_kept(folder: Path, monkeypatch: pytest.MonkeyPa
     assert launch_script(folder, "sys.exit(os.environ['OMP_NUM_THREADS'] != '7')") == 0
 
 
-def test_row_12_the_first_cause_is_shown_not_its_echo(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_cause_is_shown_not_its_echo(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = launch_script(
         folder,
         """
@@ -118,7 +118,7 @@ def test_row_12_the_first_cause_is_shown_not_its_echo(folder: Path, capfd: pytes
     assert "Connection closed" not in shown
 
 
-def test_row_12_an_error_that_all_ranks_raise_is_shown_by_the_one_it_arose_on(
+def test_an_error_that_all_ranks_raise_is_shown_by_the_one_it_arose_on(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = launch_script(
@@ -145,7 +145,7 @@ def test_row_12_an_error_that_all_ranks_raise_is_shown_by_the_one_it_arose_on(
     assert "fail_here" in shown and "where:  rank 1" in shown
 
 
-def test_row_12_the_log_of_the_failing_rank_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_log_of_the_failing_rank_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = folder / "logs" / "rank-00001.log"
     log.parent.mkdir()
     log.touch()
@@ -198,7 +198,7 @@ def test_last_words_of_a_rank_without_report_are_shown(folder: Path, capfd: pyte
     assert "rank 1 was killed by SIGABRT" in shown
 
 
-def test_row_10_only_the_first_rank_has_the_console(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_the_first_rank_has_the_console(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_script(folder, "print(f'hello from {rank}')", 3) == 0
     assert capfd.readouterr().out == "hello from 0\n"
 
@@ -314,6 +314,6 @@ def test_nothing_is_left_in_the_temporary_folder(folder: Path, monkeypatch: pyte
     assert list(scratch.iterdir()) == []
 
 
-def test_row_12_a_real_traceback_names_the_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_real_traceback_names_the_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     launch_script(folder, "report(KeyError('embeddings')) if rank else None")
     assert re.search(r'File ".*rank\.py", line \d+, in work', capfd.readouterr().err)

@@ -1,4 +1,4 @@
-"""Preparation as several tasks: shares, kills at any time, locks (fault 20 of the kill tests)."""
+"""Preparation as several tasks: shares, kills at any time, locks."""
 
 from __future__ import annotations
 

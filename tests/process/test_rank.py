@@ -120,7 +120,7 @@ def test_a_traceback_that_is_in_the_log_is_pointed_to_else_printed(
     assert capsys.readouterr().err == f"[rank 3] ValueError: boom The traceback is in {log}\n"
 
 
-def test_row_12_torchrun_gets_its_error_file(as_rank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_gets_its_error_file(as_rank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(2)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "torch.json"))
     assert run_rank(raising(ValueError("boom")), None) == 1

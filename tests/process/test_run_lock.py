@@ -118,7 +118,7 @@ def test_one_holds_it_and_gives_it_back(locks: Callable[[], RunLock], tmp_path: 
 
 
 @pytest.mark.parametrize("work", [hold, hold_without_record_locks])
-def test_fault_18_a_second_job_is_refused_with_host_pid_job_and_time(
+def test_a_second_job_is_refused_with_host_pid_job_and_time(
     work: Callable[..., None], locks: Callable[[], RunLock], tmp_path: Path
 ) -> None:
     with started(tmp_path, work, SLURM_JOB_ID="123", SLURM_CLUSTER_NAME="hpc") as process:
@@ -132,7 +132,7 @@ def test_fault_18_a_second_job_is_refused_with_host_pid_job_and_time(
 
 
 @pytest.mark.parametrize("work", [hold, hold_without_record_locks])
-def test_fault_18_the_lock_of_a_killed_job_is_taken_over_at_once(
+def test_the_lock_of_a_killed_job_is_taken_over_at_once(
     work: Callable[..., None], locks: Callable[[], RunLock], tmp_path: Path
 ) -> None:
     with started(tmp_path, work) as process:
@@ -145,9 +145,7 @@ def test_fault_18_the_lock_of_a_killed_job_is_taken_over_at_once(
     assert json.loads((tmp_path / RECORD).read_text())["pid"] == os.getpid()
 
 
-def test_fault_18_a_pid_that_is_used_again_or_a_zombie_is_not_the_holder(
-    locks: Callable[[], RunLock], tmp_path: Path
-) -> None:
+def test_a_pid_that_is_used_again_or_a_zombie_is_not_the_holder(locks: Callable[[], RunLock], tmp_path: Path) -> None:
     leave_record(tmp_path, pid=os.getpid(), ticks=1)
     lock = locks()
     lock.take()
@@ -165,7 +163,7 @@ def test_fault_18_a_pid_that_is_used_again_or_a_zombie_is_not_the_holder(
 
 
 @pytest.mark.parametrize("age_s", [0.0, 3600.0, -3600.0])
-def test_fault_18_another_machines_job_is_refused_at_its_first_sign_of_life_whatever_its_clock(
+def test_another_machines_job_is_refused_at_its_first_sign_of_life_whatever_its_clock(
     age_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_lock, "WATCH_S", 60.0)
@@ -183,7 +181,7 @@ def test_fault_18_another_machines_job_is_refused_at_its_first_sign_of_life_what
     ("silence_s", "age_s", "at_least_s"),
     [(600.0, 3600.0, 1.5), (3.0, 0.0, 3.0), (600.0, 597.5, 2.5), (3.0, -3600.0, 3.0)],
 )
-def test_fault_18_another_machines_silent_job_is_taken_over_when_it_has_been_silent_long_enough(
+def test_another_machines_silent_job_is_taken_over_when_it_has_been_silent_long_enough(
     silence_s: float,
     age_s: float,
     at_least_s: float,
@@ -212,7 +210,7 @@ def test_another_machines_job_that_ends_while_it_is_watched_leaves_the_folder(
     assert lock.notes == [] and len(said) == 1
 
 
-def test_fault_18_a_requeued_job_takes_over_from_its_earlier_start_at_once(
+def test_a_requeued_job_takes_over_from_its_earlier_start_at_once(
     locks: Callable[[], RunLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")

@@ -148,7 +148,7 @@ def test_the_command_prints_json_watches_to_the_end_and_refuses_what_is_no_run(t
         assert_one_card(maskwright("status", tmp_path / place), EXIT_USER_MISTAKE, "There is no run in", place)
 
 
-def test_row_14_status_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_status_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         f"import sys\nfrom launcher.cli import app\ntry:\n    app(['status', {str(make_run(tmp_path))!r}])\n"
         "except SystemExit as end:\n    assert end.code == 0\n"

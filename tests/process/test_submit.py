@@ -18,7 +18,7 @@ from launcher.job_script import group_options, write_options
 from launcher.site import EXAMPLE, SLURM_FOLDER, Site, find_site
 from launcher.slurm import parse_time
 from launcher.submit import Submission, submit
-from tests.ranks import tiny_config, write_config
+from tests.ranks import ADDING, tiny_config, write_config
 from trainer.errors import UserError
 
 DRY = Submission(
@@ -43,7 +43,7 @@ def run(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sub
     """A dry run of a tiny config, without any site file."""
     (tmp_path / "none.yaml").write_text("")
     monkeypatch.setenv("MASKWRIGHT_SITE", str(tmp_path / "none.yaml"))
-    config = write_config(tiny_config(workspace, tmp_path / "runs" / "my"), tmp_path / "my.yaml")
+    config = write_config(tiny_config(workspace, tmp_path / "runs" / "my", **ADDING), tmp_path / "my.yaml")
     return dataclasses.replace(DRY, config=str(config))
 
 

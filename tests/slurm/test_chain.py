@@ -23,7 +23,7 @@ from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_M
 from trainer.tracking.starts import read_start_records
 
 
-def test_fault_16_and_18_a_chain_survives_a_lost_batch_host_and_scancel_and_a_script_is_submitted_by_hand(
+def test_a_chain_survives_a_lost_batch_host_and_scancel_and_a_script_is_submitted_by_hand(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
     endless = {"train": {"steps": 100_000}, "schedule": {"name": "constant"}}

@@ -36,7 +36,7 @@ def state_of(run_dir: Path) -> str:
     return status.state if status is not None else ""
 
 
-def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
+def test_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_nothing_had_happened(
     cluster: SlurmCluster, workspace: Path, tmp_path: Path
 ) -> None:
     config, site = run_of_60_steps(workspace, tmp_path / "a run"), write_site(tmp_path / "site.yaml")
@@ -74,9 +74,7 @@ def test_fault_16_a_job_signalled_twice_that_loses_a_node_ends_by_itself_as_if_n
     assert "not every node answers" in (run_dir / f"false-starts-{job}.txt").read_text()
 
 
-def test_fault_16_a_job_that_gets_nowhere_stops_and_says_so(
-    cluster: SlurmCluster, workspace: Path, tmp_path: Path
-) -> None:
+def test_a_job_that_gets_nowhere_stops_and_says_so(cluster: SlurmCluster, workspace: Path, tmp_path: Path) -> None:
     config = tiny_config(
         workspace,
         tmp_path / "run",

@@ -72,7 +72,7 @@ def test_each_fault_of_a_file_is_named(tmp_path: Path) -> None:
     assert find_faults(folder, manifest, ["weights.pt"]) == ["weights.pt: content differs from its checksum"]
 
 
-def test_fault_03_a_digit_that_has_flipped_in_the_manifest_is_damage(tmp_path: Path) -> None:
+def test_a_digit_that_has_flipped_in_the_manifest_is_damage(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 7) / "manifest.json"
     text = path.read_text()
     assert text.count('"samples": 56') == 1

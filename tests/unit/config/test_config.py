@@ -63,7 +63,7 @@ def write(folder: Path, name: str, text: str | dict[str, Any]) -> Path:
         (with_(batch={"warmup": {"start_sise": 8}}), "batch.warmup.start_sise", "start_size"),
     ],
 )
-def test_row_01_an_unknown_key_is_an_error_that_names_the_nearest(raw: dict[str, Any], key: str, suggestion: str):
+def test_an_unknown_key_is_an_error_that_names_the_nearest(raw: dict[str, Any], key: str, suggestion: str):
     error = refusal(raw)
     assert f"Unknown key '{key}'. Did you mean '{suggestion}'?" in error.problem
     assert key in error.where

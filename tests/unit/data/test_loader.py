@@ -247,7 +247,7 @@ def test_each_block_comes_once_an_epoch(folders: list[Path]):
     assert sorted(data.read) == sorted(list(range(count)) * GLOBAL_SIZE)
 
 
-def test_row_05_resuming_at_a_trillion_samples_reads_only_the_blocks_of_the_next_batch(folders: list[Path]):
+def test_resuming_at_a_trillion_samples_reads_only_the_blocks_of_the_next_batch(folders: list[Path]):
     data = RecordingShards(folders[0])
     first_sample = 10**12 // GLOBAL_SIZE * GLOBAL_SIZE
     batches_of([data], first_sample=first_sample, steps=1)

@@ -94,7 +94,7 @@ def test_a_quarantine_of_what_is_not_there_is_the_users_mistake(folder: Path, en
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_row_19_a_flipped_bit_stops_the_first_read_of_its_mebibyte_and_no_other(
+def test_a_flipped_bit_stops_the_first_read_of_its_mebibyte_and_no_other(
     folder: Path, method: Literal["mmap", "pread"], tmp_path: Path
 ):
     shutil.copytree(folder, tmp_path / "data")
@@ -111,7 +111,7 @@ def test_row_19_a_flipped_bit_stops_the_first_read_of_its_mebibyte_and_no_other(
     assert all_blocks(ShardSet(tmp_path / "data", ["shard-00000:1"], ReadSettings(method, verify=True))).size
 
 
-def test_row_19_shards_that_have_changed_places_are_found(folder: Path, tmp_path: Path):
+def test_shards_that_have_changed_places_are_found(folder: Path, tmp_path: Path):
     generator = np.random.default_rng(0)
     write_data_set(tmp_path, [[generator.integers(5, 1000, 999).tolist()] for _ in range(2)])
     for suffix in ("tok", "doc", "sum"):

@@ -80,9 +80,7 @@ def test_a_later_versions_field_does_no_harm(tmp_path: Path) -> None:
     assert status_of(tmp_path).step == 3
 
 
-def test_fault_05_a_status_that_cannot_be_written_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_status_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     writer = StatusWriter(folder, ["n1"], 1)

@@ -1,9 +1,4 @@
-"""What users of other trainers complain about, each row of that list by a test that carries its number.
-
-Rows 1 to 4 are also in tests/unit (test_config.py, test_deepspeed_config.py), row 5 in tests/unit/data/test_loader.py,
-row 6 in tests/distributed/test_resume.py, rows 8 and 9 in tests/distributed/test_convert.py, row 14 in
-tests/process/test_cli.py, row 17 in test_documentation.py.
-"""
+"""What users of other trainers complain about, from end to end; the rest of it is tested where it belongs."""
 
 from __future__ import annotations
 
@@ -35,7 +30,7 @@ from trainer.inputs.inputs import open_inputs
 LINES_BEFORE_STEP_1 = [
     r"run .+: starting afresh \(--resume auto, no checkpoint found\)",
     r"data: [\d,]+ tokens in [\d,]+ blocks of 32; \d+\.\d\d epochs",
-    r"batch: 8 sequences a step = 2 micro × 2 ranks × 2 accumulation; 256 tokens a step, 20 steps",
+    r"batch: 8 sequences a step = 4 micro × 2 ranks × 1 accumulation; 256 tokens a step, 20 steps",
     r"schedule: 4 steps of warm-up to 0.005, then linear to 0 of it",
     r"deepspeed: zero1 \(stage 1\), fp32",
     r"validation: 16 of \d+ blocks",
@@ -98,14 +93,14 @@ def run(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder / "run", result
 
 
-def test_row_02_the_dict_that_deepspeed_gets_is_derived_whole_and_kept(
+def test_the_dict_that_deepspeed_gets_is_derived_whole_and_kept(
     run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     given = json.loads((run[0] / "deepspeed.json").read_text())
     expected = {
         "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": False},
     }
@@ -113,7 +108,7 @@ def test_row_02_the_dict_that_deepspeed_gets_is_derived_whole_and_kept(
     assert "optimizer" not in given and "scheduler" not in given
 
 
-def test_row_10_the_console_has_only_our_lines_and_the_noise_is_in_the_rank_logs(
+def test_the_console_has_only_our_lines_and_the_noise_is_in_the_rank_logs(
     run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     run_dir, result = run
@@ -138,7 +133,7 @@ def test_a_run_on_cpu_compiles_nothing(run: tuple[Path, subprocess.CompletedProc
     assert not list((run[0].parent / "extensions").rglob("*"))
 
 
-def test_row_11_off_a_terminal_one_plain_line_an_interval(
+def test_off_a_terminal_one_plain_line_an_interval(
     run: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     output = run[1].stdout
@@ -167,7 +162,7 @@ def on_a_terminal(*arguments: str | Path) -> tuple[int, str]:
     return code, written.decode(errors="replace")
 
 
-def test_row_11_on_a_terminal_rank_0_alone_shows_a_bar(workspace: Path, tmp_path: Path) -> None:
+def test_on_a_terminal_rank_0_alone_shows_a_bar(workspace: Path, tmp_path: Path) -> None:
     path = write_config(evaluated_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
     code, output = on_a_terminal("train", path, "--nproc-per-node", "2")
     assert code == EXIT_FINISHED, output
@@ -192,7 +187,7 @@ if os.environ.get("RANK") == "1":
 """
 
 
-def test_row_12_an_error_on_one_rank_is_shown_with_its_traceback_and_log(workspace: Path, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_is_shown_with_its_traceback_and_log(workspace: Path, tmp_path: Path) -> None:
     path = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
     patch = python_path_with(FAIL_ON_RANK_1, tmp_path / "patch")
     result = maskwright("train", path, "--nproc-per-node", "2", PYTHONPATH=patch)
@@ -208,7 +203,7 @@ def test_row_12_an_error_on_one_rank_is_shown_with_its_traceback_and_log(workspa
     assert "closed by peer" not in result.stderr, "the echo on rank 0 is not the cause"
 
 
-def test_row_13_the_logged_loss_is_the_mean_over_all_masked_tokens_of_the_global_batch(
+def test_the_logged_loss_is_the_mean_over_all_masked_tokens_of_the_global_batch(
     workspace: Path, tmp_path: Path
 ) -> None:
     """Against plain transformers, one batch for the whole step, on blocks with unequal numbers of masked tokens."""
@@ -255,9 +250,7 @@ def test_row_13_the_logged_loss_is_the_mean_over_all_masked_tokens_of_the_global
     assert expected != pytest.approx(means_of_micro_batches, abs=2e-5), "the test would not see the difference"
 
 
-def test_rows_04_and_15_validate_needs_no_gpu_writes_nothing_and_works_from_any_folder(
-    workspace: Path, tmp_path: Path
-) -> None:
+def test_validate_needs_no_gpu_writes_nothing_and_works_from_any_folder(workspace: Path, tmp_path: Path) -> None:
     path = write_config(evaluated_config(workspace, tmp_path / "run"), tmp_path / "my.yaml")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
@@ -280,7 +273,7 @@ def test_rows_04_and_15_validate_needs_no_gpu_writes_nothing_and_works_from_any_
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_row_16_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(
+def test_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(
     kind: str, workspace: Path, tmp_path: Path
 ) -> None:
     paragraphs = (workspace / "text.txt").read_text().split("\n\n") * 3
