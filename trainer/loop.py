@@ -25,7 +25,7 @@ from trainer.engine.engine import TrainingEngine
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.liveness.activity import Activity
-from trainer.liveness.rank_timer import OwnTime
+from trainer.liveness.rank_timer import RankTimer
 from trainer.liveness.watchdog import Limits
 from trainer.objectives.objective import Criterion, loss_sums, loss_to_differentiate, share_of_loss
 from trainer.runtime import distributed
@@ -98,7 +98,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.watch = DivergenceWatch(self.config.resilience)
         self.step_metrics = StepMetrics(self.config, self.plan, self.world, self.criterion, self.order, self.meter)
-        self.own_time = OwnTime(self.world.device)
+        self.rank_timer = RankTimer(self.world.device)
         self.save_due = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
@@ -188,7 +188,7 @@ class Loop:
                 yield error
                 return
             self.meter.waited(time.perf_counter() - start)
-            self.own_time.read_data(time.perf_counter() - start)
+            self.rank_timer.read_data(time.perf_counter() - start)
             self.activity.progress()
             yield micro_batches
 
@@ -251,7 +251,7 @@ class Loop:
             self.engine.seed_dropout(int(key) >> 1)  # a function of the step: it needs no state
             with self.profiler.range("forward"):
                 moved = batch.to(self.engine.device)
-                with self.own_time.forward():
+                with self.rank_timer.forward():
                     losses = loss_sums(self.criterion, self.engine.network, moved, source_count)
             with self.profiler.range("backward"):
                 self.engine.backward(loss_to_differentiate(terms, losses, counts, averaged))
@@ -346,10 +346,10 @@ class Loop:
 
     def _log(self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape) -> None:
         values = self._read(loss_sums, counts, micro_batches, shape)
-        own_times = distributed.all_gather_floats(self.world, self.own_time.take())
+        rank_times = distributed.all_gather_floats(self.world, self.rank_timer.take())
         if self.reporter is not None:
             self.reporter.training(values)
-            self.reporter.own_times(own_times)
+            self.reporter.rank_times(rank_times)
         self.meter.restart()
 
     def _evaluate_if_due(self) -> None:

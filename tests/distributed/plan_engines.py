@@ -18,7 +18,7 @@ from trainer.model.build import build_model
 from trainer.objectives.registry import make_samples
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 
 SEQ_LEN = 128
 VOCABULARY_SIZE = 8000
@@ -54,8 +54,8 @@ class EngineLayout:
         }
         return parse_config(raw, "test")
 
-    def footprint(self, **overrides: int) -> Footprint:
-        return Footprint(self.config(**overrides), vocabulary(), self.preset(), "cpu")
+    def estimate(self, **overrides: int) -> MemoryEstimate:
+        return MemoryEstimate(self.config(**overrides), vocabulary(), self.preset(), "cpu")
 
 
 def vocabulary() -> Vocabulary:
@@ -66,14 +66,14 @@ def vocabulary() -> Vocabulary:
 def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[Callable[[], None]]:
     """A function that does one optimizer step of made-up tokens."""
     config = layout.config(**overrides)
-    footprint_predictions = make_samples(config, vocabulary(), SEQ_LEN).head_rows
+    head_rows = make_samples(config, vocabulary(), SEQ_LEN).head_rows
     micro_size, accumulation = layout.micro_size, layout.accumulation
     plan = BatchPlan(micro_size * accumulation * world.size, micro_size, world.size, accumulation, SEQ_LEN, 1)
     built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0)
     engine = TrainingEngine(built, compose(config, layout.preset(), plan), config.optimizer, world)
     del built
     ids = torch.randint(10, VOCABULARY_SIZE, (micro_size, SEQ_LEN))
-    index = torch.arange(micro_size * footprint_predictions)
+    index = torch.arange(micro_size * head_rows)
 
     def step() -> None:
         for _ in range(accumulation):

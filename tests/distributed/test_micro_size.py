@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.engine.deepspeed_config import load_preset
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.model.source import load_vocabulary
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.micro_batch import RECORD
 from trainer.sizing.micro_batch_trial import _first_to_try
 
@@ -31,8 +31,8 @@ def auto_config(workspace: Path, run_dir: Path, memory_gib: float | None, **sect
 
 def gib_between(config: Config, below: int, above: int) -> float:
     """A budget into which the one micro-batch fits and the other does not."""
-    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu")
-    fits, does_not = (footprint.memory(size, RANKS, 8 // size).peak for size in (below, above))
+    estimate = MemoryEstimate(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu")
+    fits, does_not = (estimate.memory(size, RANKS, 8 // size).peak for size in (below, above))
     assert fits < does_not
     return (fits + does_not) / 2 / 2**30
 
@@ -171,8 +171,8 @@ def test_a_trial_begins_with_half_of_what_is_foreseen_and_with_less_where_that_w
 ) -> None:
     """Gpu A4: each size costs a compilation. What fits is the same, whatever was foreseen: here 2."""
     config = auto_config(workspace, tmp_path / "run", None, deepspeed="zero0")  # the others' buckets hide all else
-    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cuda")
-    limit = footprint.memory(foreseen, 1, 16 // foreseen).peak if foreseen else 1.0
+    estimate = MemoryEstimate(config, load_vocabulary(config), load_preset(config.deepspeed), "cuda")
+    limit = estimate.memory(foreseen, 1, 16 // foreseen).peak if foreseen else 1.0
     vocabulary = load_vocabulary(config)
     assert [1, 2, 4, 8][_first_to_try(config, vocabulary, 1, config.data.seq_len, [1, 2, 4, 8], limit)] == first
     assert run_ranks(_step_after_trial, 1, config, tmp_path, (0,), limit) == [0]

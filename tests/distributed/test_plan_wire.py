@@ -79,7 +79,7 @@ def _count(result: Path) -> int:
 def test_the_wire_bytes_are_those_of_the_collectives(tmp_path: Path) -> None:
     assert run_ranks(_count, RANKS, tmp_path / "counts.json") == [0, 0]
     for layout, counted in zip(LAYOUTS, json.loads((tmp_path / "counts.json").read_text()), strict=True):
-        sizes = layout.footprint(**MODEL).parameter_sizes
+        sizes = layout.estimate(**MODEL).parameter_sizes
         wire = plan_traffic(ZeroSettings.of(layout.preset()), sizes, layout.accumulation, layout.precision)
         # Beside them go a norm, an overflow flag and some padding.
         assert wire.elements * WEIGHT_BYTES[layout.precision] == pytest.approx(counted, rel=1e-3), layout

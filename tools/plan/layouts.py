@@ -11,7 +11,7 @@ from trainer.engine.deepspeed_config import load_preset, zero_stage
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.schedule.batch_plan import micro_sizes
 from trainer.sizing.flops import flops_per_token
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings
 
 
@@ -65,20 +65,20 @@ class Layouts:
 
     def __init__(
         self,
-        footprint: Footprint,
+        estimate: MemoryEstimate,
         device: Device,
         gpus_per_node: int,
         attended_tokens: float,
         measured: MeasuredStep | None,
     ) -> None:
-        self.footprint, self.device, self.measured = footprint, device, measured
-        self.gpus_per_node, self.config = gpus_per_node, footprint.config
+        self.estimate, self.device, self.measured = estimate, device, measured
+        self.gpus_per_node, self.config = gpus_per_node, estimate.config
         self._attended_tokens = attended_tokens
 
     @cached_property
     def flops_per_token(self) -> float:
-        ratio = self.footprint.head_rows / self.config.data.seq_len
-        return flops_per_token(self.footprint.model, self._attended_tokens, ratio)
+        ratio = self.estimate.head_rows / self.config.data.seq_len
+        return flops_per_token(self.estimate.model, self._attended_tokens, ratio)
 
     @cached_property
     def stages(self) -> dict[int, ZeroSettings]:
@@ -86,7 +86,7 @@ class Layouts:
 
         Half precision has no stage 0 (`deepspeed_config.check_precision`).
         """
-        own = self.footprint.zero
+        own = self.estimate.zero
         numbers = range(0 if self.config.train.precision == "fp32" else 1, 4)
         presets = {number: own if number == own.stage else _preset(number) for number in numbers}
         return presets
@@ -94,14 +94,14 @@ class Layouts:
     def largest_micro_size(self, world_size: int, zero: ZeroSettings) -> int | None:
         """The largest that divides the batch and fits."""
         sizes = micro_sizes(self.config.data, self.config.batch, world_size)
-        return self.footprint.largest(sizes, world_size, self.device.usable_bytes, zero)
+        return self.estimate.largest(sizes, world_size, self.device.usable_bytes, zero)
 
     def layout(self, world_size: int, micro_size: int, zero: ZeroSettings) -> Layout:
         """`micro_size` must divide the global batch over the ranks."""
         config = self.config
         accumulation = config.batch.global_size // (micro_size * world_size)
-        memory = self.footprint.memory(micro_size, world_size, accumulation, zero)
-        wire = plan_traffic(zero, self.footprint.parameter_sizes, accumulation, config.train.precision)
+        memory = self.estimate.memory(micro_size, world_size, accumulation, zero)
+        wire = plan_traffic(zero, self.estimate.parameter_sizes, accumulation, config.train.precision)
         return Layout(
             world_size=world_size,
             zero=zero,
@@ -115,12 +115,12 @@ class Layouts:
         )
 
     def _time(self, world_size: int, micro_size: int, accumulation: int, zero: ZeroSettings, wire: Wire) -> StepTime:
-        device, parameters = self.device, self.footprint.parameters
+        device, parameters = self.device, self.estimate.parameters
         if self.measured is not None:  # whole steps were measured, updates included
             tokens = micro_size * accumulation * self.config.data.seq_len
             passes, update = tokens * self.flops_per_token / self.measured.flops, 0.0
         else:
-            step = self.footprint.step(micro_size)
+            step = self.estimate.step(micro_size)
             passes = accumulation * step.seconds(device.flops, device.memory_bandwidth)
             weight = WEIGHT_BYTES[self.config.train.precision]
             # AdamW reads weight, gradient and two moments and writes three of them and the weight of the forward pass;

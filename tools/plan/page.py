@@ -65,9 +65,9 @@ def _sections(plan: RunPlan) -> list[tuple[str, list[tuple[str, str]], Table | N
 
 def _run(plan: RunPlan) -> list[tuple[str, str]]:
     config, facts, batch = plan.facts.config, plan.facts, plan.facts.plan
-    chosen, footprint = plan.chosen, plan.footprint
+    chosen, estimate = plan.chosen, plan.estimate
     options = plan.options
-    model = f"{type(footprint.model).__name__}, {footprint.parameters:,} parameters"
+    model = f"{type(estimate.model).__name__}, {estimate.parameters:,} parameters"
     auto = (
         f" (auto: the largest that fits on {plan.device.name}, modelled)" if config.batch.micro_size == "auto" else ""
     )
@@ -127,7 +127,7 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
     lines += [
         (
             "wire",
-            f"each {plan.unit} sends {_bytes(sent)} a step: {chosen.wire.elements / plan.footprint.parameters:.3g} × "
+            f"each {plan.unit} sends {_bytes(sent)} a step: {chosen.wire.elements / plan.estimate.parameters:.3g} × "
             f"the parameters × {chosen.wire.bytes_per_element} bytes × (ranks − 1) / ranks "
             f"({'exact' if chosen.wire.is_exact else 'modelled'})",
         ),
@@ -178,7 +178,7 @@ def _memory_table(plan: RunPlan) -> Table:
     table = _table([*headings, "sends a step", "step", "largest micro"])
     for stage, layout in plan.by_stage.items():
         memory, best = layout.memory, plan.best[stage]
-        logits = plan.footprint.step(layout.micro_size).logits_bytes
+        logits = plan.estimate.step(layout.micro_size).logits_bytes
         parts = (
             memory.weights,
             memory.optimizer,
@@ -263,8 +263,8 @@ def to_json(plan: RunPlan) -> str:
             "basis": "exact",
         },
         "model": {
-            "class": type(plan.footprint.model).__name__,
-            "parameters": plan.footprint.parameters,
+            "class": type(plan.estimate.model).__name__,
+            "parameters": plan.estimate.parameters,
             "flops_per_token": plan.flops_per_token,
             "basis": "exact",
         },
@@ -299,7 +299,7 @@ def _layout_json(plan: RunPlan, layout: Layout) -> dict[str, Any]:
         "accumulation": layout.accumulation,
         "memory_bytes": {
             **asdict(layout.memory),
-            "logits": plan.footprint.step(layout.micro_size).logits_bytes,
+            "logits": plan.estimate.step(layout.micro_size).logits_bytes,
             "peak": layout.memory.peak,
             "basis": "modelled",
         },

@@ -17,7 +17,7 @@ from trainer.engine.state_size import checkpoint_bytes
 from trainer.errors import UserError
 from trainer.schedule.batch_plan import plan_batch
 from trainer.schedule.phases import lay_out, with_micro_size
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 
 STORAGE_GB_S = 1.0
 """Assumed where it is not given: what all ranks together write to the run folder, in GB a second."""
@@ -67,7 +67,7 @@ class RunPlan:
     options: PlanOptions
     device: Device
     measured: MeasuredStep | None
-    footprint: Footprint
+    estimate: MemoryEstimate
     flops_per_token: float
     chosen: Layout
     by_stage: dict[int, Layout]
@@ -113,10 +113,10 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     device = find_device(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
     measured = read_bench(options.bench, precision, device) if options.bench is not None else None
     preset = load_preset(config.deepspeed)
-    footprint = Footprint(config, facts.vocabulary, preset, device.kind)
-    layouts = Layouts(footprint, device, options.gpus_per_node, facts.attended_tokens, measured)
+    estimate = MemoryEstimate(config, facts.vocabulary, preset, device.kind)
+    layouts = Layouts(estimate, device, options.gpus_per_node, facts.attended_tokens, measured)
     best = best_of_each_stage(layouts, world_size)
-    own = layouts.stages[footprint.zero.stage]
+    own = layouts.stages[estimate.zero.stage]
     largest = best[own.stage]
     micro_size = config.batch.micro_size
     if micro_size == "auto":
@@ -130,7 +130,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         options=options,
         device=device,
         measured=measured,
-        footprint=footprint,
+        estimate=estimate,
         flops_per_token=layouts.flops_per_token,
         chosen=chosen,
         by_stage={stage: layouts.layout(world_size, micro_size, zero) for stage, zero in layouts.stages.items()},
@@ -138,7 +138,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         recommendation=recommend(best, own.stage),
         doubling=when_nodes_double(layouts, chosen),
         table=scale(layouts, own.stage, micro_size),
-        checkpoint=_checkpoint(config, facts, footprint, chosen, options),
+        checkpoint=_checkpoint(config, facts, estimate, chosen, options),
         ds_config=compose(config, preset, settled),
     )
 
@@ -158,9 +158,9 @@ def _check_options(options: PlanOptions) -> None:
 
 
 def _checkpoint(
-    config: Config, facts: Facts, footprint: Footprint, layout: Layout, options: PlanOptions
+    config: Config, facts: Facts, estimate: MemoryEstimate, layout: Layout, options: PlanOptions
 ) -> CheckpointCost:
-    size = checkpoint_bytes(footprint.parameters, layout.stage, config.train.precision)
+    size = checkpoint_bytes(estimate.parameters, layout.stage, config.train.precision)
     if config.checkpoint.in_background:
         seconds = size / layout.world_size / (HOST_COPY_GB_S * 1e9)
         basis = f"copied to the hosts' memory at {HOST_COPY_GB_S:g} GB/s a rank (assumed)"

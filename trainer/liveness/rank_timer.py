@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class OwnTime:
+class RankTimer:
     """Seconds in `stragglers.OWN_PHASES` since they were last taken."""
 
     def __init__(self, device: torch.device) -> None:

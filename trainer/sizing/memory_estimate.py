@@ -15,7 +15,7 @@ from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_m
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
 
-class Footprint:
+class MemoryEstimate:
     """The model of a config on the meta device, and the memory of a rank that trains it.
 
     Args:

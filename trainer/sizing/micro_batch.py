@@ -23,7 +23,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.host_memory import available_bytes
 from trainer.runtime.tuning_cache import recall, remember
 from trainer.schedule.batch_plan import micro_sizes
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import CPU_SHARE
 
 RECORD = "micro_size.json"
@@ -84,12 +84,14 @@ def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, lis
     trial = f"micro-batch: auto, one of {_listed(sizes)}: on GPUs it is found by trial steps when training starts"
     if torch.cuda.is_available():
         return None, [f"{trial}; 1 stands for it above"]
-    footprint = Footprint(config, load_vocabulary(config), load_preset(config.deepspeed), "cpu", longest_blocks(config))
+    estimate = MemoryEstimate(
+        config, load_vocabulary(config), load_preset(config.deepspeed), "cpu", longest_blocks(config)
+    )
     budget = _cpu_budget(config, world_size)
-    size = footprint.largest(sizes, world_size, budget)
+    size = estimate.largest(sizes, world_size, budget)
     if size is None:
         return None, [f"{trial}; on this machine's CPU none fits into {budget / 2**30:.1f} GiB a rank"]
-    return size, [f"{trial}; on this machine's CPU it is {size} ({_fit(footprint, size, world_size, budget)})"]
+    return size, [f"{trial}; on this machine's CPU it is {size} ({_fit(estimate, size, world_size, budget)})"]
 
 
 def longest_blocks(config: Config) -> int:
@@ -133,11 +135,11 @@ def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Seque
     budget = min(
         distributed.all_gather(world, _cpu_budget(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
     )
-    footprint = distributed.run_on_all_ranks(
-        world, lambda: Footprint(config, vocabulary, load_preset(config.deepspeed), "cpu", longest_blocks(config))
+    estimate = distributed.run_on_all_ranks(
+        world, lambda: MemoryEstimate(config, vocabulary, load_preset(config.deepspeed), "cpu", longest_blocks(config))
     )
-    size = footprint.largest(sizes, world.size, budget)
-    return size, _fit(footprint, size or sizes[0], world.size, budget)
+    size = estimate.largest(sizes, world.size, budget)
+    return size, _fit(estimate, size or sizes[0], world.size, budget)
 
 
 def _cpu_budget(config: Config, local_ranks: int) -> float:
@@ -147,9 +149,9 @@ def _cpu_budget(config: Config, local_ranks: int) -> float:
     return CPU_SHARE * available_bytes() / local_ranks
 
 
-def _fit(footprint: Footprint, size: int, world_size: int, budget: float) -> str:
-    accumulation = footprint.config.batch.global_size // (size * world_size)
-    memory = footprint.memory(size, world_size, accumulation)
+def _fit(estimate: MemoryEstimate, size: int, world_size: int, budget: float) -> str:
+    accumulation = estimate.config.batch.global_size // (size * world_size)
+    memory = estimate.memory(size, world_size, accumulation)
     return f"modelled: {memory.peak / 2**30:.2f} of {budget / 2**30:.1f} GiB a rank"
 
 

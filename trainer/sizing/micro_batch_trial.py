@@ -24,7 +24,7 @@ from trainer.objectives.registry import make_criterion, make_samples
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
-from trainer.sizing.memory_estimate import Footprint
+from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import GPU_SHARE
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def _first_to_try(
     """
     if limit is None:
         return 0
-    footprint = Footprint(config, vocabulary, load_preset(config.deepspeed), "cuda", seq_len)
-    foreseen = footprint.largest(sizes, ranks, limit) or 0
+    estimate = MemoryEstimate(config, vocabulary, load_preset(config.deepspeed), "cuda", seq_len)
+    foreseen = estimate.largest(sizes, ranks, limit) or 0
     first = max(0, sum(2 * size <= foreseen for size in sizes) - 1)
     logger.info("a micro-batch of %d is foreseen to fit; the trial begins with %d", foreseen, sizes[first])
     return first

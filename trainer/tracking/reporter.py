@@ -88,7 +88,7 @@ class Reporter:
         self._write(values)
         self.console.say(line)
 
-    def own_times(self, seconds: list[list[float]]) -> None:
+    def rank_times(self, seconds: list[list[float]]) -> None:
         """Say, now and then, which ranks hold up the others; `seconds` as in `trainer.liveness.stragglers`."""
         if self._find_stragglers is not None and (line := self._find_stragglers(seconds, time.monotonic())):
             logger.info("%s", line)
