@@ -50,7 +50,7 @@ class Output:
         )
 
     def finished(self) -> dict[str, Manifest] | None:
-        """The manifests that an earlier run of the same job wrote, None when it still has work to do.
+        """Read the manifests that an earlier run of the same job wrote; None when it still has work to do.
 
         Raises:
             UserError: when there is a data set of another job.
@@ -120,7 +120,7 @@ class Output:
                 raise UserError(f"Cannot write: {error.strerror}.", where=str(self.folder), remedy=remedy) from None
 
     def _lock(self, file: Any) -> None:
-        """The lock ends with the process, however that ends."""
+        """Lock the output; the lock ends with the process, however that ends."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -78,7 +78,7 @@ def _lock_file(job: Job) -> Iterator[int]:
 
 
 def _lock(file: int, kind: int, byte: int) -> bool | None:
-    """True: locked; None: another process has it; False: the file system has no locks."""
+    """Try to lock a byte. True: locked; None: another process has it; False: the file system has no locks."""
     try:
         fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
     except OSError as error:
