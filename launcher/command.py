@@ -100,7 +100,7 @@ class TrainingCommand(Command):
 
 
 def _code_of_results() -> int:
-    """0, or 2 with a card where something that was printed on stdout did not arrive."""
+    """Return 0, or 2 with a card where something that was printed on stdout did not arrive."""
     sys.stdout.flush()
     error = first_loss(sys.stdout)
     if error is None or reader_has_left(sys.stdout):
@@ -129,7 +129,8 @@ def _short_usage_errors() -> Iterator[None]:
 
 
 def _check_current_folder() -> None:
-    """
+    """Check that there is a current folder.
+
     Raises:
         UserError: where it was removed, for every relative path would fail.
     """
@@ -141,7 +142,7 @@ def _check_current_folder() -> None:
 
 
 def _of_system(error: OSError) -> ErrorCard:
-    """What the system says of a file or folder that a command could not use."""
+    """Make the card of what the system says of a file or folder that a command could not use."""
     return ErrorCard(
         "Please check",
         f"{error.strerror or type(error).__name__}: '{os.fsdecode(error.filename)}'.",
@@ -151,7 +152,7 @@ def _of_system(error: OSError) -> ErrorCard:
 
 
 def _repeat_option(args: list[str], names: tuple[str, ...]) -> list[str]:
-    """`--input a b` → `--input a --input b`: what a shell makes of `--input *.txt`."""
+    """Turn `--input a b`, which a shell makes of `--input *.txt`, into `--input a --input b`."""
     repeated: list[str] = []
     option = None
     for arg in args:
@@ -169,7 +170,7 @@ _SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str) -> int:
-    """`10T`, `1.5G`, `8_192` → a whole number; K, M, G (or B) and T are powers of a thousand."""
+    """Read `10T`, `1.5G`, `8_192` as a whole number; K, M, G (or B) and T are powers of a thousand."""
     digits, factor = text.strip().replace("_", ""), 1
     if digits and digits[-1].upper() in _SUFFIXES:
         digits, factor = digits[:-1], _SUFFIXES[digits[-1].upper()]
@@ -199,7 +200,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def console_of_results(as_json: bool) -> Console:
-    """What these commands say is their result: on stdout, unless JSON has it."""
+    """Make the console of what these commands say is their result: on stdout, unless JSON has it."""
     return make_console(sys.stderr if as_json else sys.stdout)
 
 

@@ -33,19 +33,19 @@ class ErrorCard:
         return cls(error.title, error.problem, error.where, error.remedy)
 
     def fitted(self) -> ErrorCard:
-        """The card as it is shown: short, whatever a value or a library's message holds, and printable."""
+        """Make the card as it is shown: short, whatever a value or a library's message holds, and printable."""
         return ErrorCard(self.title, fit(self.problem, 1500), fit(self.where, 600), fit(self.remedy, 1000))
 
 
 def exit_code(error: BaseException) -> int:
-    """The process exit code that an exception stands for."""
+    """Find the process exit code that an exception stands for."""
     if isinstance(error, MaskwrightError):
         return error.exit_code
     return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_UNEXPECTED
 
 
 def make_console(file: TextIO | None = None) -> Console:
-    """A rich console on stderr (or `file`).
+    """Make a rich console on stderr (or `file`).
 
     Square brackets are text, not markup: they stand in file names and tokens. Off a terminal, lines are neither
     wrapped nor cut, so that a log can be searched.

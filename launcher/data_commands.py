@@ -305,7 +305,7 @@ def data_verify(folder: DataFolder, as_json: AsJson = False) -> None:
 
 
 def _count(help: str, default: str, *names: str) -> Any:
-    """An option that takes a whole number such as 8192, 1.5G or 10T."""
+    """Make an option that takes a whole number such as 8192, 1.5G or 10T."""
     return typer.Option(*names, parser=parse_count, metavar="N", help=help, show_default=default)
 
 

@@ -39,7 +39,7 @@ def examine_in_job(run: str, as_json: bool, answer_s: float) -> int:
 
 
 def find_place(environ: Mapping[str, str]) -> NodePlace:
-    """This node among those of the SLURM step; alone where there is no step of several tasks.
+    """Find this node among those of the SLURM step; alone where there is no step of several tasks.
 
     Raises:
         UserError: when there are several tasks on a node.

@@ -30,7 +30,7 @@ class Membership:
     master_port: int
 
     def variables(self) -> dict[str, str]:
-        """The environment variables that torch.distributed reads."""
+        """Make the environment variables that torch.distributed reads."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -42,12 +42,12 @@ class Membership:
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list such as `gpu[03-06,11]`."""
+    """Find the first host of a SLURM node list such as `gpu[03-06,11]`."""
     return hosts(node_list)[0]
 
 
 def hosts(node_list: str) -> list[str]:
-    """The hosts of a SLURM node list, as SLURM itself expands it; at least one."""
+    """Find the hosts of a SLURM node list, as SLURM itself expands it; at least one."""
     try:
         result = subprocess.run(
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
@@ -67,7 +67,7 @@ def hosts(node_list: str) -> list[str]:
 def find_membership(
     environ: Mapping[str, str], find_first_host: Callable[[str], str] = first_host
 ) -> Membership | None:
-    """This process's place when torchrun or srun started it; None when nobody did.
+    """Find this process's place when torchrun or srun started it; None when nobody did.
 
     A SLURM step of one task counts as started by hand: it may start local ranks of its own.
 
@@ -150,12 +150,12 @@ def _from_srun(environ: Mapping[str, str], task_count: int, find_first_host: Cal
 
 
 def _port_of_step(environ: Mapping[str, str]) -> int:
-    """Every task of a step derives the same port; jobs that share a node, and the steps of one job, differ."""
+    """Derive the port of a step, the same in all tasks; jobs that share a node, and the steps of one job, differ."""
     return _FIRST_PORT + (_integer(environ, "SLURM_JOB_ID") + 1009 * _integer(environ, "SLURM_STEP_ID")) % _PORTS
 
 
 def _expand_tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` → [2, 2, 2, 1]; an empty list when it is not of this form."""
+    """Expand `2(x3),1` to [2, 2, 2, 1]; return an empty list when it is not of this form."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -166,7 +166,7 @@ def _expand_tasks_per_node(text: str) -> list[int]:
 
 
 def checked_address(address: str, where: str) -> str:
-    """A name or address of a machine that this one can look up.
+    """Check that this machine can look up a name or address of a machine, and return it.
 
     Raises:
         UserError: when it cannot; `where` is who gave it.
@@ -190,7 +190,7 @@ def checked_address(address: str, where: str) -> str:
 
 
 def _place(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
-    """A rank and how many there are."""
+    """Read a rank and how many there are."""
     size = _integer(environ, size_name)
     if size < 1:
         raise _not_a_start(f"{size_name} is {size}: there is no rank.", size_name)

@@ -18,7 +18,7 @@ _SETTINGS = re.compile(r"^# --- settings: .*?^# --- end of settings ---$", re.MU
 
 
 def template_options(template: str) -> dict[str, str | int | bool | None]:
-    """The options of sbatch that stand in a script of slurm/."""
+    """Find the options of sbatch that stand in a script of slurm/."""
     return {match["name"]: match["value"] or True for match in _OPTION.finditer(template)}
 
 
@@ -46,7 +46,7 @@ def render(
 
 
 def write_options(options: Options) -> list[str]:
-    """`{"nodes": 2, "exclusive": True}` → `--nodes=2`, `--exclusive`, quoted for a line of #SBATCH."""
+    """Write `{"nodes": 2, "exclusive": True}` as `--nodes=2`, `--exclusive`, quoted for a line of #SBATCH."""
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     written = []
     for name, value in given.items():
@@ -58,7 +58,7 @@ def write_options(options: Options) -> list[str]:
 
 
 def group_options(words: Sequence[str]) -> list[str]:
-    """`--mem 0 -p gpu` → one text for each option with its value, quoted for a line of #SBATCH."""
+    """Group `--mem 0 -p gpu` into one text for each option with its value, quoted for a line of #SBATCH."""
     groups: list[list[str]] = []
     for word in words:
         if word.startswith("-") or not groups:
@@ -75,12 +75,12 @@ def _one_line(text: str, where: str) -> str:
 
 
 def literal(path: str) -> str:
-    """A path for sbatch's `--output`, where a percent sign begins a pattern (%j is the job's number)."""
+    """Escape a path for sbatch's `--output`, where a percent sign begins a pattern (%j is the job's number)."""
     return path.replace("%", "%%")
 
 
 def assign(name: str, value: str | Sequence[str]) -> str:
-    """A shell assignment; several words become an array."""
+    """Write a shell assignment; several words become an array."""
     if isinstance(value, str):
         return f"{name}={shlex.quote(value)}"
     return f"{name}=({' '.join(map(shlex.quote, value))})"

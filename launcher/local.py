@@ -55,7 +55,10 @@ class RankProcess:
         return code is not None
 
     def poll(self) -> bool:
-        """Whether it has ended. Its process group is killed before the pid is given back, so it is surely its own."""
+        """Tell whether it has ended.
+
+        Its process group is killed before the pid is given back, so it is surely its own.
+        """
         if self.process.returncode is not None:
             return True
         now = time.time()  # before the look: it may be killed, and others report that, between the two
@@ -71,7 +74,7 @@ class RankProcess:
             os.kill(self.process.pid, number)  # not Popen.send_signal: that could take its exit status
 
     def is_stopped(self) -> bool:
-        """Whether it stands still by SIGSTOP or the like: it cannot end by itself then, nor by TERM."""
+        """Tell whether it stands still by SIGSTOP or the like: it cannot end by itself then, nor by TERM."""
         if self.process.returncode is not None:
             return False
         try:
@@ -143,7 +146,7 @@ def launch(
 
 
 def core_count() -> int:
-    """Cores this process may use."""
+    """Count the cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -213,7 +216,7 @@ def _start(command: Sequence[str], process_count: int, scratch: Path, nodes: Nod
 
 
 def _places(process_count: int, nodes: Nodes | None) -> tuple[socket.socket | None, list[Membership]]:
-    """The socket for rank 0, where that is on this node, and the places of the ranks of this node.
+    """Open the socket for rank 0, where that is on this node, and list the places of the ranks of this node.
 
     Raises:
         UserError: when another process has the port.
@@ -292,7 +295,7 @@ def _show_first_cause(ranks: list[RankProcess], run_dir: Path | None) -> int:
 
 
 def _order_of_failure(rank: RankProcess, report: ErrorReport | None) -> tuple[int, bool, float]:
-    """Sort key; ranks wait for each other, so one failure makes others fail, and the earliest is the cause.
+    """Return a sort key: ranks wait for each other, so one failure makes others fail, and the earliest is the cause.
 
     A rank killed by a signal left no report, and its peers then report lost connections: it counts as of when it was
     last seen alive. An error that arose on another rank is that rank's to tell, with its traceback. A rank that left
@@ -314,7 +317,7 @@ def _tell_status(run_dir: Path | None, ranks: list[RankProcess], state: str, rea
 
 
 def _show_silent_end(rank: RankProcess, log: str) -> str:
-    """A rank that left no report: what it printed last, and how it ended, which is returned."""
+    """Show what a rank that left no report printed last, and how it ended; return how it ended."""
     if rank.output_file:
         sys.stderr.write(_tail(rank.output_file))
     code = rank.process.returncode

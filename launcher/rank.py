@@ -64,7 +64,7 @@ class ErrorReport:
 
     @classmethod
     def read(cls, path: Path) -> ErrorReport | None:
-        """The report, or None where the rank wrote none."""
+        """Read the report; None where the rank wrote none."""
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -72,7 +72,7 @@ class ErrorReport:
 
 
 def find_log(run_dir: Path | None, rank: int) -> str:
-    """The log file of a rank, or an empty string where there is none (a dry run, or an error before it was made)."""
+    """Find the log file of a rank; empty where there is none (a dry run, or an error before it was made)."""
     from trainer.runtime.logs import log_path
 
     path = log_path(run_dir, rank) if run_dir else None
@@ -127,7 +127,7 @@ def _report(error: BaseException, run_dir: Path | None) -> int:
 
 
 def print_report(report: ErrorReport) -> None:
-    """The traceback of an unexpected error, and the card."""
+    """Print the traceback of an unexpected error, and the card."""
     if report.is_interrupt:
         print("Interrupted.", file=sys.stderr)
         return
@@ -176,7 +176,7 @@ def _tell_torchrun(error: BaseException) -> None:
 
 
 def _print_own(report: ErrorReport) -> None:
-    """Rank 0 speaks in full, the others in one line, and with a traceback only if it would be lost otherwise."""
+    """Print the report: rank 0 in full, others in one line, with a traceback only if it would be lost otherwise."""
     if os.environ["RANK"] == "0":
         print_report(report)
     elif report.is_own and not report.is_interrupt:  # else rank 0 has it, too
@@ -191,7 +191,7 @@ def _print_own(report: ErrorReport) -> None:
 
 
 def _is_in_log(report: ErrorReport) -> bool:
-    """Training logs what stops it, once it has a log; an error before that is nowhere but here."""
+    """Tell whether the log has it: training logs what stops it, once it has a log; an earlier error is only here."""
     if not report.log:
         return False
     with open(report.log, "rb") as file:

@@ -76,7 +76,7 @@ class Site(Section):
     container: Container | None = None
 
     def command_words(self) -> list[str]:
-        """What starts maskwright in a task."""
+        """List the words that start maskwright in a task."""
         box = self.container
         if box is None:
             return shlex.split(self.command) if self.command else this_maskwright()
@@ -87,7 +87,7 @@ class Site(Section):
         return ["apptainer", "exec", *binds, *box.options, box.image, *words]
 
     def srun_options(self) -> list[str]:
-        """What each srun gets."""
+        """List the options that each srun gets."""
         box = self.container
         if box is None or box.runtime != "pyxis":
             return self.srun
@@ -97,7 +97,7 @@ class Site(Section):
         return [*self.srun, f"--container-image={box.image}", *mounts, kept, *box.options]
 
     def setup_lines(self) -> list[str]:
-        """Shell lines for the start of a job."""
+        """Write the shell lines for the start of a job."""
         prefixes = [""]
         if self.container is not None and self.container.runtime == "apptainer":
             prefixes.append("APPTAINERENV_")  # which win over the image's own values
@@ -114,13 +114,13 @@ def _both(mount: str) -> str:
 
 
 def this_maskwright() -> list[str]:
-    """The command of this installation."""
+    """Find the command of this installation."""
     script = Path(sys.executable).with_name("maskwright")
     return [str(script)] if script.is_file() else [sys.executable, "-P", "-m", "launcher"]
 
 
 def find_site(given: str | None, environ: Mapping[str, str]) -> tuple[Site, Path | None]:
-    """The site file that was given, else that of the variable, else slurm/site.yaml, else none.
+    """Read the site file that was given, else that of the variable, else slurm/site.yaml, else none.
 
     Raises:
         UserError: when it is not there, or not right.

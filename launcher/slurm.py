@@ -16,7 +16,8 @@ _TIME = re.compile(f"(?:{_N}-{_N}(?::{_N}(?::{_N})?)?)|(?:{_N}(?::{_N}(?::{_N})?
 
 
 def require_sbatch() -> None:
-    """
+    """Check that SLURM's commands are there.
+
     Raises:
         UserError: where SLURM's commands are missing.
     """
@@ -60,7 +61,7 @@ def sbatch(*arguments: str) -> int:
 
 
 def queued_jobs() -> dict[int, str]:
-    """This user's jobs that have not ended, with their states; empty where SLURM does not answer."""
+    """Find this user's jobs that have not ended, with their states; empty where SLURM does not answer."""
     try:
         result = _run(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%A %T"])
     except (OSError, KeyError, subprocess.TimeoutExpired):  # KeyError: a user without a name
@@ -73,7 +74,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def parse_time(text: str) -> int | None:
-    """SLURM's time limits in seconds (`90`, `90:00`, `1:30:00`, `2-0`, `2-12:00`); None for no limit.
+    """Read SLURM's time limits in seconds (`90`, `90:00`, `1:30:00`, `2-0`, `2-12:00`); None for no limit.
 
     Raises:
         UserError: when it is none.

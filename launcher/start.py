@@ -51,7 +51,7 @@ class ProcessOptions:
         return {name: value for name, value in values.items() if value is not None}
 
     def nodes(self) -> Nodes | None:
-        """This node among the others; None when it is the only one.
+        """Find this node among the others; None when it is the only one.
 
         Raises:
             UserError: when an option is missing, or they contradict each other.
@@ -119,7 +119,7 @@ def start_training(
 
 
 def _checked_folder(config_source: str, overrides: Sequence[str], dry_run: bool, nodes: Nodes | None) -> Path | None:
-    """Where the ranks' logs will lie.
+    """Find where the ranks' logs will lie.
 
     Raises:
         UserError: for a mistake in the config, unless other nodes wait for the ranks of this one: those tell them.
@@ -192,7 +192,7 @@ def _tell_others(error: MaskwrightError, world_size: int) -> int:
 
 
 def _folder_of_logs(config: Config, dry_run: bool) -> Path | None:
-    """The run folder; None for a dry run, which leaves nothing behind."""
+    """Find the run folder; None for a dry run, which leaves nothing behind."""
     return None if dry_run else user_path(config.run.dir, "run.dir")
 
 

@@ -154,7 +154,8 @@ class _Jobs:
         self.name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', config.run.name)}-{folder_hash}"
 
     def check(self) -> None:
-        """
+        """Check that the options fit together.
+
         Raises:
             UserError: when the options contradict each other.
         """
@@ -184,7 +185,8 @@ class _Jobs:
             )
 
     def check_folder(self) -> None:
-        """
+        """Check that no job of this run is queued, and that the conversion can be written.
+
         Raises:
             UserError: when jobs of this run are queued, or the conversion could not write.
         """
@@ -242,7 +244,7 @@ class _Jobs:
         return render(_template("convert"), comment, options, (), settings)
 
     def scripts(self) -> dict[Path, str]:
-        """What is to be queued.
+        """Make the scripts that are to be queued.
 
         Raises:
             UserError: for an option that no line of a script can hold.
@@ -251,7 +253,8 @@ class _Jobs:
         return {**scripts, self.conversion: self.convert_script()} if self.asked.convert else scripts
 
     def write(self, scripts: dict[Path, str]) -> None:
-        """
+        """Write the scripts and the config.
+
         Raises:
             UserError: when the run folder cannot be written.
         """
@@ -284,7 +287,7 @@ class _Jobs:
         return numbers, conversion
 
     def describe(self, numbers: list[int], conversion: int | None, ranks: str) -> list[str]:
-        """What has been submitted, and how to follow and to end it."""
+        """Say what has been submitted, and how to follow and to end it."""
         run_dir, first = str(user_path(self.config.run.dir, "run.dir")), numbers[0]
         several = f"; {', '.join(map(str, numbers[1:]))} go on after it" if len(numbers) > 1 else ""
         lines = [f"submitted job {first}: {ranks}{several}"]
@@ -335,7 +338,7 @@ class _Jobs:
 
 
 def _template(name: str) -> str:
-    """A script of slurm/.
+    """Read a script of slurm/.
 
     Raises:
         UserError: when the installation has none.

@@ -89,7 +89,7 @@ def _candidates(run: str) -> list[Candidate]:
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
-    """What is known of a checkpoint; None where its manifest cannot be read."""
+    """Collect what is known of a checkpoint; values are None where its manifest cannot be read."""
     manifest, faults = candidate.manifest, find_candidate_faults(candidate, read=False)
     layout = manifest.layout if manifest else {}
     return {

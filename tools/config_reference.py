@@ -111,7 +111,7 @@ text alone, and nothing in them is run.
 
 
 def config_reference() -> str:
-    """docs/config.md."""
+    """Write the text of docs/config.md."""
     from trainer.config.file import recipe_names
 
     parts = [CONFIG_INTRODUCTION.format(recipes=", ".join(f"`{name}`" for name in recipe_names()))]
@@ -135,7 +135,7 @@ def config_reference() -> str:
 
 
 def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """The keys of a section, those of a section within it in its place, after it if it may be left out."""
+    """List the keys of a section; those of an inner section stand in its place, after it if it may be left out."""
     keys = []
     for key, field in fields_by_key(section).items():
         inner = section_in(field.annotation)
@@ -146,7 +146,7 @@ def _keys_of(prefix: str, section: type[BaseModel]) -> list[tuple[str, FieldInfo
 
 
 def metrics_reference() -> str:
-    """docs/metrics.md."""
+    """Write the text of docs/metrics.md."""
     parts = [
         METRICS_INTRODUCTION,
         "## Every line\n\n" + _table(("name", "meaning"), COUNTERS.items()),
@@ -248,7 +248,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _attributes(kind: type) -> list[tuple[str, str]]:
-    """Fields of a dataclass with their meaning, from the `Attributes:` of its docstring and of its bases'."""
+    """Read the fields of a dataclass with their meaning from the `Attributes:` of its docstring and of its bases'."""
     meanings: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         text = inspect.getdoc(owner) if owner.__doc__ else None

@@ -133,7 +133,7 @@ def _check_arguments(dtype: str, max_shard_size: str) -> None:
 
 
 def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
-    """The stock model with the checkpoint's fp32 weights, strictly loaded, in evaluation mode."""
+    """Load the checkpoint's fp32 weights strictly into the stock model, in evaluation mode."""
     from transformers import AutoConfig
 
     from trainer.model.stock import stock_model, untie_if_trained_apart
@@ -187,7 +187,7 @@ def _fill(model: Any, files: ZeroFiles) -> None:
 
 
 def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
-    """Largest difference from the logits that the training engine recorded, in the precision that trained."""
+    """Compute the largest difference from the logits that the training engine recorded, in training's precision."""
     from trainer.model.build import fp32_buffers, restore_fp32_buffers
 
     dtype = probe.logits.dtype
@@ -260,7 +260,7 @@ def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, bef
 
 @torch.no_grad()
 def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
-    """Logits [rows, vocabulary] of the probe, computed over its micro-batch as in training."""
+    """Compute the logits [rows, vocabulary] of the probe over its micro-batch, as in training."""
     from trainer.model.forward import Forward
 
     forward = Forward(model, torch.device("cpu"))
@@ -271,7 +271,7 @@ def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and the largest magnitude expected."""
+    """Compute the largest absolute difference, and the largest magnitude expected."""
     found, expected = found.float(), expected.float()
     return float((found - expected).abs().max()), float(expected.abs().max())
 

@@ -35,7 +35,7 @@ SENTENCES = (
 
 
 def run_demo(directory: str | None, console: Console) -> None:
-    """Corpus → tokenizer → shards → training, interrupted and resumed → Hugging Face model → filled masks."""
+    """Run corpus → tokenizer → shards → training, interrupted and resumed → Hugging Face model → filled masks."""
     started = time.monotonic()
     folder = _fresh_folder(user_path("demo" if directory is None else directory, "--dir"))
     console.rule("1. Text: the documentation of the installed Python packages")
@@ -65,14 +65,14 @@ def run_demo(directory: str | None, console: Console) -> None:
 
 
 def rank_count() -> int:
-    """How many ranks the demo trains on: each needs a GPU of its own where there are any."""
+    """Say how many ranks the demo trains on: each needs a GPU of its own where there are any."""
     import torch
 
     return min(RANKS, torch.cuda.device_count() or RANKS)
 
 
 def _fresh_folder(folder: Path) -> Path:
-    """The demo's folder, empty. One of an earlier demo is cleared, any other is left alone."""
+    """Make the demo's folder, empty. One of an earlier demo is cleared, any other is left alone."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / MARKER).is_file():
             raise UserError(

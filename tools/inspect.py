@@ -122,7 +122,7 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
 
 
 def _data_sets(folder: str | Path) -> dict[str, Path]:
-    """The data set in a folder, or its splits: both, where one of them has a manifest."""
+    """Find the data set in a folder, or its splits: both, where one of them has a manifest."""
     path = user_path(folder)
     if (path / MANIFEST).is_file() or not any((path / name / MANIFEST).is_file() for name in SPLITS):
         read_data_manifest(path)  # says what is wrong when it is none
@@ -131,7 +131,7 @@ def _data_sets(folder: str | Path) -> dict[str, Path]:
 
 
 def _read_manifests(data_sets: dict[str, Path]) -> tuple[dict[Path, Manifest], list[str]]:
-    """The manifests that can be read, by folder, and what is wrong with the others."""
+    """Read the manifests that can be read, by folder, and say what is wrong with the others."""
     manifests, faults = {}, []
     for path in data_sets.values():
         try:
@@ -163,7 +163,7 @@ def _describe(data: ShardSet) -> dict[str, Any]:
 
 
 def _mark_lines(manifest: Manifest, coloured: bool) -> Iterator[str]:
-    """What marked words and sentences, and how they are shown."""
+    """Say what marked words and sentences, and how they are shown."""
     marks = marks_of(manifest)
     for mark, label, sign in (
         (WORD_STARTS, "words", "alternating colours" if coloured else f"{WORD_MARK} before each"),
@@ -193,7 +193,7 @@ class _Sample:
 
 
 def _samples(data: ShardSet) -> Iterator[_Sample]:
-    """The first, the middle and the last block."""
+    """Read the first, the middle and the last block."""
     folder = tokenizer_folder(data.folder)
     if folder is None or not data.tokens:
         return
@@ -215,7 +215,7 @@ def _samples(data: ShardSet) -> Iterator[_Sample]:
 
 
 def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
-    """Where the separators lie among `length` tokens from token `start` on, from the document offsets."""
+    """Find where the separators lie among `length` tokens from token `start` on, from the document offsets."""
     ends = []
     for entry, base in _shards_of(data, start, length):
         check_content(data.folder, entry, "doc")
@@ -225,7 +225,7 @@ def _document_ends(data: ShardSet, start: int, length: int) -> list[int]:
 
 
 def _starts(data: ShardSet, mark: str, start: int, length: int) -> np.ndarray:
-    """bool [length]: the bits of a token mark from token `start` on."""
+    """Read the bits of a token mark from token `start` on: bool [length]."""
     parts = []
     for entry, base in _shards_of(data, start, length):
         check_content(data.folder, entry, mark)
@@ -235,7 +235,7 @@ def _starts(data: ShardSet, mark: str, start: int, length: int) -> np.ndarray:
 
 
 def _shards_of(data: ShardSet, start: int, length: int) -> Iterator[tuple[ShardEntry, int]]:
-    """The shards that hold some of `length` tokens from token `start` on, each with the number of its first token."""
+    """Find the shards that hold some of `length` tokens from `start` on, each with the number of its first token."""
     base = 0
     for entry in data.manifest.shards:
         if base < start + length and base + entry.tokens > start:
@@ -244,7 +244,7 @@ def _shards_of(data: ShardSet, start: int, length: int) -> Iterator[tuple[ShardE
 
 
 def tokenizer_folder(data_set: Path) -> Path | None:
-    """The copy of the tokenizer that `prepare` keeps in the data set or, for a split, beside it."""
+    """Find the copy of the tokenizer that `prepare` keeps in the data set or, for a split, beside it."""
     for folder in (data_set / TOKENIZER_FOLDER, real_path(data_set).parent / TOKENIZER_FOLDER):
         if folder.is_dir():
             return folder
@@ -281,7 +281,7 @@ def _shard_faults(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[s
 
 
 def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> list[str]:
-    """Whether a shard that matches its checksums also makes sense."""
+    """Check whether a shard that matches its checksums also makes sense."""
     if not entry.tokens:
         return []
     starts = document_starts(folder, entry).astype(np.int64)
@@ -304,7 +304,7 @@ def _inconsistencies(folder: Path, manifest: Manifest, entry: ShardEntry) -> lis
 
 
 def _mark_faults(folder: Path, entry: ShardEntry, mark: str, documents: np.ndarray) -> list[str]:
-    """Whether a token mark fits the tokens and, int64 [documents + 1], the borders of the documents."""
+    """Check whether a token mark fits the tokens and, int64 [documents + 1], the borders of the documents."""
     name = f"{entry.name}.{mark}"
     packed = np.memmap(folder / name, np.uint8, "r")
     if entry.tokens % 8 and packed[-1] >> entry.tokens % 8:

@@ -19,7 +19,7 @@ PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "datasets", "pyarrow
 
 
 def describe_machine(with_gpus: bool = False) -> dict[str, Any]:
-    """CPU model, usable cores, load average over a minute, memory, and the versions that matter for speed.
+    """Read CPU model, usable cores, load average over a minute, memory, and the versions that matter for speed.
 
     Args:
         with_gpus: also the versions below torch, where it is built for CUDA; imports torch.
@@ -37,7 +37,7 @@ def describe_machine(with_gpus: bool = False) -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """`describe_machine` on one line."""
+    """Write what `describe_machine` returns on one line."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
@@ -46,7 +46,7 @@ def machine_line(machine: dict[str, Any]) -> str:
 
 
 def _below_torch() -> dict[str, str]:
-    """Versions of CUDA, cuDNN and NCCL that torch is built for, and of the driver; empty without CUDA."""
+    """Read the versions of CUDA, cuDNN and NCCL that torch is built for, and of the driver; empty without CUDA."""
     import torch
     from torch.cuda import nccl
 
@@ -63,12 +63,12 @@ def _below_torch() -> dict[str, str]:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch.compile would find on the PATH, for the CPU."""
+    """Find the C++ compiler that torch.compile would find on the PATH, for the CPU."""
     return _first_found("c++", "g++", "clang++")
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton would find on the PATH; it builds the launcher of each kernel with it."""
+    """Find the C compiler that Triton would find on the PATH; it builds the launcher of each kernel with it."""
     own = os.environ.get("CC")
     return _first_found(own) if own else _first_found("gcc", "clang", "cc")
 
@@ -96,7 +96,7 @@ def _first_found(*names: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """As the kernel names it; the architecture where it gives no name (many ARM machines)."""
+    """Name the CPU as the kernel does; give the architecture where the kernel has no name (many ARM machines)."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -105,12 +105,12 @@ def cpu_model() -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now (VmRSS)."""
+    """Read the memory of this process now (VmRSS)."""
     return _status_bytes("VmRSS")
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had since it started (VmHWM).
+    """Read the most memory that this process has had since it started (VmHWM).
 
     Not getrusage's ru_maxrss: a process inherits that from the one that started it, however large that was.
     """

@@ -103,7 +103,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
 
 
 def _seq_len(manifest: CheckpointManifest) -> str:
-    """Of each phase that the training has reached."""
+    """Write the seq_len of each phase that the training has reached."""
     phases = [
         phase for phase in recorded_phases(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]
     ]

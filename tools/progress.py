@@ -38,7 +38,7 @@ class StepProgress:
         return max(time.monotonic() - self._started, 1e-6)
 
     def show(self, done: int, state: str) -> None:
-        """`done` of the total; `state` is what is said of it."""
+        """Show `done` of the total; `state` is what is said of it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, state=state)
         elif time.monotonic() - self._printed >= LINE_SECONDS:

@@ -94,7 +94,7 @@ def _installed_roots() -> list[Path]:
 
 
 def _source_files(roots: list[Path]) -> Iterator[tuple[Path, str]]:
-    """(file, top-level package) of all .py files, in the order of a hash of the path within its root."""
+    """Find all .py files, as (file, top-level package), in the order of a hash of the path within its root."""
     found: dict[Path, str] = {}
     for root in roots:
         for where, folders, names in os.walk(root):
@@ -110,7 +110,7 @@ def _source_files(roots: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _prose_of(path: Path) -> list[str]:
-    """One document for each docstring of the file that has prose: its prose paragraphs, one a line."""
+    """Make one document of each docstring of the file that has prose: its prose paragraphs, one a line."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -63,7 +63,7 @@ class MarkedText:
         return _joined([(run.text, run.starts_sentence) for run in self._runs])
 
     def plain(self) -> str:
-        """With a mark before each word and each sentence."""
+        """Write the text with a mark before each word and each sentence."""
         parts = []
         for run in self._runs:
             blank, visible = _split_blank(run.text)
@@ -72,7 +72,7 @@ class MarkedText:
         return "".join(parts)
 
     def coloured(self) -> Text:
-        """With words in alternating colours, and a mark before each sentence."""
+        """Write the text with words in alternating colours, and a mark before each sentence."""
         text, words = Text(), 0
         for run in self._runs:
             blank, visible = _split_blank(run.text)
@@ -85,7 +85,7 @@ class MarkedText:
 
 
 def _decode_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], ends: list[int]) -> list[str]:
-    """The text of each run, as it reads after those before it: decoded alone, a word would lose the blank before it."""
+    """Decode each run as it reads after those before it: decoded alone, a word would lose the blank before it."""
     without_blanks = isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece)
     texts, before, begin = [], "", 0
     for end in ends:

@@ -92,7 +92,7 @@ def show_status(run: str, watch: bool, as_json: bool, console: Console) -> None:
 
 
 def _until_it_ends(run: str) -> Iterator[RunView]:
-    """A look every few seconds, where something has changed, up to the end of the run or until nobody reads it."""
+    """Look every few seconds and give what has changed, up to the end of the run or until nobody reads it."""
     before: dict[str, Any] | None = None
     while True:
         view = look_at(run)
@@ -134,7 +134,7 @@ def look_at(run: str) -> RunView:
 
 
 def _judge(run_dir: Path, status: Status, beats: dict[int, Heartbeat]) -> RunView:
-    """A run that has not ended: is it alive?"""
+    """Judge whether a run that has not ended is alive."""
     now, death, silent = time.time(), "", []
     age = _age(beats)
     dead = [beat for beat in beats.values() if now - beat.time > SILENCE_S + 3 * beat.interval_seconds]
@@ -155,7 +155,7 @@ def _age(beats: dict[int, Heartbeat]) -> float | None:
 
 
 def _status_from_other_files(run_dir: Path) -> Status:
-    """What metrics and checkpoints tell of a run that has no status: an older version's."""
+    """Read from metrics and checkpoints what they tell of a run that has no status: an older version's."""
     line = read_last(run_dir / "metrics.jsonl", "train/loss") or {}
     saved = sorted(path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
     facts = {
@@ -174,7 +174,7 @@ def _status_from_other_files(run_dir: Path) -> Status:
 
 
 def status_lines(view: RunView) -> list[str]:
-    """The lines for a person."""
+    """Write the lines for a person."""
     status = view.status
     state = f"{view.state} ({status.reason})" if status.reason else view.state
     if not view.has_status:

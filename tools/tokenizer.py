@@ -166,8 +166,11 @@ def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> 
 
 
 def _train_wordpiece(alphabet: list[str], cased: bool, vocabulary_size: int, text: TrainingText) -> Tokenizer:
-    """The trainer numbers the continuations ("##a") in the random order of a hash map, and with them everything
-    after. So a first pass finds them, and a second one gets them sorted, as tokens that it must keep."""
+    """Train a WordPiece tokenizer in two passes.
+
+    The trainer numbers the continuations ("##a") in the random order of a hash map, and with them everything after. So
+    a first pass finds them, and a second one gets them sorted, as tokens that it must keep.
+    """
 
     def train(keep: list[str], size: int) -> Tokenizer:
         tokenizer = _untrained("wordpiece", cased)
@@ -192,7 +195,10 @@ def _train_wordpiece(alphabet: list[str], cased: bool, vocabulary_size: int, tex
 
 
 def _special_tokens(kind: str) -> list[AddedToken]:
-    """The mask of the kinds that mark word starts takes the blank before it along: it stands for " word"."""
+    """List the special tokens of a kind.
+
+    The mask of the kinds that mark word starts takes the blank before it along: it stands for " word".
+    """
     return [
         AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True) for token in _SPECIAL_TOKENS[kind]
     ]
@@ -273,7 +279,7 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def _alphabet(normalizer: Normalizer, text: TrainingText, usual: int) -> list[str]:
-    """The `usual` most frequent characters of the normalised text, and more down to CHARACTER_COVERAGE; sorted."""
+    """Find the `usual` most frequent characters of the normalised text, and more down to CHARACTER_COVERAGE; sorted."""
     counts: Counter[str] = Counter()
     for part in text.texts(normalizer):
         counts.update(part)

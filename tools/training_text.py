@@ -37,12 +37,12 @@ class TrainingText:
         self.losses, self.cut_words = Losses(), 0
 
     def until(self, cancel: threading.Event) -> Self:
-        """Itself; from now on a pass ends when `cancel` is set."""
+        """Let a pass end when `cancel` is set, from now on; return itself."""
         self._cancel = cancel
         return self
 
     def texts(self, normalizer: Normalizer | None = None, alphabet: set[str] | None = None) -> Iterator[str]:
-        """All documents, long words cut; with a normalizer normalised, with blanks for what is not in `alphabet`.
+        """Read all documents, long words cut; with a normalizer normalised, with blanks for what is not in `alphabet`.
 
         Raises:
             KeyboardInterrupt: when cancelled.

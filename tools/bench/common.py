@@ -94,7 +94,7 @@ class BenchReport:
     notes: Sequence[str]
 
     def figure(self, name: str, by: str = "cpu") -> Figure:
-        """Tokens a second of a variant, a core or by the clock."""
+        """Compute the tokens a second of a variant, a core or by the clock."""
         return Figure.of([_speed(measured, by) for measured in self.measurements[name]])
 
     def ratio(self, wanted: Ratio) -> Figure:
@@ -113,7 +113,7 @@ class BenchReport:
         return json.dumps(facts, indent=1, ensure_ascii=False)
 
     def print(self, console: Console) -> None:
-        """The same for a person: a table, the ratios, the machine and the notes."""
+        """Print the same for a person: a table, the ratios, the machine and the notes."""
         table = Table(box=None, pad_edge=False)
         table.add_column("M tokens/s")
         for heading in ("a core", "spread", "by the clock"):
@@ -184,7 +184,7 @@ def measure(work: Callable[[], int]) -> Measurement:
 
 
 def for_seconds(seconds: float, step: Callable[[], int]) -> Callable[[], Measurement]:
-    """A repetition that calls `step` (returns its tokens) until `seconds` of wall time are over.
+    """Make a repetition that calls `step` (returns its tokens) until `seconds` of wall time are over.
 
     The first call of all is not timed: it opens files, and fills caches.
     """

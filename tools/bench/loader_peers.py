@@ -29,7 +29,7 @@ MASK_RATIO = ObjectiveConfig().mask_ratio
 
 
 def peer_variants(workload: Workload, against: str, console: Console) -> tuple[list[Variant], list[Ratio], list[str]]:
-    """The variants of others, the ratios to print, and notes.
+    """Make the variants of others, the ratios to print, and notes.
 
     Args:
         against: "all", "hf", "mds" or "none".
@@ -63,7 +63,7 @@ def peer_variants(workload: Workload, against: str, console: Console) -> tuple[l
 
 
 def _mosaic_lacking() -> str:
-    """Why mosaicml-streaming cannot be measured; empty when it can."""
+    """Say why mosaicml-streaming cannot be measured; return an empty text when it can."""
     try:
         version("mosaicml-streaming")
         import_module("streaming")
@@ -79,7 +79,7 @@ def _blocks_for_others(workload: Workload) -> int:
 
 
 def _framed_blocks(workload: Workload) -> np.ndarray:
-    """int32 [n, seq_len], begin and end tokens in place."""
+    """Read blocks with begin and end tokens in place: int32 [n, seq_len]."""
     numbers = np.arange(_blocks_for_others(workload))
     blocks = workload.shards.read_blocks(numbers, workload.objective.view.payload)
     return workload.objective.frame(blocks).astype(np.int32)
@@ -119,7 +119,7 @@ def _hugging_face(workload: Workload, console: Console) -> list[Variant]:
 
 
 def _arrow_data_set(workload: Workload, console: Console) -> Any:
-    """The blocks as `group_texts` leaves them (int32 ids, two int8 masks), memory-mapped from disk."""
+    """Write the blocks as `group_texts` leaves them (int32 ids, two int8 masks), and memory-map them from disk."""
     import datasets
     import pyarrow as pa
     from datasets.table import InMemoryTable
@@ -166,7 +166,7 @@ def _shuffled(count: int, size: int) -> Iterator[list[int]]:
 
 
 def _mosaic(workload: Workload, console: Console) -> list[Variant]:
-    """MDS shards of the same blocks, read by StreamingDataset in this process."""
+    """Write MDS shards of the same blocks, and make variants that read them by StreamingDataset in this process."""
     import torch
     from transformers import DataCollatorForLanguageModeling
 

@@ -96,7 +96,7 @@ def _variants(job: dict[str, Any], against: str) -> tuple[list[Variant], list[Ra
 
 
 def _harvest(folder: Path, megabytes: int, console: Console) -> Path:
-    """The documentation corpus, copied until there is enough of it."""
+    """Write the documentation corpus, and copy it until there is enough of it."""
     from tools.sample_corpus import write_corpus
 
     console.print("Harvesting text from the documentation of the installed packages")
@@ -114,7 +114,7 @@ def _train_tokenizer(inputs: Sequence[str], folder: Path, console: Console) -> P
 
 
 def run_prepare(inputs: list[str], tokenizer: str, scratch: str, workers: int) -> Measurement:
-    """One call of the real `prepare`, its worker processes included."""
+    """Measure one call of the real `prepare`, its worker processes included."""
     from transformers import AutoTokenizer  # noqa: F401  # imported here, with torch, so that it is not timed
 
     from tools.prepare import prepare
@@ -130,7 +130,7 @@ def run_prepare(inputs: list[str], tokenizer: str, scratch: str, workers: int) -
 
 
 def run_bare_tokenizer(inputs: list[str], tokenizer: str, scratch: str) -> Measurement:
-    """The tokenizer alone, in the batches that `prepare` gives it; the text is in memory, the ids stay there."""
+    """Measure the tokenizer alone, in the batches that `prepare` gives it; text is in memory, and ids stay there."""
     from tokenizers import Tokenizer
 
     bare = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
@@ -165,7 +165,7 @@ def _batches(inputs: list[str], scratch: str) -> Iterator[list[str]]:
 
 
 def run_datasets_map(inputs: list[str], tokenizer: str, scratch: str) -> Measurement:
-    """Text files to blocks of SEQ_LEN in Arrow files with `datasets`, as run_mlm.py does without --line_by_line.
+    """Measure `datasets` from text files to blocks of SEQ_LEN in Arrow files, as run_mlm.py without --line_by_line.
 
     Documents are tokenized with their special tokens, put end to end a batch at a time, and cut into blocks; what is
     left of a batch is dropped. Caching is off, all else as the library has it.
@@ -203,7 +203,7 @@ def run_datasets_map(inputs: list[str], tokenizer: str, scratch: str) -> Measure
 
 
 def group_blocks(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Each column's lists put end to end and cut into lists of SEQ_LEN; the rest is dropped."""
+    """Put each column's lists end to end, cut that into lists of SEQ_LEN, and drop the rest."""
     blocks = {}
     for name, lists in rows.items():
         joined = list(itertools.chain.from_iterable(lists))
@@ -213,6 +213,6 @@ def group_blocks(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _values(rows: Any, column: str) -> Iterator[Any]:
-    """The values of a column of lists, flat, a piece at a time."""
+    """Give the values of a column of lists, flat, a piece at a time."""
     for piece in rows.data.column(column).chunks:
         yield piece.flatten().to_numpy()

@@ -172,7 +172,7 @@ def _check_writable(option: str, file: str | None) -> None:
 
 
 def members(group: str, console: Console) -> tuple[str, ...]:
-    """The variants of a group that can be measured on this machine; what is left out is said."""
+    """Find the variants of a group that can be measured on this machine, and say what is left out."""
     cuda = torch.cuda.is_available()
     lacking = compile_obstacle(cuda)
     obstacles = {}
@@ -187,17 +187,20 @@ def members(group: str, console: Console) -> tuple[str, ...]:
 
 
 def default_precision() -> str:
-    """What one trains in on the devices of this machine."""
+    """Name the precision that one trains in on the devices of this machine."""
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def default_steps() -> tuple[int, int]:
-    """Timed steps, and those before them: on a GPU they are short, and its clocks take a while to settle."""
+    """Return how many steps are timed, and how many go before them.
+
+    On a GPU steps are short, and its clocks take a while to settle.
+    """
     return (50, 10) if torch.cuda.is_available() else (8, 2)
 
 
 def chosen_variants(names: Sequence[str]) -> list[StepVariant]:
-    """The variants of some names, each once."""
+    """Find the variants of some names, each once."""
     for name in names:
         if name not in VARIANTS:
             raise UserError(
@@ -209,7 +212,7 @@ def chosen_variants(names: Sequence[str]) -> list[StepVariant]:
 
 
 def measure_peaks(work: dict[str, Any]) -> Peaks:
-    """What the device does at best: a matmul measured now, and the data sheet's figure where it is known."""
+    """Measure what the device does at best, by a matmul, and find the data sheet's figure where it is known."""
     given = StepWork(**work)
     torch.set_num_threads(given.threads)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -232,7 +235,7 @@ def _turn(work: StepWork, variant: StepVariant) -> Callable[[], StepMeasurement]
 
 
 def environments(work: StepWork, variant: StepVariant) -> list[dict[str, str]]:
-    """Of each rank, with a free port to meet at.
+    """Make the environment variables of each rank, with a free port to meet at.
 
     Hugging Face's Trainer on one rank gets what its user would give it, no place among ranks: with one, accelerate
     wraps the model in DistributedDataParallel on GPUs, which costs a pass over the gradients and breaks compiled
@@ -257,7 +260,7 @@ def environments(work: StepWork, variant: StepVariant) -> list[dict[str, str]]:
 
 
 def _compared(variants: Sequence[StepVariant]) -> list[tuple[str, str]]:
-    """The pairs of variants whose ratio is told: the usual ones, and each rung of the ladder over the one below."""
+    """List the pairs of variants whose ratio is told: the usual ones, each rung of the ladder over the one below."""
     names = [variant.name for variant in variants]
     rungs = [name for name in _LADDER if name in names]
     pairs = [*_RATIOS, *((above, below) for below, above in itertools.pairwise(rungs))]

@@ -66,7 +66,10 @@ class StepReport:
         return next((step for step, value in enumerate(self._loss_differences(), 1) if not value <= self.loss_bound), 0)
 
     def _loss_differences(self) -> list[float]:
-        """At each step: the largest between variants with the same dropout; those that had ended are left out."""
+        """Compute the largest difference of loss between variants with the same dropout, at each step.
+
+        Those that had ended are left out.
+        """
         found = [0.0]
         for dropped in (True, False):
             curves = [
@@ -84,18 +87,18 @@ class StepReport:
         return self.loss_difference <= self.loss_bound  # False for NaN, too
 
     def speed(self, name: str) -> Figure:
-        """Tokens a second by the clock, over all ranks."""
+        """Compute the tokens a second by the clock, over all ranks."""
         return Figure.of([row.tokens / row.wall_seconds for row in self.measurements[name]])
 
     def speed_ratio(self, name: str, over: str) -> Figure:
-        """Of the tokens a second, round by round."""
+        """Compute the ratio of two variants' tokens a second, round by round."""
         pairs = zip(self.measurements[name], self.measurements[over], strict=True)
         return Figure.of(
             [(one.tokens / one.wall_seconds) / (other.tokens / other.wall_seconds) for one, other in pairs]
         )
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What is known of a variant, as plain JSON; medians over the rounds."""
+        """Collect what is known of a variant, as plain JSON; medians over the rounds."""
         rows = self.measurements[name]
         speed, first = self.speed(name), rows[0]
         per_rank = speed.median * first.flops_per_token / self.settings["ranks"]
@@ -153,7 +156,7 @@ class StepReport:
         return json.dumps(facts, indent=1, ensure_ascii=False)
 
     def print(self, console: Console) -> None:
-        """The same for a person, without the profiles."""
+        """Print the same for a person, without the profiles."""
         headings, *rows = self._table()
         table = Table(box=None, pad_edge=False)
         table.add_column(headings[0], no_wrap=True)
@@ -167,7 +170,7 @@ class StepReport:
             console.print(line)
 
     def to_markdown(self) -> str:
-        """The tables, the ratios, the notes, and the profile of each of our variants."""
+        """Write the tables, the ratios, the notes, and the profile of each of our variants as Markdown."""
         legend = [f"`{variant.name}`: {variant.what}" for variant in self.variants]
         parts = [
             _markdown(self._table()),
@@ -243,7 +246,7 @@ def _markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def draw_chart(report: StepReport, path: Path) -> None:
-    """A bar for each variant's tokens a second, as a PNG file."""
+    """Draw a bar for each variant's tokens a second, as a PNG file."""
     from PIL import Image, ImageDraw, ImageFont
 
     row, left, width, right = 44, 190, 620, 150

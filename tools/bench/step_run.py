@@ -20,7 +20,7 @@ from tools.bench.step_work import (
 
 
 def run_variant(work: dict[str, Any], variant: dict[str, Any]) -> StepMeasurement:
-    """One variant in this process, which is one rank of it; what rank 0 returns is its result."""
+    """Run one variant in this process, which is one rank of it; what rank 0 returns is its result."""
     given, chosen = StepWork(**work), StepVariant(**variant)
     torch.set_num_threads(given.threads)
     if chosen.loop == "trainer":

@@ -95,7 +95,10 @@ def run_trainer(work: StepWork, variant: StepVariant) -> StepMeasurement:
 
 
 def _arguments(work: StepWork, variant: StepVariant, config: Config, folder: str) -> TrainingArguments:
-    """Trainer's own defaults but for what has to be equal: batch, optimizer, precision, length; nothing is logged."""
+    """Make Trainer's arguments: its own defaults but for what has to be equal.
+
+    That is batch, optimizer, precision and length. Nothing is logged.
+    """
     settings, cpu = config.optimizer, not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=folder,

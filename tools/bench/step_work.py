@@ -130,7 +130,7 @@ class Stepper(Protocol):
     model: Any
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy."""
+        """Compute the mean cross-entropy."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None: ...
@@ -139,7 +139,7 @@ class Stepper(Protocol):
 
 
 def make_config(work: StepWork, variant: StepVariant) -> Config:
-    """The run config of a variant; its paths are not used."""
+    """Make the run config of a variant; its paths are not used."""
     overrides: dict[str, Any] = dict(SMALL_MODEL) if work.model == "small" else {}
     if work.dropout is not None:
         overrides.update(hidden_dropout_prob=work.dropout, attention_probs_dropout_prob=work.dropout)
@@ -166,7 +166,7 @@ def make_config(work: StepWork, variant: StepVariant) -> Config:
 
 
 def make_vocabulary(work: StepWork) -> Vocabulary:
-    """RoBERTa's size and ids, or those of the data set."""
+    """Make a vocabulary with RoBERTa's ids, and with its size or that of the data set."""
     size = VOCABULARY_SIZE
     if work.data is not None:
         size = read_data_manifest(split_folder(work.data, "train")).vocabulary_size
@@ -178,17 +178,17 @@ def make_work_samples(work: StepWork, config: Config) -> MaskedSamples:
 
 
 def build_variant_model(work: StepWork, config: Config) -> BuiltModel:
-    """The same weights for every variant."""
+    """Build the model of a variant, with the same weights for every variant."""
     return build_model(config.model, make_vocabulary(work), work.seq_len, work.seed)
 
 
 def training_batches(work: StepWork, variant: StepVariant, objective: MaskedSamples) -> list[Batch]:
-    """All micro-batches, those of a step behind each other in the order of ranks; PROFILED_STEPS more than trained."""
+    """Make all micro-batches, a step's behind each other in the order of ranks; PROFILED_STEPS more than trained."""
     return _batches(work, variant, objective, 0, (work.all_steps + PROFILED_STEPS) * work.ranks)
 
 
 def validation_batches(work: StepWork, variant: StepVariant, objective: MaskedSamples) -> list[Batch]:
-    """Micro-batches that are not among the training batches."""
+    """Make micro-batches that are not among the training batches."""
     first = (work.all_steps + PROFILED_STEPS) * work.ranks
     return _batches(work, variant, objective, first, _VALIDATION_BATCHES)
 
@@ -227,7 +227,7 @@ def _shards_of(data: str) -> ShardSet:
 
 
 def _read_blocks(work: StepWork, objective: MaskedSamples, samples: np.ndarray) -> np.ndarray:
-    """Tokens [n, payload] of the sample numbers."""
+    """Read or make the tokens [n, payload] of the sample numbers."""
     if work.data is None:
         return learnable_tokens(len(samples), objective.view.payload, work.seed + int(samples[0]))
     shards = _shards_of(work.data)
@@ -237,7 +237,7 @@ def _read_blocks(work: StepWork, objective: MaskedSamples, samples: np.ndarray) 
 
 
 def as_trainer_rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
-    """The batch as Trainer takes it: full-length labels, an attention mask of ones."""
+    """Turn the batch into rows as Trainer takes them: full-length labels, an attention mask of ones."""
     labels = torch.full_like(batch.inputs["input_ids"], IGNORED_LABEL)
     labels.view(-1)[batch.prediction_index] = batch.labels[TERM]
     ones = torch.ones(labels.shape[1], dtype=torch.int64)
@@ -270,7 +270,7 @@ class PhaseClock:
         self._marks.append((phase, self._stamp()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase since the restart, all steps together."""
+        """Add up the seconds of each phase since the restart, all steps together."""
         synchronize(self._device)
         totals: Counter[str] = Counter()
         for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
@@ -294,7 +294,7 @@ class LossWatch:
         self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
 
     def step_done(self, model: torch.nn.Module) -> bool:
-        """Whether the target is reached; evaluates every EVALUATION_STEPS steps."""
+        """Count a step, evaluate every EVALUATION_STEPS steps, and tell whether the target is reached."""
         self._steps += 1
         if self._steps % EVALUATION_STEPS:
             return False
@@ -308,7 +308,7 @@ class LossWatch:
 
 @torch.no_grad()
 def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
-    """Mean cross-entropy of a stock masked-LM model over the predictions of some batches."""
+    """Compute the mean cross-entropy of a stock masked-LM model over the predictions of some batches."""
     model.eval()
     losses = []
     for batch in batches:
@@ -320,7 +320,7 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: to
 
 
 def operators_of(profile: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
-    """From a profile of PROFILED_STEPS steps: the most expensive operators, and seconds a step in collectives."""
+    """Find the most expensive operators, and seconds a step in collectives, in a profile of PROFILED_STEPS steps."""
     cuda = device.type == "cuda"
     events = profile.key_averages()
     rows = [
@@ -340,7 +340,7 @@ def operators_of(profile: Any, device: torch.device) -> tuple[list[dict[str, Any
 
 
 def profile_steps(take_step: Any, device: torch.device) -> tuple[list[dict[str, Any]], float]:
-    """Operators, and seconds a step in collectives, of PROFILED_STEPS further steps."""
+    """Profile PROFILED_STEPS further steps: their operators, and seconds a step in collectives."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

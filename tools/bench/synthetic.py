@@ -53,7 +53,7 @@ def write_random_shards(folder: Path, size_bytes: int, vocabulary_size: int = VO
 
 
 def make_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with `vocabulary_size` ids, of which the first five are special as in RoBERTa."""
+    """Make a tokenizer with `vocabulary_size` ids, of which the first five are special as in RoBERTa."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ def make_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
 
 
 def learnable_tokens(blocks: int, length: int, seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> NDArray[np.int64]:
-    """Tokens [blocks, length] that a model can learn something of: words of Zipf's frequencies, in pairs.
+    """Make tokens [blocks, length] that a model can learn something of: words of Zipf's frequencies, in pairs.
 
     Token i has a frequency of 1 / (i + 1); every other token follows from the one before it.
     """

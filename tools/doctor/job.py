@@ -76,20 +76,20 @@ class Exchange:
             )
 
     def tell(self, topic: str, value: Any) -> None:
-        """This node says something to the first one."""
+        """Say something to the first node, as this node."""
         self.store.set(f"{topic}/{self.place.rank}", json.dumps(value))
 
     def announce(self, topic: str, value: Any) -> None:
-        """The first node says something to all."""
+        """Say something to all nodes, as the first one."""
         self.store.set(topic, json.dumps(value))
 
     def hear(self, topic: str, seconds: float) -> Any:
-        """What the first node has announced; an error of torch when it does not in time."""
+        """Wait for what the first node announces and return it; torch raises an error when it is not in time."""
         self.store.wait([topic], timedelta(seconds=seconds))
         return json.loads(self.store.get(topic))
 
     def collect(self, topic: str, ranks: Sequence[int], seconds: float) -> dict[int, Any]:
-        """What these ranks have told by then, by rank."""
+        """Collect what these ranks tell within `seconds`, by rank."""
         deadline, told = time.monotonic() + seconds, dict[int, Any]()
         while True:
             for rank in ranks:
@@ -155,7 +155,7 @@ def _follow(run_dir: Path, exchange: Exchange, answer_s: float) -> None:
 
 
 def _look(run_dir: Path, folder: Path, place: NodePlace) -> dict[str, Any]:
-    """What this node finds out by itself; it leaves a file for the others to see."""
+    """Find out what this node can by itself, and leave a file for the others to see."""
     found, network = devices(), interface()
     lines = checked("devices", partial(check_devices, found))
     lines += checked("disk", partial(check_space, run_dir))
@@ -174,7 +174,7 @@ def _look(run_dir: Path, folder: Path, place: NodePlace) -> dict[str, Any]:
 
 
 def _check_data(run_dir: Path) -> list[Line]:
-    """What the run's config names, where it has one already."""
+    """Check what the run's config names, where it has one already."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return [Line("ok", "data", f"not looked at: there is no {path}")]
@@ -182,7 +182,7 @@ def _check_data(run_dir: Path) -> list[Line]:
 
 
 def _do_together(folder: Path, exchange: Exchange, answer_s: float) -> None:
-    """What takes several nodes: whose files this one sees, what time it is, and how fast they talk."""
+    """Measure what takes several nodes: whose files this one sees, what time it is, and how fast they talk."""
     told = exchange.hear("alive", 2 * answer_s)
     now, alive = time.time(), told["ranks"]  # all hear it at the same moment, to some hundredths of a second
     if exchange.place.rank not in alive:
@@ -196,7 +196,7 @@ def _do_together(folder: Path, exchange: Exchange, answer_s: float) -> None:
 
 
 def _is_there(path: Path, content: str) -> bool:
-    """By opening it: a list of the folder may be an old one where a network file system caches it."""
+    """Tell whether the file is there, by opening it: a network file system may cache an old list of the folder."""
     try:
         return path.read_text() == content
     except OSError:

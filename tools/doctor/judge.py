@@ -42,7 +42,7 @@ class NodeFacts:
 
 
 def judge(names: Sequence[str], facts: Mapping[int, NodeFacts], answer_s: float) -> DoctorReport:
-    """The lines about all nodes, and the nodes that should be left out: those of a fail that is theirs alone.
+    """Write the lines about all nodes, and name those that should be left out: those of a fail that is theirs alone.
 
     Args:
         facts: by rank; who is missing has not answered.
@@ -88,7 +88,7 @@ def _same(
     values_of: Callable[[NodeFacts], dict[str, str]],
     remedy: str,
 ) -> list[Line]:
-    """What should be the same on all nodes; most of them, else the first one, have it right."""
+    """Compare what should be the same on all nodes; most of them, else the first one, have it right."""
     values = {rank: values_of(fact) for rank, fact in facts.items()}
     lines, usual = [], {}
     for key in sorted({key for found in values.values() for key in found}):
@@ -104,7 +104,7 @@ def _same(
 
 
 def _own_lines(names: Sequence[str], facts: Mapping[int, NodeFacts]) -> list[Line]:
-    """What each node found by itself: once what is well and alike on all, the rest with the node's name."""
+    """Collect what each node found by itself: once what is well and alike on all, the rest with the node's name."""
     lines: list[Line] = []
     well: dict[str, list[list[str]]] = {}
     for rank in sorted(facts):
@@ -121,7 +121,7 @@ def _own_lines(names: Sequence[str], facts: Mapping[int, NodeFacts]) -> list[Lin
 
 
 def _shared_folder(names: Sequence[str], facts: Mapping[int, NodeFacts]) -> list[Line]:
-    """Each node sees the others' files; those outside the largest group that does are the bad ones."""
+    """Check that each node sees the others' files; those outside the largest group that does are the bad ones."""
     if not facts:
         return []
     groups = [
@@ -153,7 +153,7 @@ def _clocks(names: Sequence[str], facts: Mapping[int, NodeFacts]) -> list[Line]:
 
 
 def _traffic(names: Sequence[str], facts: Mapping[int, NodeFacts]) -> list[Line]:
-    """The sums, and the speed of each node's ways to its neighbours in the ring."""
+    """Check the sums, and the speed of each node's ways to its neighbours in the ring."""
     if len(facts) < 2:
         return []
     ranks = sorted(facts)

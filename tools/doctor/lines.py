@@ -76,7 +76,7 @@ class DoctorReport:
 
 
 def checked(name: str, check: Callable[[], list[Line]]) -> list[Line]:
-    """The lines of a check; what it raises is a finding, too."""
+    """Run a check and return its lines; what it raises is a finding, too."""
     try:
         return check()
     except MaskwrightError as error:

@@ -34,13 +34,13 @@ _TOOL_TIMEOUT_S = 30
 
 
 def versions() -> dict[str, str]:
-    """Of Python and what training stands on; a package that is missing is left out."""
+    """Read the versions of Python and of what training stands on; a package that is missing is left out."""
     known = {name: installed_version(name) for name in ("maskwright", *PACKAGES)}
     return {"python": platform.python_version(), **{name: found for name, found in known.items() if found}}
 
 
 def check_versions() -> list[Line]:
-    """Against what maskwright needs, and against what was tested together (constraints.txt)."""
+    """Check the versions against what maskwright needs, and against what was tested together (constraints.txt)."""
     found = versions()
     lines = [
         Line("ok", "maskwright", found["maskwright"]),
@@ -71,13 +71,13 @@ def check_versions() -> list[Line]:
 
 
 def _tested_versions() -> dict[str, Version]:
-    """Pins of constraints.txt."""
+    """Read the pins of constraints.txt."""
     text = CONSTRAINTS.read_text(encoding="utf-8")
     return {name: Version(pin) for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)}
 
 
 def devices() -> list[dict[str, Any]]:
-    """Each CUDA device: name, total and free bytes."""
+    """List the CUDA devices, each with name, total and free bytes."""
     import torch
 
     if not torch.cuda.is_available():
@@ -90,7 +90,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def check_devices(found: list[dict[str, Any]]) -> list[Line]:
-    """GPUs and their free memory; without one, that training would be on the CPU."""
+    """Check the GPUs and their free memory; without one, say that training would be on the CPU."""
     import torch
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -121,7 +121,7 @@ def check_devices(found: list[dict[str, Any]]) -> list[Line]:
 
 
 def check_compilers() -> list[Line]:
-    """What model.compile needs; and torch's CUDA against that of nvcc, which builds DeepSpeed's own kernels."""
+    """Check what model.compile needs; and torch's CUDA against that of nvcc, which builds DeepSpeed's own kernels."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -143,7 +143,7 @@ def check_compilers() -> list[Line]:
 
 
 def compare_cuda(of_torch: str, nvcc_output: str) -> Line:
-    """torch's CUDA version against that of `nvcc --version`."""
+    """Compare torch's CUDA version with that of `nvcc --version`."""
     found = re.search(r"release (\d+\.\d+)", nvcc_output)
     of_nvcc = found[1] if found else "an unknown version"
     finding = f"torch is built for {of_torch}, nvcc is {of_nvcc}"
@@ -161,13 +161,13 @@ def _output(*command: str) -> str:
 
 
 def existing_parent(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Find the folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def check_space(folder: Path) -> list[Line]:
-    """Free space where a run is written, for temporary files, and in shared memory, which loader workers use."""
+    """Check the free space of a run and of temporary files, and the size of shared memory, which loader workers use."""
     lines = []
     for name, place in (("disk", existing_parent(folder)), ("temporary files", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(place).free
@@ -211,7 +211,7 @@ def check_writing(folder: Path) -> list[Line]:
 
 
 def interface() -> dict[str, Any]:
-    """Where gloo talks to other machines: the interface it was told, or the one that this machine's name leads to.
+    """Find where gloo talks to other machines: the interface it was told, or the one this machine's name leads to.
 
     Returns:
         `address` (empty: the name has none), `interface` (empty: not one of this machine), `speed_mbit` (None where the
@@ -232,7 +232,7 @@ def interface() -> dict[str, Any]:
 
 
 def check_interface(found: dict[str, Any]) -> list[Line]:
-    """Whether other machines could reach this one by the address that gloo would tell them."""
+    """Check whether other machines could reach this one by the address that gloo would tell them."""
     names = ", ".join(f"{name} ({speed:,} Mbit/s)" if speed else name for name, speed in found["all"].items())
     lines = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

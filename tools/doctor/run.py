@@ -41,7 +41,7 @@ def examine(config: Config | None) -> DoctorReport:
 
 
 def check_config(config: Config) -> list[Line]:
-    """Tokenizer, shards and all else that `validate` looks at."""
+    """Check the tokenizer, the shards and all else that `validate` looks at."""
     from tools.validate import validate  # with transformers: a node without a config is looked at in half the time
 
     return [Line("ok", "config", line) for line in validate(config, 1)]

@@ -59,7 +59,7 @@ def _measure(store: Any, rank: int, count: int, backend: str, timeout_s: float) 
 
 
 def _pass_on(incoming: Any, rank: int, count: int) -> None:
-    """Each sends to the next and receives from the one before it, all at once."""
+    """Send to the next rank and receive from the one before it; all ranks do so at once."""
     import torch
     import torch.distributed as dist
 
@@ -71,7 +71,7 @@ def _pass_on(incoming: Any, rank: int, count: int) -> None:
 
 
 def _seconds(device: Any, work: Any) -> float:
-    """Time of some work that all do, from when all are ready."""
+    """Measure the time of some work that all do, from when all are ready."""
     import torch
     import torch.distributed as dist
 

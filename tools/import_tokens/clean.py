@@ -81,9 +81,11 @@ class Cleaner:
         strip: Sequence[str] = (),
         skip_special: bool = False,
     ) -> None:
-        """Args:
-        strip: tokens to take off the ends besides the tokenizer's begin, end and pad tokens.
-        skip_special: leave documents out that hold a special token inside; else they are refused.
+        """Sort the vocabulary's tokens into content, those around documents, and those that are forbidden inside.
+
+        Args:
+            strip: tokens to take off the ends besides the tokenizer's begin, end and pad tokens.
+            skip_special: leave documents out that hold a special token inside; else they are refused.
 
         Raises:
             UserError: when a token of `strip` is not in the vocabulary.
@@ -153,7 +155,7 @@ class Cleaner:
         return Cleaned(content, content_ends, differs, counts)
 
     def describe(self, counts: Counts) -> list[str]:
-        """What was done to the documents, and what about them looks wrong, a sentence or two each."""
+        """Say what was done to the documents, and what about them looks wrong, a sentence or two each."""
         name = self._tokenizer.convert_ids_to_tokens
         lines = []
         if counts.removed:
@@ -222,7 +224,7 @@ def _starts(ends: np.ndarray) -> np.ndarray:
 
 
 def _contents(inner: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From the first to after the last true of `inner` in each [start, end); an empty range where there is none."""
+    """Find in each [start, end) the range from the first to after the last true of `inner`; empty if there is none."""
     places = np.append(np.flatnonzero(inner), len(inner))
     low, high = np.searchsorted(places, starts), np.searchsorted(places, ends)
     none = low == high
@@ -230,13 +232,13 @@ def _contents(inner: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[
 
 
 def _sums(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Sums of values[first:last] of each document."""
+    """Sum values[first:last] of each document."""
     total = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
     return total[last] - total[first]
 
 
 def _between(size: int, begins: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """bool [size]: true from each begin to before its stop; the ranges do not overlap."""
+    """Mark the ranges: bool [size], true from each begin to before its stop; the ranges do not overlap."""
     some = begins < stops
     steps = np.zeros(size + 1, np.int8)
     steps[begins[some]] += 1
@@ -245,6 +247,6 @@ def _between(size: int, begins: np.ndarray, stops: np.ndarray) -> np.ndarray:
 
 
 def _document_at(chunk: Chunk, place: int) -> int:
-    """The number, in its source, of the document that holds a token of the chunk."""
+    """Find the number, in its source, of the document that holds a token of the chunk."""
     sequence = int(np.searchsorted(chunk.sequence_ends, place, "right"))
     return chunk.first + int(np.searchsorted(chunk.document_ends, sequence, "right"))

@@ -71,7 +71,7 @@ class TokenConversion:
         self._read_bytes += source.size
 
     def _linked(self, source: TokenSource) -> tuple[ShardRecord | None, str]:
-        """The source as a linked shard, or None and why it has to be converted."""
+        """Link the source as a shard; else return None and why it has to be converted."""
         number, identity = len(self.records), self._identity(source, 0, source.documents, "linked")
         record = self._kept(number, identity)
         if record is not None:
@@ -101,14 +101,14 @@ class TokenConversion:
             self.records.append(record)
 
     def _kept(self, number: int, identity: str) -> ShardRecord | None:
-        """The record of a shard that is finished and whole."""
+        """Read the record of a shard that is finished and whole; None when it is to be written."""
         record = read_shard_record(self.settings.work_folder, number)
         if record is None or record.identity != identity or not record.is_whole(self.settings.folders):
             return None
         return record
 
     def _report(self, source: TokenSource, first: int, last: int) -> Report:
-        """Turns the share of documents [first, last) that is done into bytes of all sources."""
+        """Make a function that turns the share of documents [first, last) that is done into bytes of all sources."""
 
         def report(share: float) -> None:
             documents = first + share * (last - first)
@@ -122,5 +122,5 @@ class TokenConversion:
 
 
 def _same_bytes(dtype: np.dtype) -> np.dtype:
-    """The unsigned type that stores an id in the same bytes."""
+    """Find the unsigned type that stores an id in the same bytes."""
     return np.dtype(dtype.str.replace("i", "u"))

@@ -69,7 +69,7 @@ def _last_end(ends: np.ndarray, index_path: str) -> int:
 
 
 def _read_metadata(path: str) -> tuple[str, int]:
-    """The tokenizer's name and the bytes a token, as far as the metadata says."""
+    """Read the tokenizer's name and the bytes a token, as far as the metadata says."""
     if not os.path.isfile(path):
         return "", 0
     with open(path, encoding="utf-8", errors="replace") as file:

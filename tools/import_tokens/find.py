@@ -93,7 +93,7 @@ def _open(place: _Place, field: str) -> TokenSource:
 
 
 def _expand(given: str, format: str) -> list[_Place]:
-    """What one input means; at least one place."""
+    """Find what one input means; at least one place."""
     path = absolute(given, "--input")
     if os.path.isdir(path):
         return _in_folder(path, format)
@@ -122,7 +122,7 @@ def _expand(given: str, format: str) -> list[_Place]:
 
 
 def _in_folder(folder: str, format: str) -> list[_Place]:
-    """Token files and data sets of `datasets` in a folder, and in the folders in it; or the folder itself."""
+    """Find token files and data sets of `datasets` in a folder, and in the folders in it; or the folder itself."""
     places, others = [], Counter()
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -155,7 +155,7 @@ def _several_splits(folder: str, splits: list[str]) -> UserError:
 
 
 def _of_format(files: Iterable[str], format: str, folder: str | None = None) -> list[_Place]:
-    """The token files among `files`; a file that only belongs to one counts as it."""
+    """Find the token files among `files`; a file that only belongs to one counts as it."""
     places = []
     for file in files:
         place = _place_of_file(file, os.path.relpath(file, folder) if folder else os.path.basename(file))

@@ -57,7 +57,7 @@ class MegatronFile(FlatFile):
         return self._sequence_starts(np.arange(index[0] + 1, index[-1] + 1)), index[1:] - index[0]
 
     def _sequence_starts(self, sequences: np.ndarray) -> np.ndarray:
-        """Where sequences start, in tokens; that after the last one is the end of the file."""
+        """Find where sequences start, in tokens; that after the last one is the end of the file."""
         starts = np.full(len(sequences), self.tokens, np.int64)
         inside = sequences < self._sequences
         starts[inside] = self._pointers[sequences[inside]] // self.dtype.itemsize
@@ -97,7 +97,7 @@ class MegatronFile(FlatFile):
         self._document_index = _map_array(self._index_path, "<i8", entries, place + self._sequences * 12)
 
     def _check(self) -> None:
-        """The index must describe all of the token file, from its start to its end, without a gap."""
+        """Check that the index describes all of the token file, from its start to its end, without a gap."""
         end = 0
         for part in in_windows(self._sequences):
             lengths, pointers = np.asarray(self._lengths[part], np.int64), np.asarray(self._pointers[part])

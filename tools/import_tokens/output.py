@@ -50,7 +50,7 @@ class Output:
         )
 
     def finished(self) -> dict[str, Manifest] | None:
-        """The manifests that an earlier run of the same job wrote, None when it still has work to do.
+        """Read the manifests that an earlier run of the same job wrote; None when it still has work to do.
 
         Raises:
             UserError: when there is a data set of another job.

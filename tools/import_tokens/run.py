@@ -129,7 +129,7 @@ def import_tokens(
 def _settings(
     found: FoundTokens, field: str, validation_fraction: float, strip: Sequence[str], special_inside: str
 ) -> dict[str, Any]:
-    """What the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
+    """Collect what the manifest records of the call; `inputs` is a hash of the names and sizes of all files."""
     listing = repr([(source.name, source.size, source.documents) for source in found.sources])
     return {
         "format": found.format,
@@ -194,7 +194,7 @@ def _write_shards(
 def _manifests(
     records: Sequence[ShardRecord], place: Output, vocabulary: Vocabulary, found: FoundTokens
 ) -> dict[str, Manifest]:
-    """The manifest of each split.
+    """Make the manifest of each split.
 
     Raises:
         UserError: when a split would have no document.
@@ -234,7 +234,7 @@ def _no_documents(records: Sequence[ShardRecord]) -> str:
 
 
 def _describe_conversion(conversion: TokenConversion) -> list[str]:
-    """Which source was not linked, and why, and how many more."""
+    """Say which source was not linked, and why, and how many more."""
     if not conversion.converted:
         return []
     name, reason = conversion.converted[0]

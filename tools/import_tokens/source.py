@@ -56,11 +56,11 @@ class TokenSource(ABC):
 
     @abstractmethod
     def cut(self, limit: int) -> list[tuple[int, int]]:
-        """All documents as ranges [first, last) of about `limit` tokens: a pure function of the source."""
+        """Cut all documents into ranges [first, last) of about `limit` tokens: a pure function of the source."""
 
     @abstractmethod
     def chunks(self, first: int, last: int) -> Iterator[Chunk]:
-        """Documents [first, last), in order. One document is never divided, however long it is."""
+        """Read documents [first, last), in order. One document is never divided, however long it is."""
 
 
 class FlatFile(TokenSource):
@@ -73,10 +73,10 @@ class FlatFile(TokenSource):
 
     @abstractmethod
     def document_starts(self, first: int, last: int) -> np.ndarray:
-        """int64 [last − first + 1]: where documents first … last start, in tokens; the last one is an end."""
+        """Find where documents first … last start, in tokens: int64 [last − first + 1]; the last one is an end."""
 
     def sequence_ends(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ends of the sequences of documents [first, last) in tokens of the file, and which end a document.
+        """Find the ends of the sequences of documents [first, last) in tokens of the file, and which end a document.
 
         Here a document is one sequence.
         """
@@ -114,7 +114,7 @@ class FlatFile(TokenSource):
 
 
 def does_not_fit(path: str, problem: str) -> DamagedError:
-    """An index and a token file that are not of each other, or of which one is cut short."""
+    """Make the error for an index and a token file that are not of each other, or of which one is cut short."""
     return DamagedError(
         f"Cannot import '{os.path.basename(path)}': {problem}.",
         where=path,
@@ -131,6 +131,6 @@ def not_of_the_format(path: str, format: str, problem: str) -> UserError:
 
 
 def in_windows(length: int) -> Iterator[slice]:
-    """Slices that cover an index of `length` entries."""
+    """Cut an index of `length` entries into slices that cover it."""
     for start in range(0, length, _WINDOW_DOCUMENTS):
         yield slice(start, min(length, start + _WINDOW_DOCUMENTS))

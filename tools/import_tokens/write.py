@@ -61,7 +61,7 @@ class ShardRecord:
     splits: dict[str, SplitPart] = field(default_factory=dict)
 
     def is_whole(self, folders: dict[str, Path]) -> bool:
-        """Whether the recorded files are there with the recorded sizes."""
+        """Tell whether the recorded files are there with the recorded sizes."""
         try:
             for name, part in self.splits.items():
                 if part.entry:
@@ -72,7 +72,7 @@ class ShardRecord:
 
 
 def read_shard_record(work_folder: Path, number: int) -> ShardRecord | None:
-    """The record of a shard number, None when there is none or it cannot be read."""
+    """Read the record of a shard number; None when there is none or it cannot be read."""
     try:
         raw: dict[str, Any] = json.loads(_record_path(work_folder, number).read_text())
         counts = Counts(**raw.pop("counts"))
@@ -133,7 +133,7 @@ def _documents(tokens: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _split_of(ids: np.ndarray, validation_fraction: float) -> str:
-    """By the hash of the ids, as the text is not known: equal documents are on the same side."""
+    """Choose the split by the hash of the ids, as the text is not known: equal documents are on the same side."""
     return choose_split(ids.astype("<u4").tobytes(), validation_fraction) if validation_fraction else "train"
 
 
@@ -173,7 +173,7 @@ def link_shard(
 
 
 def possible_link(source: Path, work_folder: Path, symbolic: bool) -> str | None:
-    """How a file can be linked to from the output: hard, else (when allowed) symbolic; None when not at all."""
+    """Find how a file can be linked to from the output: hard, else (when allowed) symbolic; None when not at all."""
     probe = work_folder / "link"
     for link in (HARD_LINK, SYMBOLIC_LINK) if symbolic else (HARD_LINK,):
         probe.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def _link(source: Path, target: Path, link: str) -> None:
 
 
 def _sums_and_hash(path: Path, report: Report) -> tuple[np.ndarray, str]:
-    """The sums and the hash of a token file, in one pass: it may be larger than memory."""
+    """Compute the sums and the hash of a token file, in one pass: it may be larger than memory."""
     sums, digest, size = [], xxhash.xxh3_128(), path.stat().st_size
     with open(path, "rb") as file:
         while part := file.read(SUM_BYTES):

@@ -21,7 +21,7 @@ class Recommendation:
 
 
 def best_of_each_stage(layouts: Layouts, world_size: int) -> dict[int, Layout | None]:
-    """At each stage the largest micro-batch that fits; None where none does."""
+    """Find at each stage the largest micro-batch that fits; None where none does."""
     best: dict[int, Layout | None] = {}
     for stage, zero in layouts.stages.items():
         size = layouts.largest_micro_size(world_size, zero)
@@ -30,8 +30,10 @@ def best_of_each_stage(layouts: Layouts, world_size: int) -> dict[int, Layout | 
 
 
 def recommend(best: dict[int, Layout | None], configured: int) -> Recommendation:
-    """The largest micro-batch of the configured stage or, where that is beaten by more than 10 %, of the lowest that
-    is not."""
+    """Recommend the largest micro-batch of the configured stage.
+
+    Where that is beaten by more than 10 %, recommend that of the lowest stage that is not.
+    """
     fitting = [layout for layout in best.values() if layout is not None]
     if not fitting:
         return Recommendation(
@@ -59,7 +61,7 @@ def _sizes(layouts: Layouts, world_size: int) -> list[int]:
 
 
 def scale(layouts: Layouts, stage: int, largest: int, world_sizes: tuple[int, ...] = GPU_COUNTS) -> list[Layout | None]:
-    """A stage at each number of GPUs with the largest micro-batch up to `largest` that divides; None where none does.
+    """Lay out a stage at each number of GPUs with the largest micro-batch up to `largest` that divides, else None.
 
     The global batch is that of the config throughout: what changes is how it is divided.
     """
@@ -71,7 +73,7 @@ def scale(layouts: Layouts, stage: int, largest: int, world_sizes: tuple[int, ..
 
 
 def when_nodes_double(layouts: Layouts, layout: Layout) -> list[str]:
-    """What happens with twice the ranks, and what gives way first as they go on doubling."""
+    """Say what happens with twice the ranks, and what gives way first as they go on doubling."""
     global_size = layouts.config.batch.global_size
     lines, current, shrunk = [], layout, False
     for doublings in range(1, 13):

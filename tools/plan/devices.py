@@ -65,7 +65,7 @@ _SHEETS = {
 
 
 def find_device(name: DeviceName, precision: str, ranks_per_node: int, network_gbit: float | None) -> Device:
-    """The device that a plan is for.
+    """Find the device that a plan is for.
 
     Args:
         network_gbit: of one GPU's port in Gbit/s; None for that of NVIDIA's DGX system or, on CPU, 10.
@@ -92,7 +92,7 @@ def find_device(name: DeviceName, precision: str, ranks_per_node: int, network_g
 
 
 def _this_cpu(precision: str, ranks: int, network_gbit: float) -> Device:
-    """This machine, whose cores, memory and bandwidth the ranks share."""
+    """Measure this machine, whose cores, memory and bandwidth the ranks share."""
     peak = matmul_peak_flops(torch.device("cpu"), COMPUTE_DTYPES[precision])
     copies, memory = _copy_rate(), available_bytes()
     return Device(
@@ -111,7 +111,7 @@ def _this_cpu(precision: str, ranks: int, network_gbit: float) -> Device:
 
 
 def _copy_rate() -> float:
-    """Bytes read and written a second by a large copy."""
+    """Measure the bytes that a large copy reads and writes a second."""
     source = torch.ones(1 << 25)
     target = torch.empty_like(source)
     best = float("inf")
@@ -198,7 +198,7 @@ def read_bench(path: str, precision: str, device: Device) -> MeasuredStep:
 
 
 def device_here() -> DeviceName:
-    """The device of this machine, for a plan that names none: a GPU that the data sheets are known of, else the CPU."""
+    """Find the device of this machine, for a plan that names none: a GPU with a known data sheet, else the CPU."""
     if torch.cuda.is_available():
         found = torch.cuda.get_device_name()
         known: list[DeviceName] = ["h200", "h100", "a100"]

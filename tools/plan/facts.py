@@ -95,7 +95,7 @@ def _vocabulary(config: Config, size: int | None, unknown: list[str]) -> Vocabul
 
 
 def _tokens_of_sources(config: Config, unknown: list[str]) -> list[int] | None:
-    """Of each source, from manifests or, for raw text, from a sample; None when one of them is not there."""
+    """Count the tokens of each source from manifests or, for raw text, a sample; None when one of them is not there."""
     counts: list[int] = []
     try:
         found = look_up(config) if raw_paths(config) else None

@@ -92,12 +92,12 @@ class Layouts:
         return presets
 
     def largest_micro_size(self, world_size: int, zero: ZeroSettings) -> int | None:
-        """The largest that divides the batch and fits."""
+        """Find the largest micro-batch that divides the batch and fits."""
         sizes = micro_sizes(self.config.data, self.config.batch, world_size)
         return self.estimate.largest(sizes, world_size, self.device.usable_bytes, zero)
 
     def layout(self, world_size: int, micro_size: int, zero: ZeroSettings) -> Layout:
-        """`micro_size` must divide the global batch over the ranks."""
+        """Compute a layout; `micro_size` must divide the global batch over the ranks."""
         config = self.config
         accumulation = config.batch.global_size // (micro_size * world_size)
         memory = self.estimate.memory(micro_size, world_size, accumulation, zero)

@@ -21,7 +21,7 @@ _LABEL_WIDTH, _WIDTH = 12, 118
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
-    """The page."""
+    """Print the page."""
     for title, lines, table in _sections(plan):
         console.print()
         console.print(title, style="bold")
@@ -241,7 +241,7 @@ def _table(headings: list[str]) -> Table:
 
 
 def to_json(plan: RunPlan) -> str:
-    """The same for a program; bytes, seconds and elements."""
+    """Write the same for a program, as JSON: bytes, seconds and elements."""
     facts, batch = plan.facts, plan.facts.plan
     content = {
         "run": {

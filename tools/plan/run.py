@@ -92,7 +92,7 @@ class RunPlan:
         return self.measured.basis if self.measured is not None else self.device.basis
 
     def days(self, layout: Layout) -> float | None:
-        """Of training and saves; None when the length is not known."""
+        """Compute the days of training and saves; None when the length is not known."""
         if not self.facts.steps_known:
             return None
         saves = self.checkpoint.count * self.checkpoint.stall_seconds

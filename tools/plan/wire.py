@@ -40,12 +40,12 @@ class Wire:
         return self.gradients + self.weights
 
     def sent_bytes(self, world_size: int) -> float:
-        """What each rank sends in a step, and receives."""
+        """Compute the bytes that each rank sends in a step, and receives."""
         return self.elements * self.bytes_per_element * (world_size - 1) / world_size
 
 
 def plan_traffic(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: int, precision: str) -> Wire:
-    """The traffic of a step in training's steady state.
+    """Compute the traffic of a step in training's steady state.
 
     Args:
         parameter_sizes: elements of each parameter.

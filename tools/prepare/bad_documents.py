@@ -49,7 +49,7 @@ class Losses:
 
 
 def bad_line(reason: str, path: str, offset: int, found: str, remedy: str) -> BadDocument:
-    """The line that starts at `offset` of the decompressed file."""
+    """Make a bad document of the line that starts at `offset` of the decompressed file."""
 
     def explain() -> UserError:
         line = line_number(path, offset)
@@ -60,7 +60,7 @@ def bad_line(reason: str, path: str, offset: int, found: str, remedy: str) -> Ba
 
 
 def invalid_utf8(path: str, offset: int) -> UserError:
-    """The error for the byte at `offset` of the decompressed file."""
+    """Make the error for the byte at `offset` of the decompressed file."""
     file, raw = open_input(path)
     with raw, file:
         start = file.read(4)

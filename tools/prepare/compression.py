@@ -27,13 +27,13 @@ DAMAGED = "It is damaged or was cut short; fetch it again."
 
 
 def compression_of(path: str) -> str:
-    """The suffix that says how a file is compressed; empty for none."""
+    """Find the suffix that says how a file is compressed; empty for none."""
     suffix = Path(path).suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 def open_input(path: str) -> tuple[IO[bytes], IO[bytes]]:
-    """(the file decompressed according to its suffix, the raw file beneath it)."""
+    """Open a file: return it decompressed according to its suffix, and the raw file beneath it."""
     raw = open(path, "rb", buffering=1 << 20)
     suffix = compression_of(path)
     if suffix == ".gz":
@@ -86,7 +86,7 @@ def _zstd_frame() -> Any:
 
 
 def large_window(paths: Iterable[str]) -> int:
-    """The largest window of .zst files in bytes, 0 when all are usual: what each worker needs besides."""
+    """Find the largest window of .zst files in bytes, which each worker needs besides; 0 when all are usual."""
     largest = 0
     for path in paths:
         if compression_of(path) == ".zst":
@@ -100,12 +100,12 @@ def large_window(paths: Iterable[str]) -> int:
 
 
 def is_codec_error(error: BaseException | None) -> bool:
-    """Whether reading a compressed file may have raised this."""
+    """Tell whether reading a compressed file may have raised this."""
     return isinstance(error, _CODEC_ERRORS)
 
 
 def explain_codec_error(path: str, error: BaseException) -> UserError:
-    """What a user is told when a compressed file cannot be read: damage is said only of what looks like it."""
+    """Explain to a user why a compressed file cannot be read: damage is said only of what looks like it."""
     name, suffix = shown(Path(path).name), compression_of(path)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
         return explain_os_error(path, error)
@@ -127,7 +127,7 @@ def explain_codec_error(path: str, error: BaseException) -> UserError:
 
 
 def explain_os_error(path: str, error: OSError) -> UserError:
-    """What a user is told when the system cannot read a file."""
+    """Explain to a user why the system cannot read a file."""
     remedies = {
         errno.EACCES: "Check its permissions.",
         errno.EPERM: "Check its permissions.",

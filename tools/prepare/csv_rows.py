@@ -29,7 +29,7 @@ _DOUBLE_THE_QUOTES = 'In csv a quote inside quotes is doubled (""), not written 
 
 
 def check_delimiter(delimiter: str | None, format: str, names: OptionNames) -> str | None:
-    """The character that separates fields, of what a user gave; None for the usual one.
+    """Find the character that separates fields, from what a user gave; None for the usual one.
 
     Raises:
         UserError: for more than one character, one that csv needs itself, and a format without delimiters.
@@ -53,13 +53,13 @@ def check_delimiter(delimiter: str | None, format: str, names: OptionNames) -> s
 
 
 def delimiter_of(path: str, given: str | None) -> str:
-    """What separates the fields of a file: `given`, else a tab in .tsv files and a comma in others."""
+    """Find what separates the fields of a file: `given`, else a tab in .tsv files and a comma in others."""
     bare = Path(path).with_suffix("") if compression_of(path) else Path(path)
     return given or ("\t" if bare.suffix.lower() == ".tsv" else ",")
 
 
 def read_csv(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
-    """The text field of each row, in order, with the bytes of the file read so far.
+    """Read the text field of each row, in order, with the bytes of the file read so far.
 
     Everything is text as it stands: "NA" stays "NA" and 1.50 stays 1.50.
     """
@@ -121,7 +121,7 @@ class _CsvFile:
         return shown(Path(self.path).name)
 
     def column_of(self, header: Sequence[str], last_line: int) -> int:
-        """Which field of a row holds the text; the header ends in line `last_line`."""
+        """Find which field of a row holds the text; the header ends in line `last_line`."""
         field, names = self.settings.field, self.settings.names
         if header.count(field) == 1:
             return header.index(field)
@@ -141,7 +141,7 @@ class _CsvFile:
         raise missing_field(f"'{self.name}'", field, [name for name in header if name], names, hint)
 
     def text_of(self, row: Sequence[str], header: Sequence[str], column: int, place: _Place) -> str | BadDocument:
-        """The text of a row; a row that ends before it, as programs write that drop empty fields, has none."""
+        """Read the text of a row; a row that ends before it, as programs write that drop empty fields, has none."""
         if len(row) > len(header) and any(row[len(header) :]):
             return BadDocument(WRONG_FIELDS, lambda: self._surplus(row, header, place), _size(row))
         if len(row) <= column:
@@ -157,7 +157,7 @@ class _CsvFile:
         return BadDocument(INVALID_UTF8, lambda: self._invalid(place), _size(row))
 
     def broken(self, first_line: int, last_line: int, reason: str) -> UserError:
-        """The error of a row whose quotes do not add up."""
+        """Make the error for a row whose quotes do not add up."""
         lines = f"line {first_line}" if last_line <= first_line else f"lines {first_line} to {last_line}"
         if "unexpected end" in reason or "field limit" in reason:
             reason = "a quote is opened and never closed"
@@ -183,7 +183,7 @@ class _CsvFile:
 
 
 def first_invalid_byte(path: str, first_line: int, last_line: int) -> int:
-    """Offset of the first byte that is not UTF-8 in these lines of the decompressed file, from 1."""
+    """Find the offset of the first byte that is not UTF-8 in these lines (from 1) of the decompressed file."""
     file, raw = open_input(path)
     offset = 0
     with raw, file:

@@ -63,7 +63,7 @@ class Encoder:
         self._counter = TokenCounter(special, self._tokenizer)
 
     def encode(self, texts: Sequence[str], tally: TokenTally | None = None) -> list[EncodedText]:
-        """The ids of each of the texts (at least one), and where words and sentences start in it.
+        """Compute the ids of each of the texts (at least one), and where words and sentences start in it.
 
         Args:
             tally: where special and unknown tokens are counted.
@@ -94,7 +94,7 @@ class Encoder:
         ]
 
     def _encode_pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, int, str, Encoding]]:
-        """Each piece with the number of its text and its offset in that."""
+        """Tokenize each piece, and give it with the number of its text and its offset in that."""
         if sum(map(len, texts)) <= 2 * BATCH_CHARACTERS:
             for number, (text, encoding) in enumerate(zip(texts, self._encode_batch(texts), strict=True)):
                 yield number, 0, text, encoding
@@ -111,7 +111,7 @@ class Encoder:
         return encode(list(texts), add_special_tokens=False)
 
     def _goes_on(self, text: str, cut: int) -> bool:
-        """Whether a word of the pre-tokenizer goes on across a cut, as the text on both sides of it shows."""
+        """Tell whether a word of the pre-tokenizer goes on across a cut, as the text on both sides of it shows."""
         first = max(0, cut - _CONTEXT_CHARACTERS)
         (encoding,) = self._encode_batch([text[first : cut + _CONTEXT_CHARACTERS]])
         begins, ends = _spans(encoding).T + first
@@ -121,7 +121,7 @@ class Encoder:
         return bool(begins[after] < cut) or (after > 0 and words[after - 1] == words[after])
 
     def _align(self, offsets: np.ndarray, ids: np.ndarray, spans: np.ndarray, borders: np.ndarray) -> np.ndarray:
-        """bool [n]: the token that each segment starts with, and the first one of each text.
+        """Mark the token that each segment starts with, and the first one of each text: bool [n].
 
         That is the first one that ends after the segment's offset: the one whose span of characters holds it, the
         first of several that share a character, or, where a normalizer has dropped that character, the next one.
@@ -147,7 +147,7 @@ class Encoder:
 
 
 def _first_of_words(encoding: Encoding) -> np.ndarray:
-    """bool [n]: where the pre-tokenizer's word is another than that of the token before."""
+    """Mark where the pre-tokenizer's word is another than that of the token before: bool [n]."""
     starts = np.ones(len(encoding), bool)
     words = np.array(encoding.word_ids, np.int64)
     np.not_equal(words[1:], words[:-1], out=starts[1:])
@@ -155,7 +155,7 @@ def _first_of_words(encoding: Encoding) -> np.ndarray:
 
 
 def _offsets(segmenter: Segmenter, texts: Sequence[str]) -> np.ndarray:
-    """int64: where the segments of all texts start, in characters of the texts one after another."""
+    """Find where the segments of all texts start, in characters of the texts one after another: int64."""
     found, before = [], 0
     for text in texts:
         found.append(segmenter(text) + before)
@@ -164,7 +164,7 @@ def _offsets(segmenter: Segmenter, texts: Sequence[str]) -> np.ndarray:
 
 
 def _spans(encoding: Encoding) -> np.ndarray:
-    """int64 [n, 2]: the characters of the text, as it was before normalization, that each token stands for."""
+    """Find the characters of the text, as it was before normalization, that each token stands for: int64 [n, 2]."""
     return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding)).reshape(-1, 2)
 
 

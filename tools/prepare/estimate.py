@@ -61,7 +61,7 @@ def estimate_output(
 
 
 def _sample(piece: Piece, reading: TextSettings, losses: Losses | None) -> tuple[list[str], float]:
-    """About SAMPLE_CHARACTERS of the piece's documents, and the bytes on disk that they took."""
+    """Read about SAMPLE_CHARACTERS of the piece's documents, and compute the bytes on disk that they took."""
     texts, characters = [], 0
     for text, consumed in read_documents(piece, reading, losses):
         texts.append(text[:SAMPLE_CHARACTERS])

@@ -12,7 +12,7 @@ MISSING = object()
 
 
 def value_at(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field, or MISSING. A name with dots is a path where the row has no field of that very name."""
+    """Get the value of a field, or MISSING. A name with dots is a path where the row has no field of that very name."""
     if field in row:
         return row[field]
     return follow(row, field, lambda part, name: part[name] if isinstance(part, Mapping) and name in part else MISSING)
@@ -36,7 +36,7 @@ def follow(start: Any, field: str, step: Callable[[Any, str], Any]) -> Any:
 
 
 def missing_field(where: str, field: str, fields: Sequence[str], names: OptionNames, hint: str = "") -> UserError:
-    """The error of a field that is not there."""
+    """Make the error for a field that is not there."""
     return UserError(
         f"No field '{field}' in {where}.{nearest(field, list(fields))}",
         where=names("field", field),
@@ -45,6 +45,6 @@ def missing_field(where: str, field: str, fields: Sequence[str], names: OptionNa
 
 
 def not_text_remedy(field: str, value: Any, names: OptionNames) -> str:
-    """What to do about a field that holds something else; the fields within it are named."""
+    """Say what to do about a field that holds something else; a field within it is named."""
     inner = f", such as {names('field', f'{field}.{next(iter(value))}')}" if isinstance(value, dict) and value else ""
     return f"Name the field that holds the text with {names('field')}{inner}."

@@ -25,7 +25,7 @@ from trainer.runtime.plain_text import listed
 
 
 def collect_records(job: Job, tasks: int | None = None) -> list[UnitRecord]:
-    """The records of all units in order.
+    """Collect the records of all units in order.
 
     Args:
         tasks: how many tasks the job had, to say which of them is missing.
@@ -65,7 +65,7 @@ def write_manifests(job: Job, records: Sequence[UnitRecord]) -> dict[str, Manife
 
 
 def total_losses(records: Sequence[UnitRecord]) -> Losses:
-    """What all units left out or repaired; reasons in alphabetical order."""
+    """Add up what all units left out or repaired; reasons in alphabetical order."""
     refused: Counter[str] = Counter()
     for record in records:
         refused.update(record.losses.refused)
@@ -77,7 +77,7 @@ def total_losses(records: Sequence[UnitRecord]) -> Losses:
 
 
 def remove_work_folder(job: Job) -> None:
-    """The last step of a job."""
+    """Remove the work folder: the last step of a job."""
     if job.work_folder.is_dir():
         shutil.rmtree(job.work_folder, ignore_errors=True)
         sync_folder(job.output)

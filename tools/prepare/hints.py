@@ -15,7 +15,7 @@ _FEWEST_LINES = 10
 
 
 def input_notes(inputs: InputFiles, documents: str, names: OptionNames) -> list[str]:
-    """Notes on text that is one document because no line is blank, and on compression that takes much memory."""
+    """Write notes on text that is one document because no line is blank, and on compression that takes much memory."""
     notes = []
     if documents == "paragraph" and (lines := _lines_without_blank_one(inputs)):
         notes.append(
@@ -31,7 +31,7 @@ def input_notes(inputs: InputFiles, documents: str, names: OptionNames) -> list[
 
 
 def _lines_without_blank_one(inputs: InputFiles) -> int:
-    """How many lines the first files begin with, when none of them is blank and each file has several; else 0."""
+    """Count the lines that the first files begin with, when none is blank and each file has several; else return 0."""
     total = 0
     for file in [file for file in inputs.files if file.size][:_FILES_LOOKED_AT]:
         try:

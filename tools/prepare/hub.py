@@ -20,7 +20,7 @@ _MESSAGE_CHARACTERS = 600
 
 
 def find_hub_inputs(names: Sequence[str]) -> InputFiles:
-    """Splits of hub data sets, named NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (a local data set folder works as well).
+    """Find splits of hub data sets, named NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (a local data set folder works, too).
 
     Without a split it is `train`; CONFIG may be empty.
 
@@ -58,7 +58,7 @@ def hub_rows(piece: Piece) -> Any:
 
 
 def _hub_name(name: str) -> tuple[str, str, str]:
-    """The parts of NAME:CONFIG:SPLIT; those that are not given are empty."""
+    """Split NAME:CONFIG:SPLIT into its parts; those that are not given are empty."""
     if os.path.exists(name):
         return name, "", ""
     path, _, rest = name.partition(":")
@@ -67,14 +67,14 @@ def _hub_name(name: str) -> tuple[str, str, str]:
 
 
 def _hub_builder(name: str) -> tuple[Any, str]:
-    """The builder of a data set, and the split that is meant."""
+    """Load the builder of a data set, and find the split that is meant."""
     datasets = _quiet_datasets()
     path, config, split = _hub_name(name)
     return datasets.load_dataset_builder(path, config or None), split or "train"
 
 
 def _hub_revision(builder: Any) -> str:
-    """Hash of the resolved files: for the hub they carry the commit, for a local folder their times."""
+    """Hash the resolved files: for the hub they carry the commit, for a local folder their times."""
     files = builder.config.data_files or {}
     found = [(split, list(files[split]), getattr(files[split], "origin_metadata", None)) for split in sorted(files)]
     return xxhash.xxh3_128_hexdigest(repr(found).encode())
@@ -94,13 +94,13 @@ def _quiet_datasets() -> Any:
 
 
 def divide_evenly(count: int, part: int, parts: int) -> range:
-    """The numbers of part `part` of `parts` of `count` things: neighbours, the first parts one larger."""
+    """Give the numbers of part `part` of `parts` of `count` things: neighbours, the first parts one larger."""
     each, more = divmod(count, parts)
     first = part * each + min(part, more)
     return range(first, first + each + (part < more))
 
 
 def one_line(error: Exception) -> str:
-    """A foreign message on one line, and not endless."""
+    """Write a foreign message on one line, and not endless."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _MESSAGE_CHARACTERS else text[:_MESSAGE_CHARACTERS] + "…"

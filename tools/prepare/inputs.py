@@ -87,7 +87,7 @@ def find_inputs(
 
 
 def resolve_documents(documents: str | None, format: str, names: OptionNames = COMMAND_LINE) -> str:
-    """What one document is: `documents` when it fits the format, else the format's default."""
+    """Choose what one document is: `documents` when it fits the format, else the format's default."""
     allowed = TEXT_DOCUMENTS if format == "text" else ("row",)
     if documents is None:
         return allowed[0]
@@ -101,7 +101,7 @@ def resolve_documents(documents: str | None, format: str, names: OptionNames = C
 
 
 def format_of(path: str) -> str | None:
-    """The format that a file name stands for; a name without a suffix is text, an unknown suffix None."""
+    """Find the format that a file name stands for; a name without a suffix is text, an unknown suffix None."""
     suffix = _suffix(path)
     return FORMAT_OF_SUFFIX.get(suffix) if suffix else "text"
 
@@ -114,7 +114,7 @@ def _suffix(path: str) -> str:
 
 
 def _reason_to_pass(path: str, format: str) -> str | None:
-    """Why a file in a folder is no input; None when it is: its suffix is known, and of `format` unless that is auto."""
+    """Say why a file in a folder is no input; None when it is: a known suffix, and of `format` unless that is auto."""
     suffix, found = _suffix(path), format_of(path)
     if suffix and found and format in ("auto", found):
         return None
@@ -122,13 +122,13 @@ def _reason_to_pass(path: str, format: str) -> str | None:
 
 
 def _place_of(path: str, real_path: Callable[[str], str]) -> str:
-    """The path without links to folders: what makes two paths the same file."""
+    """Resolve the links to folders in a path: what is left is what makes two paths the same file."""
     folder, name = os.path.split(path)
     return os.path.join(real_path(folder), name)
 
 
 def _sources(inputs: Sequence[str], files: Sequence[InputFile]) -> tuple[dict[str, Any], ...]:
-    """What the manifest says of each input."""
+    """Collect what the manifest says of each input."""
     sources = []
     for number, given in enumerate(inputs):
         own = [file for file in files if file.source == number]

@@ -184,15 +184,15 @@ class Job:
         }
 
     def shard_files(self, units: Iterable[Unit]) -> set[str]:
-        """The names of the files that units become."""
+        """Name the files that units become."""
         return {f"{unit.shard}.{suffix}" for unit in units for suffix in (*SUFFIXES, *self.starts.by_mark)}
 
     def identity(self, unit: Unit) -> str:
-        """Hash of all that decides the shards of a unit."""
+        """Hash all that decides the shards of a unit."""
         return unit.identity({**self.settings, "inputs": None, "tokenizer": self.vocabulary.sha256})
 
     def work_settings(self) -> WorkSettings:
-        """What the workers need to know."""
+        """Collect what the workers need to know."""
         return WorkSettings(
             work_folder=str(self.work_folder),
             splits={name: str(folder) for name, folder in self.folders.items()},
@@ -214,14 +214,14 @@ class Job:
         )
 
     def record(self, unit: Unit) -> UnitRecord | None:
-        """The record of a unit that is finished and whole; None when it is to be written."""
+        """Read the record of a unit that is finished and whole; None when it is to be written."""
         record = read_unit_record(self.work_folder, unit.number)
         if record is None or record.identity != self.identity(unit) or not self.is_whole(record):
             return None
         return record if self.skip_bad_documents or not record.losses.refused else None
 
     def is_whole(self, record: UnitRecord) -> bool:
-        """Whether the shards of a recorded unit are there with the recorded sizes."""
+        """Tell whether the shards of a recorded unit are there with the recorded sizes."""
         try:
             for name, split in record.splits.items():
                 if split.entry:
@@ -231,7 +231,7 @@ class Job:
         return True
 
     def finished(self) -> dict[str, Manifest] | None:
-        """The manifests that an earlier run of the same job wrote, None when it still has work to do.
+        """Read the manifests that an earlier run of the same job wrote; None when it still has work to do.
 
         Raises:
             UserError: when the output holds the data set of another job: nothing is ever overwritten.
@@ -276,7 +276,7 @@ class Job:
 
 
 def setting_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings in which two jobs differ, in words; the input files are left out."""
+    """Name the settings in which two jobs differ, in words; the input files are left out."""
     return [
         f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}"
         for name in {**wanted, **found}

@@ -47,13 +47,13 @@ class OpenedPiece:
         return min(max(self._raw.tell() - self._piece.start, 0), self._piece.size)
 
     def consumed(self, offset: int) -> int:
-        """Bytes of the piece consumed, as on disk, when the text up to `offset` is read."""
+        """Compute the bytes of the piece consumed, as on disk, when the text up to `offset` is read."""
         if self._compressed:
             return self.position
         return min(max(offset - self._piece.start, 0), self._piece.size)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, line) of the lines that start in the piece; without their byte order marks."""
+        """Read (offset, line) of the lines that start in the piece, without their byte order marks."""
         offset, _ = self._seek()
         if offset >= self._end:
             return
@@ -64,7 +64,7 @@ class OpenedPiece:
                 return
 
     def paragraphs(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, paragraph) of the paragraphs that start in the piece.
+        """Read (offset, paragraph) of the paragraphs that start in the piece.
 
         A paragraph is a run of lines that are not blank (nothing but ASCII white space).
         """
@@ -112,8 +112,12 @@ class OpenedPiece:
         return offset, inside
 
     def _before(self, start: int) -> tuple[int, bool]:
-        """Where to look for the end of the line that the byte before `start` belongs to: (offset, whether that is
-        where this line starts), which is known when the line's byte order mark may be near."""
+        """Find where to look for the end of the line that the byte before `start` belongs to.
+
+        Returns:
+            (offset, whether that is where this line starts), which is known when the line's byte order mark may be
+            near.
+        """
         first = max(0, start - 1 - len(BOM))
         self.file.seek(first)
         lines = self.file.read(start - first).splitlines(keepends=True)
@@ -122,7 +126,7 @@ class OpenedPiece:
         return start - 1, False
 
     def _text_before(self, end: int) -> bool:
-        """Whether the line that byte `end` belongs to, and that does not start there, has text before it."""
+        """Tell whether the line that byte `end` belongs to, and that does not start there, has text before it."""
         step, ends_in_line = max(_STEP_BYTES, 2 * len(BOM)), True
         while end > 0:
             start = max(0, end - step)
@@ -140,7 +144,7 @@ class OpenedPiece:
 
 
 def split_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file with their ends; a line of any length, and line ends of all three kinds."""
+    """Split a file into lines with their ends; a line of any length, and line ends of all three kinds."""
     parts: list[bytes] = []
     while part := file.readline(_LINE_BYTES):
         ended = part.endswith(b"\n")
@@ -161,7 +165,7 @@ def is_blank(line: bytes) -> bool:
 
 
 def _first_line_end(part: bytes) -> int:
-    """How long the first line of `part` is; 0 when it does not end there."""
+    """Find how long the first line of `part` is; 0 when it does not end there."""
     newline = part.find(b"\n")
     return_ = part.find(b"\r", 0, newline if newline >= 0 else len(part))
     if return_ < 0:
@@ -170,7 +174,7 @@ def _first_line_end(part: bytes) -> int:
 
 
 def line_number(path: str, offset: int) -> int:
-    """Number, from 1, of the line that holds the byte at `offset` of the decompressed file."""
+    """Find the number, from 1, of the line that holds the byte at `offset` of the decompressed file."""
     file, raw = open_input(path)
     lines, before = 1, b""
     with raw, file:

@@ -97,7 +97,7 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
 
 
 def look_up(config: Config) -> RawText:
-    """Which raw text of a config is prepared already, and how much the rest will be; writes nothing."""
+    """Find which raw text of a config is prepared already, and estimate how much the rest will be; write nothing."""
     found = RawText()
     for path in raw_paths(config):
         job = _open(config, path, Path(os.devnull))
@@ -120,7 +120,7 @@ def look_up(config: Config) -> RawText:
 
 
 def raw_paths(config: Config) -> list[str]:
-    """The paths of data.train and data.validation that are raw text, each once."""
+    """List the paths of data.train and data.validation that are raw text, each once."""
     paths = [source.path for source in config.data.train]
     if config.data.validation is not None and config.eval.every_steps is not None:
         paths.append(config.data.validation)
@@ -128,7 +128,7 @@ def raw_paths(config: Config) -> list[str]:
 
 
 def _is_raw(path: str, config: Config) -> bool:
-    """Whether a path is text and no data set; what is neither is left to the error of opening it as a data set."""
+    """Tell whether a path is text and no data set; what is neither is left to the error of opening it as a data set."""
     if config.data.text.format == "hub":
         return not user_path(path, "data").exists()
     folder = user_path(path, "data")
@@ -164,12 +164,12 @@ def _open(config: Config, path: str, output: Path) -> Job:
 
 
 def _own_folders(config: Config) -> list[Path]:
-    """What a run writes itself is no text, where it lies within a folder of text."""
+    """List what a run writes itself: that is no text, where it lies within a folder of text."""
     return [_cache(config), run_folder(config)]
 
 
 def _shared_job(config: Config, path: str, world: World) -> Job:
-    """The job that prepares a path, on every rank; its output is the place in the cache."""
+    """Make the job that prepares a path, on every rank; its output is the place in the cache."""
     job = distributed.run_on_all_ranks(world, lambda: _open(config, path, Path(os.devnull)))
     compare(world, lambda: _facts(job, path))
     cache = _cache(config)
@@ -188,7 +188,7 @@ def _shared_job(config: Config, path: str, world: World) -> Job:
 
 
 def _begun_with(config: Config, job: Job, path: str, sums: Sums) -> Path | None:
-    """The prepared folder that the run has begun with, where the default was another: all special tokens as text.
+    """Find the prepared folder that the run has begun with, where the default was another: all special tokens as text.
 
     Of the validation text a run records nothing: it keeps what is there.
     """
@@ -207,13 +207,13 @@ def _begun_with(config: Config, job: Job, path: str, sums: Sums) -> Path | None:
 
 
 def _facts(job: Job, path: str) -> dict[str, Any]:
-    """What each rank has found behind a path; the contents are read in shares, and so are hashed by one rank each."""
+    """Collect what a rank has found behind a path; contents are read in shares, so that one rank hashes each."""
     files = {file.path: f"{file.size:,} bytes {file.revision}".strip() for file in job.inputs.files}
     return {f"text of {path}": files, "tokenizer": job.vocabulary.sha256, "settings of the text": job.settings}
 
 
 def _prepare_together(job: Job, world: World, stop: StopRequest, say: Say) -> bool:
-    """Each rank writes its share of the units, then rank 0 joins them; False when a rank was asked to stop.
+    """Write each rank's share of the units, then join them on rank 0; return False when a rank was asked to stop.
 
     The ranks agree every second, so that one that has failed or been asked to stop does not leave the others waiting,
     and none waits longer in a reduction than that, however long the work takes.
@@ -266,7 +266,7 @@ def _cache(config: Config) -> Path:
 
 
 def _name_of(job: Job, path: str, sums: Sums) -> str:
-    """The folder in the cache: readable, and unique for content, tokenizer and settings."""
+    """Name the folder in the cache: readable, and unique for content, tokenizer and settings."""
     settings = {name: value for name, value in job.settings.items() if name != "inputs"}
     if job.skip_bad_documents:
         settings["on_bad_document"] = "skip"
@@ -277,7 +277,7 @@ def _name_of(job: Job, path: str, sums: Sums) -> str:
 
 
 def _known_sums(cache: Path, files: Sequence[InputFile]) -> Sums:
-    """The sums of those files that are as they were when they were last read."""
+    """Read the sums of those files that are as they were when they were last read."""
     recorded = _read_sums(cache)
     return {
         file.path: recorded[file.path]
@@ -299,7 +299,7 @@ def _sum_of(file: InputFile) -> list[Any]:
 
 
 def _is_prepared(folder: Path) -> bool:
-    """Whether a preparation was finished: the manifest of the training split is written last."""
+    """Tell whether a preparation was finished: the manifest of the training split is written last."""
     return (split_folder(folder, "train") / MANIFEST).is_file()
 
 

@@ -12,7 +12,7 @@ class OptionNames:
     of_config: bool = False
 
     def __call__(self, option: str, value: str = "") -> str:
-        """The option `option` (as the command line spells it, without dashes), set to `value` if that is given."""
+        """Name the option `option` (as the command line spells it, without dashes), set to `value` if that is given."""
         if self.of_config:
             key = "data.train" if option == "input" else f"data.text.{option.replace('-', '_')}"
             return f"{key}: {value}" if value else key

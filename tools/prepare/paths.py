@@ -6,5 +6,5 @@ import os
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """The path as valid text: bytes that are not UTF-8 stand as \\xNN."""
+    """Write the path as valid text: bytes that are not UTF-8 stand as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -39,7 +39,7 @@ class Unit:
         return f"shard-{self.number:05d}"
 
     def describe(self) -> str:
-        """What it is made of, in words."""
+        """Say what the unit is made of, in words."""
         first = self.pieces[0]
         if len(self.pieces) > 1:
             return f"{len(self.pieces):,} files from '{first.file.name}' to '{self.pieces[-1].file.name}'"
@@ -48,7 +48,7 @@ class Unit:
         return f"bytes {first.start:,} to {first.end:,} of '{first.file.name}'"
 
     def identity(self, settings: dict[str, Any]) -> str:
-        """Hash of all that decides the unit's shards: settings, and name, size and mtime of its files.
+        """Hash all that decides the unit's shards: settings, and name, size and mtime of its files.
 
         The content itself is not read: at terabytes that would cost as much as the work it saves.
         """

@@ -32,7 +32,7 @@ _MARK_OF_LINE = re.compile(f"^{_MARK}", re.MULTILINE)
 
 
 def read_documents(piece: Piece, settings: TextSettings, losses: Losses | None = None) -> Iterator[tuple[str, int]]:
-    """The documents of one piece, in order, each with the bytes of the piece consumed so far (as on disk).
+    """Read the documents of one piece, in order, each with the bytes of the piece consumed so far (as on disk).
 
     Line ends of all kinds become \\n, byte order marks at the start of lines are dropped, lone surrogates become
     U+FFFD. A document may be empty.

@@ -158,7 +158,7 @@ def finalize_job(job: Job, console: Console | None = None) -> PrepareSummary:
 def _write_share(
     job: Job, share: Share, alone: bool, workers: int, started: float, console: Console, cancel: Event | None
 ) -> TaskSummary:
-    """`alone`: no other process can be writing these units."""
+    """Write the units of a share; `alone`: no other process can be writing these units."""
     enter(job, share.tasks, console)
     own = share.of(job.units)
     if alone:
@@ -253,7 +253,7 @@ def _silent() -> Console:
 
 @contextlib.contextmanager
 def _interruptible(console: Console) -> Iterator[None]:
-    """SIGTERM works like Ctrl-C, and both say how to go on."""
+    """Let SIGTERM work like Ctrl-C, and let both say how to go on."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -65,11 +65,11 @@ class StartSettings:
             )
 
     def segmenters(self) -> dict[str, Segmenter | None]:
-        """For each mark to write its function; None for the words of the tokenizer."""
+        """Load for each mark to write its function; None for the words of the tokenizer."""
         return {mark: _load(mark, name) for mark, name in self.by_mark.items()}
 
     def recorded(self) -> dict[str, str]:
-        """What the manifest and the identity of a unit hold: with each name the version that decides the result."""
+        """Collect what the manifest and a unit's identity hold: with each name the version that decides the result."""
         return {SETTING_OF_MARK[mark]: _with_version(name) for mark, name in self.by_mark.items()}
 
 
@@ -185,7 +185,10 @@ def _load_jieba() -> Segmenter:
 
 
 def _with_version(name: str) -> str:
-    """A user's function is known by the content of its module's file: when that changes, so may its result."""
+    """Add its version to a name.
+
+    A user's function is known by the content of its module's file: when that changes, so may its result.
+    """
     if name == "jieba":
         return f"jieba {version('jieba')}"
     if name == "rules":
@@ -202,7 +205,7 @@ def _knows_words(tokenizer: Tokenizer) -> bool:
 
 
 def _place(error: Exception) -> str:
-    """Where in the user's code an exception comes from."""
+    """Say where in the user's code an exception comes from."""
     if isinstance(error, ImportError):
         return ""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]

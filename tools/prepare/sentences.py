@@ -17,7 +17,7 @@ _BORDER = re.compile(rf"[{_ENDS}\n](?:(?<=\n)\s*|[{_ENDS}]*(?P<closing>[{_ENDS}{
 
 
 def sentence_starts(text: str) -> np.ndarray:
-    """Offsets of the first characters of sentences, int64, ascending.
+    """Find the offsets of the first characters of sentences, int64, ascending.
 
     A sentence starts
 
@@ -36,7 +36,7 @@ def sentence_starts(text: str) -> np.ndarray:
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
-    """Whether the character after the match starts a sentence."""
+    """Tell whether the character after the match starts a sentence."""
     place = match.end()
     if place == len(text) or text[place] in _CONTINUING:
         return False
@@ -55,11 +55,11 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
 
 
 def _is_caseless(character: str) -> bool:
-    """A letter of a script without upper and lower case, such as Chinese."""
+    """Tell whether it is a letter of a script without upper and lower case, such as Chinese."""
     return character.isalpha() and character.lower() == character.upper()
 
 
 def _is_abbreviated(text: str, stop: int) -> bool:
-    """Whether a single cased letter stands before the full stop at `stop`."""
+    """Tell whether a single cased letter stands before the full stop at `stop`."""
     letter, before = text[stop - 1 : stop], text[stop - 2 : stop - 1] if stop > 1 else ""
     return letter.isalpha() and not _is_caseless(letter) and not before.isalnum()

@@ -34,12 +34,12 @@ class Share:
         return f"{self.task}/{self.tasks}"
 
     def of(self, units: Sequence[Unit]) -> Sequence[Unit]:
-        """Every N-th unit: neighbours, which are alike in size, go to different tasks."""
+        """Take every N-th unit: neighbours, which are alike in size, go to different tasks."""
         return units[self.task :: self.tasks]
 
 
 def choose_share(task: str | None, finalize: bool, environ: Mapping[str, str]) -> Share | None:
-    """The share to write: what `--task` says, else this element of a SLURM job array; None for all of it.
+    """Choose the share to write: what `--task` says, else this element of a SLURM job array; None for all of it.
 
     Raises:
         UserError: for a task that cannot be, and for `--task` with `--finalize`.
@@ -70,7 +70,7 @@ def parse_share(text: str) -> Share:
 
 
 def find_job_array_share(environ: Mapping[str, str]) -> Share | None:
-    """The share of this element of a SLURM job array; None outside one.
+    """Find the share of this element of a SLURM job array; None outside one.
 
     Raises:
         UserError: for an array whose numbers are not evenly spaced: a gap in it would leave units out; and where a

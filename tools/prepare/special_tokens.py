@@ -70,7 +70,7 @@ class SpecialTokens:
         return cls(way, ids, text, unknown_id, unknown)
 
     def recorded(self) -> dict[str, str]:
-        """What the manifest and the identity of a unit hold; nothing for "text", as before there was a choice."""
+        """Collect what the manifest and a unit's identity hold; nothing for "text", as before there was a choice."""
         return {} if self.way == TEXT else {SETTING: self.way}
 
     def open(self, tokenizer_file: str) -> Tokenizer:
@@ -86,7 +86,7 @@ class SpecialTokens:
         return tokenizer
 
     def refused(self, text: str) -> str | None:
-        """The special token because of which a document is refused."""
+        """Find the special token because of which a document is refused."""
         return next((token for token in self.text if token in text), None) if self.way == REFUSE else None
 
 
@@ -180,7 +180,7 @@ class TokenCounter:
 
 
 def resolve_special_in_text(asked: str | None, begun: Sequence[Path]) -> str:
-    """What `--special-in-text` stands for: when it is left out, what the output was begun with; else "ids".
+    """Find what `--special-in-text` stands for: when it is left out, what the output was begun with; else "ids".
 
     Data sets of before there was a choice have all special tokens as text.
 

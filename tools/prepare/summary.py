@@ -127,12 +127,12 @@ class TaskSummary:
 
 
 def unused_tail_tokens(tokens: int, seq_len: int = USUAL_SEQ_LEN) -> int:
-    """Tokens at the end that fill no block of seq_len − 2."""
+    """Count the tokens at the end that fill no block of seq_len − 2."""
     return tokens % framed_view(seq_len).payload
 
 
 def describe_tokens(summary: PrepareSummary) -> list[str]:
-    """What became of special tokens in the text, and how much of it the tokenizer does not know, in lines."""
+    """Say what became of special tokens in the text, and how much of it the tokenizer does not know, in lines."""
     tally = summary.tally
     lines = [f"{count:,} literal '{token}' became its id." for token, count in tally.as_ids.items() if count]
     lines += [f"{count:,} literal '{token}' were read as text." for token, count in tally.as_text.items() if count]
@@ -173,7 +173,7 @@ def print_summary(summary: PrepareSummary, console: Console) -> None:
 
 
 def account(summary: PrepareSummary) -> list[str]:
-    """What became of every file and document of the input, in lines."""
+    """Say what became of every file and document of the input, in lines."""
     inputs = summary.inputs
     files = (
         f"{counted(len(inputs.files), 'data set')}" if inputs.format == "hub" else counted(len(inputs.files), "file")
@@ -202,7 +202,7 @@ def print_task_summary(summary: TaskSummary, console: Console) -> None:
 
 
 def describe_refused(refused: dict[str, int]) -> str:
-    """Such as "2 broken JSON, 1 not text"."""
+    """Write how many were refused and why, such as "2 broken JSON, 1 not text"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(refused.items()))
 
 
@@ -220,7 +220,7 @@ def say(console: Console, line: str) -> None:
 
 
 def counted(number: int, thing: str) -> str:
-    """ "1 unit", "2 units"."""
+    """Write a number with the thing that it counts, such as "1 unit" or "2 units"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 

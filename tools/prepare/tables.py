@@ -27,7 +27,7 @@ _ARROW_MAGICS = (b"ARROW1", b"\xff\xff\xff\xff")  # a file; a stream
 
 
 def read_table(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | BadDocument, int]]:
-    """The text field of each row, in order, with the bytes consumed (estimated: a table has no byte positions)."""
+    """Read the text field of each row, in order, with the bytes consumed (estimated: a table has no byte positions)."""
     consumed = 0.0
     try:
         row_bytes = _bytes_a_row(piece) if settings.format == "parquet" else None
@@ -43,7 +43,7 @@ def read_table(piece: Piece, settings: TextSettings) -> Iterator[tuple[str | Bad
 
 
 def count_row_groups(path: str) -> int:
-    """How many parts a parquet file can be cut into."""
+    """Count the parts that a parquet file can be cut into."""
     import pyarrow.parquet
 
     try:
@@ -54,7 +54,10 @@ def count_row_groups(path: str) -> int:
 
 
 def _bytes_a_row(piece: Piece) -> float | None:
-    """Mean bytes on disk behind a row of a parquet file: its text is compressed, and beside it lie other columns."""
+    """Compute the mean bytes on disk behind a row of a parquet file.
+
+    Its text is compressed, and beside it lie other columns.
+    """
     import pyarrow.parquet
 
     with _open(piece.file.path) as file:
@@ -63,7 +66,7 @@ def _bytes_a_row(piece: Piece) -> float | None:
 
 
 def _text_of(value: Any, piece: Piece, settings: TextSettings) -> str | BadDocument:
-    """The text of a row; bytes are UTF-8."""
+    """Read the text of a row; bytes are UTF-8."""
     if value is None or isinstance(value, str):
         return value or ""
     name, field = shown(piece.file.name), settings.field
@@ -93,7 +96,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _columns(piece: Piece, settings: TextSettings) -> Iterator[Any]:
-    """The column of the text, some rows at a time."""
+    """Read the column of the text, some rows at a time."""
     if settings.format == "parquet":
         yield from _parquet_columns(piece, settings)
     elif settings.format == "arrow":
@@ -136,7 +139,7 @@ def _arrow_columns(piece: Piece, settings: TextSettings) -> Iterator[Any]:
 
 
 def _open(path: str) -> Any:
-    """A file that pyarrow reads; a compressed one is decompressed in memory."""
+    """Open a file for pyarrow; a compressed one is decompressed in memory."""
     import pyarrow
 
     if not compression_of(path):
@@ -147,7 +150,7 @@ def _open(path: str) -> Any:
 
 
 def _path_in(schema: Any, piece: Piece, settings: TextSettings) -> tuple[str, ...]:
-    """The names that lead to the text field, from the column to the struct fields within it."""
+    """Find the names that lead to the text field, from the column to the struct fields within it."""
     import pyarrow
 
     def step(part: tuple[tuple[str, ...], Any], name: str) -> Any:
@@ -173,7 +176,7 @@ def _at(table: Any, path: Sequence[str]) -> Any:
 
 
 def _explain(piece: Piece, settings: TextSettings, error: Exception) -> UserError:
-    """What a user is told when a table cannot be read; damage is said only of what looks like it."""
+    """Explain to a user why a table cannot be read; damage is said only of what looks like it."""
     path, problem = piece.file.path, f"Cannot read '{shown(piece.file.name)}' as {settings.format}: {one_line(error)}"
     if isinstance(error, OSError) and error.errno is not None:
         return explain_os_error(path, error)

@@ -12,7 +12,7 @@ from trainer.runtime.plain_text import listed
 
 
 def describe_unused(cache: Path, used: Collection[Path]) -> str | None:
-    """A line on the preparations of other texts or settings in the cache, with their size; None when there are none."""
+    """Describe the preparations of other texts or settings in the cache, with their size; None when there are none."""
     others = sorted(entry for entry in _entries(cache) if entry not in used)
     if not others:
         return None
@@ -32,7 +32,7 @@ def _entries(cache: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes below a folder."""
+    """Count the bytes below a folder."""
     total = 0
     for where, _, names in os.walk(folder):
         for name in names:

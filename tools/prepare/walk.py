@@ -33,7 +33,7 @@ class PassedOver:
         return self.counts.total()
 
     def __str__(self) -> str:
-        """Such as "2 × .pdf, 1 × hidden"; the rare reasons are added up."""
+        """Write the reasons, such as "2 × .pdf, 1 × hidden"; the rare ones are added up."""
         common = self.counts.most_common(6)
         rest = self.total - sum(count for _, count in common)
         return ", ".join([f"{count:,} × {reason}" for reason, count in common] + [f"{rest:,} others"] * bool(rest))
@@ -56,7 +56,7 @@ class Walk:
         self._excluded = {identity for path in self.excluded if (identity := _identity(path))}
 
     def find(self, given: str, path: str) -> list[tuple[str, str]]:
-        """(absolute path, name relative to what was given) of the files behind one input, at the absolute `path`.
+        """Find the files behind one input, at the absolute `path`: (absolute path, name relative to what was given).
 
         Raises:
             UserError: when there is no such path, for a link that leads nowhere and a folder that cannot be listed.
@@ -72,7 +72,7 @@ class Walk:
         raise _no_such_path(given, path)
 
     def _matches(self, pattern: str) -> Iterator[tuple[str, str]]:
-        """What a glob names. Below a `**` each folder is searched once: glob itself goes round where links do."""
+        """Find what a glob names. Below a `**` each folder is searched once: glob itself goes round where links do."""
         above, recursive, below = pattern.partition("/**")
         if recursive and (not below or below.startswith("/")):
             named = re.compile(_regex_of("**" + below))
@@ -94,7 +94,7 @@ class Walk:
                 yield from self._below(match, self.takes)
 
     def _below(self, top: str, takes: Callable[[str], str | None]) -> Iterator[tuple[str, str]]:
-        """Files below a folder, through links to folders as well; each folder is searched once."""
+        """Find the files below a folder, through links to folders as well; each folder is searched once."""
         above = {_identity(folder) for folder in Path(os.path.realpath(top)).parents}
         seen, folders, links = {_identity(top)}, [top], list[str]()
         while folders or links:
@@ -129,7 +129,7 @@ class Walk:
                     self.passed_over.counts[_READ_ANYWAY] += 1
 
     def _reason_to_skip(self, folder: str, names: list[str]) -> str | None:
-        """Why a folder within an input is not searched: it is the output, or holds what a command wrote."""
+        """Say why a folder within an input is not searched: it is the output, or holds what a command wrote."""
         if _identity(folder) in self._excluded:
             return "the output"
         if "manifest.json" in names and any(name.endswith(".tok") for name in names):
@@ -142,7 +142,7 @@ class Walk:
 
 
 def _regex_of(pattern: str) -> str:
-    """A glob, as a regular expression for a path relative to its fixed part; `**` stands for any folders, or none."""
+    """Turn a glob into a regex for a path relative to its fixed part; `**` stands for any folders, or none."""
     *folders, last = pattern.split("/")
     parts = ["(?:.*/)?" if folder == "**" else fnmatch.translate(folder)[4:-3] + "/" for folder in folders]
     return "".join(parts) + (".*" if last == "**" else fnmatch.translate(last)[4:-3])
@@ -161,7 +161,7 @@ def _entries_of(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one; only a link costs a look at what it leads to."""
+    """Tell whether it is a folder, or a link to one; only a link costs a look at what it leads to."""
     if not entry.is_symlink():
         return entry.is_dir()
     try:

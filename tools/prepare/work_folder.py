@@ -113,7 +113,7 @@ def check_job(job: Job) -> int | None:
 
 
 def foreign_parts(job: Job, files: Mapping[Path, Collection[str]]) -> list[Path]:
-    """Shard files that are not among `files` (folder → names), and records of units beyond the plan."""
+    """Find shard files that are not among `files` (folder → names), and records of units beyond the plan."""
     found = []
     for folder in (job.output, *(job.output / name for name in SPLITS)):
         expected = files.get(folder, ())
@@ -124,7 +124,7 @@ def foreign_parts(job: Job, files: Mapping[Path, Collection[str]]) -> list[Path]
 
 
 def recorded_units(job: Job) -> set[int]:
-    """The numbers of the units that have a record; whose it is and whether it holds is not looked at."""
+    """List the numbers of the units that have a record; whose it is and whether it holds is not looked at."""
     return {
         int(number)
         for path in job.work_folder.glob("unit-*.json")
@@ -142,7 +142,7 @@ def remove_temporaries(job: Job, units: Sequence[Unit] | None = None) -> None:
 
 
 def _describe(job: Job) -> dict[str, Any]:
-    """What makes two jobs the same. Paths are left out: machines may mount the input in different places."""
+    """Describe what makes two jobs the same. Paths are left out: machines may mount the input in different places."""
     return {
         "settings": job.settings,
         "tokenizer_sha256": job.vocabulary.sha256,

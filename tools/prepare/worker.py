@@ -77,7 +77,7 @@ def record_path(work_folder: str | Path, number: int) -> Path:
 
 
 def read_unit_record(work_folder: str | Path, number: int) -> UnitRecord | None:
-    """The record of a unit, None when there is none or it cannot be read."""
+    """Read the record of a unit; None when there is none or it cannot be read."""
     try:
         raw = json.loads(record_path(work_folder, number).read_text())
         losses = raw["losses"] if "losses" in raw else {"refused": raw["refused_documents"]}  # of earlier versions
@@ -92,7 +92,7 @@ def read_unit_record(work_folder: str | Path, number: int) -> UnitRecord | None:
 
 
 def choose_split(raw: bytes, validation_fraction: float) -> str:
-    """ "train" or "validation", by the hash of the UTF-8 text: a repeated document is never on both sides."""
+    """Choose "train" or "validation", by the hash of the UTF-8 text: a repeated document is never on both sides."""
     held_out = xxhash.xxh3_64_intdigest(raw, seed=_SPLIT_SEED) < validation_fraction * 2**64
     return "validation" if held_out else "train"
 
@@ -142,7 +142,7 @@ def write_unit(
 
 
 def _batches(unit: Unit, settings: WorkSettings, record: UnitRecord) -> Iterator[tuple[list[str], int]]:
-    """Batches of documents with the bytes of the unit consumed; counts those that are left out."""
+    """Read batches of documents with the bytes of the unit consumed; count the documents that are left out."""
     texts: list[str] = []
     characters, before, position = 0, 0, 0
     for piece in unit.pieces:
@@ -180,7 +180,7 @@ def _special_in_text(token: str, text: str, path: str, names: OptionNames) -> Ba
 
 
 def work(connection: Connection, settings: WorkSettings) -> None:
-    """The process's main function: takes (unit, identity) until None, sends progress, done and failed messages."""
+    """Run as the process's main function: take (unit, identity) until None, send progress, done and failed messages."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -206,7 +206,7 @@ def work(connection: Connection, settings: WorkSettings) -> None:
 
 
 def _portable(error: Exception, folder: str, unit: Unit | None) -> Exception:
-    """The error as the parent can receive and show it."""
+    """Make the error one that the parent can receive and show."""
     if isinstance(error, MaskwrightError):
         return error
     output = str(Path(folder).parent)
@@ -229,7 +229,7 @@ def _portable(error: Exception, folder: str, unit: Unit | None) -> Exception:
 
 
 def _exit_with_parent() -> None:
-    """A killed parent cannot end its workers; they end themselves."""
+    """End this process when its parent has ended: a killed parent cannot end its workers."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def distinct(values: NDArray[Any]) -> NDArray[Any]:
-    """The different values of an integer array [n], ascending.
+    """Find the different values of an integer array [n], ascending.
 
     By sorting: since numpy 2.3 np.unique hashes integers, and takes several times as long for a million of them.
     """

@@ -79,7 +79,7 @@ def check_exactness(plan: SimulatedPlan, order: RunOrder, progress: Callable[[in
 
 
 def _pieces(run: StepRun) -> Iterator[tuple[int, int]]:
-    """(first sample, steps) of about SAMPLES_AT_ONCE samples each."""
+    """Cut the run into (first sample, steps) of about SAMPLES_AT_ONCE samples each."""
     size = run.shape.global_size
     together = max(1, SAMPLES_AT_ONCE // size)
     for first in range(0, run.steps, together):
@@ -114,7 +114,7 @@ def _distinct_chunks(order: SampleOrder, sources: NDArray[np.int64], blocks: NDA
 def _block_in_epoch(
     order: SampleOrder, samples: NDArray[np.int64], sources: NDArray[np.int64], blocks: NDArray[np.int64]
 ) -> NDArray[np.uint64]:
-    """uint64 [n]: a number for each (source, epoch, block), the same for two samples only if all three are."""
+    """Give each (source, epoch, block) a number: uint64 [n], the same for two samples only if all three are."""
     _, visits = order.locate_visits(samples.astype(np.uint64))
     counts = np.array(order.blocks, np.uint64)
     bases = np.cumsum(counts) - counts
@@ -140,7 +140,7 @@ class SeenNumbers:
         return len(numbers) - len(different) + known
 
     def _rows_of(self, pages: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Row of each page; `pages` ascend. A page that is new gets the next row."""
+        """Find the row of each page; `pages` ascend. A page that is new gets the next row."""
         different = distinct(pages)
         rows = np.array([self._rows.setdefault(page, len(self._rows)) for page in different.tolist()], np.intp)
         if len(self._rows) > len(self._bits):

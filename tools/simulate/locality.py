@@ -38,7 +38,7 @@ class Locality:
 
 
 def measure_locality(plan: SimulatedPlan, order: RunOrder) -> tuple[list[Locality], int]:
-    """Pages over bytes used for 1, 2, 4, … readers, as far as they divide the global batch.
+    """Measure pages over bytes used for 1, 2, 4, … readers, as far as they divide the global batch.
 
     Of a run whose steps differ those where the simulation starts count, as if there were no others.
 
@@ -61,7 +61,9 @@ def measure_locality(plan: SimulatedPlan, order: RunOrder) -> tuple[list[Localit
 
 
 def _samples_of_a_window(plan: SimulatedPlan, order: RunOrder) -> NDArray[np.int64]:
-    """int64 [steps, global batch]: whole steps within the window where the simulation starts, and within its phase.
+    """Choose whole steps within the window where the simulation starts, and within its phase.
+
+    Returns int64 [steps, global batch].
 
     With several sources the windows do not end together; a stretch as long as the largest is taken.
     """
@@ -83,7 +85,7 @@ def _samples_of_a_window(plan: SimulatedPlan, order: RunOrder) -> NDArray[np.int
 def pages_of_samples(
     plan: SimulatedPlan, order: RunOrder, samples: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and last page of the blocks of samples.
+    """Find the first and last page of the blocks of samples.
 
     Args:
         samples: int64 [steps, global batch].
@@ -104,7 +106,7 @@ def pages_of_samples(
 
 
 def _pages_a_reader(first: NDArray[np.int64], last: NDArray[np.int64], readers: int) -> NDArray[np.int64]:
-    """int64 [readers]: different pages that each reader touches."""
+    """Count the different pages that each reader touches: int64 [readers]."""
     steps, size = first.shape
     reader = np.broadcast_to(np.repeat(np.arange(readers), size // readers), (steps, size))
     pages_in_all = int(last.max()) + 1 - int(first.min())
@@ -128,7 +130,7 @@ class _PageTables:
             pages_before += int(pages.sum())
 
     def pages(self, sources: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n]: the page of each token (int64 [n], its place in its source)."""
+        """Find the page of each token (int64 [n], its place in its source): int64 [n]."""
         pages = np.empty_like(tokens)
         for number in np.unique(sources).tolist():
             rows = np.flatnonzero(sources == number)

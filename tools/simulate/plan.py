@@ -134,11 +134,11 @@ class SimulatedPlan:
         return BatchPlan(*sizes, self.earlier, len(self.data.phases))
 
     def payload(self, phase: int) -> int:
-        """Content tokens a block."""
+        """Count the content tokens a block."""
         return framed_view(self.phases[phase].seq_len).payload
 
     def blocks(self, phase: int) -> tuple[int, ...]:
-        """Whole blocks of each source."""
+        """Count the whole blocks of each source."""
         return tuple(source.tokens // self.payload(phase) for source in self.sources)
 
     @property
@@ -152,7 +152,7 @@ class SimulatedPlan:
 
 
 def plan_simulation(source: str | None, overrides: Sequence[str], options: SimulateOptions) -> SimulatedPlan:
-    """The plan of a config, of a prepared folder (of either only manifests are read), or on paper.
+    """Make the plan of a config, of a prepared folder (of either only manifests are read), or on paper.
 
     Args:
         source: a config file, a recipe, a folder that `prepare` wrote, or None for data on paper.
@@ -185,7 +185,7 @@ def plan_simulation(source: str | None, overrides: Sequence[str], options: Simul
 
 
 def _paper_source(options: SimulateOptions) -> SimulatedSource:
-    """Shards of nearly equal size, of which there is only a manifest, for a moment."""
+    """Make shards of nearly equal size, of which there is only a manifest, for a moment."""
     tokens, shards = options.tokens or PAPER_TOKENS, options.shards or PAPER_SHARDS
     if tokens < shards:
         raise UserError(
@@ -199,7 +199,7 @@ def _paper_source(options: SimulateOptions) -> SimulatedSource:
 
 
 def _write_paper_manifest(folder: Path, tokens: int, shards: int, vocabulary_size: int) -> None:
-    """Like any manifest, so that reading it costs what it costs with real data; its hashes are of nothing."""
+    """Write a manifest like any other: reading it costs what it costs with real data. Its hashes are of nothing."""
     dtype = token_dtype(vocabulary_size)
     ends = [(number + 1) * tokens // shards for number in range(shards)]
     entries = []
@@ -220,7 +220,7 @@ def _read_source(path: str, quarantine: Sequence[str] = ()) -> SimulatedSource:
 
 
 def _over(source: SimulatedSource, options: SimulateOptions) -> SimulatedPlan:
-    """A run of the usual sizes over one source."""
+    """Plan a run of the usual sizes over one source."""
     sizes = {} if options.seq_len is None else {"seq_len": options.seq_len}
     try:
         data = DataConfig.model_validate({"train": source.name, **sizes})

@@ -68,7 +68,7 @@ class Simulation:
         return json.dumps(facts, indent=1, ensure_ascii=False)
 
     def print(self, console: Console) -> None:
-        """The same for a person."""
+        """Print the same for a person."""
         for label, text in self._lines():
             console.print(f"{label:<18}{text}")
         table = Table(box=None, pad_edge=False)
