@@ -35,6 +35,7 @@ TRAINING_METRICS = {
     "time/data_wait_fraction": "share of the time since the last line spent waiting for the loader, rank 0",
     "time/save_seconds": "time that saving stopped training for since the last line, rank 0, seconds",
     "memory/peak_gib": "peak memory: of the device on CUDA, of the process on CPU; the largest rank, GiB",
+    "memory/reserved_gib": "peak of what torch holds of the device for it, gaps included; on CPU as memory/peak_gib",
 }
 BATCH_METRICS = {
     "batch/global_size": "sequences of the step",
@@ -105,10 +106,15 @@ def counters(state: TrainState) -> dict[str, float]:
     return {"step": state.step, "samples": state.samples, "tokens": state.tokens, "time": time.time()}
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> tuple[float, float]:
+    """Return the most that tensors took, and the most that torch took from the device for them, in GiB.
+
+    On a CPU both are the peak of the process.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    return resident, resident
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:

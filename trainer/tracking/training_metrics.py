@@ -59,6 +59,8 @@ class StepMetrics:
         means = [float(sum(totals[number])) / max(1.0, counts[number]) for number in range(len(terms))]
         loss = sum(term.weight * mean for term, mean in zip(terms, means, strict=True))
         rate = learning_rate(state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
+        peaks = distributed.all_gather_floats(self.world, peak_memory_gib(self.world.device))
+        peak, reserved = map(max, zip(*peaks, strict=True))
         return {
             **counters(state),
             "train/loss": loss,
@@ -70,7 +72,8 @@ class StepMetrics:
             "resilience/skipped_samples": state.skipped_samples,
             "train/epoch": max(self.order.epochs(state.samples)),
             **self.meter.read(),
-            "memory/peak_gib": max(distributed.all_gather(self.world, peak_memory_gib(self.world.device))),
+            "memory/peak_gib": peak,
+            "memory/reserved_gib": reserved,
             **(self._batch_values(shape) if self.plan.sizes_vary else {}),
             **(self._term_values(means) if len(terms) > 1 else {}),
             **(self._source_values(state, totals, micro_batches) if totals.shape[1] > 1 else {}),
