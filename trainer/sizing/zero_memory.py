@@ -118,7 +118,7 @@ def rank_memory(
     passes: PassPeaks,
     on_cpu: bool = False,
 ) -> RankMemory:
-    """The memory of a rank.
+    """Compute the memory of a rank.
 
     Args:
         parameters: elements of all trained parameters, tied ones once.
