@@ -26,7 +26,7 @@ class DivergenceWatch:
         return self.settings.max_loss_ratio is not None
 
     def max_grad_norm(self, state: TrainState) -> float | None:
-        """Norm above which the next step is to be skipped; None when norms are not watched."""
+        """Compute the norm above which the next step is to be skipped; None when norms are not watched."""
         ratio = self.settings.max_grad_norm_ratio
         return None if ratio is None else self._bound(state.recent_grad_norms, ratio)
 
@@ -77,7 +77,7 @@ class DivergenceWatch:
 
 
 def make_final_error(divergence: DivergenceError, settings: ResilienceConfig, rollbacks: int) -> DivergedError:
-    """What ends a run that is not, or cannot be, rolled back."""
+    """Make the error that ends a run that is not, or cannot be, rolled back."""
     if settings.on_divergence == "stop":
         also, remedy = "", " Or let the run pass over such data: resilience.on_divergence=rollback."
     elif rollbacks >= settings.max_rollbacks:

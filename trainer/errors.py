@@ -84,7 +84,7 @@ def mark_origin(error: Exception, rank: int) -> None:
 
 
 def origin_of(error: BaseException, rank: int) -> int:
-    """The rank on which an error arose that was raised on `rank`."""
+    """Find the rank on which an error arose that was raised on `rank`."""
     return error.__dict__.get("origin_rank", rank)
 
 
@@ -111,7 +111,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def cannot_write(place: Path, run_dir: Path, error: OSError) -> UserError:
-    """What a user is told when a file or folder of the run cannot be written."""
+    """Make the error that a user is told when a file or folder of the run cannot be written."""
     return UserError(
         f"Cannot write to the run folder: {place}: {error.strerror or error}.",
         where=f"run.dir={run_dir}",

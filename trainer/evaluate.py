@@ -64,7 +64,7 @@ class Evaluator:
         return {"eval/loss": loss, **self.criterion.metrics(tallies)}
 
     def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
-        """The batch, or why it cannot be read; beyond the last sample it is padding without predictions."""
+        """Read the batch, or return why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
         blocks, payload = self.blocks[places], self.objective.view.payload

@@ -151,7 +151,7 @@ class Loop:
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole) -> int:
-        """A real optimizer step of each phase and one evaluation, nothing written; shows that everything fits."""
+        """Do a real optimizer step of each phase and one evaluation, and write nothing; shows that everything fits."""
         for phase in self.order.phases:
             self.state = TrainState(samples=phase.first_sample)
             values = self._dry_step()
@@ -164,7 +164,7 @@ class Loop:
         return EXIT_FINISHED
 
     def _dry_step(self) -> dict[str, Any]:
-        """One step from the present sample on; returns its training line."""
+        """Do one step from the present sample on; returns its training line."""
         self.meter.restart()
         shape = self.plan.shape_at(self.state.samples)
         micro_batches, agreed = self._agree(next(self._steps_of_batches()))
@@ -175,7 +175,7 @@ class Loop:
             raise make_final_error(divergence, self.config.resilience, rollbacks=0) from None
 
     def _steps_of_batches(self) -> Generator[list[Batch] | MaskwrightError]:
-        """The loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
+        """Yield the loader's micro-batches, those of one optimizer step at a time, or why they cannot be read."""
         loader = iter(self.open_batches(self.state))
         while True:
             self.activity.enter("data")
@@ -193,7 +193,7 @@ class Loop:
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], Agreement]:
-        """One small reduction a step: counts of the global batch, stop or not, save by the clock or not.
+        """Agree by one small reduction a step: counts of the global batch, stop or not, save by the clock or not.
 
         It carries the loss of the step before as well, where that is judged.
 
@@ -232,7 +232,7 @@ class Loop:
         distributed.raise_on_all_ranks(self.world, error)
 
     def _train_step(self, micro_batches: list[Batch], counts: list[float], shape: StepShape) -> torch.Tensor:
-        """One optimizer step; returns this rank's sums of losses [terms, sources], on the device.
+        """Do one optimizer step; returns this rank's sums of losses [terms, sources], on the device.
 
         Args:
             counts: of the labels of each term in the global batch.
@@ -340,7 +340,7 @@ class Loop:
     def _read(
         self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape
     ) -> dict[str, Any]:
-        """The training line of the step that was just done."""
+        """Read the training line of the step that was just done."""
         of_engine = self.engine.grad_norm, self.engine.loss_scale
         return self.step_metrics.read(self.state, loss_sums, counts, micro_batches, shape, *of_engine)
 
@@ -366,7 +366,7 @@ class Loop:
         self.meter.restart()
 
     def _stops_evaluation(self, last: bool) -> bool:
-        """Whether it is to be cut short; asked before each of its batches."""
+        """Tell whether an evaluation is to be cut short; asked before each of its batches."""
         self.activity.progress()
         return self.stop.received and not last
 
@@ -408,7 +408,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Time in which training stands still for a save."""
+        """Measure the time in which training stands still for a save."""
         start = time.perf_counter()
         with self.activity.within("save"):
             yield
@@ -416,7 +416,7 @@ class Loop:
         self.meter.saved(time.perf_counter() - start)
 
     def _save_or_fail(self) -> None:
-        """The save that nothing follows: to end as if it had worked would lose the run."""
+        """Make the save that nothing follows, or raise: to end as if it had worked would lose the run."""
         if not self._save(in_background=False):
             raise MaskwrightError(
                 f"The checkpoint at step {self.state.step} could not be saved, and training ends here.",

@@ -87,7 +87,7 @@ def _lock(folder: Path, world: World, is_dry: bool) -> AbstractContextManager[Ru
 
 @contextmanager
 def _output(folder: Path, world: World, is_dry: bool) -> Iterator[TextIO]:
-    """Rank logs in the run folder; a dry run leaves none, so its logs lie in a temporary one."""
+    """Write this rank's log in the run folder; a dry run leaves none there, so its log lies in a temporary one."""
     with tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch:
         path, error = Path(), None
         try:
@@ -101,7 +101,7 @@ def _output(folder: Path, world: World, is_dry: bool) -> Iterator[TextIO]:
 
 @contextmanager
 def _status(folder: Path, world: World, is_dry: bool) -> Iterator[StatusWriter]:
-    """RUN/status.json, on rank 0; every rank calls it."""
+    """Keep RUN/status.json, on rank 0; every rank calls it."""
     nodes = list(dict.fromkeys(distributed.all_gather(world, node_name())))
     status = StatusWriter(folder if world.is_main and not is_dry else None, nodes, world.size)
     with status.until_the_end():
@@ -112,7 +112,7 @@ def _status(folder: Path, world: World, is_dry: bool) -> Iterator[StatusWriter]:
 def _watched(
     config: Config, world: World, is_dry: bool, status: StatusWriter, give_up: Callable[[HangError], None]
 ) -> Iterator[Activity]:
-    """This rank's activity, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
+    """Yield this rank's activity, with heartbeats and a watchdog; a dry run leaves no files, and is not watched."""
     activity = Activity(on_enter=status.entered)
     if is_dry:
         yield activity

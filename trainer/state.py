@@ -52,7 +52,7 @@ class TrainState:
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
     def rolled_back_to(self, saved: TrainState, reason: str) -> TrainState:
-        """The state to go on with from a checkpoint's weights, behind the data consumed since it was saved.
+        """Make the state to go on with from a checkpoint's weights, behind the data consumed since it was saved.
 
         Args:
             saved: the checkpoint's.
@@ -83,7 +83,7 @@ class TrainState:
         return sum(end - first for first, end in self.skipped_ranges)
 
     def skipped_tokens(self, tokens: Callable[[int], int]) -> int:
-        """Positions passed over by rollbacks.
+        """Count the positions passed over by rollbacks.
 
         Args:
             tokens: samples → positions of the first so many samples of the run.

@@ -64,7 +64,7 @@ PrepareText = Callable[[Config, World, StopRequest, Callable[[str], None]], Mapp
 def no_raw_text(
     _config: Config, _world: World, _stop: StopRequest, _say: Callable[[str], None]
 ) -> Mapping[str, Path] | None:
-    """A PrepareText for data that are all prepared."""
+    """Prepare nothing: a PrepareText for data that are all prepared."""
     return {}
 
 
@@ -175,7 +175,7 @@ def _train(run: Run, inputs: Inputs) -> int:
 
 
 def _choose(run: Run) -> StartPoint:
-    """The checkpoint to go on from, the same on all ranks."""
+    """Choose the checkpoint to go on from, the same on all ranks."""
     if run.is_dry:
         return StartPoint(None, None, TrainState())
     checkpoint = choose_checkpoint(run.world, run.folder, run.resume, run.say)
@@ -271,7 +271,7 @@ def _run_with_reports(run: Run, loop: Loop, start: StartPoint) -> int:
 
 
 def _straggler_watch(loop: Loop) -> StragglerWatch | None:
-    """Where it is wanted; every rank calls it."""
+    """Make a watch for stragglers where it is wanted; every rank calls it."""
     settings, nodes = loop.config.watchdog, distributed.all_gather(loop.world, node_name())
     if settings.straggler_minutes is None:
         return None
@@ -301,7 +301,7 @@ def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
 
 
 def _batches(inputs: Inputs, world: World, state: TrainState) -> Iterator[Batch]:
-    """This rank's micro-batches from a state on; each phase of the run has blocks, and a loader, of its own."""
+    """Yield this rank's micro-batches from a state on; each phase of the run has blocks, and a loader, of its own."""
     config, runs = inputs.config, inputs.plan.runs(state.samples, inputs.plan.total_steps - state.step)
     for phase, runs_of_phase in groupby(runs, key=lambda run: run.shape.phase):
         first, *others = runs_of_phase
@@ -336,7 +336,7 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
 
 
 def _decision(run: Run, start: StartPoint) -> str:
-    """The first line: run folder, what was decided, and why."""
+    """Say in the first line: run folder, what was decided, and why."""
     name = f"{run.config.run.name} in {run.folder}"
     if run.is_dry:
         return f"dry run of {name}: one step, nothing is saved"

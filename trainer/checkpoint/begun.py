@@ -15,7 +15,7 @@ _LINE = re.compile(r"^defaults: (\d+)$", re.MULTILINE)
 
 
 def as_begun(config: Config, resume: str = "auto") -> Config:
-    """The config with the set of defaults of the run that `resume` continues; as it is where that is none.
+    """Return the config with the set of defaults of the run that `resume` continues; as it is where that is none.
 
     What does not fit (no such checkpoint, a damaged one) is left to the resume itself to say.
     """
@@ -24,7 +24,7 @@ def as_begun(config: Config, resume: str = "auto") -> Config:
 
 
 def _set_of(place: str) -> int | None:
-    """The set recorded by a checkpoint, or by the newest one of a run that can be read; all of a run have the same."""
+    """Read the set recorded by a checkpoint or by a run's newest one that can be read; all of a run have the same."""
     try:
         source = user_path(place)
         folders = [candidate.folder for candidate in candidates(source) if candidate.manifest is not None]

@@ -50,7 +50,7 @@ class Probe:
     device: str = "cpu"
 
     def for_cpu(self) -> Probe:
-        """The least that the CPU has to compute to compare the logits.
+        """Reduce the probe to the least that the CPU has to compute to compare the logits.
 
         On the device that trained, blocks beside the first give the kernels the shapes of training and so the same
         bits. Another kind of device has other kernels, and a GPU's micro-batch would take it minutes and gigabytes.
@@ -67,7 +67,7 @@ class Probe:
 
 
 def read_probe_block(inputs: Inputs) -> np.ndarray:
-    """The content of the block that the probe shows; read once, because a rank that cannot read it cannot save."""
+    """Read the content of the block that the probe shows; once, because a rank that cannot read it cannot save."""
     return inputs.sources[0].read_blocks(np.zeros(1, np.int64), inputs.objective.view.payload)
 
 

@@ -37,7 +37,7 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 
 def candidates(run_dir: Path) -> list[Candidate]:
-    """All step folders of a run, newest first. `latest` plays no part."""
+    """List all step folders of a run, newest first. `latest` plays no part."""
     found = []
     folder = checkpoints_folder(run_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -52,7 +52,7 @@ def _candidate(path: Path, step: int) -> Candidate:
 
 
 def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
-    """The checkpoint that `source` means: a checkpoint folder itself, or the newest whole one of a run folder.
+    """Find the checkpoint that `source` means: a checkpoint folder itself, or the newest whole one of a run folder.
 
     Raises:
         UserError: when there is none.
@@ -90,7 +90,7 @@ def choose_checkpoint(
 
 
 def newest_before(world: World, run_dir: Path, step: int) -> tuple[Path, CheckpointManifest] | None:
-    """The newest whole checkpoint of an earlier step, the same on every rank; None when there is none."""
+    """Find the newest whole checkpoint of an earlier step, the same on every rank; None when there is none."""
     found = [candidate for candidate in _together(world, lambda: candidates(run_dir)) if candidate.step < step]
     try:
         return _newest_whole(found, lambda candidate: _faults_by_all(world, candidate, logger.info)) if found else None
@@ -99,7 +99,7 @@ def newest_before(world: World, run_dir: Path, step: int) -> tuple[Path, Checkpo
 
 
 def _together(world: World, find: Callable[[], list[Candidate]]) -> list[Candidate]:
-    """What rank 0 finds, on every rank."""
+    """Call `find` on rank 0, and return what it finds on every rank."""
     found, error = [], None
     if world.is_main:
         try:
@@ -113,14 +113,14 @@ def _together(world: World, find: Callable[[], list[Candidate]]) -> list[Candida
 def find_candidate_faults(
     candidate: Candidate, *, read: bool = True, on_bytes: Callable[[int], None] | None = None
 ) -> list[str]:
-    """Why a checkpoint cannot be used, its manifest or its files. Arguments as of find_faults."""
+    """Find why a checkpoint cannot be used, its manifest or its files. Arguments as of find_faults."""
     if candidate.manifest is None:
         return [candidate.fault]
     return find_faults(candidate.folder, candidate.manifest, read=read, on_bytes=on_bytes)
 
 
 def _meant_by(source: str | Path) -> list[Candidate]:
-    """The checkpoints that may be meant, the newest first: one, or those of a run."""
+    """Find the checkpoints that may be meant, the newest first: one, or those of a run."""
     path = user_path(source)
     match = _STEP_FOLDER.match(real_path(path).name)
     if match:
@@ -138,7 +138,7 @@ def _meant_by(source: str | Path) -> list[Candidate]:
 
 
 def _newest_whole(found: list[Candidate], check: Callable[[Candidate], list[str]]) -> tuple[Path, CheckpointManifest]:
-    """The first whole one of some; each that is stepped over is said loudly, since its steps are trained again."""
+    """Find the first whole one of some; each that is stepped over is said loudly, since its steps are trained again."""
     damage = []
     for candidate in found:
         faults = check(candidate)

@@ -13,12 +13,12 @@ from trainer.runtime.distributed import World
 
 
 def run_identity(inputs: Inputs, built: BuiltModel, world: World) -> Records:
-    """The records of this start; to be made before the engine, which at ZeRO stage 3 leaves no weight in the module."""
+    """Make the records of this start, before the engine: at ZeRO stage 3 that leaves no weight in the module."""
     return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
 
 
 def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
-    """What the shape of DeepSpeed's files depends on."""
+    """Collect what the shape of DeepSpeed's files depends on."""
     return {
         "world_size": world.size,
         "stage": zero_stage(inputs.ds_config),
@@ -28,7 +28,7 @@ def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
 
 
 def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
-    """What would change the result in silence if it changed over a resume."""
+    """Collect what would change the result in silence if it changed over a resume."""
     shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
     # Everything the forward pass depends on; the library's version and the dropouts (a training choice) do not count.
     fields = {

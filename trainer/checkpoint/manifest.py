@@ -105,7 +105,7 @@ def read_checkpoint_manifest(folder: Path) -> CheckpointManifest:
 
 
 def try_manifest(folder: Path) -> tuple[CheckpointManifest | None, str]:
-    """The manifest of a folder, or None and what is wrong with it."""
+    """Read the manifest of a folder, or return None and what is wrong with it."""
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         # One digit that flips would resume at another place without a word. Checkpoints from before it had a checksum
@@ -201,7 +201,7 @@ class _Counter:
 
 
 def _fault_of(folder: Path, manifest: CheckpointManifest, counter: _Counter | None, name: str) -> str:
-    """What is wrong with one file, or an empty string; its content is read where there is a counter."""
+    """Say what is wrong with one file, or return an empty string; its content is read where there is a counter."""
     size, digest = manifest.files[name]
     path = folder / name
     try:

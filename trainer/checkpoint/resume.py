@@ -42,7 +42,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
 
 
 def describe_layout(saved: dict[str, Any], current: dict[str, Any]) -> str:
-    """How the training state is spread anew over ranks, such as "stage 1 × 8 ranks → stage 3 × 2 ranks".
+    """Say how the training state is spread anew over ranks, such as "stage 1 × 8 ranks → stage 3 × 2 ranks".
 
     Returns:
         empty when ranks, stage and precision are what they were.
@@ -58,7 +58,7 @@ def _layout(layout: dict[str, Any]) -> str:
 
 
 def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's data order, with the shards that its run folder records if they belong to it."""
+    """Return the checkpoint's data order, with the shards that its run folder records if they belong to it."""
     frozen = read_json_object(real_path(folder).parent.parent / DATA_ORDER)
     if frozen is None:
         return saved
@@ -73,7 +73,7 @@ def _with_shards(folder: Path, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_objective(identity: dict[str, Any]) -> dict[str, Any]:
-    """The objective of a checkpoint; a key that it was written without was as the default is."""
+    """Return the objective of a checkpoint; a key that it was written without was as the default is."""
     recorded = identity.get("objective")
     return {**ObjectiveConfig().model_dump(), **(recorded if isinstance(recorded, dict) else {})}
 

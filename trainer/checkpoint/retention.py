@@ -26,7 +26,7 @@ def expendable(
     pinned: Collection[Path],
     is_valid: Callable[[Candidate], bool],
 ) -> list[Path]:
-    """The checkpoints that the settings do not keep.
+    """Find the checkpoints that the settings do not keep.
 
     Args:
         found: of a run, newest first.
@@ -47,12 +47,12 @@ def expendable(
 
 
 def is_complete(candidate: Candidate) -> bool:
-    """Whether the manifest can be read and all its files have their sizes: no file is read."""
+    """Tell whether the manifest can be read and all its files have their sizes: no file is read."""
     return not find_candidate_faults(candidate, read=False)
 
 
 def is_sound(candidate: Candidate) -> bool:
-    """Complete, and saved after a good step.
+    """Tell whether a checkpoint is complete, and was saved after a good step.
 
     One that was saved on request while steps were skipped can be resumed from, but should training diverge, it is none
     to go back to.
@@ -84,7 +84,7 @@ def remove_leftovers(run_dir: Path) -> list[str]:
 
 
 def prepare_folder(run_dir: Path) -> list[str]:
-    """Before a start: see that checkpoints can be written, and remove leftovers; returns what to tell the user.
+    """See before a start that checkpoints can be written, and remove leftovers; returns what to tell the user.
 
     Raises:
         UserError: when no file can be written there.
@@ -118,5 +118,5 @@ def too_little_space(run_dir: Path, records: Records) -> str:
 
 
 def estimated_bytes(records: Records) -> int:
-    """What a checkpoint of this run should take."""
+    """Estimate the bytes that a checkpoint of this run should take."""
     return checkpoint_bytes(records.model["parameters"], records.layout["stage"], records.layout["precision"])

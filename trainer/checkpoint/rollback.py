@@ -16,7 +16,7 @@ from trainer.state import TrainState
 
 
 def last_good(world: World, run_dir: Path, state: TrainState, onset: int) -> tuple[Path, CheckpointManifest] | None:
-    """The newest whole checkpoint of an earlier step than `onset`, the same on every rank.
+    """Find the newest whole checkpoint of an earlier step than `onset`, the same on every rank.
 
     A checkpoint that was gone back to before, and from which not one step was good, is not tried again: an older one
     is.
@@ -62,7 +62,7 @@ def leave_branch(
 
 
 def cannot_go_back(run_dir: Path, folder: Path, error: OSError) -> MaskwrightError:
-    """A rollback that the file system does not allow."""
+    """Make the error for a rollback that the file system does not allow."""
     return MaskwrightError(
         f"Training diverged, and the run folder cannot be written to go back to {folder.name} ({error.strerror}).",
         where=str(run_dir),

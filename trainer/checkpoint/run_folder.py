@@ -45,7 +45,7 @@ def check_replaceable(run_dir: Path, resume: str, checkpoint: Path | None) -> No
 
 
 def _is_frozen_config(path: Path) -> bool:
-    """Whether a run wrote it, of whatever version; so counts what cannot be understood, as after a crash."""
+    """Tell whether a run wrote it, of whatever version; so counts what cannot be understood, as after a crash."""
     try:
         text = path.read_text(encoding="utf-8")
         found = yaml.safe_load(text)
@@ -56,7 +56,7 @@ def _is_frozen_config(path: Path) -> bool:
 
 
 def _is_frozen_deepspeed(path: Path) -> bool:
-    """Whether it has what a run adds to a preset; so counts what cannot be understood, as after a crash."""
+    """Tell whether it has what a run adds to a preset; so counts what cannot be understood, as after a crash."""
     found = read_json_object(path)
     return found is None or "train_micro_batch_size_per_gpu" in found
 
@@ -64,7 +64,7 @@ def _is_frozen_deepspeed(path: Path) -> bool:
 def settle(
     run_dir: Path, inputs: Inputs, say: Callable[[str], None], resume: str, checkpoint: Path | None, state: TrainState
 ) -> None:
-    """Before anything is written: move what this start leaves behind, and freeze the resolved inputs."""
+    """Move what this start leaves behind, and freeze the resolved inputs, before anything else is written."""
     moved = None
     if resume == "never":
         moved = set_aside(run_dir)

@@ -37,7 +37,7 @@ _SHOWN_CHARACTERS = 200
 
 
 def load_without_code(path: Path) -> dict[str, Any]:
-    """The content of a file that torch.save wrote, its tensors on the CPU and mapped from the file.
+    """Load the content of a file that torch.save wrote, its tensors on the CPU and mapped from the file.
 
     Raises:
         FileNotFoundError: when it is missing.

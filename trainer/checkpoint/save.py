@@ -121,7 +121,7 @@ class Saver:
     _unfinished: Save | None = field(init=False, default=None)
 
     def resumed(self, folder: Path, step: int) -> None:
-        """Training goes on from the checkpoint of this run that was saved at `step`."""
+        """Note that training goes on from the checkpoint of this run that was saved at `step`."""
         self.saved_step, self.first_step = step, step
         self.resumed_from = checkpoints_folder(self.run_dir) / real_path(folder).name
 
@@ -142,7 +142,7 @@ class Saver:
         return self.finish()
 
     def begin(self, state: TrainState) -> None:
-        """The same, but the files are written by a thread while training goes on; `finish` ends it.
+        """Save as `save` does, but let a thread write the files while training goes on; `finish` ends it.
 
         Raises:
             DivergenceError, UserError: as `save`.
@@ -257,7 +257,7 @@ class Saver:
             remove(folder)
 
     def _is_valid(self, candidate: Candidate) -> bool:
-        """Sound, and none of those that this start stepped over: they lie after the one that it took."""
+        """Tell whether one is sound, and none that this start stepped over: those lie after the one that it took."""
         known = candidate.folder in self.saved or candidate.step <= self.first_step
         return known and is_sound(candidate)
 

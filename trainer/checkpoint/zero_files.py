@@ -134,7 +134,7 @@ class ZeroFiles:
 
     @_explained
     def index(self, rank: int) -> list[FragmentPlace]:
-        """Where the fragments in a rank's file lie; `begin` of stages 1 and 2 is found when all are put together."""
+        """Find where fragments lie in a rank's file; `begin` of stages 1 and 2 is found when all are put together."""
         if self.stage == 0:
             names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
             return [FragmentPlace(name, 0, 0, flat, 0, self.shapes[name].numel()) for flat, name in enumerate(names)]
@@ -171,7 +171,7 @@ class ZeroFiles:
                 part.copy_(flat[offset : offset + last - first])
 
     def read_weight(self, name: str) -> torch.Tensor:
-        """A whole parameter, fp32, in its shape."""
+        """Read a whole parameter, fp32, in its shape."""
         weight = torch.empty(self.shapes[name].numel())
         self.read_into(name, 0, weight)
         return weight.view(self.shapes[name])

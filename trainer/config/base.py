@@ -49,11 +49,11 @@ class Section(BaseModel):
 
 
 def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a section by the keys of the file, which are not always names in Python (`async`)."""
+    """Return the fields of a section by the keys of the file, which are not always names in Python (`async`)."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, alone or as `Section | None`; None where it holds none."""
+    """Find the section that a field holds, alone or as `Section | None`; None where it holds none."""
     kinds = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)

@@ -58,7 +58,7 @@ def validate_section(section: type[SectionType], raw: Any, source: str, describe
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every default spelled out."""
+    """Write the config as YAML, every default spelled out."""
     return to_yaml(config.model_dump(mode="json"))
 
 
@@ -67,7 +67,7 @@ def recipe_names() -> list[str]:
 
 
 def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
-    """The file behind a recipe name or a path (looked up beside `relative_to` first)."""
+    """Find the file behind a recipe name or a path (looked up beside `relative_to` first)."""
     where = "extends" if relative_to else ""
     given = expanded(source, where)
     for base in ([relative_to] if relative_to else []) + [Path()]:
@@ -104,7 +104,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, example: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping, or nothing.
+    """Read a YAML file that holds a mapping, or nothing.
 
     Raises:
         UserError: when it does not, or cannot be read; `example` is a file that does.
@@ -212,7 +212,7 @@ def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, d
 
 
 def _shown(item: Any) -> str:
-    """The value that does not fit; a number where a text is due says how a text is written."""
+    """Show the value that does not fit; for a number where a text is due, say how a text is written."""
     value = item["input"]
     quote = item["type"] == "string_type" and isinstance(value, bool | int | float)
     return shorten(repr(value)) + (" (a text in YAML if it stands in quotes)" if quote else "")

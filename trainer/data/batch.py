@@ -56,7 +56,7 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def count(self, term: str) -> int:
-        """How many labels of a term count in the loss."""
+        """Count the labels of a term that count in the loss."""
         return int((self.labels[term] != IGNORED_LABEL).sum())
 
     def count_by_source(self, term: str, source_count: int) -> np.ndarray:

@@ -21,12 +21,12 @@ class View:
     payload: int
 
     def block_count(self, tokens: int) -> int:
-        """Whole blocks in so many tokens; the tail that fills none is never read."""
+        """Count the whole blocks in so many tokens; the tail that fills none is never read."""
         return tokens // self.payload
 
 
 def framed_view(seq_len: int) -> View:
-    """seq_len − 2 tokens are read; a begin and an end token are added."""
+    """Make the view of which seq_len − 2 tokens are read; a begin and an end token are added."""
     return View(seq_len - 2)
 
 

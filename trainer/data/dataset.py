@@ -83,7 +83,7 @@ class ShardSet:
         return hashlib.sha256(json.dumps([self.manifest.fingerprint, segments]).encode()).hexdigest()
 
     def block_count(self, payload: int) -> int:
-        """Whole blocks of `payload` tokens; the tail that fills none is never read."""
+        """Count the whole blocks of `payload` tokens; the tail that fills none is never read."""
         return self.tokens // payload
 
     def read_blocks(self, blocks: np.ndarray, payload: int) -> np.ndarray:
@@ -112,7 +112,7 @@ class ShardSet:
             self._shard(shard).advise(starts, columns.stop - columns.start)
 
     def pieces(self, blocks: np.ndarray, payload: int) -> NDArray[np.int64]:
-        """Where the tokens of blocks lie: one piece for each segment that a block draws from.
+        """Find where the tokens of blocks lie: one piece for each segment that a block draws from.
 
         Args:
             blocks: int64 [B], block numbers below `block_count(payload)`.
@@ -133,7 +133,7 @@ class ShardSet:
         return np.stack([rows, self._shards[segments], offsets, lengths], axis=1)
 
     def _only_stretch(self, blocks: np.ndarray, payload: int) -> tuple[int, NDArray[np.int64]] | None:
-        """Shard and first tokens of blocks that all lie in one segment, as those of a small batch mostly do."""
+        """Find shard and first tokens of blocks that all lie in one segment, as those of a small batch mostly do."""
         if not len(blocks):
             return None
         starts = np.asarray(blocks, np.int64) * payload
@@ -143,7 +143,7 @@ class ShardSet:
         return int(self._shards[segment]), starts + int(self._offsets[segment] - self._starts[segment])
 
     def _stretches(self, blocks: np.ndarray, payload: int) -> Iterator[tuple[slice, slice, int, NDArray[np.int64]]]:
-        """The pieces, with runs of whole blocks in one shard taken together: (rows, columns, shard, first tokens)."""
+        """Yield the pieces, runs of whole blocks in one shard taken together: (rows, columns, shard, first tokens)."""
         rows, shards, offsets, lengths = self.pieces(blocks, payload).T
         columns = (np.cumsum(lengths) - lengths) % payload  # the pieces of each row add up to a block
         whole = lengths == payload

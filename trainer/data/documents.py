@@ -34,7 +34,7 @@ class DocumentBorders:
         return {**self.__dict__, "_maps": OrderedDict(), "_checked": set()}  # a worker maps the files itself
 
     def document_starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
-        """Which tokens of blocks begin a document, or what a block holds of one.
+        """Find which tokens of blocks begin a document, or what a block holds of one.
 
         Args:
             blocks: int64 [B], block numbers.
@@ -60,7 +60,7 @@ class DocumentBorders:
     def _borders_within(
         self, shard: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each border inside pieces of a shard: the number of the piece, and the tokens from its start."""
+        """Find for each border inside pieces of a shard the number of the piece and the tokens from its start."""
         borders = self._borders_of(shard)
         # Searched as uint64, which they are: beside int64 numpy would turn the whole file into floats.
         first = np.searchsorted(borders, (offsets + 1).astype(np.uint64))
@@ -79,7 +79,7 @@ class DocumentBorders:
         return piece, distance
 
     def _borders_of(self, shard: int) -> np.ndarray:
-        """uint64 [documents + 1]: token offsets of the documents of a shard, then its length."""
+        """Map the token offsets of the documents of a shard, then its length: uint64 [documents + 1]."""
         mapped = self._maps.pop(shard, None)
         if mapped is None:
             if len(self._maps) == _MAPPED_FILES:
@@ -97,7 +97,7 @@ class DocumentBorders:
 
 
 def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """int64 [B, S]: the distance of each token from the start of its document.
+    """Compute the distance of each token from the start of its document: int64 [B, S].
 
     Args:
         starts: [B, S], True where a document begins; so is the first of every row.
@@ -107,12 +107,12 @@ def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def length_counts(seq_len: int) -> int:
-    """The most shapes that `cumulative_lengths` has for batches [B, S]: of powers of four that hold B up to B·S."""
+    """Count the shapes that `cumulative_lengths` may have for batches [B, S]: powers of four that hold B up to B·S."""
     return ((seq_len - 1).bit_length() + 1) // 2 + 1
 
 
 def cumulative_lengths(starts: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """int32 [n + 1]: where the documents of a batch begin in its flattened B·S tokens, then B·S, repeated.
+    """List where the documents of a batch begin in its flattened B·S tokens, then B·S, repeated: int32 [n + 1].
 
     It is what variable-length attention calls cu_seqlens; the documents that repeating the total adds are empty. n is
     the next power of four: the batches of a run come in one or two shapes, so a compiled model has few graphs.

@@ -58,7 +58,7 @@ class MicroBatches(Sampler[np.ndarray]):
             share = following
 
     def _shares(self) -> Iterator[NDArray[np.int64]]:
-        """int64 [accumulation, micro_size, 3] of each step."""
+        """Yield this rank's share of each step: int64 [accumulation, micro_size, 3]."""
         for run in self.plan.runs(self.first_sample, self.steps):
             shape, size = run.shape, run.shape.global_size
             located_steps = max(1, _LOCATED_AT_ONCE // size)
@@ -79,7 +79,7 @@ class MicroBatches(Sampler[np.ndarray]):
 
 
 def _filled_up(share: NDArray[np.int64], step: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """The share [n, 3] with as much padding as makes `rows` of it: its last block again, so that addresses ascend."""
+    """Fill the share [n, 3] up to `rows` of it with padding: its last block again, so that addresses ascend."""
     padding = np.repeat(share[-1:] if len(share) else step[:1], rows - len(share), axis=0)
     padding[:, 0] = PADDING
     return np.concatenate([share, padding])
@@ -101,7 +101,7 @@ class SampledBlocks(Dataset[Any]):
         self.borders = [DocumentBorders(source) for source in sources] if samples.marks else None
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
-        """Micro-batch of the (t, source, block) rows of `places` [B, 3]."""
+        """Make the micro-batch of the (t, source, block) rows of `places` [B, 3]."""
         numbers, sources, blocks = places.T
         padding = numbers == PADDING
         try:
@@ -119,7 +119,7 @@ class SampledBlocks(Dataset[Any]):
         return self.__getitems__(place[None])
 
     def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Blocks:
-        """Tokens in the dtype of the sources, which share a tokenizer, and where documents begin."""
+        """Read tokens in the dtype of the sources, which share a tokenizer, and where documents begin."""
         shape = (len(sources), self.samples.view.payload)
         tokens = np.empty(shape, self.sources[sources[0]].dtype)
         starts = None if self.borders is None else np.empty(shape, np.bool_)
@@ -177,7 +177,7 @@ class TrainingBatches:
 
 
 def _by_source(sources: NDArray[np.int64], values: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """The values of each source that is there."""
+    """Yield each source that is there, with its values."""
     for source in np.unique(sources).tolist():
         yield source, values[sources == source]
 

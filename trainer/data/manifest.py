@@ -40,7 +40,7 @@ TOKEN_MARKS = (WORD_STARTS, SENTENCE_STARTS)
 
 
 def mark_bytes(tokens: int) -> int:
-    """The size of a mark."""
+    """Compute the size of a mark in bytes."""
     return -(-tokens // 8)
 
 
@@ -96,7 +96,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     def shard_identities(self) -> list[list[str]]:
-        """Of each shard its name and the sums of its tokens and borders: what a later start is compared with."""
+        """List each shard's name and the sums of its tokens and borders: what a later start is compared with."""
         return [[entry.name, entry.files["tok"][1], entry.files["doc"][1]] for entry in self.shards]
 
     def to_json(self) -> str:
@@ -139,7 +139,7 @@ def read_data_manifest(folder: str | Path) -> Manifest:
 
 
 def read_entry(raw: dict[str, Any]) -> ShardEntry:
-    """The entry of a shard as the record of a unit has it.
+    """Read the entry of a shard as the record of a unit has it.
 
     Raises:
         ValueError: when its types are wrong, its sizes contradict each other, or its name leads out of the folder.
@@ -150,7 +150,7 @@ def read_entry(raw: dict[str, Any]) -> ShardEntry:
 
 
 def _no_manifest(folder: Path) -> UserError | DamagedError:
-    """Why a folder without a manifest is no data set: damage, where there are shards that nobody is writing."""
+    """Say why a folder without a manifest is no data set: damage, where there are shards that nobody is writing."""
     work_folders = [PREPARE_WORK_FOLDER, IMPORT_WORK_FOLDER]
     unfinished = any((place / name).exists() for place in (folder, folder.parent) for name in work_folders)
     inner = [name for name in SPLITS if (folder / name / MANIFEST).is_file()]
@@ -177,12 +177,12 @@ def _no_manifest(folder: Path) -> UserError | DamagedError:
 
 
 def _holds_shards(folder: Path) -> bool:
-    """Whether there are token files, and no manifest."""
+    """Tell whether there are token files, and no manifest."""
     return not (folder / MANIFEST).is_file() and any(folder.glob("*.tok"))
 
 
 def split_folder(path: str | Path, split: str) -> Path:
-    """`path` itself, or `path/split` when `prepare --validation-fraction` wrote both splits there."""
+    """Return `path` itself, or `path/split` when `prepare --validation-fraction` wrote both splits there."""
     outer = user_path(path)
     inner = outer / split
     return inner if not (outer / MANIFEST).is_file() and (inner / MANIFEST).is_file() else outer
@@ -195,7 +195,7 @@ _SHOWN_CHARACTERS = 60
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether files called NAME.tok, NAME.doc, … lie in the folder of the manifest, whatever the name."""
+    """Tell whether files called NAME.tok, NAME.doc, … lie in the folder of the manifest, whatever the name."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -19,7 +19,7 @@ _ENTRY = re.compile(r"(?P<shard>[^:]+)(:(?P<first>\d+)(-(?P<last>\d+))?)?")
 
 
 def kept_stretches(manifest: Manifest, quarantine: Sequence[str], where: str) -> list[tuple[int, int, int]]:
-    """What is left of a data set: (shard, first token, tokens) in order.
+    """List what is left of a data set: (shard, first token, tokens) in order.
 
     Args:
         where: the data set, for the error.
@@ -60,7 +60,7 @@ def kept_stretches(manifest: Manifest, quarantine: Sequence[str], where: str) ->
 
 
 def _range(match: re.Match[str], manifest: Manifest, number: int, where: str) -> tuple[int, int]:
-    """First and last MiB of an entry."""
+    """Find the first and last MiB of an entry."""
     last_of_shard = max(0, (manifest.shards[number].files["tok"][0] - 1) // SUM_BYTES)
     if match["first"] is None:
         return 0, last_of_shard

@@ -16,7 +16,7 @@ CONTENT_DIFFERS = "content differs from its checksum"
 
 
 def document_starts(folder: Path, entry: ShardEntry) -> np.ndarray:
-    """uint64 [documents + 1]: token offsets of the documents within the shard, then its length."""
+    """Read the token offsets of the documents within the shard, then its length: uint64 [documents + 1]."""
     return np.fromfile(folder / f"{entry.name}.doc", "<u8")
 
 

@@ -74,7 +74,7 @@ class OpenShard:
         os.close(self._file)
 
     def read(self, starts: NDArray[np.int64], length: int) -> np.ndarray:
-        """Stretches of equal length.
+        """Read stretches of equal length.
 
         Args:
             starts: int64 [n], first token of each stretch within the shard.
@@ -168,7 +168,7 @@ class OpenShard:
 
 
 def mebibytes(entry: ShardEntry) -> int:
-    """How many sums a shard has."""
+    """Count the sums that a shard has."""
     return -(-entry.files["tok"][0] // SUM_BYTES)
 
 

@@ -49,14 +49,14 @@ class MarkWriter:
 
 
 def marks_of(manifest: Manifest) -> tuple[str, ...]:
-    """The marks that every shard of a data set has."""
+    """List the marks that every shard of a data set has."""
     if not manifest.shards:
         return ()
     return tuple(mark for mark in TOKEN_MARKS if all(mark in entry.files for entry in manifest.shards))
 
 
 def read_marks(folder: str | Path, entry: ShardEntry, mark: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Where words or sentences start among the tokens [start, stop) of a shard; only the bytes needed are read.
+    """Read where words or sentences start among the tokens [start, stop) of a shard; only the bytes needed are read.
 
     Args:
         mark: WORD_STARTS or SENTENCE_STARTS.
@@ -83,12 +83,12 @@ def read_marks(folder: str | Path, entry: ShardEntry, mark: str, start: int = 0,
 
 
 def unpack_starts(packed: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """bool [stop − start]: the bits [start, stop) of a packed mark, uint8, in memory or mapped."""
+    """Unpack the bits [start, stop) of a packed mark, uint8, in memory or mapped: bool [stop − start]."""
     first = start // 8
     bits = np.unpackbits(packed[first : mark_bytes(stop)], bitorder="little")
     return bits[start - first * 8 : stop - first * 8].view(bool)
 
 
 def starts_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """bool, shaped like `places`: the bits of a packed mark at these tokens (int64)."""
+    """Look up the bits of a packed mark at these tokens (int64): bool, shaped like `places`."""
     return (packed[places >> 3] >> (places & 7) & 1).astype(bool)

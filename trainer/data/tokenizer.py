@@ -161,7 +161,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabular
 
 
 def _rows(tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[int, tuple[int, ...]]:
-    """The number of rows that a tokenizer's ids need, and the ids below it that no token has."""
+    """Count the rows that a tokenizer's ids need, and find the ids below that number that no token has."""
     ids = np.unique(np.fromiter(tokenizer.get_vocab().values(), np.int64))
     largest = int(ids[-1])
     if largest >= MAXIMUM_ROWS:
@@ -177,7 +177,7 @@ def _rows(tokenizer: PreTrainedTokenizerFast, where: str) -> tuple[int, tuple[in
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash of what decides how text becomes ids: model, vocabulary, added tokens, normalizer, pre-tokenizer.
+    """Hash what decides how text becomes ids: model, vocabulary, added tokens, normalizer, pre-tokenizer.
 
     Padding, truncation and the post-processor are left out: shards hold no special tokens, and saving a
     tokenizer rewrites them.

@@ -31,8 +31,8 @@ class BertVocabulary:
 
 
 def bert_vocabulary(folder: Path) -> BertVocabulary | None:
-    """Whether the folder's tokenizer is BERT's vocab.txt, which it is where that file holds BERT's special tokens and
-    nothing else says how to read it.
+    """Tell whether the folder's tokenizer is BERT's vocab.txt, which it is where that file holds BERT's special tokens
+    and nothing else says how to read it.
 
     The folders of Chinese models are like that: a lone vocab.txt; a config.json without model_type (ERNIE 1.0); one
     that says roberta (RoBERTa-wwm-ext), whose tokenizer would look for vocab.json.
@@ -57,19 +57,19 @@ def bert_vocabulary(folder: Path) -> BertVocabulary | None:
 
 
 def loading_note(source: str | Path) -> str:
-    """What was taken for granted when the tokenizer of a folder was loaded; empty when nothing was."""
+    """Say what was taken for granted when the tokenizer of a folder was loaded; empty when nothing was."""
     folder = user_path(source)
     found = bert_vocabulary(folder) if folder.is_dir() else None
     return found.note if found else ""
 
 
 def sentencepiece_files(folder: Path) -> list[str]:
-    """The names of SentencePiece models (spm.model, sentencepiece.bpe.model, spiece.model)."""
+    """List the names of SentencePiece models (spm.model, sentencepiece.bpe.model, spiece.model)."""
     return sorted(path.name for path in folder.glob("*.model"))
 
 
 def sentencepiece_is_missing() -> bool:
-    """Whether the package that reads SentencePiece models cannot be imported."""
+    """Tell whether the package that reads SentencePiece models cannot be imported."""
     return find_spec("sentencepiece") is None
 
 
@@ -101,7 +101,7 @@ def sentencepiece_needed(problem: str, where: str | Path) -> UserError:
 
 
 def _reads_vocab_txt_itself(folder: Path) -> bool:
-    """Whether the class that the folder names is another one than BERT's, and has its vocabulary in vocab.txt too."""
+    """Tell whether the class that the folder names is another than BERT's, with its vocabulary in vocab.txt too."""
     import transformers
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -118,7 +118,7 @@ def _is_cased(words: list[str]) -> bool:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none: transformers says what is wrong with the file."""
+    """Read a JSON object; an empty one where there is none: transformers says what is wrong with the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

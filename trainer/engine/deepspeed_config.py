@@ -249,7 +249,7 @@ def check_precision(config: Config, preset: dict[str, Any]) -> None:
 
 
 def compose(config: Config, preset: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
-    """The full DeepSpeed dict: the preset and every number that our config owns, none left to a default."""
+    """Compose the full DeepSpeed dict: the preset and every number that our config owns, none left to a default."""
     precision = config.train.precision
     composed: dict[str, Any] = {
         "train_batch_size": plan.global_size,

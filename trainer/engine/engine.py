@@ -62,7 +62,7 @@ class CapturingCheckpointEngine(TorchCheckpointEngine):
         self.snapshot = Snapshot()
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The folder is there."""
+        """Do nothing: the folder is there."""
 
     def save(self, state_dict: Any, path: str) -> None:
         self.snapshot.add(Path(path), state_dict)
@@ -113,7 +113,7 @@ class TrainingEngine:
         self._guard = StepGuard(adamw, lambda: self._engine.optimizer._global_grad_norm)
 
     def compile(self, mode: bool | str, shapes: int) -> None:
-        """torch.compile the module; shapes are static.
+        """Compile the module by torch.compile; shapes are static.
 
         Args:
             mode: as `model.compile` in a config. With CUDA graphs, what a forward pass returns, and the gradients, are
@@ -195,7 +195,7 @@ class TrainingEngine:
         return float(getattr(self._engine.optimizer, "loss_scale", 1.0)) if self._engine.fp16_enabled() else 1.0
 
     def is_finite(self) -> bool:
-        """Whether this rank's weights, master weights and optimizer state are finite.
+        """Tell whether this rank's weights, master weights and optimizer state are finite.
 
         A sum is finite only if all that it adds is: one pass at the speed of memory, without a copy. The flat tensors
         are not summed whole: what pads them at stage 3 was never written, and may hold anything.
@@ -208,7 +208,7 @@ class TrainingEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Dropout off, no gradients."""
+        """Turn dropout off, and compute no gradients."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -217,7 +217,7 @@ class TrainingEngine:
             self._engine.train()
 
     def capture(self, folder: Path, detached: bool) -> Snapshot:
-        """This rank's checkpoint files, to be written into the existing `folder`; every rank calls it.
+        """Capture this rank's checkpoint files, to be written into the existing `folder`; every rank calls it.
 
         Those that were captured before have been written.
 
@@ -232,7 +232,7 @@ class TrainingEngine:
         return snapshot
 
     def _parameter_names(self) -> list[list[str]]:
-        """Of each optimizer group; at stage 0 DeepSpeed records none."""
+        """List the names of the parameters of each optimizer group; at stage 0 DeepSpeed records none."""
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         return [
             [names[id(parameter)] for parameter in group["params"]] for group in self._engine.optimizer.param_groups

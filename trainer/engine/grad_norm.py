@@ -17,7 +17,7 @@ _ROW = 1024
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of all elements of tensors on one device.
+    """Sum the squares of all elements of tensors on one device.
 
     Returns:
         fp64 []; NaN or infinite if an element is, or the square of a row.

@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  #
 def resolve_loss_kernel(
     config: Config, classes: int, world: World, say: Callable[[str], None] = logger.info
 ) -> CrossEntropies:
-    """What computes the losses of this run, the same on all ranks; every rank calls it.
+    """Choose what computes the losses of this run, the same on all ranks; every rank calls it.
 
     Args:
         classes: how many logits a row of the check has.
@@ -58,7 +58,7 @@ def resolve_loss_kernel(
 
 
 def triton_cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """As `trainer.objectives.cross_entropy.cross_entropies`, by DeepSpeed's kernel.
+    """Compute what `trainer.objectives.cross_entropy.cross_entropies` does, by DeepSpeed's kernel.
 
     Raises:
         RuntimeError: without a GPU that Triton knows.
@@ -69,7 +69,7 @@ def triton_cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def obstacle(classes: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the kernel cannot be used on this device, found by using it; None when it agrees with torch's."""
+    """Find why the kernel cannot be used on this device, by using it; None when it agrees with torch's."""
     if device.type != "cuda" and not _is_interpreted():
         return "it needs a GPU"
     generator = torch.Generator(device).manual_seed(0)
@@ -94,7 +94,7 @@ def obstacle(classes: int, dtype: torch.dtype, device: torch.device) -> str | No
 def _losses_and_gradient(
     function: CrossEntropies, logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in fp32, the gradient that of a sum with another weight for each row."""
+    """Compute both in fp32, the gradient as that of a sum with another weight for each row."""
     leaf = logits.clone().requires_grad_()
     losses = function(leaf, labels)
     weights = torch.arange(1, len(losses) + 1, device=losses.device)
@@ -103,7 +103,7 @@ def _losses_and_gradient(
 
 
 def _is_interpreted() -> bool:
-    """Whether Triton runs its kernels step by step in Python (TRITON_INTERPRET=1), on any device."""
+    """Tell whether Triton runs its kernels step by step in Python (TRITON_INTERPRET=1), on any device."""
     try:
         from triton import knobs
     except ImportError:

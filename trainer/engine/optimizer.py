@@ -8,7 +8,7 @@ from trainer.config import OptimizerConfig
 
 
 def build_optimizer(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the usual groups: biases and norm weights (one-dimensional parameters) are not decayed.
+    """Build AdamW with the usual groups: biases and norm weights (one-dimensional parameters) are not decayed.
 
     Fused, as torch offers it on CUDA and CPU; under ZeRO it runs over flat partitions either way.
     """

@@ -48,7 +48,7 @@ class Partitions:
         self._rank = rank
 
     def fragments(self) -> Iterator[Fragment]:
-        """All fragments that this rank updates, whose order is of no importance."""
+        """Yield all fragments that this rank updates, whose order is of no importance."""
         if self._stage == 0:
             yield from self._whole_parameters()
         elif self._stage == 3:
@@ -62,7 +62,7 @@ class Partitions:
             tensor.fill_(step)
 
     def steps(self) -> list[torch.Tensor]:
-        """AdamW's own counts of updates, one for each tensor that it updates: fp32 []."""
+        """Return AdamW's own counts of updates, one for each tensor that it updates: fp32 []."""
         return [self._state(master)["step"] for master in self._masters()]
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class Partitions:
             self._optimizer.checkpoint_event_epilogue()
 
     def _masters(self) -> list[torch.Tensor]:
-        """The tensors that torch's AdamW updates."""
+        """List the tensors that torch's AdamW updates."""
         if self._stage == 0:
             return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         if self._stage == 3:
@@ -88,7 +88,7 @@ class Partitions:
         return list(getattr(self._optimizer, partitions))
 
     def _state(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
-        """AdamW's state of a tensor, as its first step makes it."""
+        """Return AdamW's state of a tensor; where there is none yet, make it as its first step does."""
         adamw = self._optimizer if self._stage == 0 else self._optimizer.optimizer
         state = adamw.state[master]
         if not state:

@@ -6,7 +6,7 @@ import torch
 
 
 def precision_notes(precision: str, device: torch.device) -> list[str]:
-    """Lines for the console; most runs have none."""
+    """Make lines on the precision for the console; most runs have none."""
     if device.type != "cuda":
         return []
     if precision == "fp32":

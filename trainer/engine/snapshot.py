@@ -27,12 +27,12 @@ class HostBuffers:
         self._spare: list[torch.UntypedStorage] = []
 
     def take_back(self) -> None:
-        """The snapshot that was made last has been written: its memory may be used again."""
+        """Take back the memory of the snapshot that was made last, to be used again: it has been written."""
         self._spare += self._taken
         self._taken = []
 
     def copy(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """A copy of a tensor's memory, pinned where that is a GPU's."""
+        """Copy a tensor's memory; the copy is pinned where that is a GPU's."""
         fits = [number for number, spare in enumerate(self._spare) if spare.nbytes() == storage.nbytes()]
         if fits:
             target = self._spare.pop(fits[0])
@@ -44,7 +44,7 @@ class HostBuffers:
 
 
 def host_memory(size: int, locked: bool) -> torch.UntypedStorage:
-    """Memory of `size` bytes, locked where a GPU copies to it.
+    """Allocate `size` bytes of memory, locked where a GPU copies to it.
 
     torch's own allocator of locked memory rounds each piece up to a power of two, which could take twice the size of
     the checkpoint from all others. So a large piece is locked as it is; small ones may share a page, which CUDA does
@@ -115,7 +115,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def host_copy(content: Any, buffers: HostBuffers) -> Any:
-    """A copy that later changes to `content` do not reach, its tensors on the CPU; those that share memory still do."""
+    """Copy `content`, its tensors to the CPU, out of reach of later changes; tensors that share memory still do."""
     copies: dict[int, Any] = {}  # as copy.deepcopy keeps them: by id of the original
     storages: dict[int, torch.UntypedStorage] = {}
     for tensor in _tensors(content):

@@ -7,7 +7,7 @@ WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
-    """Weights and optimizer state of a checkpoint, without what little is added to them.
+    """Count the bytes of a checkpoint's weights and optimizer state, without what little is added to them.
 
     At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
     and at stage 3 DeepSpeed stores the optimizer's alone.

@@ -31,7 +31,7 @@ def patch_zero_optimizer(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> Non
     zero.check_overflow = lambda *_, **__: None
 
     def divide_in_adamw(_gradients: Any, norm: torch.Tensor) -> None:
-        """In the place of `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
+        """Let AdamW divide, not `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
         # Filled on the device: a copy of the host's number would wait for all that the device has still to do.
         scale = torch.full((), zero.loss_scale, dtype=torch.float32, device=norm.device)
         if zero.clip_grad > 0:
@@ -75,7 +75,7 @@ def raise_scale_after_step(zero: Any) -> Callable[[], None]:
 
 
 def _global_norm(zero: Any, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """2-norm, fp32 [], of one optimizer group on all ranks, or -1, DeepSpeed's sign of one that is not finite.
+    """Compute the 2-norm, fp32 [], of one optimizer group on all ranks, or -1, DeepSpeed's sign of one not finite.
 
     Args:
         gradients: this rank's share.

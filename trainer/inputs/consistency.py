@@ -78,7 +78,7 @@ def tell_others(error: MaskwrightError) -> None:
 
 
 def facts_of_start(config: Config, resume: str, dry_run: bool) -> dict[str, Any]:
-    """What a rank has read before it does anything: the command, the config, the code, and the files it names."""
+    """Collect what a rank has read before it does anything: command, config, code, and the files that it names."""
     return {
         **config.model_dump(mode="json"),
         "--resume": resume,
@@ -92,7 +92,7 @@ def facts_of_start(config: Config, resume: str, dry_run: bool) -> dict[str, Any]
 
 
 def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
-    """What is known once the inputs are open: prepared text and names on the hub have become files by then."""
+    """Collect what is known once the inputs are open: prepared text and names on the hub have become files by then."""
     config, vocabulary = inputs.config, inputs.vocabulary
     sources = zip(config.data.train, inputs.sources, strict=True)
     names = {"model.tokenizer": tokenizer_source(config), "model.from_pretrained": config.model.from_pretrained}
@@ -108,7 +108,7 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
 
 @cache
 def _sources_hash() -> str:
-    """xxh3 over our own source files, by their names: finds another version of the code whatever it calls itself."""
+    """Hash our own source files, by their names, with xxh3: finds other code whatever version it calls itself."""
     top, digest = Path(__file__).parents[2], xxhash.xxh3_64()
     for package in _PACKAGES:
         for path in sorted((top / package).rglob("*.py")):
@@ -118,7 +118,7 @@ def _sources_hash() -> str:
 
 
 def _model_files(config: Config) -> dict[str, str]:
-    """The local files behind the keys of the model and its tokenizer, with size and hash."""
+    """List the local files behind the keys of the model and its tokenizer, with size and hash."""
     found: dict[str, str] = {}
     for key, name in (
         ("model.tokenizer", config.model.tokenizer),
@@ -133,7 +133,7 @@ def _model_files(config: Config) -> dict[str, str]:
 
 
 def _data_sets(config: Config) -> dict[str, str]:
-    """The manifests behind the paths of data, by their hash: they hold the hashes of all other files."""
+    """List the manifests behind the paths of data, by their hash: they hold the hashes of all other files."""
     paths = [(source.path, "train") for source in config.data.train]
     if config.data.validation is not None:
         paths.append((config.data.validation, "validation"))
@@ -146,7 +146,7 @@ def _data_sets(config: Config) -> dict[str, str]:
 
 
 def _identity(path: Path) -> str:
-    """Size and xxh3_128 of a file; of a large one, parts from its start to its end are hashed, so that it costs little.
+    """Give size and xxh3_128 of a file; of a large one, parts from its start to its end are hashed, to cost little.
 
     Other weights of the same shapes have the same header, so the start alone would not do.
     """
@@ -165,7 +165,7 @@ def _identity(path: Path) -> str:
 
 
 def _revision(name: str) -> str | None:
-    """The commit of a name on the hub that lies in this machine's cache."""
+    """Find the commit of a name on the hub that lies in this machine's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):
@@ -176,7 +176,7 @@ def _revision(name: str) -> str | None:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested values by dotted names, as errors in a config name keys."""
+    """Flatten nested values to dotted names, as errors in a config name keys."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
@@ -188,7 +188,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _difference(facts: list[dict[str, Any]], nodes: list[str]) -> UserError:
-    """What differs, by name: each value with the ranks that have it."""
+    """Make the error that says what differs, by name: each value with the ranks that have it."""
     names = dict.fromkeys(name for found in facts for name in found)
     values = {name: [_text(found[name]) if name in found else "nothing" for found in facts] for name in names}
     different = [name for name in names if len(set(values[name])) > 1]
@@ -203,7 +203,7 @@ def _difference(facts: list[dict[str, Any]], nodes: list[str]) -> UserError:
 
 
 def _by_rank(values: list[str], nodes: list[str]) -> str:
-    """`0.1 on ranks 0-3 (node-a), 0.2 on rank 4 (node-b)`."""
+    """Say which ranks have which value: `0.1 on ranks 0-3 (node-a), 0.2 on rank 4 (node-b)`."""
     kinds, shown = list(dict.fromkeys(values)), []
     alike = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*kinds, strict=False)))
     for kind in kinds[:_SHOWN_VALUES]:
@@ -216,7 +216,7 @@ def _by_rank(values: list[str], nodes: list[str]) -> str:
 
 
 def _ranges(ranks: list[int]) -> str:
-    """`ranks 0-3, 8`."""
+    """Write ranks as ranges: `ranks 0-3, 8`."""
     places = {rank: place for place, rank in enumerate(ranks)}
     runs = [list(run) for _, run in groupby(ranks, key=lambda rank: rank - places[rank])]
     parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
@@ -229,7 +229,7 @@ def _text(value: Any) -> str:
 
 
 def _cut(text: str, alike: int) -> str:
-    """Not more than fits into a line: of a long text the part where it begins to differ from the others."""
+    """Cut a text to what fits into a line; of a long one keep the part where it begins to differ from the others."""
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     start = max(0, min(alike - _SHOWN_CHARACTERS // 4, len(text) - _SHOWN_CHARACTERS))

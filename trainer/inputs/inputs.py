@@ -94,7 +94,7 @@ class Inputs:
         return attended / (_COUNTED_BLOCKS * objective.seq_len)
 
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
-        """What decides which tokens sample t holds, for checkpoints and, shards and all, for RUN/data_order.json."""
+        """Say what decides which tokens sample t holds, for checkpoints and, with shards, for RUN/data_order.json."""
         sources = []
         for settings, source in zip(self.config.data.train, self.sources, strict=True):
             record = {
@@ -113,7 +113,7 @@ class Inputs:
         return {**described, "sources": sources}
 
     def describe(self) -> list[str]:
-        """The run in a few lines."""
+        """Describe the run in a few lines."""
         available = None if self.validation is None else self.validation.block_count(self.objective.view.payload)
         tokens = [source.tokens for source in self.sources]
         lines = summarize_run(self.config, self.plan, self.order, zero_stage(self.ds_config), tokens, available)
@@ -174,7 +174,7 @@ def describe_unprepared(
     estimated_tokens: Mapping[str, int],
     micro_size: int | None = None,
 ) -> list[str]:
-    """What `Inputs.describe` will say, from estimates, when some paths are raw text that is not prepared yet.
+    """Say from estimates what `Inputs.describe` will say when some paths are raw text that is not prepared yet.
 
     Args:
         folders: as for `open_inputs`, of the paths that are prepared.
@@ -226,7 +226,7 @@ class _Base:
 
 
 def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[Config, RunOrder, BatchPlan]:
-    """The resolved config, order and batch arithmetic over sources of so many tokens."""
+    """Make the resolved config, order and batch arithmetic over sources of so many tokens."""
     blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
     epoch_blocks = [sum(counts) for counts in blocks]
@@ -266,7 +266,7 @@ def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) 
 
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:
-    """A token whose id has changed starts from the embedding of another one; that must not happen unseen."""
+    """Say how many tokens changed ids: each starts from the embedding of another one, which must not happen unseen."""
     source = config.model.from_pretrained
     if source is None or config.model.tokenizer in (None, source):
         return ""
@@ -333,13 +333,13 @@ class _ShardOpener:
 
 
 def _tokenizer_of(folder: Path) -> Path:
-    """The copy that `prepare` left in a data set, or above it where it wrote two splits."""
+    """Find the copy that `prepare` left in a data set, or above it where it wrote two splits."""
     inside = folder / "tokenizer"
     return inside if inside.is_dir() else folder.parent / "tokenizer"
 
 
 def sha256_of(value: Any) -> str:
-    """sha256 of a JSON value in canonical form."""
+    """Compute the sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ def summarize_run(
     source_tokens: Sequence[int],
     validation_blocks: int | None,
 ) -> list[str]:
-    """A run in a few lines: data, batch, engine, validation.
+    """Describe a run in a few lines: data, batch, engine, validation.
 
     Args:
         stage: of ZeRO.
@@ -49,7 +49,7 @@ def summarize_run(
 
 
 def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:
-    """A warning where many gradients are added up in bf16."""
+    """Warn where many gradients are added up in bf16."""
     most = max(shape.accumulation for shape in (plan, *(stretch.shape for stretch in plan.earlier)))
     in_bf16 = config.train.precision == "bf16" and config.train.gradient_accumulation_dtype is None
     if not in_bf16 or most < MANY_MICRO_BATCHES:
@@ -62,7 +62,7 @@ def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def _describe_phases(plan: BatchPlan, order: RunOrder) -> list[str]:
-    """Blocks, steps and passes of each phase; the last one's full steps are those of the batch line."""
+    """Describe blocks, steps and passes of each phase; the last one's full steps are those of the batch line."""
     runs = groupby(plan.runs(0, plan.total_steps), key=lambda run: run.shape.phase)
     steps = {number: sum(run.steps for run in of_phase) for number, of_phase in runs}
     passes = order.epochs_in_phases(plan.end_sample)

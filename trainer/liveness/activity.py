@@ -45,37 +45,37 @@ class Activity:
         self._on_enter = on_enter
 
     def enter(self, phase: PhaseName) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         changes = phase != self.place.phase
         self._move(phase, self.place.step)
         if changes and self._on_enter is not None:
             self._on_enter(phase)
 
     def progress(self) -> None:
-        """The present phase is getting on; every rank says so at the same points."""
+        """Note that the present phase is getting on; every rank says so at the same points."""
         self._move(self.place.phase, self.place.step)
 
     @contextmanager
     def within(self, phase: PhaseName) -> Iterator[None]:
-        """A phase, and then the one of before again."""
+        """Enter a phase, and then the one of before again."""
         before = self.place.phase
         self.enter(phase)
         yield
         self.enter(before)
 
     def at_step(self, step: int, is_started: bool = True) -> None:
-        """So many optimizer steps are done, by this start or, until it `is_started`, by those before."""
+        """Note that so many optimizer steps are done, by this start or, until it `is_started`, by those before."""
         self.is_started = is_started
         self._move(self.place.phase, step)
 
     def compiles(self, shape: Hashable) -> None:
-        """Batches of this shape come, in a model that is compiled for each: the first takes as long as a start may."""
+        """Expect batches of this shape in a model that is compiled for each: the first takes as long as a start may."""
         if shape not in self._compiled:
             self._compiled.add(shape)
             self.is_started = False
 
     def end(self) -> None:
-        """This rank ends, in order or by an error that it tells."""
+        """Note that this rank ends, in order or by an error that it tells."""
         self._move("ended", self.place.step)
 
     def _move(self, phase: PhaseName, step: int) -> None:

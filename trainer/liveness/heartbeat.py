@@ -68,17 +68,17 @@ def heartbeat_path(run_dir: Path, rank: int) -> Path:
 
 
 def interval_seconds(world_size: int) -> float:
-    """Time between two heartbeats of a rank."""
+    """Compute the time between two heartbeats of a rank."""
     return max(SHORTEST_INTERVAL_S, world_size / WRITES_A_SECOND)
 
 
 def read_heartbeat(run_dir: Path, rank: int) -> Heartbeat | None:
-    """The last one of a rank; None where there is none, or it is being written."""
+    """Read the last one of a rank; None where there is none, or it is being written."""
     return read_record(heartbeat_path(run_dir, rank), Heartbeat)
 
 
 def read_heartbeats(run_dir: Path, ranks: Iterable[int]) -> dict[int, Heartbeat]:
-    """The last one of each of these ranks that has one."""
+    """Read the last one of each of these ranks that has one."""
     found = {rank: read_heartbeat(run_dir, rank) for rank in ranks}
     return {rank: heartbeat for rank, heartbeat in found.items() if heartbeat is not None}
 
@@ -115,7 +115,7 @@ class HeartbeatWriter:
         self._write()
 
     def _write(self) -> None:
-        """One heartbeat; a disk that is full costs heartbeats, not the run."""
+        """Write one heartbeat; a disk that is full costs heartbeats, not the run."""
         self._beat += 1
         place = self._activity.place
         node, host, pid = self._names

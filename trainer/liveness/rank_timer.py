@@ -36,7 +36,7 @@ class RankTimer:
         self._events.append((begin, end))
 
     def take(self) -> list[float]:
-        """The seconds, and begin anew; to be called when the host has waited for the device anyway."""
+        """Return the seconds, and begin anew; to be called when the host has waited for the device anyway."""
         milliseconds = sum(begin.elapsed_time(end) for begin, end in self._events if end.query())
         taken = [self._data, self._forward + milliseconds / 1000]
         self._data = self._forward = 0.0

@@ -33,7 +33,7 @@ class Straggler:
 
 
 def find_stragglers(seconds: np.ndarray, wall_seconds: float, ratio: float) -> list[Straggler]:
-    """Ranks that spent more than `ratio` times the median in a phase, and at least SMALLEST_SHARE of all time more.
+    """Find ranks that spent over `ratio` times the median in a phase, and at least SMALLEST_SHARE of all time more.
 
     Args:
         seconds: [ranks, phases of OWN_PHASES], in the same interval.

@@ -50,7 +50,7 @@ class Limits:
         return cls(**{name: None if value is None else value * 60 for name, value in minutes.items()})
 
     def of_phase(self, phase: str, is_started: bool) -> float | None:
-        """The limit of a phase; until the first step is done, which may compile, that of a start if it is longer."""
+        """Find a phase's limit; until the first step is done, which may compile, that of a start if it is longer."""
         if phase in ("prepare", "ended"):
             return None
         limit = getattr(self, phase)
@@ -75,7 +75,7 @@ class Limits:
 
 
 def _collective_timeout(limits: list[float | None]) -> timedelta:
-    """Longer than the watchdog waits, which knows more to say: this is for the case that it is stuck itself."""
+    """Choose a timeout above the watchdog's, which knows more to say: this is for the case that it is stuck itself."""
     given = [limit for limit in limits if limit is not None]
     return UNLIMITED if len(given) < len(limits) else timedelta(seconds=max(given)) + COLLECTIVE_MARGIN
 
@@ -138,7 +138,7 @@ class Watchdog:
         return rank % -(-self._world_size // READERS) == 0
 
     def _look_twice(self) -> tuple[dict[int, Heartbeat], dict[int, Heartbeat]]:
-        """All heartbeats, and again when each living rank has given another one; empty if nothing can be read."""
+        """Read all heartbeats, and again when each living rank has given another one; empty if nothing can be read."""
         looks: list[dict[int, Heartbeat]] = []
 
         def look() -> None:
@@ -161,7 +161,7 @@ class Behind:
 
 
 def find_behind(before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat], world_size: int) -> list[Behind]:
-    """Who the others wait for: silent ranks, else those that have not come as far as others; empty if none stands out.
+    """Find who the others wait for: silent ranks, else those that have not come as far; empty if none stands out.
 
     Args:
         before, after: the heartbeats of all ranks, with time for one more between the two looks.
@@ -188,7 +188,7 @@ def _describe(beat: Heartbeat) -> str:
 
 
 def hang_error(place: Progress, quiet: float, behind: list[Behind], run_dir: Path, rank: int) -> HangError:
-    """What is said when a phase makes no progress."""
+    """Make the error for a phase that makes no progress."""
     names = listed([found.why for found in behind], _NAMED, "; ")
     who = f" Behind: {names}." if behind else " No rank is behind the others, as far as heartbeats tell."
     logs = [log_path(run_dir, found.rank) for found in behind[:1]] or [log_path(run_dir, rank)]
@@ -203,6 +203,6 @@ def hang_error(place: Progress, quiet: float, behind: list[Behind], run_dir: Pat
 
 
 def end_at_once(error: HangError) -> None:
-    """What ends a rank of which nobody collects a report: its main thread is stuck, perhaps in C, and cannot."""
+    """End a rank of which nobody collects a report: its main thread is stuck, perhaps in C, and cannot end it."""
     print(f"{error.title}: {error}", flush=True)
     os._exit(error.exit_code)

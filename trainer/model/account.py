@@ -20,7 +20,7 @@ _LISTED = 6
 
 
 def account_for_weights(config: PretrainedConfig, source: str, shapes: Mapping[str, torch.Size] | None) -> list[str]:
-    """What loading them into the class of a config will say; nothing for None, which are not known.
+    """Find what loading them into the class of a config will say; nothing for None, which are not known.
 
     Args:
         shapes: as `weight_shapes` gives them. One number stands for all of a weight, so that they take no memory.
@@ -102,7 +102,7 @@ def _mismatches(report: Mapping[str, Any]) -> list[tuple[str, torch.Size, torch.
 
 
 def _wrapper(missing: Sequence[str], unused: Sequence[str]) -> str:
-    """What stands before the missing names in most of the unused ones, such as 'module.' or '_orig_mod.'."""
+    """Find what stands before the missing names in most of the unused ones, such as 'module.' or '_orig_mod.'."""
     wanted = set(missing)
     found: Counter[str] = Counter()
     for name in unused:

@@ -67,7 +67,7 @@ def resolve_attention_backend(
     say: Callable[[str], None],
     keep: bool = True,
 ) -> str | None:
-    """The backend of this run, the same on all ranks; every rank calls it.
+    """Choose the backend of this run, the same on all ranks; every rank calls it.
 
     Args:
         keep: remember in the run folder what is found.
@@ -97,7 +97,7 @@ def resolve_attention_backend(
 
 
 def attention_shape(config: Config, model_config: PretrainedConfig, micro_size: int) -> AttentionShape:
-    """That of the run's last blocks."""
+    """Return the shape of attention over the run's last blocks."""
     return AttentionShape(
         batch=micro_size,
         heads=heads_of(model_config),
@@ -110,7 +110,7 @@ def attention_shape(config: Config, model_config: PretrainedConfig, micro_size: 
 
 @contextmanager
 def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
-    """Attention by this backend, and by torch's others where it cannot, as with a mask; None leaves torch's order."""
+    """Prefer this backend for attention, torch's others where it cannot, as with a mask; None leaves torch's order."""
     if backend is None:
         yield
         return
@@ -127,7 +127,7 @@ def preferring(backend: str | None, device: torch.device) -> Iterator[None]:
 
 
 def measure_backends(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of a layer's forward and backward pass, by each of these backends that is usable."""
+    """Measure the milliseconds of a layer's forward and backward pass, by each of these backends that is usable."""
     found: dict[str, float] = {}
     attend = _attention_pass(shape, device)
     for name in usable(shape, device, names):
@@ -138,7 +138,7 @@ def measure_backends(shape: AttentionShape, device: torch.device, names: Sequenc
 
 
 def usable(shape: AttentionShape, device: torch.device, names: Sequence[str]) -> list[str]:
-    """The backends that can compute it and, without dropout, agree with math in fp32, which sums differently.
+    """Find the backends that can compute it and, without dropout, agree with math in fp32, which sums differently.
 
     cuDNN before 9.15.1 was wrong for some lengths (pytorch#169849).
     """
@@ -166,7 +166,7 @@ def usable(shape: AttentionShape, device: torch.device, names: Sequence[str]) ->
 
 
 def agree(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], tolerance: float) -> bool:
-    """Whether each tensor differs by no more than this share of the largest element; False for NaN."""
+    """Tell whether each tensor differs by no more than this share of the largest element; False for NaN."""
     return all(
         bool((result.float() - right.float()).abs().max() <= tolerance * right.float().abs().max())
         for result, right in zip(results, reference, strict=True)
@@ -174,7 +174,7 @@ def agree(results: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], to
 
 
 def choose_backend(milliseconds: dict[str, float]) -> str | None:
-    """The fastest, unless it is hardly faster than the first."""
+    """Choose the fastest, unless it is hardly faster than the first."""
     if not milliseconds:
         return None
     first, fastest = next(iter(milliseconds)), min(milliseconds, key=lambda name: milliseconds[name])
@@ -182,7 +182,7 @@ def choose_backend(milliseconds: dict[str, float]) -> str | None:
 
 
 def fastest(config: Config, shape: AttentionShape, world: World, say: Callable[[str], None], keep: bool) -> str | None:
-    """What an earlier start has found on such a device, or else rank 0 finds now; every rank calls it."""
+    """Recall what an earlier start has found on such a device, or let rank 0 find it now; every rank calls it."""
     path = run_folder(config) / RECORD
     # Another micro-batch or number of ranks is no reason to compute otherwise.
     case = {"device": world.device_name, "torch": torch.__version__, **asdict(shape)}
@@ -212,7 +212,8 @@ def _is_for(record: dict[str, Any], case: dict[str, Any]) -> bool:
 
 
 def _describe(record: dict[str, Any], path: Path | None) -> str:
-    """
+    """Say which backend is used, and how that is known.
+
     Args:
         path: of the record, when an earlier start has made it.
     """
@@ -226,12 +227,12 @@ def _describe(record: dict[str, Any], path: Path | None) -> str:
 
 
 def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Draws of dropout leave no trace in the run's."""
+    """Keep draws of dropout from leaving a trace in the run's random state."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _attention_pass(shape: AttentionShape, device: torch.device) -> Callable[[], Sequence[torch.Tensor]]:
-    """A forward and a backward pass: (output, gradients of query, key and value) from the same numbers each time."""
+    """Make a forward and backward pass: (output, gradients of query, key and value) from the same numbers each time."""
     size = (shape.batch, shape.seq_len, shape.heads, shape.width)
     generator = torch.Generator(device).manual_seed(0)
     leaves = [
@@ -260,7 +261,7 @@ def _first_usable(names: Sequence[str], shape: AttentionShape, world: World) -> 
 
 
 def _obstacle(config: Config, model_config: PretrainedConfig, device: torch.device) -> str | None:
-    """Why the model does not call torch's attention without a mask; None when it does."""
+    """Say why the model does not call torch's attention without a mask; None when it does."""
     implementation = model_config._attn_implementation
     if implementation != "sdpa":
         return f"this model's attention is {implementation}"

@@ -83,7 +83,7 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """The forward arguments that are the same for every packed block; make them once and pass them always.
+    """Make the forward arguments that are the same for every packed block; make them once and pass them always.
 
     They save what a stock class does otherwise in each forward pass, a cumulative sum over the padding mask and a
     gather. Given one row, the class broadcasts it: each table is looked up, and its gradient scattered, once a
@@ -105,7 +105,7 @@ def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) 
 
 
 def fp32_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all floating-point buffers by name, to be taken before a cast of the model.
+    """Copy all floating-point buffers by name, to be done before a cast of the model.
 
     `model.bfloat16()` rounds buffers too. For rotary frequencies (ModernBERT, EuroBERT, ESM) that moves an angle at
     position 500 by up to half a radian; the classes compute with them in fp32, so keeping them costs nothing.
@@ -128,7 +128,7 @@ def restore_fp32_buffers(model: nn.Module, saved: Mapping[str, torch.Tensor]) ->
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Weights are drawn on the CPU; only its generator is seeded, and it is put back afterwards."""
+    """Seed the generator of the CPU, where weights are drawn, and no other; it is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -227,7 +227,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
 
 
 def _output_biases(model: PreTrainedModel, decoder: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
-    """The biases [V] of the vocabulary projection: the decoder's own and its parent's, which may be one tensor."""
+    """Find the biases [V] of the vocabulary projection: the decoder's own and its parent's, which may be one tensor."""
     if decoder is None:
         return []
     path = next(name for name, module in model.named_modules() if module is decoder)

@@ -11,10 +11,10 @@ AutoClass = AutoModelForMaskedLM
 
 
 def has_class(config_class: type[PretrainedConfig]) -> bool:
-    """Whether models of this type can be trained."""
+    """Tell whether models of this type can be trained."""
     return config_class in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def model_class_of(config_class: type[PretrainedConfig]) -> Any:
-    """The class of a type that `has_class`."""
+    """Return the class of a type that `has_class`."""
     return MODEL_FOR_MASKED_LM_MAPPING[config_class]

@@ -30,7 +30,7 @@ def expect_shapes(count: int) -> None:
 
 
 def compile_options(mode: bool | str) -> dict[str, Any]:
-    """Arguments of torch.compile for a value of `model.compile`; shapes are static."""
+    """Return the arguments of torch.compile for a value of `model.compile`; shapes are static."""
     if mode is True:
         return {"dynamic": False}
     # torch's plain max-autotune has CUDA graphs, too, and those cannot accumulate.

@@ -77,7 +77,7 @@ def attention_with_dropout(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in the form that transformers' registry asks for; sdpa where nothing is dropped.
+    """Compute attention in the form that transformers' registry asks for; sdpa where nothing is dropped.
 
     Args:
         query, key, value: [B, heads, S, width].

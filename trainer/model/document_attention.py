@@ -51,7 +51,7 @@ class DocumentAttention:
             model.set_attn_implementation(_VARLEN)
 
     def inputs(self, documents: Documents) -> dict[str, Any]:
-        """The arguments of a stock masked-LM class for a batch with these documents, on the device of the batch."""
+        """Make the arguments of a stock masked-LM class for a batch with these documents, on the batch's device."""
         arguments: dict[str, Any] = {"position_ids": documents.positions + self._offset}
         if self._varlen:
             seq_len = documents.positions.shape[1]
@@ -68,7 +68,7 @@ class DocumentAttention:
 
 
 def block_masks(positions: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Boolean masks for sdpa, True where a token may look at another.
+    """Make boolean masks for sdpa, True where a token may look at another.
 
     Args:
         positions: int64 [B, S], the distance of each token from the start of its document.
@@ -86,7 +86,7 @@ def block_masks(positions: torch.Tensor, window: int | None) -> tuple[torch.Tens
 
 
 def _obstacle_to_varlen(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why variable-length flash attention cannot be used, or None when it can."""
+    """Say why variable-length flash attention cannot be used, or return None when it can."""
     head_width, dropout = head_width_of(config), attention_dropout_of(config)
     if device.type != "cuda":
         return "no GPU"
@@ -114,7 +114,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within documents, in the form that transformers' registry asks for; sdpa without documents.
+    """Compute attention within documents, in the form that transformers' registry asks for; sdpa without documents.
 
     Args:
         query, key, value: [B, heads, S, width], bf16 or fp16.

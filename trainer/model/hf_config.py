@@ -58,7 +58,7 @@ _SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inte
 
 
 def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) -> PretrainedConfig:
-    """The Hugging Face config of a run, checked; no weights are made or read.
+    """Make and check the Hugging Face config of a run; no weights are made or read.
 
     For `from_pretrained` it is the checkpoint's own, before a resize of its vocabulary.
 
@@ -97,18 +97,18 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
 
 
 def attention_of(config: PretrainedConfig) -> str:
-    """'sdpa' where the model class supports it, else 'eager'."""
+    """Return 'sdpa' where the model class supports it, else 'eager'."""
     model_class: Any = model_class_of(type(config))
     return "sdpa" if model_class._supports_sdpa else "eager"
 
 
 def heads_of(config: PretrainedConfig) -> int:
-    """Heads of the attention; 0 for a class without attention (FNet), or with another kind of it (Perceiver)."""
+    """Count the attention's heads; 0 for a class without attention (FNet), or with another kind of it (Perceiver)."""
     return getattr(config, "num_attention_heads", None) or 0
 
 
 def head_width_of(config: PretrainedConfig) -> int:
-    """Width of one head of the attention; 0 where there are none."""
+    """Compute the width of one head of the attention; 0 where there are none."""
     if not heads_of(config):
         return 0
     width = getattr(config, "true_hidden_size", None) or config.hidden_size  # MobileBERT's, within its bottlenecks
@@ -116,18 +116,18 @@ def head_width_of(config: PretrainedConfig) -> int:
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
-    """Rows of the table of tokens, which not every class has in an nn.Embedding (I-BERT), or gives out (Perceiver)."""
+    """Count the token table's rows; not every class has it in an nn.Embedding (I-BERT), or gives it out (Perceiver)."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return len(weight) if isinstance(weight, torch.Tensor) else model.config.vocab_size
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
-    """Dropout of the attention's probabilities, which classes have under two names."""
+    """Read the dropout of the attention's probabilities, which classes have under two names."""
     return getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None) or 0.0
 
 
 def position_table(model: PreTrainedModel) -> nn.Embedding | None:
-    """The table of learned or sinusoidal absolute positions; None for rotary and relative positions."""
+    """Find the table of learned or sinusoidal absolute positions; None for rotary and relative positions."""
     for name, module in model.base_model.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
             return module
@@ -135,7 +135,7 @@ def position_table(model: PreTrainedModel) -> nn.Embedding | None:
 
 
 def position_offset(model: PreTrainedModel) -> int:
-    """The position id of the first token.
+    """Find the position id of the first token.
 
     Padding id + 1 in the RoBERTa family, whose position table has a row for padding
     (`create_position_ids_from_input_ids` in transformers, after fairseq); 0 elsewhere.
@@ -145,7 +145,7 @@ def position_offset(model: PreTrainedModel) -> int:
 
 
 def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The config key that names the architecture, and the fields found there."""
+    """Find the config key that names the architecture, and the fields found there."""
     if settings.preset is not None:
         if settings.preset not in PRESETS:
             raise UserError(
@@ -274,7 +274,7 @@ def _set_override(name: str) -> str:
 
 
 def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> PreTrainedModel:
-    """The model on the meta device: shapes and class, no storage."""
+    """Build the model on the meta device: shapes and class, no storage."""
     try:
         with torch.device("meta"):
             return AutoClass.from_config(config, attn_implementation=attention_of(config))

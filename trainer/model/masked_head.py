@@ -63,11 +63,11 @@ class MaskedPositions:
             self._index = None
 
     def logits(self, logits: torch.Tensor, prediction_index: torch.Tensor) -> torch.Tensor:
-        """The logits [N, V] at the selected positions, from what a forward pass inside `select` returned."""
+        """Return the logits [N, V] at the selected positions, from what a forward pass inside `select` returned."""
         return logits if self.in_head else _rows(logits, prediction_index)
 
     def keep_selected(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Forward pre-hook of the head: encoder output [B, S, H] → its selected rows [N, H]."""
+        """Cut encoder output [B, S, H] to its selected rows [N, H]; the forward pre-hook of the head."""
         if self._index is None:
             return None
         hidden, *others = args

@@ -60,7 +60,7 @@ def _section(settings: ModelConfig) -> str:
 
 
 def _place(name: str, settings: ModelConfig, where: str) -> str:
-    """Where a user has set a field of the model's config."""
+    """Say where a user has set a field of the model's config."""
     return f"model.overrides.{name}" if name in settings.overrides else f"{where}: {name}"
 
 
@@ -85,7 +85,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _refuse_empty_weights(model: PreTrainedModel, settings: ModelConfig, where: str) -> None:
-    """A table of no rows is built without a word, and fails at the first look-up."""
+    """Refuse a weight without elements: a table of no rows is built without a word, and fails at the first look-up."""
     for weight, parameter in model.named_parameters():
         if parameter.numel() == 0:
             zeros = [name for name, value in model.config.to_dict().items() if type(value) is int and value == 0]
@@ -150,7 +150,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
 
 
 def _guilty_field(config: PretrainedConfig, message: str) -> str | None:
-    """The field that an error speaks of: by its name, or by a value that the class's default has not."""
+    """Find the field that an error speaks of: by its name, or by a value that the class's default has not."""
     fields = config.to_dict()
     named = [name for name in fields if name in message]
     if named:
@@ -166,5 +166,5 @@ def _guilty_field(config: PretrainedConfig, message: str) -> str | None:
 
 
 def _is_telling(value: Any) -> bool:
-    """Whether a number is seldom enough to know a field by it."""
+    """Tell whether a number is seldom enough to know a field by it."""
     return (type(value) is int and value > 1) or (type(value) in (int, float) and value < 0)

@@ -51,7 +51,7 @@ def check_source(source: str) -> None:
 
 
 def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
-    """The fields of a model's config, of which `model_type` is one of transformers' if the folder tells it.
+    """Read the fields of a model's config, of which `model_type` is one of transformers' if the folder tells it.
 
     Where a checkpoint's config names no type, or one that its weights are not of, their names decide: Chinese BERTs
     are often published as `roberta`, and older checkpoints name none.
@@ -90,12 +90,12 @@ def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
 
 
 def source_note(settings: ModelConfig) -> str:
-    """The line of `read_source` on a model to continue from; empty when there is nothing to say."""
+    """Return the line of `read_source` on a model to continue from; empty when there is nothing to say."""
     return read_source(settings.from_pretrained, _WHERE)[1] if settings.from_pretrained is not None else ""
 
 
 def _config_file(source: str, where: str) -> Path | None:
-    """config.json or, where there is none, the one file such as bert_config.json; None for a name on the hub."""
+    """Find config.json or, where there is none, the one file such as bert_config.json; None for a name on the hub."""
     if not is_local(source):
         return None
     path = user_path(source, where)
@@ -126,7 +126,7 @@ def _from_hub(source: str, where: str) -> Any:
 
 
 def _type_of_weights(source: str, fields: Mapping[str, Any], weights: Mapping[str, torch.Size]) -> str | None:
-    """The model type that the weights' names begin with, where it is not the config's and fits; None otherwise."""
+    """Find the model type that the weights' names begin with, where it is not the config's and fits; None otherwise."""
     declared, begins = fields.get("model_type"), {name.partition(".")[0] for name in weights}
     if isinstance(declared, str) and _prefix_of(declared) in begins:
         return None
@@ -137,7 +137,7 @@ def _type_of_weights(source: str, fields: Mapping[str, Any], weights: Mapping[st
 
 
 def _known_weights(source: str) -> dict[str, torch.Size] | None:
-    """The weights, if they can be read: a plan needs none, and a start says why they cannot."""
+    """Read the shapes of the weights, if they can be read: a plan needs none, and a start says why they cannot."""
     try:
         return weight_shapes(source)
     except UserError:
@@ -149,7 +149,7 @@ def _masked_lm_types() -> Collection[str]:
 
 
 def _prefix_of(model_type: str) -> str | None:
-    """What the names of the weights of a type's encoder begin with."""
+    """Find what the names of the weights of a type's encoder begin with."""
     if model_type not in CONFIG_MAPPING or not has_class(CONFIG_MAPPING[model_type]):
         return None
     model_class: Any = model_class_of(CONFIG_MAPPING[model_type])
@@ -157,7 +157,7 @@ def _prefix_of(model_type: str) -> str | None:
 
 
 def _fits(source: str, fields: Mapping[str, Any], model_type: str, weights: Mapping[str, torch.Size]) -> bool:
-    """Whether the encoder of a type has all its weights there, in the shapes that the config says."""
+    """Tell whether the encoder of a type has all its weights there, in the shapes that the config says."""
     try:
         config = CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
         account_for_weights(config, source, weights)
@@ -182,7 +182,7 @@ def _no_config(source: str, where: str, why: str, hint: str = "") -> UserError:
 
 
 def load_vocabulary(config: Config) -> Vocabulary:
-    """What training needs to know of the run's tokenizer.
+    """Read what training needs to know of the run's tokenizer.
 
     Raises:
         UserError: when there is none, or it lacks a token.
@@ -203,7 +203,7 @@ def open_tokenizer(config: Config) -> tuple[str, Any]:
 
 
 def tokenizer_source(config: Config) -> str:
-    """Folder or hub name of the tokenizer."""
+    """Return the folder or hub name of the tokenizer."""
     folder = config.model.from_pretrained if config.model.tokenizer is None else config.model.tokenizer
     assert folder is not None
     if config.model.from_pretrained is not None:

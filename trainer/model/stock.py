@@ -20,7 +20,7 @@ _FREE_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype
 
 
 def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
-    """The masked-LM class of a config, its weights tied as the config says; on 'meta' without storage."""
+    """Build a model of a config's masked-LM class, weights tied as the config says; on 'meta' without storage."""
     with torch.device(device):
         model = AutoClass.from_config(config, trust_remote_code=False)
     model.tie_weights()
@@ -28,7 +28,7 @@ def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
 
 
 def tied_to(model: PreTrainedModel) -> dict[str, str]:
-    """Each name of a parameter → the first name of the same parameter: its own, where it is not tied."""
+    """Map each name of a parameter to the first name of the same parameter: its own, where it is not tied."""
     first: dict[int, str] = {}
     names = model.named_parameters(remove_duplicate=False)
     return {name: first.setdefault(id(parameter), name) for name, parameter in names}
@@ -56,7 +56,7 @@ def untie_if_trained_apart(config: PretrainedConfig, trained: Collection[str]) -
 
 
 def origins(stock: PreTrainedModel, trained: Collection[str]) -> dict[str, str]:
-    """For each weight of the stock class, by each of its names, the trained weight that fills it, if there is one.
+    """Find for each weight of the stock class, by each of its names, the trained weight that fills it, if there is one.
 
     That is its own name or, in a class that is not tied by its config, one that it is tied to otherwise: BERT's
     decoder has its bias under two names, which are one weight only as long as the embedding is the decoder's.
@@ -105,7 +105,7 @@ def prove_convertible(model: PreTrainedModel) -> None:
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:
-    """The name of the first weight that holds NaN or an infinity; None when there is none.
+    """Find the name of the first weight that holds NaN or an infinity; None when there is none.
 
     A sum is finite only if all that it adds is (but for an overflow, so what is found is looked at again): one pass at
     the speed of memory, without a copy.

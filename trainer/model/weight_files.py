@@ -21,7 +21,7 @@ _WHERE = "model.from_pretrained"
 
 
 def weight_shapes(source: str) -> dict[str, torch.Size] | None:
-    """The shapes of a checkpoint's weights by name, without reading them; None where its files are not on this machine.
+    """Read the shapes of a checkpoint's weights by name, not the weights; None if its files are not on this machine.
 
     Of a hub name what an earlier start downloaded is looked at, and nothing is fetched.
 
@@ -47,7 +47,7 @@ def weight_shapes(source: str) -> dict[str, torch.Size] | None:
 
 
 def source_folder(source: str) -> Path | None:
-    """The folder of a checkpoint; of a hub name the one in the cache, None when there is none."""
+    """Find the folder of a checkpoint; of a hub name the one in the cache, None when there is none."""
     if is_local(source):
         return user_path(source, _WHERE)
     from huggingface_hub import snapshot_download

@@ -14,7 +14,7 @@ CrossEntropies = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each row in nats, 0 where the label is IGNORED_LABEL; [n] in fp32.
+    """Compute the cross-entropy of each row in nats, 0 where the label is IGNORED_LABEL; [n] in fp32.
 
     In fp32 whatever the dtype of the logits: bf16 would quantise a loss of 7.5 to steps of 1/32. torch's own keeps the
     logits in fp32, their log-softmax and its gradient; here there is one such matrix, which is the most that a

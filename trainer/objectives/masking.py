@@ -26,7 +26,7 @@ _PIECE = 1 << 15  # positions hashed at once, in whole rows: 256 KiB an array, s
 
 
 def predictions_per_block(mask_ratio: float, payload: int) -> int:
-    """k, the predicted positions of a block of `payload` content tokens: round(mask_ratio · payload), at least 1."""
+    """Compute k = round(mask_ratio · payload), at least 1: predictions in a block of `payload` content tokens."""
     return max(1, round(mask_ratio * payload))
 
 
@@ -102,7 +102,7 @@ class TokenMasking:
         return input_ids, prediction_index.reshape(-1), labels.reshape(-1)
 
     def _choose(self, tokens: NDArray[np.int64], keys: UInt64s, count: int) -> NDArray[np.uint16]:
-        """uint16 [B, count]: ascending positions of the `count` eligible tokens with the smallest hashes.
+        """Choose the `count` eligible tokens with the smallest hashes: their positions, ascending, uint16 [B, count].
 
         The low 16 bits of each hash give way to the position, so that partitioning the values yields the positions;
         the other 48 bits of two hashes tie in 1 of 2 billion blocks of 512. Missing positions are _NO_POSITION.
@@ -119,7 +119,7 @@ class TokenMasking:
         return positions
 
     def _replace(self, keys: UInt64s, positions: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [B, k]: what is shown at the predicted positions.
+        """Choose what is shown at the predicted positions: int64 [B, k].
 
         The high half of a second hash chooses between mask, random and unchanged, the low half draws the random id
         (by multiply-shift, whose bias, vocabulary / 2^32, is below 1 in 10,000).

@@ -94,7 +94,7 @@ class MaskedSamples:
         )
 
     def _documents(self, starts: np.ndarray) -> Documents:
-        """Of framed blocks: the begin token belongs to a block's first document, the end token to its last."""
+        """Frame the documents: the begin token belongs to a block's first document, the end token to its last."""
         framed = np.zeros((len(starts), self.seq_len), np.bool_)
         framed[:, 1:-1] = starts
         framed[:, 0], framed[:, 1] = True, False

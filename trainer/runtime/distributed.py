@@ -162,7 +162,7 @@ def set_timeouts(decisions: timedelta, gradients: timedelta) -> None:
 
 
 def all_gather_floats(world: World, values: Sequence[float]) -> list[list[float]]:
-    """Each rank's values, by rank: `gather` for some numbers, without pickling."""
+    """Gather each rank's values, by rank: `all_gather` for some numbers, without pickling."""
     flat = [0.0] * (world.size * len(values))
     flat[world.rank * len(values) : (world.rank + 1) * len(values)] = values
     flat = all_reduce_sum(world, flat)
@@ -179,7 +179,7 @@ def all_reduce_sum(world: World, values: Sequence[float]) -> list[float]:
 
 
 def broadcast_from_main(world: World, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value, on every rank."""
     if world.size == 1:
         return value
     box = [value]
@@ -188,7 +188,7 @@ def broadcast_from_main(world: World, value: Any) -> Any:
 
 
 def all_gather(world: World, value: Any) -> list[Any]:
-    """Every rank's value, on every rank, in rank order."""
+    """Gather every rank's value, on every rank, in rank order."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size

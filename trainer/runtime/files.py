@@ -17,7 +17,7 @@ _LARGEST_POINTER = 1024  # bytes
 
 
 def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
-    """xxh3_128 of a file, hexadecimal; `on_read` is told the bytes of each part that is read."""
+    """Compute the xxh3_128 of a file, hexadecimal; `on_read` is told the bytes of each part that is read."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(1 << 22):
@@ -28,13 +28,13 @@ def file_hash(path: Path, on_read: Callable[[int], None] | None = None) -> str:
 
 
 def file_sums(folder: Path) -> dict[str, tuple[int, str]]:
-    """The names of the files in a folder, in order, each with [bytes, xxh3_128]."""
+    """List the names of the files in a folder, in order, each with [bytes, xxh3_128]."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return {path.name: (path.stat().st_size, file_hash(path)) for path in files}
 
 
 def bytes_hash(content: bytes) -> str:
-    """xxh3_128 of some bytes, hexadecimal."""
+    """Compute the xxh3_128 of some bytes, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
@@ -44,7 +44,7 @@ def shipped(package: str, name: str) -> Path:
 
 
 def json_hash(content: Any) -> str:
-    """xxh3_128 of a JSON value with sorted keys: the checksum that a manifest has of itself."""
+    """Compute the xxh3_128 of a JSON value with sorted keys: the checksum that a manifest has of itself."""
     return bytes_hash(json.dumps(content, sort_keys=True).encode())
 
 
@@ -98,7 +98,7 @@ def create_synced(path: Path, content: bytes) -> bool:
 
 
 def unique_name(path: Path) -> Path:
-    """A temporary name beside `path` that no other process takes, on whatever machine."""
+    """Make a temporary name beside `path` that no other process takes, on whatever machine."""
     return path.with_name(f".{path.name}.{unique_token()}.tmp")
 
 

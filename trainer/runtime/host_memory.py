@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 
 
 def available_bytes(own_groups: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> int:
-    """What is free or can be reclaimed, within the limits of this process' control groups (version 2), if any.
+    """Count what is free or can be reclaimed, within the limits of this process' control groups (version 2), if any.
 
     A job of a scheduler or a container often has less than its machine.
     """
@@ -49,7 +49,7 @@ def available_bytes(own_groups: Path = Path("/proc/self/cgroup"), root: Path = _
 
 
 def _room(group: Path) -> int | None:
-    """Bytes left below the limit of one group; None where it has none. File pages can be reclaimed."""
+    """Count the bytes left below the limit of one group; None where it has none. File pages can be reclaimed."""
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())

@@ -130,7 +130,7 @@ def check_writable(folder: Path, given: str, where: str) -> None:
 
 
 def is_local(name: str | Path) -> bool:
-    """Whether the name of a Hugging Face folder means a path on this machine, and not a name on the hub.
+    """Tell whether the name of a Hugging Face folder means a path on this machine, and not a name on the hub.
 
     `org/name` is a hub name unless there is a folder `org` here: a mistyped path then fails at once, instead of
     after the hub's retries.

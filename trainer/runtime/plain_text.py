@@ -19,7 +19,7 @@ _LINES_KEPT = 12
 
 
 def has_control(text: str) -> bool:
-    """Whether text holds a control character: a line end, a tab, an escape."""
+    """Tell whether text holds a control character: a line end, a tab, an escape."""
     return _CONTROL.search(text) is not None
 
 
@@ -53,7 +53,7 @@ def fit(text: str, limit: int) -> str:
 
 
 def foreign_message(error: BaseException, limit: int = 500) -> str:
-    """What a library's exception says, on one line: the cause is often not in its first one."""
+    """Put what a library's exception says on one line: the cause is often not in its first one."""
     return shorten(" ".join(str(error).split()) or type(error).__name__, limit)
 
 

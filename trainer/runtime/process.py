@@ -14,23 +14,23 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def node_name() -> str:
-    """As the scheduler calls this machine, whose commands take that name (`--exclude`), else as it calls itself."""
+    """Name this machine as the scheduler does, whose commands take that name (`--exclude`), else as it names itself."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_id() -> str:
-    """The SLURM job that this process belongs to; empty outside SLURM."""
+    """Return the SLURM job that this process belongs to; empty outside SLURM."""
     return os.environ.get("SLURM_JOB_ID", "")
 
 
 def restart_count() -> int:
-    """How often SLURM has requeued this job; 0 where the variable is no number: it is only told."""
+    """Read how often SLURM has requeued this job; 0 where the variable is no number: it is only told."""
     text = os.environ.get("SLURM_RESTART_COUNT", "")
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 def has_process(pid: int) -> bool:
-    """Whether this machine has a process of this number, whoever's, and if only as a zombie.
+    """Tell whether this machine has a process of this number, whoever's, and if only as a zombie.
 
     psutil.pid_exists takes one of another user for gone where /proc hides it (hidepid).
     """
@@ -44,7 +44,7 @@ def has_process(pid: int) -> bool:
 
 
 def make_die_with_parent() -> Callable[[], None]:
-    """A function for the child, between fork and exec: have the kernel kill it when this process dies (Linux)."""
+    """Make a function for the child, between fork and exec: have the kernel kill it when this process dies (Linux)."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     parent = os.getpid()
 

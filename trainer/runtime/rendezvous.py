@@ -31,7 +31,7 @@ _BACKLOG = 4096  # connections that wait until rank 0 is ready; the kernel lower
 
 
 def listen() -> socket.socket:
-    """A socket that listens on a free port of this machine."""
+    """Open a socket that listens on a free port of this machine."""
     listener = socket.socket()
     listener.bind((LOCALHOST, 0))
     listener.listen(_BACKLOG)
@@ -39,13 +39,13 @@ def listen() -> socket.socket:
 
 
 def free_port() -> int:
-    """A port that is free now; for what can do without handing a socket over."""
+    """Find a port that is free now; for what can do without handing a socket over."""
     with listen() as listener:
         return listener.getsockname()[1]
 
 
 def listen_for_nodes(port: int) -> socket.socket:
-    """A socket that listens on this port of all the machine's addresses.
+    """Open a socket that listens on this port of all the machine's addresses.
 
     Raises:
         UserError: when another process has the port.
@@ -63,7 +63,7 @@ def listen_for_nodes(port: int) -> socket.socket:
 
 
 def close_listening_sockets() -> None:
-    """For a process that was forked from a rank: a copy there would keep the port taken after the rank's death."""
+    """Close listening sockets in a process forked from a rank, or the port stays taken after the rank's death."""
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with suppress(OSError):  # the listing's own is closed
             if _listens(int(name)):
@@ -144,7 +144,7 @@ def call_the_roll(store: Any, own: Introduction, timeout: timedelta) -> None:
 
 
 def _misfit(first: Introduction, own: Introduction, taken_by: str | None) -> UserError | None:
-    """What is wrong with a rank beside the first one that came."""
+    """Say what is wrong with a rank beside the first one that came."""
     places = f"rank {first.rank} on {first.node}, rank {own.rank} on {own.node}"
     if own.size != first.size:
         return UserError(
@@ -170,7 +170,7 @@ def _misfit(first: Introduction, own: Introduction, taken_by: str | None) -> Use
 
 
 def _wait_for_others(store: Any, size: int) -> None:
-    """Until all that are to come have heard; how many these are is not sure, so not for long."""
+    """Wait until all that are to come have heard; how many these are is not sure, so not for long."""
     end = time.monotonic() + _LINGER_S
     while store.add("heard", 0) < size and time.monotonic() < end:
         time.sleep(0.1)
@@ -178,7 +178,7 @@ def _wait_for_others(store: Any, size: int) -> None:
 
 @contextmanager
 def naming_a_taken_port(address: str, port: int | str) -> Iterator[None]:
-    """Around what makes torch listen on a port.
+    """Say which port is taken, around what makes torch listen on one.
 
     Raises:
         UserError: when another process has it.
@@ -198,7 +198,7 @@ def naming_a_taken_port(address: str, port: int | str) -> Iterator[None]:
 
 
 def _own_store(rank: int, size: int, timeout: timedelta) -> Any:
-    """The store over the launcher's socket; None where torch makes one from the environment."""
+    """Open the store over the launcher's socket; None where torch makes one from the environment."""
     import torch.distributed as dist
 
     listener = os.environ.pop(LISTENER_VARIABLE, None)  # nobody else is to use it

@@ -110,7 +110,7 @@ class RunLock:
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def lost(self) -> UserError | None:
-        """Why this job may no longer write in the run folder: another one has taken it over."""
+        """Say why this job may no longer write in the run folder: another one has taken it over."""
         if self._holder is not None and not self._taken_over:
             try:
                 record = _read(self._record)
@@ -178,7 +178,7 @@ class RunLock:
         return True
 
     def _holder_behind_the_guard(self) -> Holder | None:
-        """The record of whoever has the record lock. It writes that just after the lock; a dead one's may lie there."""
+        """Read who has the record lock. It writes its record just after the lock; a dead one's may lie there."""
         for _ in range(4):
             other = _read(self._record)
             if other is not None and (self._is_requeue_of(other) or self._is_running(other) is not False):
@@ -187,7 +187,7 @@ class RunLock:
         return _read(self._record)
 
     def _is_running(self, other: Holder) -> bool | None:
-        """Whether the process is there; None where its pid means nothing: on another machine, or in a container."""
+        """Tell whether the process is there; None where its pid means nothing: on another machine or in a container."""
         mine = self._holder
         assert mine is not None
         if (other.boot, other.namespace) != (mine.boot, mine.namespace):
@@ -195,7 +195,7 @@ class RunLock:
         return _is_running(other.pid, other.ticks)
 
     def _death_of(self, other: Holder, guard: RecordLock) -> str | None:
-        """How it is known that a holder is dead; None when it has let go while we looked.
+        """Say how it is known that a holder is dead; None when it has let go while we looked.
 
         Raises:
             UserError: when it is alive.
@@ -244,7 +244,7 @@ class RunLock:
                 return f"no sign of life for {silence:.0f} s"
 
     def _now(self) -> float:
-        """The file system's clock, in seconds: the time of a file that is written now."""
+        """Read the file system's clock, in seconds: the time of a file that is written now."""
         probe = unique_name(self._record)
         try:
             probe.write_bytes(b"0")
@@ -289,7 +289,7 @@ class RunLock:
             self._last_beat = _clock()
 
     def _write_again(self) -> None:
-        """Somebody has removed the record of a job that is alive."""
+        """Write the record again: somebody has removed that of a job that is alive."""
         if self._holder is not None and not self._ended.is_set():
             with contextlib.suppress(OSError):
                 create_synced(self._record, json.dumps(asdict(self._holder), indent=1).encode())
@@ -335,12 +335,12 @@ def _this_process(record_lock: bool) -> Holder:
 
 
 def _clock() -> float:
-    """Seconds that go on while the machine, too, is suspended."""
+    """Read the clock that goes on while the machine, too, is suspended, in seconds."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that a record names; None where there is none, or it cannot be understood.
+    """Read the holder that a record names; None where there is none, or it cannot be understood.
 
     Raises:
         OSError: when it is there and cannot be read.
@@ -352,7 +352,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _time_of(path: Path) -> float:
-    """The time of a file, in seconds; opened, because network file systems then ask for its present state."""
+    """Read the time of a file, in seconds; opened, because network file systems then ask for its present state."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return os.fstat(file.fileno()).st_mtime
     return 0.0
@@ -367,7 +367,7 @@ def _pid_namespace() -> str:
 
 
 def _is_running(pid: int, ticks: int) -> bool:
-    """Whether the process that started at `ticks` is still there, and not only as a zombie."""
+    """Tell whether the process that started at `ticks` is still there, and not only as a zombie."""
     if not has_process(pid):
         return False
     found = _start_ticks(pid)
@@ -375,7 +375,7 @@ def _is_running(pid: int, ticks: int) -> bool:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (field 22 of its stat); None where that cannot be read.
+    """Read when a process started, in clock ticks since boot (field 22 of its stat); None where that cannot be read.
 
     0 for a zombie, which is no time at which one starts.
     """

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def read_record(path: Path, kind: type[T]) -> T | None:
-    """The dataclass that a JSON file holds; None where there is none, or it cannot be understood."""
+    """Read the dataclass that a JSON file holds; None where there is none, or it cannot be understood."""
     try:
         return as_type(kind, json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
@@ -29,7 +29,7 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 
 
 def read_json_object(path: Path) -> dict[str, Any] | None:
-    """The object that a JSON file holds; None where there is none, or it cannot be understood."""
+    """Read the object that a JSON file holds; None where there is none, or it cannot be understood."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -38,7 +38,7 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path, understand: Callable[[Any], T]) -> list[T]:
-    """The records of a file with one JSON value a line, those left out that cannot be understood.
+    """Read the records of a file with one JSON value a line, those left out that cannot be understood.
 
     Args:
         understand: makes a record of a JSON value, or raises ValueError.

@@ -75,7 +75,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def time_to_stop(lead_seconds: float) -> float | None:
-    """When to stop by oneself, to leave a SLURM job so many seconds; seconds since 1970, None without a time limit.
+    """Say when to stop by oneself, to leave a SLURM job so many seconds; seconds since 1970, None without a time limit.
 
     A job that has less than twice as long to live goes on for half of that: one that stopped at its start would be
     requeued for nothing.
@@ -87,6 +87,6 @@ def time_to_stop(lead_seconds: float) -> float | None:
 
 
 def ignore_stop_signals() -> None:
-    """For loader workers: they end with their rank, never by a signal that is meant for it."""
+    """Ignore stop signals, in loader workers: they end with their rank, never by a signal that is meant for it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

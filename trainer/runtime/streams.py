@@ -96,12 +96,12 @@ def use_consoles() -> None:
 
 
 def first_loss(stream: IO[str]) -> OSError | None:
-    """The first reason why something could not be written to a stream; None where there was none."""
+    """Return the first reason why something could not be written to a stream; None where there was none."""
     return stream.lost if isinstance(stream, ConsoleStream) else None
 
 
 def reader_has_left(stream: IO[str]) -> bool:
-    """Whether nobody reads a stream any more, or ever will."""
+    """Tell whether nobody reads a stream any more, or ever will."""
     if not isinstance(stream, ConsoleStream):
         return False
     poll = select.poll()

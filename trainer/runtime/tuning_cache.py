@@ -10,7 +10,7 @@ from trainer.runtime.side_files import replace_side_file
 
 
 def recall(path: Path) -> list[dict[str, Any]]:
-    """The records, oldest first; nothing when the file cannot be read: it only saves a search."""
+    """Read the records, oldest first; nothing when the file cannot be read: it only saves a search."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 @cache  # each look parses the whole description of a package
 def installed_version(package: str) -> str | None:
-    """As pip knows it; None when the package is not installed, as ours is not when it is run from a folder."""
+    """Read a version as pip knows it; None when the package is not installed, as ours is not when run from a folder."""
     try:
         return version(package)
     except PackageNotFoundError:

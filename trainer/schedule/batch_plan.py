@@ -118,7 +118,7 @@ class BatchPlan:
         return self.end_of(0, self.total_steps)
 
     def shape_at(self, sample: int) -> StepShape:
-        """The step that begins at `sample`."""
+        """Find the shape of the step that begins at `sample`."""
         stretch = self._stretch_at(sample)
         if stretch is None:
             return self._last_shape
@@ -126,7 +126,7 @@ class BatchPlan:
         return shape if left >= shape.global_size else _smaller(shape, int(left))
 
     def runs(self, first_sample: int, steps: int = _FOR_EVER) -> Iterator[StepRun]:
-        """The next `steps` steps, those of equal shape together; as much work as there are different shapes."""
+        """Yield the next `steps` steps, those of equal shape together; as much work as there are different shapes."""
         sample, left = first_sample, steps
         while left > 0:
             shape = self.shape_at(sample)
@@ -135,11 +135,11 @@ class BatchPlan:
             sample, left = run.end_sample, left - run.steps
 
     def end_of(self, first_sample: int, steps: int) -> int:
-        """Where the next `steps` steps end."""
+        """Find where the next `steps` steps end."""
         return max((run.end_sample for run in self.runs(first_sample, steps)), default=first_sample)
 
     def tokens_ahead(self, sample: int, steps: int) -> int:
-        """Positions of the next `steps` steps."""
+        """Count the positions of the next `steps` steps."""
         return sum(run.steps * run.shape.tokens for run in self.runs(sample, steps))
 
     @cached_property
@@ -178,7 +178,7 @@ class BatchPlan:
 
 
 def micro_sizes(data: DataConfig, batch: BatchConfig, world_size: int) -> list[int]:
-    """What `micro_size: auto` may be, ascending: all that every batch of the run divides into over the ranks.
+    """List what `micro_size: auto` may be, ascending: all that every batch of the run divides into over the ranks.
 
     Those of a phase with a micro_size of its own do not count. Empty when there is none, which `plan_batch` refuses.
     """
@@ -245,7 +245,7 @@ def _check_length(train: TrainConfig, plan: BatchPlan) -> None:
 
 
 def _end_of_epochs(phases: Phases, epoch_blocks: Sequence[int], epochs: Fraction) -> int:
-    """The sample after the last one of so many passes, those of all phases together."""
+    """Find the sample after the last one of so many passes, those of all phases together."""
     done = Fraction(0)
     for phase, blocks in zip(phases, epoch_blocks, strict=True):
         a_pass = max(1, blocks)
@@ -257,7 +257,7 @@ def _end_of_epochs(phases: Phases, epoch_blocks: Sequence[int], epochs: Fraction
 
 
 def _cut_at(end: int | None, phase: Phase) -> Iterator[Phase]:
-    """The phase as it is, or in two parts where the run ends within it.
+    """Yield the phase as it is, or in two parts where the run ends within it.
 
     The second part is for runs that go on behind samples which a rollback has passed over.
     """
@@ -269,7 +269,7 @@ def _cut_at(end: int | None, phase: Phase) -> Iterator[Phase]:
 
 
 def _steps_to(plan: BatchPlan, target: Fraction, each: Sequence[Fraction]) -> int:
-    """The fewest steps, at least one, whose sequences come to `target`, where one of phase p counts `each[p]`."""
+    """Count the fewest steps, at least one, whose sequences come to `target`, where one of phase p counts `each[p]`."""
     steps, done = 0, Fraction(0)
     for run in plan.runs(0):
         a_step = run.shape.global_size * each[run.shape.phase]
@@ -281,7 +281,7 @@ def _steps_to(plan: BatchPlan, target: Fraction, each: Sequence[Fraction]) -> in
 
 
 def _stretches(phase: Phase, full: StepShape, phases: Phases, batch: BatchConfig) -> Iterator[Stretch]:
-    """Those of one phase or part of it: warm-up sizes below its full one and, if it has an end, its full steps."""
+    """Yield the stretches of a phase or a part: warm-up sizes below its full one and, if it ends, its full steps."""
     begin, limit = phase.first_sample, phase.end_sample
     for end_token, size in _warmup_sizes(batch):
         if size >= full.global_size:
@@ -296,7 +296,7 @@ def _stretches(phase: Phase, full: StepShape, phases: Phases, batch: BatchConfig
 
 
 def _warmup_sizes(batch: BatchConfig) -> Iterator[tuple[int, int]]:
-    """(position at which it gives way to the next, sequences a step) of each size below the full one."""
+    """Yield (position at which it gives way to the next, sequences a step) of each size below the full one."""
     if batch.warmup is not None:
         increment = batch.warmup.increment or batch.warmup.start_size
         count = (batch.global_size - batch.warmup.start_size) // increment
@@ -342,7 +342,7 @@ def _warmup_shape(full: StepShape, size: int, batch: BatchConfig) -> StepShape:
 
 
 def _smaller(shape: StepShape, size: int) -> StepShape:
-    """A step of the last `size` sequences, fewer than a full one has, in as few micro-batches as hold them."""
+    """Make a step of the last `size` sequences, fewer than a full one has, in as few micro-batches as hold them."""
     return replace(shape, global_size=size, accumulation=-(-size // (shape.micro_size * shape.world_size)))
 
 
@@ -356,7 +356,7 @@ def _fitting_micro_sizes(global_size: int, world_size: int) -> list[int]:
 
 
 def divisors(number: int) -> list[int]:
-    """All of a positive number, ascending; as much work as its root is large."""
+    """List all divisors of a positive number, ascending; as much work as its root is large."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return small + [number // divisor for divisor in reversed(small) if divisor * divisor != number]
 

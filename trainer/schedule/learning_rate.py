@@ -8,7 +8,7 @@ from trainer.config import ScheduleConfig
 
 
 def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` (1 is the first, `total_steps` the last), of a resolved config.
+    """Compute the rate of optimizer step `step` (1 is the first, `total_steps` the last), of a resolved config.
 
     peak · min(1, step / warmup_steps) · shape, where with x the share of the steps after the warm-up that is done and
     m = min_ratio the shape is

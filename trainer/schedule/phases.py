@@ -47,15 +47,15 @@ class Phases:
         return self.all[number]
 
     def number_at(self, sample: int) -> int:
-        """Which phase a sample belongs to, counted from 0."""
+        """Find which phase a sample belongs to, counted from 0."""
         return bisect_right([phase.first_sample for phase in self], sample) - 1
 
     def tokens(self, samples: int) -> int:
-        """Positions of the first `samples` samples."""
+        """Count the positions of the first `samples` samples."""
         return tokens_before([(phase.first_sample, phase.seq_len) for phase in self], samples)
 
     def sample_at(self, token: int) -> int:
-        """The first sample that begins at position `token` of the run or after it."""
+        """Find the first sample that begins at position `token` of the run or after it."""
         for phase in self:
             distance = max(0, token - self.tokens(phase.first_sample))
             sample = phase.first_sample + -(-distance // phase.seq_len)
@@ -65,7 +65,7 @@ class Phases:
 
 
 def with_micro_size(batch: BatchConfig, micro_size: int | None) -> BatchConfig:
-    """`batch` with a number in the place of `micro_size: auto`; unchanged where there is none to put."""
+    """Return `batch` with a number in the place of `micro_size: auto`; unchanged where there is none to put."""
     return (
         batch
         if batch.micro_size != "auto" or micro_size is None
@@ -74,7 +74,7 @@ def with_micro_size(batch: BatchConfig, micro_size: int | None) -> BatchConfig:
 
 
 def lay_out(data: DataConfig, batch: BatchConfig) -> Phases:
-    """The phases that a config asks for; `micro_size: auto` counts as 1, which stands for any.
+    """Lay out the phases that a config asks for; `micro_size: auto` counts as 1, which stands for any.
 
     A phase is a whole number of its full steps: it ends with the first of them, counted from its start, that reaches
     `until_tokens`. Neither ranks nor a batch warm-up move the end.
@@ -92,7 +92,7 @@ def lay_out(data: DataConfig, batch: BatchConfig) -> Phases:
 
 
 def tokens_before(phases: Sequence[tuple[int, int]], samples: int) -> int:
-    """Positions of the first `samples` samples, of phases given as (first sample, seq_len)."""
+    """Count the positions of the first `samples` samples, of phases given as (first sample, seq_len)."""
     ends = [first for first, _ in phases[1:]]
     return sum(
         (min(end, samples) - first) * seq_len

@@ -53,7 +53,7 @@ def find_defaults(config: Config) -> Defaults:
 
 
 def resolve(config: Config, plan: BatchPlan) -> Config:
-    """The config with numbers in the place of what follows from the length of the run.
+    """Return the config with numbers in the place of what follows from the length of the run.
 
     Raises:
         UserError: when the warm-up does not end within the run.
@@ -84,7 +84,7 @@ def resolve(config: Config, plan: BatchPlan) -> Config:
 
 
 def describe_length(config: Config, plan: BatchPlan) -> list[str]:
-    """The schedule of a resolved config in a line, and another one where the run is too short to learn much."""
+    """Describe the schedule of a resolved config in a line, with one more where the run is too short to learn much."""
     schedule, warmup = config.schedule, config.schedule.warmup_steps or 0
     after = f"{schedule.name} to {schedule.min_ratio:g} of it"
     if schedule.name == "wsd":
@@ -102,7 +102,7 @@ def describe_length(config: Config, plan: BatchPlan) -> list[str]:
 
 
 def few_updates(config: Config, plan: BatchPlan) -> str:
-    """A line with the remedy where a run of epochs or tokens has only a handful of steps; empty where it has not.
+    """Warn in a line, with the remedy, where a run of epochs or tokens has only a handful of steps; else return "".
 
     Who asks for a number of steps gets what he asks for.
     """
@@ -127,7 +127,7 @@ def few_updates(config: Config, plan: BatchPlan) -> str:
 
 
 def _smaller_batch(plan: BatchPlan, most: int) -> tuple[int, int]:
-    """The largest batch of at most `most` sequences that divides over the ranks, and its micro-batch; 0 for none.
+    """Find the largest batch of at most `most` sequences that divides over the ranks, and its micro-batch; 0 for none.
 
     The micro-batch stays what it is where it can.
     """
@@ -140,5 +140,5 @@ def _smaller_batch(plan: BatchPlan, most: int) -> tuple[int, int]:
 
 
 def _share(fraction: float, steps: int) -> int:
-    """So many of the steps, rounded up; 0.06 is six hundredths, as it was written."""
+    """Take this fraction of the steps, rounded up; 0.06 is six hundredths, as it was written."""
     return math.ceil(Fraction(str(fraction)) * steps)

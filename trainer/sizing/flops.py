@@ -13,7 +13,7 @@ _NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not comput
 
 
 def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_ratio: float) -> float:
-    """Training FLOPs a position of the input, forward and backward; an add and a multiply count as two.
+    """Count training FLOPs a position of the input, forward and backward; an add and a multiply count as two.
 
     With H the width, I the intermediate size, L the layers, A the attended tokens, V the vocabulary and r the share
     of predicted positions this is, for RoBERTa and BERT,
@@ -52,7 +52,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
 
 
 def _shared_layer_applications(model: PreTrainedModel) -> dict[str, int]:
-    """How often a token passes through each Linear of ALBERT's shared layers, by module name.
+    """Count how often a token passes through each Linear of ALBERT's shared layers, by module name.
 
     Layer i of L uses the weights of group floor(i / (L / G)) of G (arXiv:1909.11942).
     """

@@ -55,7 +55,7 @@ class MemoryEstimate:
         return sum(self.parameter_sizes)
 
     def step(self, micro_size: int) -> TracedStep:
-        """A forward and backward pass of a micro-batch."""
+        """Trace a forward and backward pass of a micro-batch."""
         if micro_size not in self._traced:
             if not self._traced:
                 settings = self.config.model
@@ -68,7 +68,7 @@ class MemoryEstimate:
     def memory(
         self, micro_size: int, world_size: int, accumulation: int, zero: ZeroSettings | None = None
     ) -> RankMemory:
-        """Of a rank in a steady step; `zero` in place of the preset's settings."""
+        """Estimate the memory of a rank in a steady step; `zero` in place of the preset's settings."""
         return rank_memory(
             self.parameters,
             world_size,
@@ -82,7 +82,7 @@ class MemoryEstimate:
     def largest(
         self, sizes: Sequence[int], world_size: int, budget_bytes: float, zero: ZeroSettings | None = None
     ) -> int | None:
-        """The largest of ascending micro-batches whose memory is within a budget; None when none is."""
+        """Find the largest of ascending micro-batches whose memory is within a budget; None when none is."""
         global_size, low, high = self.config.batch.global_size, 0, len(sizes)
         while low < high:  # memory grows with the micro-batch
             middle = (low + high) // 2

@@ -81,7 +81,7 @@ class TracedStep:
         return self._freeing.kernels
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """A roofline: each kernel takes what its arithmetic or its traffic takes, whichever is longer."""
+        """Estimate by a roofline: each kernel takes what its arithmetic or its traffic takes, whichever is longer."""
         return sum(
             count * max(flops / flops_per_second, moved / bytes_per_second)
             for (flops, moved), count in self.kernels.items()
@@ -121,7 +121,7 @@ class TracedStep:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config as it is trained, without storage."""
+    """Build the model of a config as it is trained, without storage."""
     with META:
         model = AutoClass.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     return model.train()
@@ -221,7 +221,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage_id(tensor: torch.Tensor) -> int:
-    """The same for all views of one storage."""
+    """Return a number that is the same for all views of one storage."""
     return tensor.untyped_storage()._cdata
 
 
@@ -285,5 +285,5 @@ class _KernelsOf(TorchFunctionMode):
 
 
 def _cuda_dropout(states: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """One kernel and a mask of a byte an element; elsewhere the mask is of the states' own type."""
+    """Drop out by one kernel and a mask of a byte an element; elsewhere the mask is of the states' own type."""
     return torch.native_dropout(states, p, training)[0] if training and p > 0 else states

@@ -34,7 +34,7 @@ Trial = Callable[[Config, Vocabulary, World, int, Sequence[int]], int | None]
 def resolve_micro_size(
     config: Config, world: World, say: Callable[[str], None], trial: Trial, keep: bool = True
 ) -> int | None:
-    """What `batch.micro_size: auto` stands for in this run; every rank calls it. None when the config has a number.
+    """Find what `batch.micro_size: auto` stands for in this run; every rank calls it. None if the config has a number.
 
     Raises:
         UserError: on every rank, when not even the smallest fits.
@@ -69,7 +69,7 @@ def resolve_micro_size(
 
 
 def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, list[str]]:
-    """For `validate`: what auto will be, or would be on this machine, and a line on it; nothing for a number.
+    """Say for `validate` what auto will be, or would be on this machine, with a line on it; nothing for a number.
 
     Returns:
         None for the number where only a trial on GPUs can tell.
@@ -95,13 +95,13 @@ def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, lis
 
 
 def longest_blocks(config: Config) -> int:
-    """Tokens of the longest blocks that `batch.micro_size` is for."""
+    """Count the tokens of the longest blocks that `batch.micro_size` is for."""
     own = [phase.seq_len for phase in config.data.phases if phase.micro_size is None]
     return max(config.data.seq_len, *own) if own else config.data.seq_len
 
 
 def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any]:
-    """All that the memory of a rank depends on beside the micro-batch."""
+    """Collect all that the memory of a rank depends on beside the micro-batch."""
     model = config.model.model_dump(mode="json")
     for key in ("attention_backend", "kernels"):
         if model[key] == "auto":  # records that are older than the key have none
@@ -121,7 +121,7 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
 
 
 def read_records(config: Config) -> list[dict[str, Any]]:
-    """What earlier starts found, oldest first; what is no such record is left out."""
+    """Read what earlier starts found, oldest first; what is no such record is left out."""
 
     def is_whole(record: dict[str, Any]) -> bool:
         size, layout = record.get("micro_size"), record.get("layout")
@@ -131,7 +131,7 @@ def read_records(config: Config) -> list[dict[str, Any]]:
 
 
 def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Sequence[int]) -> tuple[int | None, str]:
-    """Each rank takes the memory that it sees; the least of them decides, so that all come to the same."""
+    """Find the size by the memory model. The least memory that a rank sees decides, so that all come to the same."""
     budget = min(
         distributed.all_gather(world, _cpu_budget(config, int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
     )
@@ -143,7 +143,7 @@ def _by_model(config: Config, vocabulary: Vocabulary, world: World, sizes: Seque
 
 
 def _cpu_budget(config: Config, local_ranks: int) -> float:
-    """Bytes that a rank on CPU may take."""
+    """Compute the bytes that a rank on CPU may take."""
     if config.batch.memory_gib is not None:
         return config.batch.memory_gib * 2**30
     return CPU_SHARE * available_bytes() / local_ranks

@@ -69,7 +69,7 @@ def largest_by_trial(
 def _first_to_try(
     config: Config, vocabulary: Vocabulary, ranks: int, seq_len: int, sizes: Sequence[int], limit: float | None
 ) -> int:
-    """The place in `sizes` of the largest that is at most half of what the memory model foresees; 0 without a limit.
+    """Find the place in `sizes` of the largest up to half of what the memory model foresees; 0 without a limit.
 
     Args:
         limit: bytes of a rank.
@@ -86,7 +86,7 @@ def _first_to_try(
 def _try_in_turn(
     config: Config, vocabulary: Vocabulary, world: World, seq_len: int, sizes: Sequence[int], criterion: Criterion
 ) -> int | None:
-    """The last of `sizes` that fits, with an engine of their own, of which nothing is left; None when none does."""
+    """Try `sizes` in turn with an engine of their own, of which nothing is left; returns the last that fits or None."""
     trial = None
     try:
         trial = _Trial.start(config, vocabulary, world, seq_len, len(sizes), criterion)
@@ -145,7 +145,7 @@ class _Trial:
     def start(
         cls, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int, criterion: Criterion
     ) -> _Trial | None:
-        """None on every rank when not even the engine fits on one of them."""
+        """Start a trial; None on every rank when not even the engine fits on one of them."""
         trial = None
         try:
             trial = cls(config, vocabulary, world, seq_len, shapes, criterion)
@@ -154,7 +154,7 @@ class _Trial:
         return trial if _all_agree(world, trial is not None) else None
 
     def fits(self, micro_size: int) -> bool:
-        """Whether every rank has done a step of such micro-batches; every rank calls it."""
+        """Try a step of such micro-batches, and tell whether every rank has done it; every rank calls it."""
         # The reduction of the last micro-batch follows the vote: with stages 0 and 1, only there ranks wait for others.
         self.engine.begin_step(micro_size, _ACCUMULATION)
         for micro_batches in (_ACCUMULATION - 1, 1):

@@ -31,7 +31,7 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Dense matmul peak of a device in FLOP/s, and where the figure comes from; NaN for a CPU.
+    """Find the dense matmul peak of a device in FLOP/s, and where the figure comes from; NaN for a CPU.
 
     NVIDIA's data sheet for the GPUs it knows by name; for other GPUs and MIG slices a measured matmul. fp32 counts as
     TF32 where torch is allowed to use it. A CPU is on no data sheet, and what a start could measure in passing is the
@@ -49,7 +49,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def datasheet_peak(name: str, number_format: str) -> float | None:
-    """FLOP/s from the data sheet for a CUDA device name; None where the table has no entry."""
+    """Look up FLOP/s from the data sheet for a CUDA device name; None where the table has no entry."""
     if "MIG" in name:
         return None
     for pattern, teraflops in _DATASHEET:
@@ -60,7 +60,7 @@ def datasheet_peak(name: str, number_format: str) -> float | None:
 
 
 def matmul_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Best rate of square matmuls on this device in FLOP/s, found within about `seconds`.
+    """Measure the best rate of square matmuls on this device in FLOP/s, within about `seconds`.
 
     The size doubles while time is left, from 512 to 8,192 on a GPU and to 2,048 elsewhere. A smaller one says little of
     a device: on a busy machine its threads may wait for each other a hundred times as long as they compute.

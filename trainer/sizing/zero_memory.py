@@ -182,7 +182,7 @@ def _stage_0(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: in
 
 
 def _stage_1_in_fp32(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int) -> RankMemory:
-    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 as well, and reduces them as a flat copy in bf16."""
+    """Count what DeepSpeed's BF16_Optimizer holds: all gradients in fp32 as well, reduced as a flat copy in bf16."""
     in_pass = passes.adding if accumulates else passes.with_gradients
     gradients = sizes.whole + 4 * parameters
     return RankMemory(

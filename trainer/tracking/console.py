@@ -73,13 +73,13 @@ class TrainingConsole:
 
 
 def seconds_left(values: dict[str, Any], plan: BatchPlan) -> float:
-    """Time to the last step at the speed of a training line."""
+    """Estimate the time to the last step at the speed of a training line."""
     tokens_left = plan.tokens_ahead(values["samples"], plan.total_steps - values["step"])
     return tokens_left / values["throughput/tokens_per_second"]
 
 
 def step_line(values: dict[str, Any], plan: BatchPlan) -> str:
-    """loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
+    """Write a line of loss, lr, grad_norm, tokens/s, MFU, data wait, peak memory, time left."""
     skipped = f"  skipped {values['train/skipped_steps']}" if values["train/skipped_steps"] else ""
     return (
         f"loss {_number(values['train/loss'], '.4f')}  lr {values['train/learning_rate']:.2e}  "

@@ -54,7 +54,7 @@ class JsonlWriter:
 
 
 def read_last(path: Path, name: str) -> dict[str, Any] | None:
-    """The last whole line that has a value of that name, looked for at the end of the file only; None without one."""
+    """Find the last whole line that has a value of that name, at the end of the file only; None without one."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -73,7 +73,7 @@ def read_last(path: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines that are metrics; others, such as one cut off by a crash, are left out with a warning."""
+    """Read all lines that are metrics; others, such as one cut off by a crash, are left out with a warning."""
     return side_files.read_lines(path, _metrics_line)
 
 

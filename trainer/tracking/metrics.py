@@ -118,7 +118,7 @@ def peak_memory_gib(device: torch.device) -> tuple[float, float]:
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: what is not finite becomes null."""
+    """Replace what is not finite by null: JSON has no NaN."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }

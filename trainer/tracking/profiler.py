@@ -48,7 +48,7 @@ class StepProfiler:
             self._steps = range(0)
 
     def step(self, number: int) -> AbstractContextManager[None]:
-        """A step of the run; its trace is written when it is the last that was asked for."""
+        """Profile a step of the run, if asked for; its trace is written when it is the last that was asked for."""
         return self._profiled(number) if number in self._steps else _NOTHING
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class StepProfiler:
             self._profiler = None
 
     def range(self, name: str) -> AbstractContextManager[object]:
-        """A part of a step, one of RANGES."""
+        """Mark a part of a step, one of RANGES."""
         return record_function(name) if self._profiler is not None else _NOTHING
 
     @contextmanager

@@ -39,12 +39,12 @@ class StartRecord:
 
 
 def read_start_records(run_dir: Path) -> list[StartRecord]:
-    """The starts of a run, oldest first."""
+    """Read the starts of a run, oldest first."""
     return read_lines(run_dir / STARTS, lambda line: as_type(StartRecord, line))
 
 
 def idle_starts(starts: Iterable[StartRecord], job: str, step: int) -> int:
-    """How many starts of a SLURM job, one after the other up to the last one, began at this step."""
+    """Count how many starts of a SLURM job, one after the other up to the last one, began at this step."""
     count = 0
     for start in starts:
         count = count + 1 if job and (start.job, start.step) == (job, step) else 0

@@ -87,7 +87,7 @@ class Status:
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """The status of a run; None where there is none, or it cannot be understood."""
+    """Read the status of a run; None where there is none, or it cannot be understood."""
     return read_record(run_dir / STATUS, Status)
 
 
@@ -156,7 +156,7 @@ class StatusWriter:
             self.set()
 
     def start(self, state: TrainState, total_steps: int, checkpoint: str, is_new: bool) -> None:
-        """Training starts from `state`.
+        """Note that training starts from `state`.
 
         Args:
             checkpoint: whose state it is; empty at step 0.
@@ -167,24 +167,24 @@ class StatusWriter:
         self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state))
 
     def entered(self, phase: str) -> None:
-        """A phase of the run begins (trainer.liveness.activity)."""
+        """Note that a phase of the run begins (trainer.liveness.activity)."""
         state = _STATES.get(phase)
         if state is not None and state != self._status.state:
             self.set(state=state)
 
     def take_back(self) -> None:
-        """This start has changed nothing: the status of before stands."""
+        """Put the status of before back: this start has changed nothing."""
         if self._before is not None:
             _write(self._run_dir, self._before)
 
     def ended(self, code: int, reason: str, state: TrainState | None = None) -> None:
-        """The run ends in order, with this exit code and in this state, if there was any training."""
+        """Note that the run ends in order, with this exit code and in this state, if there was any training."""
         name = "finished" if code == EXIT_FINISHED else "stopped"
         self.set(state=name, reason=reason, eta_seconds=None, **(_counters(state) if state is not None else {}))
 
     @contextlib.contextmanager
     def until_the_end(self) -> Iterator[None]:
-        """What escapes is why the run ends."""
+        """Record what escapes as the reason why the run ends."""
         try:
             yield
         except KeyboardInterrupt:

@@ -86,7 +86,7 @@ class StepMetrics:
         return {f"train/loss/{term.name}": mean for term, mean in zip(self.criterion.terms, means, strict=True)}
 
     def _source_values(self, state: TrainState, totals: np.ndarray, micro_batches: list[Batch]) -> dict[str, Any]:
-        """Loss of the step, epochs and tokens of each source; `totals` [terms, sources] are over all ranks."""
+        """Compute loss of the step, epochs and tokens of each source; `totals` [terms, sources] are over all ranks."""
         losses = np.zeros(totals.shape[1])
         for sums, term in zip(totals, self.criterion.terms, strict=True):
             of_rank = sum(batch.count_by_source(term.name, len(losses)) for batch in micro_batches)

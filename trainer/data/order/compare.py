@@ -13,7 +13,7 @@ from trainer.schedule.phases import tokens_before
 
 
 def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: int) -> list[str]:
-    """What about the first `samples` samples has changed, one line each; none when they are the same.
+    """Say what about the first `samples` samples has changed, one line each; none when they are the same.
 
     Args:
         saved, current: as `Inputs.data_order` gives them. Where both have the `shards` of their sources, a changed
@@ -38,7 +38,7 @@ def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: i
 
 
 def recorded_phases(order: dict[str, Any]) -> list[dict[str, Any]]:
-    """The phases of a recorded order: first_sample, seq_len, blocks and spans of each.
+    """Return the phases of a recorded order: first_sample, seq_len, blocks and spans of each.
 
     What was recorded before there were phases is a run of one.
     """
@@ -47,7 +47,7 @@ def recorded_phases(order: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def shard_differences(before: Sequence[Sequence[Any]], after: Sequence[Sequence[Any]]) -> list[str]:
-    """How the shards of a source differ: changed, gone, added, renamed or in another order.
+    """Say how the shards of a source differ: changed, gone, added, renamed or in another order.
 
     Args:
         before, after: for each shard its name, then whatever identifies its content.
@@ -72,7 +72,7 @@ def shard_differences(before: Sequence[Sequence[Any]], after: Sequence[Sequence[
 
 
 def _begun_phases(order: dict[str, Any], samples: int) -> list[dict[str, Any]]:
-    """The phases that the first `samples` samples lie in."""
+    """Find the phases that the first `samples` samples lie in."""
     return [phase for phase in recorded_phases(order) if phase["first_sample"] < max(1, samples)]
 
 
@@ -81,7 +81,7 @@ def _lengths(phases: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def _begun(phase: dict[str, Any], samples: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The spans that the first `samples` samples lie in; places without the zeros of sources added later."""
+    """Find the spans that the first `samples` samples lie in; places without the zeros of sources added later."""
     begun = []
     for start, size, places in phase["spans"]:
         while places and places[-1] == 0:
@@ -124,7 +124,7 @@ def _describe_phases(before: list[dict[str, Any]], now: list[dict[str, Any]], sa
 
 
 def _describe_mixture(saved: dict[str, Any], current: dict[str, Any], samples: int, first_token: int) -> str:
-    """The places of a phase that begins at position `first_token`."""
+    """Say how the places of a phase that begins at position `first_token` have changed."""
     start, size, _ = _begun(saved, samples)[-1]
     inside = samples - saved["first_sample"]
     earliest = start + -(-(inside - start) // size) * size

@@ -15,7 +15,7 @@ from trainer.schedule.phases import Phases
 def mixture_order(
     data: DataConfig, phases: Phases, blocks: Sequence[Sequence[int]], tokens: Sequence[int], seed: int
 ) -> RunOrder:
-    """The order that a config asks for.
+    """Make the order that a config asks for.
 
     Args:
         blocks: whole blocks of each source, in each phase.
@@ -63,7 +63,7 @@ def _check_stages(data: DataConfig, starts: Sequence[int]) -> None:
 
 
 def weight_stages(data: DataConfig, phases: Phases, tokens: Sequence[int]) -> list[tuple[int, list[float]]]:
-    """The weights of the sources over the run, as (first sample, weights), the first from 0 on."""
+    """List the weights of the sources over the run, as (first sample, weights), the first from 0 on."""
     if data.temperature is not None:
         # One token at least: a source of which nothing is left has a weight, and is refused as one without a block.
         weights = [max(1, count) ** (1 / data.temperature) for count in tokens]
@@ -102,7 +102,7 @@ def check_epochs(data: DataConfig, order: RunOrder, total_samples: int) -> None:
 
 
 def describe_mixture(data: DataConfig, order: RunOrder, tokens: Sequence[int], epochs: Sequence[float]) -> list[str]:
-    """Of each source its share of the samples at every stage, and how often the run passes over it."""
+    """Say of each source its share of the samples at every stage, and how often the run passes over it."""
     lines = []
     stages = weight_stages(data, order.phases, tokens)
     for number, (source, passes) in enumerate(zip(data.train, epochs, strict=True)):

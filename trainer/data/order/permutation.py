@@ -61,7 +61,7 @@ def mix64(x: ArrayLike) -> UInt64s:
 
 
 def mix64_in_place(x: UInt64s, scratch: UInt64s) -> None:
-    """`mix64` without temporaries; `scratch` is overwritten and has the shape of `x` (not 0-dimensional)."""
+    """Apply `mix64` without temporaries; `scratch` is overwritten and has the shape of `x` (not 0-dimensional)."""
     np.right_shift(x, _SHIFT_1, out=scratch)
     np.bitwise_xor(x, scratch, out=x)
     np.multiply(x, _MULTIPLIER_1, out=x)
@@ -125,7 +125,7 @@ def _taken(parameter: UInt64s, places: NDArray[np.intp]) -> UInt64s:
 
 
 def _feistel(values: UInt64s, half_bits: UInt64s, keys: UInt64s) -> UInt64s:
-    """One pass over [0, 4^half_bits): ROUNDS times (left, right) ← (right, left xor hash(right, key, round))."""
+    """Pass once over [0, 4^half_bits): ROUNDS times (left, right) ← (right, left xor hash(right, key, round))."""
     low_bits = (_ONE << half_bits) - _ONE
     left, right = values >> half_bits, values & low_bits
     hashed, scratch = np.empty_like(values), np.empty_like(values)

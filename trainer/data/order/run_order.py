@@ -42,7 +42,7 @@ class RunOrder:
         return len(self.orders[0].blocks)
 
     def locate(self, samples: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where samples are, as `SampleOrder.locate`; the block is one of those of the sample's phase."""
+        """Find where samples are, as `SampleOrder.locate`; the block is one of those of the sample's phase."""
         samples = np.asarray(samples)
         numbers = np.searchsorted(self._starts, samples, side="right") - 1
         sources, blocks = np.empty(samples.size, np.int64), np.empty(samples.size, np.int64)
@@ -52,28 +52,28 @@ class RunOrder:
         return sources, blocks
 
     def samples_in_phases(self, samples: int) -> list[int]:
-        """How many of the first `samples` samples belong to each phase."""
+        """Count how many of the first `samples` samples belong to each phase."""
         ends = [samples if phase.end_sample is None else min(phase.end_sample, samples) for phase in self.phases]
         return [max(0, end - phase.first_sample) for phase, end in zip(self.phases, ends, strict=True)]
 
     def epochs_in_phases(self, samples: int) -> list[list[float]]:
-        """Of each phase the passes over each source after `samples` samples of the run."""
+        """Count for each phase the passes over each source after `samples` samples of the run."""
         counts = self.samples_in_phases(samples)
         return [order.epochs(count) for order, count in zip(self.orders, counts, strict=True)]
 
     def epochs(self, samples: int) -> list[float]:
-        """Passes over each source after `samples` samples, those of all phases together."""
+        """Count the passes over each source after `samples` samples, those of all phases together."""
         return [sum(passes) for passes in zip(*self.epochs_in_phases(samples), strict=True)]
 
     def source_tokens(self, samples: int) -> list[int]:
-        """Positions of each source among the first `samples` samples."""
+        """Count the positions of each source among the first `samples` samples."""
         counts = self.samples_in_phases(samples)
         visits = [order.visits(count) for order, count in zip(self.orders, counts, strict=True)]
         lengths = [phase.seq_len for phase in self.phases]
         return [sum(map(int.__mul__, of_source, lengths)) for of_source in zip(*visits, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """All that decides the order, as plain JSON; `spans` as [first sample of the phase, size, places]."""
+        """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places]."""
         first = self.orders[0]
         return {
             "version": ORDER_VERSION,

@@ -113,7 +113,7 @@ class SampleOrder:
         self._full_chunks = np.array([count // chunk_blocks for count in counts], np.uint64)
 
     def locate(self, samples: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where samples are.
+        """Find where samples are.
 
         Args:
             samples: int64 [n], sample numbers t in [0, 2^63), in any order.
@@ -132,7 +132,7 @@ class SampleOrder:
         return sources, blocks
 
     def visits(self, samples: int) -> list[int]:
-        """Blocks of each source among the first `samples` samples; costs at most one mixture block of work."""
+        """Count each source's blocks among the first `samples` samples; costs at most one mixture block of work."""
         begun = bisect_right([span.start for span in self.spans], samples) - 1
         span = self.spans[begun]
         whole, rest = divmod(samples - span.start, span.size)
@@ -142,11 +142,11 @@ class SampleOrder:
         return [base + whole * places + more for base, places, more in zip(span.bases, span.places, extra, strict=True)]
 
     def epochs(self, samples: int) -> list[float]:
-        """Passes over each source after `samples` samples; 0 for a source not visited."""
+        """Count the passes over each source after `samples` samples; 0 for a source not visited."""
         return [visits / max(count, 1) for visits, count in zip(self.visits(samples), self.blocks, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """All that decides the order, as plain JSON; `spans` as [first sample, size, places of each source]."""
+        """Describe all that decides the order as plain JSON; `spans` as [first sample, size, places of each source]."""
         return {
             "version": ORDER_VERSION,
             "seed": self.seed,
@@ -157,7 +157,7 @@ class SampleOrder:
         }
 
     def locate_visits(self, samples: UInt64s) -> tuple[NDArray[np.intp], UInt64s]:
-        """Step 1: uint64 [n] sample numbers → source ([n], or [1] when there is one) and visit [n] to it."""
+        """Do step 1: uint64 [n] sample numbers → source ([n], or [1] when there is one) and visit [n] to it."""
         if len(self.spans) == 1:
             return self._visit_in(self.spans[0], samples)
         numbers = np.searchsorted(self._span_starts, samples, side="right") - 1
@@ -168,7 +168,7 @@ class SampleOrder:
         return sources, visits
 
     def _visit_in(self, span: Span, samples: UInt64s) -> tuple[NDArray[np.intp], UInt64s]:
-        """`_visit` for samples of one span."""
+        """Do what `locate_visits` does for samples of one span."""
         since = samples - np.uint64(span.start)
         only = span.only_source
         if only is not None:
@@ -184,7 +184,7 @@ class SampleOrder:
         return source, np.array(span.bases, np.uint64)[source] + block * places + rank
 
     def _block(self, source: NDArray[np.intp], visit: UInt64s) -> UInt64s:
-        """Steps 2 to 4: source ([n] or [1]) and visit uint64 [n] → block uint64 [n]."""
+        """Do steps 2 to 4: source ([n] or [1]) and visit uint64 [n] → block uint64 [n]."""
         blocks, window_size, full_chunks = self._blocks[source], self._windows[source], self._full_chunks[source]
         epoch, offset = np.divmod(visit, blocks)
         epoch_key = fold_key(KeyPurpose.EPOCH, self.seed, source, epoch)
@@ -207,7 +207,7 @@ class SampleOrder:
 def rank_share(
     samples: np.ndarray, sources: np.ndarray, blocks: np.ndarray, rank: int, world_size: int
 ) -> NDArray[np.intp]:
-    """Which samples of a global batch a rank takes: its slice of the batch sorted by address.
+    """Find which samples of a global batch a rank takes: its slice of the batch sorted by address.
 
     Sorted by (source, block, sample number) and cut into equal slices, each rank, and each node, reads from its own
     part of the window. Where the batch does not divide, as the last one of a run may not, the last slices are shorter.
@@ -237,7 +237,7 @@ def _refuse_empty_sources(blocks: Sequence[int], stages: Sequence[tuple[int, Seq
 
 
 def _spans(stages: Sequence[tuple[int, tuple[float, ...]]], mixture_block: int) -> Iterator[Span]:
-    """The spans of (first sample, weights) stages: its whole mixture blocks, then a short one up to the next stage."""
+    """Cut (first sample, weights) stages into spans: whole mixture blocks, then a short one up to the next stage."""
     first_block, bases = 0, tuple(0 for _ in stages[0][1])
     ends = [start for start, _ in stages[1:]]
     for (start, weights), end in zip(stages, [*ends, None], strict=True):
