@@ -112,7 +112,7 @@ def read_text_pieces(inputs, documents: str, cuts: list[int]) -> list[str]:
     (unit,) = plan_units(inputs, "file")
     (whole,) = unit.pieces
     borders = [0, *sorted(cut for cut in cuts if cut < whole.end), whole.end]
-    settings = readers.ReadSettings("text", documents, "text", "")
+    settings = readers.TextSettings("text", documents, "text", "")
     pieces = [Piece(whole.file, a, b) for a, b in itertools.pairwise(borders)]
     return [text for piece in pieces for text, _ in readers.read_documents(piece, settings)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.test_resume import stop_at_step_7
-from tests.ranks import losses, run_ranks, tiny_config, train
+from tests.ranks import ADDING, losses, run_ranks, tiny_config, train
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
 from trainer.tracking.profiler import RANGES
 
@@ -36,7 +36,7 @@ def test_the_trace_has_the_steps_and_their_parts_and_training_is_the_same(
 ) -> None:
     """4 sequences a rank in micro-batches of 2: each step has two forward and backward passes."""
     profile = {"start": 3, "steps": 2, "all_ranks": True}
-    config = tiny_config(workspace, tmp_path / "run", train={"steps": 6, "profile": profile})
+    config = tiny_config(workspace, tmp_path / "run", train={"steps": 6, "profile": profile}, **ADDING)
     assert train(config, 2) == EXIT_FINISHED
     assert f"profile of steps 3 to 4: {tmp_path}/run/profile/steps-00000003-00000004" in capfd.readouterr().out
     names = [f"steps-00000003-00000004/rank-0000{rank}.pt.trace.json.gz" for rank in (0, 1)]
@@ -55,7 +55,7 @@ def test_the_trace_has_the_steps_and_their_parts_and_training_is_the_same(
         operators = {event["name"] for event in events if event.get("cat") == "cpu_op"}
         assert {"aten::addmm", "aten::embedding"} <= operators
         assert any("all_reduce" in name or "allreduce" in name for name in {event["name"] for event in events})
-    plain = tiny_config(workspace, tmp_path / "plain", train={"steps": 6})
+    plain = tiny_config(workspace, tmp_path / "plain", train={"steps": 6}, **ADDING)
     assert train(plain, 2) == EXIT_FINISHED
     assert losses(tmp_path / "plain") == losses(tmp_path / "run")
     assert not (tmp_path / "plain" / "profile").exists()

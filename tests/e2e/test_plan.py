@@ -134,7 +134,7 @@ def test_a_benchmark_takes_the_place_of_the_model(workspace: Path, tmp_path: Pat
             plan_json(path, bench=str(bench))
     with pytest.raises(UserError, match="No such file"):
         plan_json(path, bench=str(tmp_path / "missing.json"))
-    with pytest.raises(UserError, match="does not divide into micro-batches of 2 on 3 ranks"):
+    with pytest.raises(UserError, match="does not divide into micro-batches of 4 on 3 ranks"):
         plan_json(path, ranks=3)
 
 
