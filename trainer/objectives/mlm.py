@@ -23,12 +23,19 @@ from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.units import LENGTHS
 
 TERM = "mlm"
+_MASKED_AS = {
+    "token": "",
+    "word": " in whole words",
+    "ngram": " in n-grams of whole words",
+    "span": " in spans of whole words",
+}
 
 
 def _described(settings: Mapping[str, Any]) -> str:
     mask, drawn = settings["replace_mask"], settings["replace_random"]
     replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
-    return f"mlm, {settings['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit"
+    share = f"{settings['mask_ratio']:.0%} of tokens{_MASKED_AS[settings['scheme']]}"
+    return f"mlm, {share} ({replaced}), new masks at each visit"
 
 
 CARD = ObjectiveCard(
