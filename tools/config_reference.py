@@ -45,7 +45,7 @@ _BOUNDS = (
 CONFIG_INTRODUCTION = """\
 # Config keys
 
-Made by `python -m tools.config_reference > docs/config.md` from the docstrings in `trainer/config/schema.py`.
+Made by `python -m tools.config_reference > docs/config.md` from the docstrings in `trainer/config/`.
 
 A run is described by one YAML file: `maskwright train my.yaml`. In place of a path, the name of a recipe will do
 ({recipes}; they lie in `trainer/recipes/`).

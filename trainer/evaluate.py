@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from trainer.data.batch import Batch, Samples
-from trainer.data.blocks import DOCUMENT_STARTS, Blocks
+from trainer.data.block_reader import BlockReader
 from trainer.data.dataset import ShardSet
-from trainer.data.documents import DocumentBorders
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
@@ -32,8 +31,7 @@ class Evaluator:
 
     def __init__(self, data: ShardSet, objective: Samples, criterion: Criterion, samples: int, micro_size: int) -> None:
         self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
-        assert set(objective.marks) <= {DOCUMENT_STARTS}, "no other mark is read yet"
-        self.borders = DocumentBorders(data) if objective.marks else None
+        self._reader = BlockReader(data, objective)
         available = data.block_count(objective.view.payload)
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)
@@ -67,12 +65,10 @@ class Evaluator:
         """Read the batch, or return why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
-        blocks, payload = self.blocks[places], self.objective.view.payload
         try:
-            tokens = self.data.read_blocks(blocks, payload)
-            starts = {} if self.borders is None else {DOCUMENT_STARTS: self.borders.document_starts(blocks, payload)}
+            blocks = self._reader.read(self.blocks[places])
         except MaskwrightError as error:
             return None, error
-        batch = self.objective.make_batch(Blocks(tokens, starts), places.astype(np.uint64), EVALUATION_SEED)
+        batch = self.objective.make_batch(blocks, places.astype(np.uint64), EVALUATION_SEED)
         batch.leave_out(~inside)
         return batch, None

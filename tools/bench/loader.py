@@ -98,7 +98,7 @@ def _variants(workload: Workload) -> list[Variant]:
     parts: list[tuple[str, str, Callable[[], int]]] = [
         ("order", f"SampleOrder.locate, {workload.plan.global_size:,} samples at a time", _order(workload)),
         ("gather", "ShardSet.read_blocks, sorted by address as a rank gets them", _gather(workload)),
-        ("masks", "TokenMasking.apply", _masks(workload)),
+        ("masks", "Masking.apply", _masks(workload)),
         ("end to end", "the training loader: order, rank share, gather, masks, tensors", _end_to_end(workload)),
     ]
     return [Variant(name, what, for_seconds(workload.seconds, step)) for name, what, step in parts]

@@ -160,6 +160,7 @@ def _open(config: Config, path: str, output: Path) -> Job:
         names=CONFIG,
         excluded=_own_folders(config),
         special_in_text=text.special_in_text,
+        word_starts=text.word_starts or (None if config.objective.scheme == "token" else "tokenizer"),
     )
 
 

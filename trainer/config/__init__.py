@@ -1,5 +1,6 @@
 """What a run is asked to do: its sections (`schema`), and how they are read (`file`)."""
 
+from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -7,20 +8,15 @@ from trainer.config.schema import (
     BatchConfig,
     CheckpointConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LoggingConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    PhaseConfig,
     ProfileConfig,
     ResilienceConfig,
     RunConfig,
     ScheduleConfig,
-    SourceConfig,
-    StageConfig,
-    TextConfig,
     TrainConfig,
     WarmupConfig,
     WatchdogConfig,

@@ -11,7 +11,7 @@ import numpy as np
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's ignore_index
 DOCUMENT_STARTS = "doc"
-"""A mark: where documents, or what a block holds of them, begin. The only one that loaders read today."""
+"""A mark: where documents, or what a block holds of them, begin. Words and sentences have theirs in the manifest."""
 
 
 @dataclass(frozen=True)

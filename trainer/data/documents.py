@@ -5,35 +5,22 @@ The `.doc` files of a data set are the only authority on borders: a separator am
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.dataset import ShardSet
-from trainer.data.shard_checks import check_content, check_sizes
+from trainer.data.shard_parts import ShardParts
 from trainer.errors import DamagedError
-
-_MAPPED_FILES = 64  # kept open; a data set may have thousands, a batch reads from few
 
 
 class DocumentBorders:
-    """The document borders of one data set, looked up by block.
-
-    A `.doc` file is mapped on first use and, where reads are verified, compared with its checksum when this process
-    first maps it: borders that have moved would train another run without a word.
-    """
+    """The document borders of one data set, looked up by block."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # the one used last comes last
-        self._checked: set[int] = set()
+        self._borders = ShardParts(shards, "doc", "<u8")  # token offsets of documents, then the shard's length
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict(), "_checked": set()}  # a worker maps the files itself
-
-    def document_starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
+    def starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
         """Find which tokens of blocks begin a document, or what a block holds of one.
 
         Args:
@@ -61,7 +48,7 @@ class DocumentBorders:
         self, shard: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find for each border inside pieces of a shard the number of the piece and the tokens from its start."""
-        borders = self._borders_of(shard)
+        borders = self._borders[shard]
         # Searched as uint64, which they are: beside int64 numpy would turn the whole file into floats.
         first = np.searchsorted(borders, (offsets + 1).astype(np.uint64))
         end = np.searchsorted(borders, (offsets + lengths).astype(np.uint64))
@@ -77,23 +64,6 @@ class DocumentBorders:
                 remedy="Copy the data set again, or prepare it again; `maskwright data verify` lists all damage.",
             )
         return piece, distance
-
-    def _borders_of(self, shard: int) -> np.ndarray:
-        """Map the token offsets of the documents of a shard, then its length: uint64 [documents + 1]."""
-        mapped = self._maps.pop(shard, None)
-        if mapped is None:
-            if len(self._maps) == _MAPPED_FILES:
-                self._maps.popitem(last=False)
-            entry = self.shards.manifest.shards[shard]
-            if shard not in self._checked:
-                if self.shards.settings.verify:
-                    check_content(self.shards.folder, entry, "doc")
-                else:
-                    check_sizes(self.shards.folder, entry)
-                self._checked.add(shard)
-            mapped = np.memmap(self.shards.folder / f"{entry.name}.doc", "<u8", "r")
-        self._maps[shard] = mapped
-        return mapped
 
 
 def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.data.batch import Batch, Samples
-from trainer.data.blocks import DOCUMENT_STARTS, Blocks
+from trainer.data.block_reader import BlockReader
+from trainer.data.blocks import Blocks
 from trainer.data.dataset import ShardSet
-from trainer.data.documents import DocumentBorders
 from trainer.data.order.run_order import RunOrder
 from trainer.data.order.sample_order import SampleOrder, rank_share
 from trainer.errors import MaskwrightError
@@ -97,8 +97,7 @@ class SampledBlocks(Dataset[Any]):
 
     def __init__(self, sources: list[ShardSet], samples: Samples, seed: int) -> None:
         self.sources, self.samples, self.seed = sources, samples, seed
-        assert set(samples.marks) <= {DOCUMENT_STARTS}, "no other mark is read yet"
-        self.borders = [DocumentBorders(source) for source in sources] if samples.marks else None
+        self._readers = [BlockReader(source, samples) for source in sources]
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Make the micro-batch of the (t, source, block) rows of `places` [B, 3]."""
@@ -119,15 +118,21 @@ class SampledBlocks(Dataset[Any]):
         return self.__getitems__(place[None])
 
     def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Blocks:
-        """Read tokens in the dtype of the sources, which share a tokenizer, and where documents begin."""
+        """Read blocks of several sources, which share a tokenizer and so a dtype."""
+        parts = [
+            (rows, self._readers[source].read(numbers[rows]))
+            for source, rows in _by_source(sources, np.arange(len(sources)))
+        ]
+        if len(parts) == 1:
+            return parts[0][1]
         shape = (len(sources), self.samples.view.payload)
-        tokens = np.empty(shape, self.sources[sources[0]].dtype)
-        starts = None if self.borders is None else np.empty(shape, np.bool_)
-        for source, rows in _by_source(sources, np.arange(len(sources))):
-            tokens[rows] = self.sources[source].read_blocks(numbers[rows], shape[1])
-            if starts is not None and self.borders is not None:
-                starts[rows] = self.borders[source].document_starts(numbers[rows], shape[1])
-        return Blocks(tokens) if starts is None else Blocks(tokens, {DOCUMENT_STARTS: starts})
+        tokens = np.empty(shape, parts[0][1].tokens.dtype)
+        starts = {mark: np.empty(shape, np.bool_) for mark in self.samples.marks}
+        for rows, blocks in parts:
+            tokens[rows] = blocks.tokens
+            for mark, marked in blocks.starts.items():
+                starts[mark][rows] = marked
+        return Blocks(tokens, starts)
 
 
 class TrainingBatches:

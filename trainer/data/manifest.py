@@ -37,6 +37,8 @@ from trainer.runtime.typed_json import Count, as_type
 WORD_STARTS = "wrd"
 SENTENCE_STARTS = "snt"
 TOKEN_MARKS = (WORD_STARTS, SENTENCE_STARTS)
+STARTS_OF = {WORD_STARTS: "word", SENTENCE_STARTS: "sentence"}
+"""What starts at a token that has the mark."""
 
 
 def mark_bytes(tokens: int) -> int:
@@ -98,6 +100,10 @@ class Manifest:
     def shard_identities(self) -> list[list[str]]:
         """List each shard's name and the sums of its tokens and borders: what a later start is compared with."""
         return [[entry.name, entry.files["tok"][1], entry.files["doc"][1]] for entry in self.shards]
+
+    def mark_identity(self, mark: str) -> str:
+        """Compute a sha256 over a token mark of all shards; the fingerprint leaves it out, because few read it."""
+        return hashlib.sha256(json.dumps([entry.files[mark][1] for entry in self.shards]).encode()).hexdigest()
 
     def to_json(self) -> str:
         content = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))  # as it is read

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.data.manifest import SENTENCE_STARTS, TOKEN_MARKS, WORD_STARTS, Manifest, ShardEntry, mark_bytes
+from trainer.data.manifest import SENTENCE_STARTS, STARTS_OF, TOKEN_MARKS, WORD_STARTS, Manifest, ShardEntry, mark_bytes
 from trainer.errors import UserError
 from trainer.runtime.files import sync_and_close
 
@@ -68,18 +68,27 @@ def read_marks(folder: str | Path, entry: ShardEntry, mark: str, start: int = 0,
     Raises:
         UserError: when the data set was prepared without this mark.
     """
-    path = Path(folder) / f"{entry.name}.{mark}"
-    if mark not in entry.files:
-        raise UserError(
-            f"The data set has no {'word' if mark == WORD_STARTS else 'sentence'} starts (no {path.name}).",
-            where=str(folder),
-            remedy=f"Prepare it again with {OPTION_OF_MARK[mark]}.",
-        )
+    _check_marked(folder, entry, mark)
     stop = entry.tokens if stop is None else stop
     assert 0 <= start <= stop <= entry.tokens, f"tokens {start}..{stop} of {entry.tokens}"
     first = start // 8
-    packed = np.fromfile(path, np.uint8, mark_bytes(stop) - first, offset=first)
+    packed = np.fromfile(Path(folder) / f"{entry.name}.{mark}", np.uint8, mark_bytes(stop) - first, offset=first)
     return unpack_starts(packed, start - first * 8, stop - first * 8)
+
+
+def check_marked(folder: str | Path, manifest: Manifest, mark: str) -> None:
+    """Raise UserError when a data set was prepared without this mark."""
+    for entry in manifest.shards:
+        _check_marked(folder, entry, mark)
+
+
+def _check_marked(folder: str | Path, entry: ShardEntry, mark: str) -> None:
+    if mark not in entry.files:
+        raise UserError(
+            f"The data set has no {STARTS_OF[mark]} starts (no {entry.name}.{mark}).",
+            where=str(folder),
+            remedy=f"Prepare it again with {OPTION_OF_MARK[mark]}.",
+        )
 
 
 def unpack_starts(packed: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -21,10 +21,11 @@ from trainer.data.batch import Samples
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders, length_counts
-from trainer.data.manifest import split_folder
+from trainer.data.manifest import TOKEN_MARKS, split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.shard_reader import ReadSettings
+from trainer.data.token_marks import check_marked
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
@@ -87,7 +88,7 @@ class Inputs:
         attended = 0
         for source in np.unique(sources).tolist():
             borders = DocumentBorders(self.sources[source])
-            starts = borders.document_starts(blocks[sources == source], objective.view.payload)
+            starts = borders.starts(blocks[sources == source], objective.view.payload)
             documents = objective.plain(Blocks(np.zeros(starts.shape, np.uint16), {DOCUMENT_STARTS: starts})).documents
             assert documents is not None
             attended += int((2 * documents.positions + 1).sum())  # over a document of n tokens that is n²
@@ -104,6 +105,8 @@ class Inputs:
                 "fingerprint": source.fingerprint,
                 "quarantine": settings.quarantine,
             }
+            if marks := tuple(mark for mark in TOKEN_MARKS if mark in self.objective.marks):
+                record["marks"] = {mark: source.manifest.mark_identity(mark) for mark in marks}
             if with_shards:
                 record["shards"] = source.manifest.shard_identities()
             sources.append(record)
@@ -146,7 +149,7 @@ def open_inputs(
         DamagedError: when a data file is missing or has another size than recorded.
     """
     base = _Base.of(config, micro_size, thorough)
-    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {})
+    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {}, base.marks)
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
     if config.model.compile:
@@ -185,7 +188,7 @@ def describe_unprepared(
         UserError: as `open_inputs`.
     """
     base = _Base.of(config, micro_size)
-    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders)
+    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders, base.marks)
     tokens = [
         estimated_tokens[source.path]
         if source.path in estimated_tokens
@@ -208,6 +211,11 @@ class _Base:
     phases: Phases
     objectives: tuple[Samples, ...]
     notes: tuple[str, ...]
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The token marks that the objective reads."""
+        return tuple(mark for mark in TOKEN_MARKS if mark in self.objectives[-1].marks)
 
     @classmethod
     def of(cls, config: Config, micro_size: int | None = None, thorough: bool = True) -> _Base:
@@ -312,6 +320,7 @@ class _ShardOpener:
     tokenizer_folder: str
     check_sizes: bool
     folders: Mapping[str, Path]
+    marks: tuple[str, ...]
 
     def folder(self, path: str, split: str) -> Path:
         return split_folder(self.folders.get(path, path), split)
@@ -329,6 +338,8 @@ class _ShardOpener:
                 where=f"data {folder}, tokenizer {self.tokenizer_folder}",
                 remedy=f"Set model.tokenizer to the data's own ({_tokenizer_of(folder)}), or prepare the data again.",
             )
+        for mark in self.marks:
+            check_marked(folder, manifest, mark)
         return shards
 
 

@@ -16,17 +16,26 @@ from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch, Documents
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
 from trainer.data.documents import cumulative_lengths, positions_in_documents
+from trainer.data.manifest import WORD_STARTS
 from trainer.data.tokenizer import Vocabulary
-from trainer.objectives.masking import TokenMasking, predictions_per_block
+from trainer.objectives.masking import Masking, predictions_per_block
 from trainer.objectives.objective import ObjectiveCard
+from trainer.objectives.units import LENGTHS
 
 TERM = "mlm"
+_MASKED_AS = {
+    "token": "",
+    "word": " in whole words",
+    "ngram": " in n-grams of whole words",
+    "span": " in spans of whole words",
+}
 
 
 def _described(settings: Mapping[str, Any]) -> str:
     mask, drawn = settings["replace_mask"], settings["replace_random"]
     replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
-    return f"mlm, {settings['mask_ratio']:.0%} of tokens ({replaced}), new masks at each visit"
+    share = f"{settings['mask_ratio']:.0%} of tokens{_MASKED_AS[settings['scheme']]}"
+    return f"mlm, {share} ({replaced}), new masks at each visit"
 
 
 CARD = ObjectiveCard(
@@ -55,15 +64,18 @@ class MaskedSamples:
         self, settings: ObjectiveConfig, vocabulary: Vocabulary, seq_len: int, document_attention: bool = False
     ) -> None:
         self.vocabulary, self.seq_len, self.view = vocabulary, seq_len, framed_view(seq_len)
-        self.marks: tuple[str, ...] = (DOCUMENT_STARTS,) if document_attention else ()
+        whole_words = settings.scheme != "token"
+        self.marks = (*((DOCUMENT_STARTS,) if document_attention else ()), *((WORD_STARTS,) if whole_words else ()))
         self.head_rows = predictions_per_block(settings.mask_ratio, self.view.payload)
-        self.masking = TokenMasking(
+        self.masking = Masking(
             mask_ratio=settings.mask_ratio,
             replace_mask=settings.replace_mask,
             replace_random=settings.replace_random,
             mask_id=vocabulary.mask_id,
             vocabulary_size=vocabulary.size,
             special_ids=(*vocabulary.special_ids, *vocabulary.unused_ids),
+            lengths=tuple(settings.lengths or LENGTHS[settings.scheme]),
+            by_unit=settings.replace_by == "unit",
         )
 
     def frame(self, tokens: np.ndarray) -> np.ndarray:
@@ -75,7 +87,9 @@ class MaskedSamples:
 
     def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:
         """Mask blocks; see `Samples.make_batch`."""
-        return self._batch(blocks, *self.masking.apply(self.frame(blocks.tokens), samples, seed))
+        words = blocks.starts.get(WORD_STARTS)
+        word_starts = None if words is None else self._frame_starts(words)
+        return self._batch(blocks, *self.masking.apply(self.frame(blocks.tokens), samples, seed, word_starts))
 
     def plain(self, blocks: Blocks) -> Batch:
         """Show blocks as they are; see `Samples.plain`."""
@@ -83,6 +97,12 @@ class MaskedSamples:
         row = np.linspace(0, self.seq_len - 1, self.head_rows).astype(np.int64)
         index = (np.arange(len(tokens))[:, None] * self.seq_len + row).reshape(-1)
         return self._batch(blocks, tokens, index, tokens.reshape(-1)[index])
+
+    def _frame_starts(self, starts: np.ndarray) -> np.ndarray:
+        """Put the places of the begin and end tokens around starts [B, payload]; they start nothing."""
+        framed = np.zeros((len(starts), self.seq_len), np.bool_)
+        framed[:, 1:-1] = starts
+        return framed
 
     def _batch(self, blocks: Blocks, input_ids: np.ndarray, index: np.ndarray, labels: np.ndarray) -> Batch:
         starts = blocks.starts.get(DOCUMENT_STARTS)
@@ -95,8 +115,7 @@ class MaskedSamples:
 
     def _documents(self, starts: np.ndarray) -> Documents:
         """Frame the documents: the begin token belongs to a block's first document, the end token to its last."""
-        framed = np.zeros((len(starts), self.seq_len), np.bool_)
-        framed[:, 1:-1] = starts
+        framed = self._frame_starts(starts)
         framed[:, 0], framed[:, 1] = True, False
         return Documents(
             positions=torch.from_numpy(positions_in_documents(framed)),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_shards import SEPARATOR, stream_of, write_data_set
-from trainer.data import documents as borders
+from trainer.data import shard_parts
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders, cumulative_lengths, length_counts, positions_in_documents
 from trainer.errors import DamagedError
@@ -36,7 +36,7 @@ def test_a_block_is_cut_where_documents_begin_and_nowhere_else(
     blocks = np.arange(data.block_count(payload))[::-1]
     expected = np.array(starts_in(shards)[: len(blocks) * payload], bool).reshape(len(blocks), payload)[::-1].copy()
     expected[:, :1] = True
-    found = DocumentBorders(data).document_starts(blocks, payload)
+    found = DocumentBorders(data).starts(blocks, payload)
     assert found.dtype == np.bool_ and found.shape == (len(blocks), payload)
     np.testing.assert_array_equal(found, expected)
 
@@ -60,20 +60,20 @@ def test_pieces_lead_to_the_tokens_that_are_read(
 @pytest.mark.parametrize("before", range(11))
 def test_a_border_at_every_place_of_a_block(before: int, tmp_path: Path):
     write_data_set(tmp_path, [[[7] * before, [8] * 30]])  # with its separator the first has before + 1 tokens
-    starts = DocumentBorders(ShardSet(tmp_path)).document_starts(np.array([0]), 10)
+    starts = DocumentBorders(ShardSet(tmp_path)).starts(np.array([0]), 10)
     assert np.flatnonzero(starts[0]).tolist() == ([0, before + 1] if before < 9 else [0])
 
 
 def test_open_files_are_bounded_and_a_copy_for_a_worker_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(borders, "_MAPPED_FILES", 3)
+    monkeypatch.setattr(shard_parts, "_MAPPED_FILES", 3)
     write_data_set(tmp_path, [[[5] * 19]] * 8)
     found = DocumentBorders(ShardSet(tmp_path))
     for block in (0, 1, 2, 3, 4, 3, 5, 6, 7, 0):
-        assert found.document_starts(np.array([block]), 20).sum() == 1
-    assert list(found._maps) == [6, 7, 0]
+        assert found.starts(np.array([block]), 20).sum() == 1
+    assert list(found._borders._maps) == [6, 7, 0]
     copy = pickle.loads(pickle.dumps(found))
-    assert not copy._maps
-    assert copy.document_starts(np.array([7]), 20).sum() == 1
+    assert not copy._borders._maps
+    assert copy.starts(np.array([7]), 20).sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_offsets_that_lead_out_of_the_block_are_damage(damaged: list[int], tmp_p
     write_data_set(tmp_path, [[[5] * 4] * 8])
     (tmp_path / "shard-00000.doc").write_bytes(np.array(damaged, "<u8").tobytes())
     with pytest.raises(DamagedError, match=r"The document offsets in shard-00000.doc do not ascend"):
-        DocumentBorders(ShardSet(tmp_path)).document_starts(np.arange(4), 10)
+        DocumentBorders(ShardSet(tmp_path)).starts(np.arange(4), 10)
 
 
 def test_positions_restart_and_lengths_add_up():

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from trainer.data.blocks import IGNORED_LABEL
 from trainer.data.order.permutation import GOLDEN, fold_key, mix64
 from trainer.data.order.sample_order import ORDER_VERSION
-from trainer.objectives.masking import TokenMasking, predictions_per_block
+from trainer.objectives.masking import Masking, predictions_per_block
 
 GOLDEN_MASKS = json.loads((Path(__file__).parents[2] / "golden" / f"order_v{ORDER_VERSION}.json").read_text())["masks"]
 BEGIN, PAD, END, MASK = 0, 1, 2, 4
 SPECIAL = (0, 1, 2, 3, 4)
 
 
-def masking(vocabulary_size: int = 1000, **options) -> TokenMasking:
+def masking(vocabulary_size: int = 1000, **options) -> Masking:
     defaults = {"mask_ratio": 0.15, "replace_mask": 0.8, "replace_random": 0.1}
-    return TokenMasking(**{**defaults, **options}, mask_id=MASK, vocabulary_size=vocabulary_size, special_ids=SPECIAL)
+    return Masking(**{**defaults, **options}, mask_id=MASK, vocabulary_size=vocabulary_size, special_ids=SPECIAL)
 
 
 def some_blocks(rows: int, seq_len: int, vocabulary_size: int = 1000, separators: float = 0.02) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.data.manifest import STARTS_OF
 from trainer.runtime.plain_text import listed
 from trainer.schedule.phases import tokens_before
 
@@ -95,7 +96,11 @@ def _source_differences(number: int, saved: list[dict[str, Any]], current: list[
     before = saved[number]
     after = current[number] if number < len(current) else None
     if after is not None and after["fingerprint"] == before["fingerprint"]:
-        return []
+        return [
+            f"the {STARTS_OF[mark]} starts of source '{before['name']}' are others, and so would be the masks"
+            for mark, identity in before.get("marks", {}).items()
+            if after.get("marks", {}).get(mark) != identity
+        ]
     moved = [place for place, source in enumerate(current) if source["fingerprint"] == before["fingerprint"]]
     if moved:
         return [f"source '{before['name']}' was number {number + 1} of data.train, now number {moved[0] + 1}"]
