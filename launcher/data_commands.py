@@ -142,7 +142,8 @@ def prepare(
         typer.Option(
             metavar="S",
             help="Mark where words start: by the tokenizer's own words (tokenizer), by Chinese word segmentation "
-            "(jieba), or by a function of yours (module:function, text -> offsets in characters).",
+            "(jieba), by a list of phrases, one a line (phrases:FILE), or by a function of yours (module:function, "
+            "text -> offsets in characters).",
             show_default="not marked",
         ),
     ] = None,

@@ -275,3 +275,14 @@ def test_the_estimate_counts_the_marks(tmp_path: Path, tokenizer: Path) -> None:
     plain, both = estimate_output(*given), estimate_output(*given, marks=2)
     assert both.tokens == plain.tokens > 1000
     assert both.output_bytes - plain.output_bytes == pytest.approx(plain.tokens / 4)
+
+
+def test_all_phrases_of_a_list_and_only_they_are_whole(tmp_path: Path, run_prepare, tokenizer: Path) -> None:
+    path = write_text(tmp_path / "text.txt", documents=40, seed=1)
+    words = path.read_text().replace(".", "").split()
+    phrases = {" ".join(words[place : place + 2]) for place in range(0, 60, 7)}
+    (tmp_path / "list.txt").write_text("\n".join(sorted(phrases)))
+    run_prepare([path], tmp_path / "data", word_starts=f"phrases:{tmp_path / 'list.txt'}")
+    found = document_words(tmp_path / "data", WORD_STARTS, Tokenizer.from_file(str(tokenizer / "tokenizer.json")))
+    several = {word.replace("Ġ", " ").strip() for document in found for word in document if word.strip("Ġ").count("Ġ")}
+    assert several == phrases, "what is longer than a token is a phrase, and each phrase is there"

@@ -74,7 +74,7 @@ def open_job(
             sets are `output/train` and `output/validation`.
         on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row
             with too many fields; or "skip" and count it. A file that cannot be read at all always stops.
-        word_starts: "tokenizer", "jieba" or "module:function": mark where words start (`trainer.data.token_marks`).
+        word_starts: "tokenizer", "jieba", "phrases:FILE" or "module:function": mark where words start.
         sentence_starts: "rules" or "module:function": mark where sentences start.
         delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
         names: how messages name these options.

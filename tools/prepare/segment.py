@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from tools.prepare.phrases import phrase_segmenter, read_phrases
 from tools.prepare.sentences import RULES_VERSION, sentence_starts
 from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 from trainer.data.token_marks import OPTION_OF_MARK, SETTING_OF_MARK
@@ -29,6 +31,7 @@ Segmenter = Callable[[str], np.ndarray]
 """Maps a text to offsets in characters, int64, strictly ascending, each below its length."""
 
 _BUILT_IN = {WORD_STARTS: ("tokenizer", "jieba"), SENTENCE_STARTS: ("rules",)}
+_PHRASES = "phrases:"
 _USERS_OWN = re.compile(r"[\w.]+:\w+")
 _SHOWN_CHARACTERS = 60  # of a document or a value, in messages
 _SIGNATURE = (
@@ -112,14 +115,20 @@ class UsersFunction:
 def _load(mark: str, name: str) -> Segmenter | None:
     if name in _BUILT_IN[mark]:
         return _load_jieba() if name == "jieba" else sentence_starts if name == "rules" else None
+    if mark == WORD_STARTS and name.startswith(_PHRASES):
+        return phrase_segmenter(_phrases_of(name))
     if not _USERS_OWN.fullmatch(name):
-        known = _BUILT_IN[mark]
+        known = (*_BUILT_IN[mark], *([f"{_PHRASES}FILE"] if mark == WORD_STARTS else []))
         raise UserError(
             f"Unknown {OPTION_OF_MARK[mark]} '{name}'.{nearest(name, known)}",
             where=f"{OPTION_OF_MARK[mark]} {name}",
             remedy=f"Choose {', '.join(known)}, or module:function for one of your own.",
         )
     return UsersFunction(name, mark, _import_function(name, f"{OPTION_OF_MARK[mark]} {name}"))
+
+
+def _phrases_of(name: str) -> list[str]:
+    return read_phrases(Path(name.removeprefix(_PHRASES)), f"{OPTION_OF_MARK[WORD_STARTS]} {name}")
 
 
 def _import_function(name: str, where: str) -> Callable[[str], Iterable[int]]:
@@ -187,8 +196,12 @@ def _load_jieba() -> Segmenter:
 def _with_version(name: str) -> str:
     """Add its version to a name.
 
-    A user's function is known by the content of its module's file: when that changes, so may its result.
+    A user's function is known by the content of its module's file: when that changes, so may its result. So is a list
+    of phrases, wherever it lies.
     """
+    if name.startswith(_PHRASES):
+        content = "\n".join(_phrases_of(name)).encode()
+        return f"phrases {sha256(content).hexdigest()[:16]}"
     if name == "jieba":
         return f"jieba {version('jieba')}"
     if name == "rules":

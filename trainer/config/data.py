@@ -55,7 +55,7 @@ class TextConfig(Section):
     """What a special token that stands in a text becomes: its id, but for begin, end, pad and mask, which stay text; or
     all stay text; or the document is refused. Default: ids; a run that has begun keeps the data that it began with."""
     word_starts: Line | None = None
-    """What marks where words start, for objective.scheme: tokenizer, jieba, or module:function, as
+    """What marks where words start, for objective.scheme: tokenizer, jieba, phrases:FILE or module:function, as
     `prepare --word-starts`. Default: tokenizer where the scheme needs it, else nothing."""
     cache: Line | None = None
     """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
