@@ -102,7 +102,11 @@ def test_a_long_document_is_named_by_its_beginning(own_module: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "problem", "remedy"),
     [
-        (StartSettings(words="jeiba"), "Unknown --word-starts 'jeiba'. Did you mean 'jieba'?", "tokenizer, jieba, phrases:FILE, or"),
+        (
+            StartSettings(words="jeiba"),
+            "Unknown --word-starts 'jeiba'. Did you mean 'jieba'?",
+            "tokenizer, jieba, phrases:FILE, or",
+        ),
         (StartSettings(words="rules"), "Unknown --word-starts 'rules'.", "module:function"),
         (StartSettings(sentences="jieba"), "Unknown --sentence-starts 'jieba'.", "Choose rules, or module:function"),
         (StartSettings(words="own words:x"), "Unknown --word-starts 'own words:x'", "module:function"),
