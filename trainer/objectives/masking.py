@@ -38,10 +38,10 @@ def predictions_per_block(mask_ratio: float, payload: int) -> int:
 
 @dataclass(frozen=True)
 class _Units:
-    """Of each token of some rows, uint64 [B, S]: where the unit starts that it is of, and where the word."""
+    """Of each token of some rows, uint16 [B, S]: where the unit starts that it is of, and where the word."""
 
-    of_unit: UInt64s
-    of_word: UInt64s
+    of_unit: NDArray[np.uint16]
+    of_word: NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ class Masking:
         the other 48 bits of two hashes tie in 1 of 2 billion blocks of 512. Missing positions are _NO_POSITION.
         """
         steps = np.arange(is_special.shape[1], dtype=np.uint64)
-        priority = keys[:, None] + (steps if units is None else units.of_unit) * GOLDEN
+        priority = keys[:, None] + (steps if units is None else units.of_unit.astype(np.uint64)) * GOLDEN
         mix64_in_place(priority, np.empty_like(priority))
         np.bitwise_and(priority, _HASH_BITS, out=priority)
         np.bitwise_or(priority, steps, out=priority)
         np.putmask(priority, is_special, _NEVER)
-        if units is not None:
-            np.putmask(priority, _is_too_long(units.of_word, count), _NEVER)
+        if units is not None and (too_long := _too_long(units.of_word, count)) is not None:
+            np.putmask(priority, too_long, _NEVER)
         priority.partition(count - 1, axis=1)
         positions = priority[:, :count].astype(np.uint16)  # the low 16 bits
         if units is not None:
@@ -180,24 +180,23 @@ class Masking:
         return shown
 
 
-def _at(values: UInt64s, positions: NDArray[np.uint16]) -> UInt64s:
+def _at(values: NDArray[np.uint16], positions: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Look values [B, S] up at positions [B, k]; those that are missing give the row's first."""
     return np.take_along_axis(values, np.where(positions == _NO_POSITION, 0, positions).astype(np.intp), axis=1)
 
 
-def _is_too_long(of_word: UInt64s, count: int) -> NDArray[np.bool_]:
-    """Find the tokens of words of more than `count` tokens, which can never be masked whole: bool [B, S]."""
-    steps = np.arange(of_word.shape[1], dtype=np.uint64)
-    place = steps - of_word
-    if not (place >= count).any():
-        return np.zeros(of_word.shape, np.bool_)
+def _too_long(of_word: NDArray[np.uint16], count: int) -> NDArray[np.bool_] | None:
+    """Find the tokens of words of more than `count` tokens, which can never be masked whole: bool [B, S], or None."""
+    place = np.arange(of_word.shape[1], dtype=np.uint16) - of_word
+    if place.max() < count:
+        return None
     rows, ends = np.nonzero(place == count)
     is_long = np.zeros(of_word.shape, np.bool_)
     is_long[rows, of_word[rows, ends].astype(np.intp)] = True
     return np.take_along_axis(is_long, of_word.astype(np.intp), axis=1)
 
 
-def _give_up_cut_words(positions: NDArray[np.uint16], of_word: UInt64s) -> None:
+def _give_up_cut_words(positions: NDArray[np.uint16], of_word: NDArray[np.uint16]) -> None:
     """Make positions missing that belong to a word of which not all tokens were chosen.
 
     Only the last of a row's positions can be in such a word: the tokens of a unit come in the order of their places.

@@ -74,7 +74,7 @@ def group_words(
     return starts & (breaks | np.take_along_axis(is_border, words, axis=1))
 
 
-def last_start(starts: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Find for each token the position where its word, or unit, starts: uint64 [B, S]."""
+def last_start(starts: NDArray[np.bool_]) -> NDArray[np.uint16]:
+    """Find for each token the position where its word, or unit, starts: uint16 [B, S]."""
     positions = np.arange(starts.shape[1], dtype=np.uint16)
-    return np.maximum.accumulate(np.where(starts, positions, np.uint16(0)), axis=1).astype(np.uint64)
+    return np.maximum.accumulate(starts * positions, axis=1)
