@@ -14,6 +14,7 @@ between others, and each word has the same chance.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,20 +59,25 @@ def group_words(
         lengths: shares of units of 1, 2, 3, … words; they need not add up to 1.
     """
     longest = len(lengths)
-    words = np.cumsum(starts, axis=1) - 1  # the number of each token's word
+    words = np.cumsum(starts, axis=1, dtype=np.intp) - 1  # the number of each token's word
     count = int(words[:, -1].max()) + 1 + longest  # units, if each were one word
     draws = keys[:, None] + (_LENGTH_DRAWS + np.arange(-1, count, dtype=np.int64).astype(np.uint64)) * GOLDEN
     mix64_in_place(draws, np.empty_like(draws))
-    chances = np.cumsum(lengths) / np.sum(lengths)
-    # The highest 53 bits as a number in [0, 1): float64 holds each of them exactly.
-    drawn = (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    offset = (drawn[:, :1] * longest).astype(np.int64)
-    ends = np.cumsum(1 + np.searchsorted(chances[:-1], drawn[:, 1:], side="right"), axis=1) - offset
+    drawn = (draws >> np.uint64(48)).astype(np.intp)  # 16 bits: a share is right to 1 in 65,536
+    offset = drawn[:, :1] * longest >> 16
+    ends = np.cumsum(np.take(_length_table(tuple(lengths)), drawn[:, 1:]), axis=1) - offset
     is_border = np.zeros((len(starts), count), np.bool_)
+    np.put_along_axis(is_border, np.clip(ends, 0, count - 1), True, axis=1)  # no word has the last number
     is_border[:, 0] = True
-    rows, places = np.nonzero((ends > 0) & (ends < count))
-    is_border[rows, ends[rows, places]] = True
-    return starts & (breaks | np.take_along_axis(is_border, words, axis=1))
+    rows = np.arange(0, is_border.size, count)[:, None]
+    return starts & (breaks | np.take(is_border, words + rows))
+
+
+@lru_cache(maxsize=8)
+def _length_table(lengths: tuple[float, ...]) -> NDArray[np.intp]:
+    """Make the table of the length that each draw of 16 bits stands for: [65536]."""
+    chances = np.round(np.cumsum(lengths) / np.sum(lengths) * 65536)
+    return 1 + np.searchsorted(chances[:-1], np.arange(65536), side="right")
 
 
 def last_start(starts: NDArray[np.bool_]) -> NDArray[np.uint16]:

@@ -68,10 +68,10 @@ def units_in(row: np.ndarray, marks: np.ndarray, key: int, lengths: Sequence[flo
     """The words of each unit of a row, by the definition: lengths from the left, shifted, cut at special tokens."""
     if not lengths:
         return [[word] for word in words_in(row, marks)]
-    chances = np.cumsum(lengths) / np.sum(lengths)
-    border, borders = -int((draw(key, (3 << 16) - 1) >> 11) * 2.0**-53 * len(lengths)), set()
+    chances = [round(chance * 65536) for chance in np.cumsum(lengths) / np.sum(lengths)]
+    border, borders = -((draw(key, (3 << 16) - 1) >> 48) * len(lengths) >> 16), set()
     for number in range(len(row) + len(lengths)):
-        drawn = (draw(key, (3 << 16) + number) >> 11) * 2.0**-53
+        drawn = draw(key, (3 << 16) + number) >> 48
         border += 1 + next((place for place, chance in enumerate(chances[:-1]) if drawn < chance), len(chances) - 1)
         borders.add(border)
     units: list[list[list[int]]] = []
