@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -195,3 +197,20 @@ def test_this_machine_with_a_config_that_names_what_is_not_there(workspace: Path
     assert failed["name"] == "config" and "nowhere" in failed["finding"] and failed["remedy"]
     assert not found["ok"] and found["bad_nodes"] == []
     assert not (tmp_path / "run").exists(), "looking leaves nothing"
+
+
+@pytest.mark.parametrize(("error", "state"), [(None, "ok"), (errno.ENOLCK, "warn")])
+def test_a_file_system_without_locks_is_said(
+    error: int | None, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = []
+
+    def lockf(file: int, *_: int) -> None:
+        locked.append(os.readlink(f"/proc/self/fd/{file}"))
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    (line,) = check_writing(tmp_path)
+    assert (line.state, "the file system has no locks" in line.finding) == (state, state == "warn")
+    assert [Path(path).parent for path in locked] == [tmp_path], "the file that was written is what is locked"

@@ -195,7 +195,7 @@ def check_writing(folder: Path) -> list[Line]:
             file.flush()
             os.fsync(file.fileno())
             seconds = time.perf_counter() - start
-            locks = try_record_lock(file.fileno() is RecordLock.OURS)
+            locks = try_record_lock(file.fileno()) is RecordLock.OURS
         os.replace(probe, renamed)
     except OSError as error:
         remedy = "Give a folder that you may write to, on a file system with free space (see `quota`)."

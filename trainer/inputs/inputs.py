@@ -105,7 +105,7 @@ class Inputs:
                 "fingerprint": source.fingerprint,
                 "quarantine": settings.quarantine,
             }
-            if marks := tuple(mark for mark in TOKEN_MARKS if mark in self.objective.marks):
+            if marks := _token_marks(self.objective):
                 record["marks"] = {mark: source.manifest.mark_identity(mark) for mark in marks}
             if with_shards:
                 record["shards"] = source.manifest.shard_identities()
@@ -149,7 +149,9 @@ def open_inputs(
         DamagedError: when a data file is missing or has another size than recorded.
     """
     base = _Base.of(config, micro_size, thorough)
-    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {}, base.marks)
+    opener = _ShardOpener(
+        config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {}, _token_marks(base.objectives[-1])
+    )
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
     config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
     if config.model.compile:
@@ -188,7 +190,9 @@ def describe_unprepared(
         UserError: as `open_inputs`.
     """
     base = _Base.of(config, micro_size)
-    opener = _ShardOpener(config.data, base.vocabulary, base.tokenizer_folder, True, folders, base.marks)
+    opener = _ShardOpener(
+        config.data, base.vocabulary, base.tokenizer_folder, True, folders, _token_marks(base.objectives[-1])
+    )
     tokens = [
         estimated_tokens[source.path]
         if source.path in estimated_tokens
@@ -211,11 +215,6 @@ class _Base:
     phases: Phases
     objectives: tuple[Samples, ...]
     notes: tuple[str, ...]
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """The token marks that the objective reads."""
-        return tuple(mark for mark in TOKEN_MARKS if mark in self.objectives[-1].marks)
 
     @classmethod
     def of(cls, config: Config, micro_size: int | None = None, thorough: bool = True) -> _Base:
@@ -271,6 +270,11 @@ def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) 
             f"batch.micro_size={plan.micro_size}, ranks={plan.world_size}",
             remedy="Set model.compile=true, or batch.micro_size to batch.global_size / ranks.",
         )
+
+
+def _token_marks(objective: Samples) -> tuple[str, ...]:
+    """List the marks that an objective reads of what `prepare` wrote; documents have files of their own."""
+    return tuple(mark for mark in TOKEN_MARKS if mark in objective.marks)
 
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:
