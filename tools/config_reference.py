@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.checkpoint.manifest import CheckpointManifest
-from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
+from trainer.config import Config, MaskRatioStage, PhaseConfig, SourceConfig, StageConfig
 from trainer.config.base import LARGEST, LIMIT, fields_by_key, section_in
 from trainer.data.manifest import Manifest, ShardEntry
 from trainer.liveness.heartbeat import Heartbeat
@@ -110,6 +110,14 @@ text alone, and nothing in them is run.
 """
 
 
+_ENTRIES = {
+    "objective.mask_ratio": MaskRatioStage,
+    "data.train": SourceConfig,
+    "data.phases": PhaseConfig,
+    "data.stages": StageConfig,
+}
+
+
 def config_reference() -> str:
     """Write the text of docs/config.md."""
     from trainer.config.file import recipe_names
@@ -122,12 +130,8 @@ def config_reference() -> str:
             single.append((name, field))
             continue
         parts.append(f"## {name}\n\n" + _table_of_keys(_keys_of(name, section)))
-        if name == "data":
-            for key, entry in (
-                ("data.train", SourceConfig),
-                ("data.phases", PhaseConfig),
-                ("data.stages", StageConfig),
-            ):
+        for key, entry in _ENTRIES.items():
+            if key.startswith(f"{name}."):
                 keys = list(fields_by_key(entry).items())
                 parts.append(f"Keys of an entry of the list `{key}`:\n\n" + _table_of_keys(keys))
     parts.append("## Outside any section\n\n" + _table_of_keys(single))

@@ -241,14 +241,14 @@ class Loop:
         rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
         terms, averaged = self.criterion.terms, self.world.size * shape.accumulation  # by DeepSpeed
         self.engine.begin_step(shape.micro_size, shape.accumulation)
-        if self.config.model.compile:
-            self.activity.compiles((shape.micro_size, shape.seq_len))
         source_count = self.order.source_count
         sums = torch.zeros(len(terms), source_count, device=self.engine.device)
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
         for number, batch in enumerate(micro_batches):
             key = fold_key(KeyPurpose.DROPOUT, self.config.run.seed, step, number, self.world.rank)
             self.engine.seed_dropout(int(key) >> 1)  # a function of the step: it needs no state
+            if self.config.model.compile:
+                self.activity.compiles(batch.shapes)
             with self.profiler.range("forward"):
                 moved = batch.to(self.engine.device)
                 with self.rank_timer.forward():
@@ -263,7 +263,8 @@ class Loop:
                 applied = self.engine.step(rate, max_grad_norm)
             self.activity.progress()
         self.state.advance(shape.global_size, shape.seq_len, applied)
-        self.meter.trained(shape.tokens, shape.phase)
+        head_rows = self.world.size * sum(len(batch.prediction_index) for batch in micro_batches)
+        self.meter.trained(shape.tokens, head_rows, shape.phase)
         if not applied:
             self.loss_to_judge = None
             self._report_skip(max_grad_norm, shape)

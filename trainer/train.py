@@ -35,7 +35,7 @@ from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.objectives.objective import Criterion
-from trainer.objectives.registry import make_criterion
+from trainer.objectives.registry import make_criterion, make_samples
 from trainer.run import Run, opened
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
@@ -43,7 +43,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
-from trainer.sizing.flops import flops_per_token
+from trainer.sizing.flops import flops_per_token, head_flops
 from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
@@ -292,8 +292,9 @@ def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str]
 def _evaluator(inputs: Inputs, criterion: Criterion) -> Evaluator | None:
     if inputs.validation is None:
         return None
-    micro_size = inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
-    return Evaluator(inputs.validation, inputs.objective, criterion, inputs.config.eval.samples, micro_size)
+    config, micro_size = inputs.config, inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
+    objective = make_samples(config, inputs.vocabulary, config.data.seq_len, evaluating=True)
+    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size)
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
@@ -347,11 +348,15 @@ def _decision(run: Run, start: StartPoint) -> str:
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    attended = zip(inputs.objectives, inputs.attended_tokens, strict=True)
-    flops = [
-        flops_per_token(built.model, tokens, objective.head_rows / objective.seq_len) for objective, tokens in attended
-    ]
+    flops = [flops_per_token(built.model, tokens, prediction_ratio=0.0) for tokens in inputs.attended_tokens]
+    of_head = head_flops(built.model)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     counted = ", then ".join(f"{each:.4g}" for each in flops)
-    logger.info("model: %s training FLOPs a token; MFU is against %.4g FLOP/s a rank (%s)", counted, peak, label)
-    return ThroughputMeter(flops, peak * world.size)
+    logger.info(
+        "model: %s training FLOPs a token and %.4g a prediction; MFU is against %.4g FLOP/s a rank (%s)",
+        counted,
+        of_head,
+        peak,
+        label,
+    )
+    return ThroughputMeter(flops, of_head, peak * world.size)

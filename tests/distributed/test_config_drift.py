@@ -70,7 +70,7 @@ def model(**overrides: Any) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"run": {"seed": 4}}, "seed was 3, now 4"),
     "sequence length": ({"data": {"seq_len": 24}}, "seq_len was 32, now 24"),
-    "objective": ({"objective": {"mask_ratio": 0.3}}, "objective was {'name': 'mlm', 'mask_ratio': 0.15"),
+    "objective": ({"objective": {"mask_ratio": 0.3}}, "the mask ratio of the 16 samples seen so far was 0.15, now 0.3"),
     "shapes of the model": (model(intermediate_size=96), "model was RobertaForMaskedLM"),
     "heads, in the same shapes": (model(num_attention_heads=4), "model was RobertaForMaskedLM"),
     "document attention": ({"model": {"document_attention": True}}, "document attention was off, now on"),

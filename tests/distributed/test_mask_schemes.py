@@ -33,7 +33,7 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(workspace: Path, source: Path, run_dir: Path, scheme: str, **sections: Any) -> Config:
     defaults: dict[str, Any] = {"train": {"steps": 12}, "checkpoint": {"every_steps": 6, "keep_last": 9}}
     own = {
-        "objective": {"scheme": scheme, "mask_ratio": 0.3},
+        "objective": {"scheme": scheme, "mask_ratio": 0.3, **sections.pop("objective", {})},
         "data": {"train": str(source), **sections.pop("data", {})},
     }
     return tiny_config(workspace, run_dir, **{**defaults, **own, **sections})
@@ -44,23 +44,54 @@ def lose_the_last(config: Config) -> None:
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000012")
 
 
-@pytest.mark.parametrize("scheme", ["word", "ngram", "span"])
+# The first ends within step 5, the second with step 8: the others are of stage 1, and of stage 2.
+STAGES = [(0, 0.4), (1200, 0.2), (2048, 0.1)]
+
+
+def stages(*changes: tuple[int, float]) -> dict[str, Any]:
+    return {"mask_ratio": [{"from_tokens": token, "ratio": ratio} for token, ratio in changes]}
+
+
+@pytest.mark.parametrize("scheme", ["word", "ngram", "span", "token in stages", "word in stages"])
 def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
     scheme: str, words: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    one = config_of(workspace, words, tmp_path / "one", scheme)
+    scheme, _, in_stages = scheme.partition(" ")
+    ratio = stages(*STAGES) if in_stages else {}
+    one = config_of(workspace, words, tmp_path / "one", scheme, objective=ratio)
     assert train(one) == EXIT_FINISHED
     clean = losses(tmp_path / "one")
     lose_the_last(one)
     assert train(one) == EXIT_FINISHED
     assert losses(tmp_path / "one") == clean
 
-    two = config_of(workspace, words, tmp_path / "two", scheme, deepspeed="zero3", data={"workers": 1}, **ADDING)
+    options: dict[str, Any] = {"deepspeed": "zero3", "data": {"workers": 1}, **ADDING}
+    two = config_of(workspace, words, tmp_path / "two", scheme, objective=ratio, **options)
     assert train(two, 2) == EXIT_FINISHED
     assert losses(tmp_path / "two") == pytest.approx(clean, abs=1e-5, rel=0)
     lose_the_last(two)
-    assert train(config_of(workspace, words, tmp_path / "two", scheme)) == EXIT_FINISHED
+    assert train(config_of(workspace, words, tmp_path / "two", scheme, objective=ratio)) == EXIT_FINISHED
     assert losses(tmp_path / "two") == pytest.approx(clean, abs=1e-5, rel=0)
+
+
+def test_a_resume_may_change_the_mask_ratio_of_what_lies_ahead_alone(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resumed(*changes: tuple[int, float]) -> int:
+        return train(config_of(workspace, workspace / "data", tmp_path / "run", "token", objective=stages(*changes)))
+
+    whole = config_of(workspace, workspace / "data", tmp_path / "run", "token", objective=stages(*STAGES))
+    assert train(whole) == EXIT_FINISHED
+    clean = losses(tmp_path / "run")
+    lose_the_last(whole)  # 48 samples of 32 tokens have been seen
+    for other in ([(0, 0.3), *STAGES[1:]], [STAGES[0], (1248, 0.2)], [STAGES[0]]):
+        assert resumed(*other) == EXIT_USER_MISTAKE
+        said = " ".join(capsys.readouterr().out.split())
+        assert "the mask ratio of the 48 samples seen so far was 0.4, from sample 38 on 0.2, now" in said
+        assert "another one can begin at token 1,536 at the earliest" in said
+    assert resumed(*STAGES[:2], (1536, 0.3)) == EXIT_FINISHED
+    assert losses(tmp_path / "run")[:6] == clean[:6]
+    assert losses(tmp_path / "run")[6:] != clean[6:]
 
 
 def test_the_schemes_mask_differently(words: Path, workspace: Path, tmp_path: Path) -> None:

@@ -107,11 +107,11 @@ def test_the_peak_of_a_cpu_is_not_guessed():
 
 def test_mfu_counts_the_flops_of_each_phase_and_is_null_without_a_peak():
     for peak, shares in ((1e6, (1.0, 3.0)), (math.nan, None)):
-        meter = ThroughputMeter([100.0, 300.0], peak)
+        meter = ThroughputMeter([75.0, 275.0], 200.0, peak)
         found = []
         for phase in (0, 1):
             meter.restart()
-            meter.trained(64, phase)
+            meter.trained(64, 8, phase)
             values = meter.read()
             found.append(values["throughput/mfu"] / values["throughput/tokens_per_second"] * 1e4)
         if shares is None:

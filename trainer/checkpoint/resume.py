@@ -27,9 +27,11 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
     Raises:
         UserError: with each difference.
     """
-    saved_order = _with_shards(folder, manifest.data_order)
+    # Which was in the identity alone, before there were stages.
+    ratio = {"mask_ratio": recorded_objective(manifest.identity)["mask_ratio"]}
+    saved_order = {**ratio, **_with_shards(folder, manifest.data_order)}
     differences = [
-        *_differences(_filled_in(manifest.identity), _filled_in(current.identity)),
+        *_differences(_without_stages(manifest.identity), _without_stages(current.identity)),
         *order_differences(saved_order, data_order, manifest.state["samples"]),
     ]
     if differences:
@@ -78,13 +80,13 @@ def recorded_objective(identity: dict[str, Any]) -> dict[str, Any]:
     return {**ObjectiveConfig().model_dump(), **(recorded if isinstance(recorded, dict) else {})}
 
 
-def _filled_in(identity: dict[str, Any]) -> dict[str, Any]:
-    # What is no section at all differs, and is refused.
-    return (
-        {**identity, "objective": recorded_objective(identity)}
-        if isinstance(identity.get("objective"), dict)
-        else identity
-    )
+def _without_stages(identity: dict[str, Any]) -> dict[str, Any]:
+    """Spread the objective over names of its own, without what may change in the course of a run."""
+    if not isinstance(identity.get("objective"), dict):  # what is no section at all differs, and is refused
+        return identity
+    objective = {f"objective.{key}": value for key, value in recorded_objective(identity).items()}
+    del objective["objective.mask_ratio"]
+    return {**{name: value for name, value in identity.items() if name != "objective"}, **objective}
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run is asked to do: its sections (`schema`), and how they are read (`file`)."""
 
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
+from trainer.config.objective import MaskRatioStage, ObjectiveConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -11,7 +12,6 @@ from trainer.config.schema import (
     EvalConfig,
     LoggingConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ProfileConfig,
     ResilienceConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "LoggingConfig",
+    "MaskRatioStage",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

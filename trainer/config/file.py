@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from trainer.config import Config, PhaseConfig, SourceConfig, StageConfig
+from trainer.config import Config, MaskRatioStage, PhaseConfig, SourceConfig, StageConfig
 from trainer.config.base import fields_by_key, section_in
+from trainer.config.objective import KINDS
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import shipped
 from trainer.runtime.paths import check_reachable, expanded, real_path
@@ -25,7 +26,12 @@ RECIPES = shipped("trainer", "recipes")
 _MOST_LEVELS = 16
 _PROBLEMS_SHOWN = 5
 _MOVED = {"train.max_skipped_steps": "resilience.max_skipped_steps"}
-_SECTIONS_IN_LISTS: dict[str, Any] = {"train": SourceConfig, "stages": StageConfig, "phases": PhaseConfig}
+_SECTIONS_IN_LISTS: dict[str, Any] = {
+    "train": SourceConfig,
+    "stages": StageConfig,
+    "phases": PhaseConfig,
+    "mask_ratio": MaskRatioStage,
+}
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
@@ -185,7 +191,7 @@ def _as_user_error(error: ValidationError, root: type[BaseModel], source: str, d
     problems, keys = [], []
     found = error.errors(include_url=False)
     for item in found[:_PROBLEMS_SHOWN]:
-        path = [shorten(str(part)) for part in item["loc"]]
+        path = [shorten(str(part)) for part in item["loc"] if part not in KINDS]
         key = ".".join(path)
         keys.append(key)
         if key in _MOVED:

@@ -26,7 +26,7 @@ class Documents(NamedTuple):
 
 @dataclass
 class Batch:
-    """One micro-batch of B blocks of S tokens. Its shapes are the same for any blocks.
+    """One micro-batch of B blocks of S tokens. Its shapes do not depend on what the blocks hold.
 
     Attributes:
         inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.
@@ -46,6 +46,12 @@ class Batch:
     def rows(self) -> int:
         """B."""
         return len(self.inputs["input_ids"])
+
+    @property
+    def shapes(self) -> tuple[int, ...]:
+        """The lengths that may differ from batch to batch; equal ones mean equal shapes of all tensors."""
+        borders = 0 if self.documents is None else len(self.documents.cu_seqlens)
+        return *self.inputs["input_ids"].shape, len(self.prediction_index), borders
 
     def to(self, device: torch.device) -> Batch:
         """Copy to the device, without waiting where the batch is pinned."""
@@ -90,13 +96,15 @@ class Samples(Protocol):
         seq_len: S, tokens of a block as the model sees it.
         view: which tokens a block is.
         marks: what has to be read beside the tokens, see `Blocks.starts`.
-        head_rows: k, positions of a block for which logits of the vocabulary are computed.
+        head_rows: the most positions of a block for which logits of the vocabulary are computed.
+        shape_count: how many shapes the batches of as many blocks may have.
     """
 
     seq_len: int
     view: View
     marks: tuple[str, ...]
     head_rows: int
+    shape_count: int
 
     def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:
         """Make a batch, a pure function of (seed, t, position).

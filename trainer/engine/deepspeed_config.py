@@ -8,7 +8,7 @@ in a preset. No deepspeed import: `maskwright validate` uses this on a login nod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -18,7 +18,6 @@ from trainer.runtime.files import shipped
 from trainer.runtime.paths import user_path
 from trainer.runtime.plain_text import shorten
 from trainer.runtime.user_files import read_json
-from trainer.schedule.batch_plan import BatchPlan
 
 PRESETS = shipped("trainer", "ds_configs")
 
@@ -248,7 +247,18 @@ def check_precision(config: Config, preset: dict[str, Any]) -> None:
         )
 
 
-def compose(config: Config, preset: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
+class BatchSizes(Protocol):
+    """What DeepSpeed wants to know of a batch: `trainer.schedule.batch_plan.BatchPlan` has it."""
+
+    @property
+    def global_size(self) -> int: ...
+    @property
+    def micro_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+
+
+def compose(config: Config, preset: dict[str, Any], plan: BatchSizes) -> dict[str, Any]:
     """Compose the full DeepSpeed dict: the preset and every number that our config owns, none left to a default."""
     precision = config.train.precision
     composed: dict[str, Any] = {

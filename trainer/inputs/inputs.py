@@ -20,7 +20,7 @@ from trainer.config.run_names import check_named_files
 from trainer.data.batch import Samples
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
-from trainer.data.documents import DocumentBorders, length_counts
+from trainer.data.documents import DocumentBorders
 from trainer.data.manifest import TOKEN_MARKS, split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
@@ -68,8 +68,7 @@ class Inputs:
     @property
     def shape_count(self) -> int:
         """The most shapes of batches, in training and in evaluation, that a compiled model is given."""
-        documents = self.config.model.document_attention
-        return self.plan.shape_count * (length_counts(self.config.data.seq_len) if documents else 1)
+        return self.plan.shape_count * self.objective.shape_count
 
     @cached_property
     def attended_tokens(self) -> tuple[float, ...]:
@@ -113,7 +112,8 @@ class Inputs:
         described = self.order.describe()
         for phase, objective in zip(described["phases"], self.objectives, strict=True):
             phase["payload"] = objective.view.payload
-        return {**described, "sources": sources}
+        ratio = self.config.objective.model_dump(mode="json")["mask_ratio"]
+        return {**described, "mask_ratio": ratio, "sources": sources}
 
     def describe(self) -> list[str]:
         """Describe the run in a few lines."""

@@ -9,6 +9,7 @@ from trainer.config import Config
 from trainer.data.order.mixture import describe_mixture
 from trainer.data.order.run_order import RunOrder
 from trainer.schedule.batch_plan import BatchPlan
+from trainer.schedule.mask_ratio import describe_ratio
 from trainer.schedule.run_length import describe_length
 
 MANY_MICRO_BATCHES = 32
@@ -39,6 +40,7 @@ def summarize_run(
     if len(order.phases) > 1:
         lines += _describe_phases(plan, order)
     lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order), *describe_length(config, plan)]
+    lines += _describe_mask_ratios(config, plan, order)
     lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
     lines += _describe_accumulation(config, plan)
     if validation_blocks is not None:
@@ -46,6 +48,15 @@ def summarize_run(
     if config.train.profile is not None and config.train.profile.start > plan.total_steps:
         lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
     return lines
+
+
+def _describe_mask_ratios(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:
+    ratios = config.objective.mask_ratios
+    if len(ratios) == 1:
+        return []
+    late = [token for token, _ in ratios if order.phases.sample_at(token) >= plan.end_sample]
+    ends = f"; the run ends before token {late[0]:,}" if late else ""
+    return [f"masks: share of the tokens that is predicted {describe_ratio(ratios, 'token')}{ends}"]
 
 
 def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:

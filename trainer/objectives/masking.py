@@ -12,6 +12,8 @@ other in random order and takes what fits.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +56,8 @@ class Masking:
 
     Args:
         mask_ratio: share of a block's content tokens that is predicted, in (0, 1).
+        later: other shares from a given sample on, as (first sample, share), ascending. What a block shows under a
+            smaller share is part of what it shows under a larger one.
         replace_mask, replace_random: shares in [0, 1] that sum to at most 1.
         lengths: where whole words are masked, shares of units of 1, 2, 3, … words; none for units of one word each.
         by_unit: whether a unit is replaced by one draw, as in SpanBERT.
@@ -70,6 +74,7 @@ class Masking:
     special_ids: tuple[int, ...]
     lengths: tuple[float, ...] = ()
     by_unit: bool = False
+    later: tuple[tuple[int, float], ...] = ()
     _is_special: NDArray[np.bool_] = field(init=False, repr=False, compare=False)
     _ordinary_ids: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
@@ -97,23 +102,23 @@ class Masking:
 
         Returns:
             input_ids: int64 [B, S], what the model is shown.
-            prediction_index: int64 [B·k], predicted positions in the flattened [B·S], ascending within a block.
+            prediction_index: int64 [B·k], predicted positions in the flattened [B·S], ascending within a block; k is
+                the largest of the blocks'.
             labels: int64 [B·k], their original ids. A block in which fewer than k are predicted is filled up with label
                 IGNORED_LABEL at its first position.
         """
         rows, seq_len = tokens.shape
         assert seq_len <= _NO_POSITION
-        count = predictions_per_block(self.mask_ratio, framed_view(seq_len).payload)
+        counts = self._counts(samples, framed_view(seq_len).payload)
         keys = fold_key(KeyPurpose.MASKING, seed, samples)
-        positions = np.empty((rows, count), np.int64)
-        counters = np.empty((rows, count), np.uint64)
-        piece_rows = max(1, _PIECE // seq_len)
-        for start in range(0, rows, piece_rows):
-            piece = slice(start, start + piece_rows)
+        positions = np.full((rows, counts.max(initial=1)), _NO_POSITION, np.int64)
+        counters = np.zeros(positions.shape, np.uint64)
+        for piece in _pieces(counts, max(1, _PIECE // seq_len)):
+            count = counts[piece.start]
             is_special = np.take(self._is_special, tokens[piece])
             units = None if word_starts is None else self._units(word_starts[piece], is_special, keys[piece])
-            positions[piece] = chosen = self._choose(is_special, keys[piece], count, units)
-            counters[piece] = chosen if units is None or not self.by_unit else _at(units.of_unit, chosen)
+            positions[piece, :count] = chosen = self._choose(is_special, keys[piece], count, units)
+            counters[piece, :count] = chosen if units is None or not self.by_unit else _at(units.of_unit, chosen)
 
         row_starts = np.arange(0, rows * seq_len, seq_len)[:, None]
         missing = positions == _NO_POSITION
@@ -128,6 +133,13 @@ class Masking:
         else:
             input_ids.reshape(-1)[prediction_index] = shown
         return input_ids, prediction_index.reshape(-1), labels.reshape(-1)
+
+    def _counts(self, samples: UInt64s, payload: int) -> NDArray[np.int64]:
+        """Count the predictions of each sample's block: int64 [B]."""
+        ratios = (self.mask_ratio, *(ratio for _, ratio in self.later))
+        counts = np.array([predictions_per_block(ratio, payload) for ratio in ratios])
+        starts = np.array([start for start, _ in self.later], np.uint64)
+        return counts[np.searchsorted(starts, samples, side="right")]
 
     def _units(self, marks: NDArray[np.bool_], is_special: NDArray[np.bool_], keys: UInt64s) -> _Units:
         breaks = break_at(is_special)
@@ -178,6 +190,14 @@ class Masking:
         shown = np.where(choice < random_below, self._ordinary_ids[rank], labels)
         shown[choice < mask_below] = self.mask_id
         return shown
+
+
+def _pieces(counts: NDArray[np.int64], most: int) -> Iterator[slice]:
+    """Cut rows into pieces of equal counts, of at most `most` rows each."""
+    borders = np.flatnonzero(np.diff(counts)) + 1
+    for first, end in itertools.pairwise((0, *borders.tolist(), len(counts))):
+        for start in range(first, end, most):
+            yield slice(start, min(start + most, end))
 
 
 def _at(values: NDArray[np.uint16], positions: NDArray[np.uint16]) -> NDArray[np.uint16]:

@@ -15,12 +15,13 @@ import torch
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch, Documents
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
-from trainer.data.documents import cumulative_lengths, positions_in_documents
+from trainer.data.documents import cumulative_lengths, length_counts, positions_in_documents
 from trainer.data.manifest import WORD_STARTS
 from trainer.data.tokenizer import Vocabulary
 from trainer.objectives.masking import Masking, predictions_per_block
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.units import LENGTHS
+from trainer.schedule.mask_ratio import Stages
 
 TERM = "mlm"
 _MASKED_AS = {
@@ -34,7 +35,9 @@ _MASKED_AS = {
 def _described(settings: Mapping[str, Any]) -> str:
     mask, drawn = settings["replace_mask"], settings["replace_random"]
     replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
-    share = f"{settings['mask_ratio']:.0%} of tokens{_MASKED_AS[settings['scheme']]}"
+    ratios = ObjectiveConfig(**settings).mask_ratios
+    shares = ", then ".join(f"{ratio:.0%}" for _, ratio in ratios)
+    share = f"{shares} of tokens{_MASKED_AS[settings['scheme']]}"
     return f"mlm, {share} ({replaced}), new masks at each visit"
 
 
@@ -58,17 +61,27 @@ class MaskedSamples:
 
     Args:
         document_attention: whether batches tell where documents begin.
+        ratios: share of the content tokens that is predicted, by sample; default the first of the settings throughout.
     """
 
     def __init__(
-        self, settings: ObjectiveConfig, vocabulary: Vocabulary, seq_len: int, document_attention: bool = False
+        self,
+        settings: ObjectiveConfig,
+        vocabulary: Vocabulary,
+        seq_len: int,
+        document_attention: bool = False,
+        ratios: Stages | None = None,
     ) -> None:
         self.vocabulary, self.seq_len, self.view = vocabulary, seq_len, framed_view(seq_len)
         whole_words = settings.scheme != "token"
         self.marks = (*((DOCUMENT_STARTS,) if document_attention else ()), *((WORD_STARTS,) if whole_words else ()))
-        self.head_rows = predictions_per_block(settings.mask_ratio, self.view.payload)
+        (_, first), *later = ratios or settings.mask_ratios[:1]
+        counts = {predictions_per_block(ratio, self.view.payload) for ratio in (first, *(ratio for _, ratio in later))}
+        self.head_rows = max(counts)
+        self.shape_count = len(counts) * (length_counts(seq_len) if document_attention else 1)
         self.masking = Masking(
-            mask_ratio=settings.mask_ratio,
+            mask_ratio=first,
+            later=tuple(later),
             replace_mask=settings.replace_mask,
             replace_random=settings.replace_random,
             mask_id=vocabulary.mask_id,

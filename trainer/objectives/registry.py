@@ -13,6 +13,8 @@ from trainer.objectives import mlm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
+from trainer.schedule.mask_ratio import ratio_stages
+from trainer.schedule.phases import lay_out
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,26 @@ class Objective:
     """How the two halves of an objective are made, and what is said of it.
 
     Attributes:
-        samples: (config, vocabulary, seq_len) → what makes its batches.
+        samples: (config, vocabulary, seq_len, whether for evaluations) → what makes its batches.
         criterion: (config, what computes cross-entropies) → its loss.
         card: what a model card says of it.
     """
 
-    samples: Callable[[Config, Vocabulary, int], Samples]
+    samples: Callable[[Config, Vocabulary, int, bool], Samples]
     criterion: Callable[[Config, CrossEntropies], Criterion]
     card: ObjectiveCard
 
 
+def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+    ratios = ratio_stages(config.objective, lay_out(config.data, config.batch).lengths)
+    if evaluating:  # all alike, whatever the run has come to
+        ratios = ratios[:1]
+    return mlm.MaskedSamples(config.objective, vocabulary, seq_len, config.model.document_attention, ratios)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "mlm": Objective(
-        samples=lambda config, vocabulary, seq_len: mlm.MaskedSamples(
-            config.objective, vocabulary, seq_len, config.model.document_attention
-        ),
+        samples=_masked_samples,
         criterion=lambda config, kernel: LanguageModelLoss(mlm.TERM, kernel),
         card=mlm.CARD,
     ),
@@ -56,13 +63,16 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int) -> Samples:
+def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool = False) -> Samples:
     """Make what turns blocks into batches of `seq_len` tokens.
+
+    Args:
+        evaluating: whether for evaluations, whose batches do not depend on how far the run has come.
 
     Raises:
         UserError: as `find_objective`.
     """
-    return find_objective(config.objective.name).samples(config, vocabulary, seq_len)
+    return find_objective(config.objective.name).samples(config, vocabulary, seq_len, evaluating)
 
 
 def make_criterion(config: Config, kernel: CrossEntropies = cross_entropies) -> Criterion:

@@ -46,22 +46,22 @@ class Phases:
     def __getitem__(self, number: int) -> Phase:
         return self.all[number]
 
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Return (first sample, seq_len) of each phase."""
+        return [(phase.first_sample, phase.seq_len) for phase in self]
+
     def number_at(self, sample: int) -> int:
         """Find which phase a sample belongs to, counted from 0."""
         return bisect_right([phase.first_sample for phase in self], sample) - 1
 
     def tokens(self, samples: int) -> int:
         """Count the positions of the first `samples` samples."""
-        return tokens_before([(phase.first_sample, phase.seq_len) for phase in self], samples)
+        return tokens_before(self.lengths, samples)
 
     def sample_at(self, token: int) -> int:
         """Find the first sample that begins at position `token` of the run or after it."""
-        for phase in self:
-            distance = max(0, token - self.tokens(phase.first_sample))
-            sample = phase.first_sample + -(-distance // phase.seq_len)
-            if phase.end_sample is None or sample < phase.end_sample:
-                return sample
-        raise AssertionError("the last phase has no end")
+        return sample_at(self.lengths, token)
 
 
 def with_micro_size(batch: BatchConfig, micro_size: int | None) -> BatchConfig:
@@ -99,3 +99,13 @@ def tokens_before(phases: Sequence[tuple[int, int]], samples: int) -> int:
         for (first, seq_len), end in zip(phases, [*ends, samples], strict=True)
         if first < samples
     )
+
+
+def sample_at(phases: Sequence[tuple[int, int]], token: int) -> int:
+    """Find the first sample that begins at position `token` or after it, of phases given as (first sample, seq_len)."""
+    for number, (first, seq_len) in enumerate(phases):
+        distance = max(0, token - tokens_before(phases, first))
+        sample = first + -(-distance // seq_len)
+        if number + 1 == len(phases) or sample < phases[number + 1][0]:
+            return sample
+    raise AssertionError("the last phase has no end")

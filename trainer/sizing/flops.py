@@ -35,6 +35,19 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
         prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
     """
     config = model.config
+    encoder_matmuls, head_matmuls = _matmul_flops(model)
+    attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
+    return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
+
+
+def head_flops(model: PreTrainedModel) -> float:
+    """Count training FLOPs of the head at one predicted position; see `flops_per_token`."""
+    return 3.0 * _matmul_flops(model)[1]
+
+
+def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
+    """Count FLOPs of a position in the matrices of the encoder and of the head, forward."""
     applications = _shared_layer_applications(model)
     encoder_matmuls = head_matmuls = 0
     encoder_modules = set(model.base_model.modules())
@@ -46,9 +59,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
-    attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
-    attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
-    return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
+    return encoder_matmuls, head_matmuls
 
 
 def _shared_layer_applications(model: PreTrainedModel) -> dict[str, int]:

@@ -113,7 +113,7 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
         "memory_gib": config.batch.memory_gib,
         "model": model,
         "seq_len": longest_blocks(config),
-        "mask_ratio": config.objective.mask_ratio,
+        "mask_ratio": max(ratio for _, ratio in config.objective.mask_ratios),
         "precision": config.train.precision,
         "gradient_accumulation_dtype": config.train.gradient_accumulation_dtype,
         "deepspeed": load_preset(config.deepspeed),

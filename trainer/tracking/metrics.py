@@ -64,12 +64,13 @@ class ThroughputMeter:
     """Speed and waiting since the last line.
 
     Args:
-        flops_per_token: training FLOPs a position, in each phase of the run.
+        flops_per_token: training FLOPs a position, in each phase of the run, without the head's.
+        head_flops: training FLOPs of the head, a position for which it computes logits.
         peak_flops: FLOP/s of all devices together; NaN when it is not known.
     """
 
-    def __init__(self, flops_per_token: Sequence[float], peak_flops: float) -> None:
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    def __init__(self, flops_per_token: Sequence[float], head_flops: float, peak_flops: float) -> None:
+        self._flops_per_token, self._head_flops, self._peak_flops = flops_per_token, head_flops, peak_flops
         self._saving = 0.0
         self.restart()
 
@@ -77,10 +78,10 @@ class ThroughputMeter:
         """Begin an interval; an evaluation is left out of it by restarting after it."""
         self._start, self._tokens, self._flops, self._waited = time.perf_counter(), 0, 0.0, 0.0
 
-    def trained(self, tokens: int, phase: int) -> None:
-        """Count the positions of a step."""
+    def trained(self, tokens: int, head_rows: int, phase: int) -> None:
+        """Count the positions of a step, and those of them for which logits were computed."""
         self._tokens += tokens
-        self._flops += tokens * self._flops_per_token[phase]
+        self._flops += tokens * self._flops_per_token[phase] + head_rows * self._head_flops
 
     def waited(self, seconds: float) -> None:
         """Count time spent waiting for the loader."""

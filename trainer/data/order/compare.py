@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.data.manifest import STARTS_OF
 from trainer.runtime.plain_text import listed
+from trainer.schedule.mask_ratio import ratio_differences
 from trainer.schedule.phases import tokens_before
 
 
@@ -31,6 +32,8 @@ def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: i
         lines += _source_differences(number, saved["sources"], current["sources"])
     if _lengths(before) != _lengths(now):
         return [*lines, _describe_phases(before, now, samples)]
+    if "mask_ratio" in saved and "mask_ratio" in current:  # not before there were stages of it
+        lines += ratio_differences(saved["mask_ratio"], current["mask_ratio"], _lengths(before), samples)
     for old, new in zip(before, now, strict=True):
         if not lines and _begun(old, samples) != _begun(new, samples):
             token = tokens_before(_lengths(before), old["first_sample"])

@@ -1,0 +1,85 @@
+"""The section `objective`: what is learnt, and which tokens are masked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from trainer.config.base import Fraction, Line, NaturalInt, Section
+
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class MaskRatioStage(Section):
+    from_tokens: NaturalInt
+    """First position, counted as `tokens` in the metrics; rounded up to a whole block. That of the first stage is 0."""
+    ratio: OpenFraction
+    """Share of a block's content tokens that is predicted from there on."""
+
+
+# Kinds of a value, for pydantic to tell which one is meant; they are no part of a key.
+NUMBER, STAGES = KINDS = ("<number>", "<stages>")
+
+
+def _kind(value: Any) -> str:
+    return STAGES if isinstance(value, list) else NUMBER
+
+
+class ObjectiveConfig(Section):
+    name: Line = "mlm"
+    """`mlm`: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
+    mask_ratio: Annotated[
+        Annotated[OpenFraction, Tag(NUMBER)] | Annotated[list[MaskRatioStage], Field(min_length=1), Tag(STAGES)],
+        Discriminator(_kind),
+    ] = 0.15
+    """Share of a block's content tokens that is predicted; exactly round(mask_ratio × payload) a block. Or stages, each
+    from a given token on, the first from 0 (arXiv:2305.15096). A resume may change what lies ahead. Evaluations keep to
+    the first, so that they can be compared."""
+    scheme: Literal["token", "word", "ngram", "span"] = "token"
+    """What is masked as a whole; all but `token` need the starts of words that `prepare --word-starts` marks.
+
+    token: single tokens; word: words (arXiv:1906.08101), or phrases by a function of your own; ngram: one to three
+    words, as ALBERT (arXiv:1909.11942); span: one to ten words, as SpanBERT (arXiv:1907.10529). A word is predicted
+    whole or not at all, and at most round(mask_ratio × payload) positions a block are."""
+    lengths: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=1, max_length=100)] | None = None
+    """Shares of units of 1, 2, 3, … words, for `ngram` and `span`; default the scheme's: 1/n, and 0.2 · 0.8^(n − 1)."""
+    replace_by: Literal["token", "unit"] = "token"
+    """Whether each token of a unit is replaced by a draw of its own, or all of them by one, as SpanBERT does."""
+    replace_mask: Fraction = 0.8
+    """Share of predicted positions shown as the mask token."""
+    replace_random: Fraction = 0.1
+    """Share of predicted positions shown as a random token; the rest is shown unchanged."""
+
+    @property
+    def mask_ratios(self) -> list[tuple[int, float]]:
+        """Return the stages of `mask_ratio` as (from_tokens, ratio); one where it does not change."""
+        if isinstance(self.mask_ratio, float):
+            return [(0, self.mask_ratio)]
+        return [(stage.from_tokens, stage.ratio) for stage in self.mask_ratio]
+
+    @model_validator(mode="after")
+    def stages_fit(self) -> Self:
+        starts = [start for start, _ in self.mask_ratios]
+        if starts[0] != 0:
+            raise ValueError(f"mask_ratio must begin with a stage from_tokens 0, got {starts[0]}")
+        for before, after in itertools.pairwise(starts):
+            if after <= before:
+                raise ValueError(f"mask_ratio's stages must ascend: from_tokens {after} after {before}")
+        return self
+
+    @model_validator(mode="after")
+    def shares_fit(self) -> Self:
+        if self.replace_mask + self.replace_random > 1.0 + 1e-9:
+            raise ValueError(
+                f"replace_mask + replace_random must be at most 1, got {self.replace_mask + self.replace_random:g}"
+            )
+        if self.lengths is not None and self.scheme not in ("ngram", "span"):
+            raise ValueError(f"lengths does nothing with scheme {self.scheme}: set scheme to ngram or span")
+        if self.lengths is not None and not 0 < sum(self.lengths) < math.inf:
+            raise ValueError("lengths needs a share above 0, and no infinite one")
+        if self.replace_by == "unit" and self.scheme == "token":
+            raise ValueError("replace_by=unit does nothing with scheme token: set scheme to word, ngram or span")
+        return self
