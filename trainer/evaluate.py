@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer.data.batch import Batch, Samples
-from trainer.data.block_reader import BlockReader
+from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
 from trainer.data.order.permutation import KeyPurpose, fold_key, permute
 from trainer.engine.engine import TrainingEngine
@@ -32,7 +32,7 @@ class Evaluator:
     def __init__(self, data: ShardSet, objective: Samples, criterion: Criterion, samples: int, micro_size: int) -> None:
         self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
         self._reader = BlockReader(data, objective)
-        available = data.block_count(objective.view.payload)
+        available = block_count(data, objective)
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)
         self.blocks = permute(numbers, available, fold_key(KeyPurpose.EVALUATION)).astype(np.int64)

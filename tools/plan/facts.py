@@ -77,6 +77,8 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
         order = mixture_order(config.data, phases, blocks, tokens, config.run.seed)
         epochs = order.epochs(plan.end_sample)
         facts.epochs = {source.label: passes for source, passes in zip(config.data.train, epochs, strict=True)}
+    if config.data.samples == "documents":
+        unknown.append("rows of documents: counted as if they were full; `maskwright validate` counts them")
     if config.data.phases or config.batch.warmup is not None:
         unknown.append("earlier steps: smaller batches and shorter blocks are reckoned at the speed of full steps")
     if config.model.document_attention:

@@ -244,6 +244,12 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     _refuse(options, ("seq_len", "global_size", "seed"), "stands in the config; override it there (see docs/config.md)")
     config = as_begun(load_config(config_source, overrides))
     batch, data = config.batch, config.data
+    if data.samples != "stream":
+        raise UserError(
+            "A simulation lays out blocks of the stream, and these samples are whole documents.",
+            where=f"data.samples={data.samples}",
+            remedy="Simulate with data.samples=stream: the order of blocks is the same for both.",
+        )
     # As many ranks as one micro-batch each makes, which divides if any number does.
     micro_size = 1 if batch.micro_size == "auto" else batch.micro_size
     ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))

@@ -67,8 +67,13 @@ class Probe:
 
 
 def read_probe_block(inputs: Inputs) -> np.ndarray:
-    """Read the content of the block that the probe shows; once, because a rank that cannot read it cannot save."""
-    return inputs.sources[0].read_blocks(np.zeros(1, np.int64), inputs.objective.view.payload)
+    """Read the content of the block that the probe shows; once, because a rank that cannot read it cannot save.
+
+    It is the start of the stream, over again where there is less than a block of it.
+    """
+    source, payload = inputs.sources[0], inputs.objective.view.payload
+    tokens = source.read(np.zeros(1, np.int64), min(payload, source.tokens))
+    return np.resize(tokens, (1, payload))
 
 
 def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:

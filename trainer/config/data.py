@@ -91,6 +91,10 @@ class DataConfig(Section):
     Default: no evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
     """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
+    samples: Literal["stream", "documents"] = "stream"
+    """What a block is. stream: a stretch of the text, full to the last token. documents: whole documents (a line, a
+    dialogue, a task's text each), as many as fit, then padding, with attention kept within each; a longer one is cut.
+    It needs what model.document_attention needs, and sets it. It belongs to a run: a resume cannot change it."""
     phases: list[PhaseConfig] = Field(default_factory=list)
     """Earlier phases of the run with shorter blocks, each up to a given token; after them seq_len. A phase cuts the
     same data anew, in an order of its own. A resume may change what lies ahead."""

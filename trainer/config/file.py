@@ -90,6 +90,11 @@ def find_config(source: str | Path, relative_to: Path | None = None) -> Path:
     )
 
 
+def names_config(source: str) -> bool:
+    """Tell whether an argument is a config or a recipe, where it may also be a folder."""
+    return source in recipe_names() or expanded(source, "").is_file() or source.endswith((".yaml", ".yml"))
+
+
 def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = real_path(path)
     if path in seen:

@@ -326,6 +326,23 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def whole_documents_have_their_own_attention(cls, raw: Any) -> Any:
+        data, model = (raw.get(name) if isinstance(raw, dict) else None for name in ("data", "model"))
+        if isinstance(data, dict) and isinstance(model, dict) and data.get("samples") == "documents":
+            return {**raw, "model": {"document_attention": True, **model}}
+        return raw
+
+    @model_validator(mode="after")
+    def whole_documents_have_no_other(self) -> Self:
+        if self.data.samples == "documents" and not self.model.document_attention:
+            raise ValueError(
+                "with data.samples=documents needs model.document_attention=true: the documents of a block have "
+                "nothing to do with each other"
+            )
+        return self
+
     @model_validator(mode="after")
     def attention_is_as_deterministic_as_the_rest(self) -> Self:
         if self.train.deterministic and self.model.attention_backend in ("cudnn", "efficient"):

@@ -118,6 +118,16 @@ class Samples(Protocol):
     def plain(self, blocks: Blocks) -> Batch:
         """Make a batch in which nothing is hidden from the model, predicting evenly spread positions.
 
-        The probe of a checkpoint gives it blocks without marks: each is then one document.
+        Args:
+            blocks: equal stretches, also where `view` has rows. The probe of a checkpoint gives blocks without marks:
+                each is then one document.
+        """
+        ...
+
+    def document_starts(self, blocks: Blocks) -> np.ndarray:
+        """Find where documents begin in the blocks as the model sees them, of which the tokens need not be read.
+
+        Returns:
+            bool [B, S].
         """
         ...

@@ -9,8 +9,19 @@ from trainer.data.batch import Samples
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.data.dataset import ShardSet
 from trainer.data.documents import DocumentBorders
+from trainer.data.rows import row_index
 from trainer.data.shard_parts import ShardParts
-from trainer.data.token_marks import check_marked, unpack_starts
+from trainer.data.token_marks import check_marked, unpack_stretches
+
+
+def block_count(shards: ShardSet, samples: Samples) -> int:
+    """Count the blocks of a data set as an objective sees them.
+
+    Raises:
+        DamagedError: as `row_index`, for rows of documents.
+    """
+    view = samples.view
+    return len(row_index(shards, samples.seq_len)) if view.whole_documents else view.block_count(shards.tokens)
 
 
 class BlockReader:
@@ -18,35 +29,70 @@ class BlockReader:
 
     Raises:
         UserError: when the data set was prepared without a mark that the objective reads.
+        DamagedError: as `row_index`, for rows of documents.
     """
 
     def __init__(self, shards: ShardSet, samples: Samples) -> None:
-        self.shards, self.payload = shards, samples.view.payload
+        self.shards, self._payload = shards, samples.view.payload
+        self._rows = row_index(shards, samples.seq_len) if samples.view.whole_documents else None
         self._readers = {mark: _reader_of(shards, mark) for mark in samples.marks}
 
     def read(self, blocks: NDArray[np.int64]) -> Blocks:
         """Read blocks by number, int64 [B]; fastest when they ascend.
 
         Raises:
-            DamagedError: as `ShardSet.read_blocks` and `ShardParts`.
+            DamagedError: as `ShardSet.read` and `ShardParts`.
         """
-        starts = {mark: reader.starts(blocks, self.payload) for mark, reader in self._readers.items()}
-        return Blocks(self.shards.read_blocks(blocks, self.payload), starts)
+        starts, length = self._stretches(blocks)
+        return self._blocks(blocks, self.shards.read(starts, length))
+
+    def read_marks(self, blocks: NDArray[np.int64]) -> Blocks:
+        """Read the marks alone, which is little; the tokens are 0."""
+        starts, length = self._stretches(blocks)
+        return self._blocks(blocks, np.zeros((len(starts), length), self.shards.dtype))
+
+    def advise(self, blocks: NDArray[np.int64]) -> None:
+        """Tell the kernel that these blocks (int64 [B], ascending) will be read soon."""
+        self.shards.advise(*self._stretches(blocks))
+
+    def _stretches(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Find the stretches of the stream that blocks are of: the first token of each, and their length."""
+        if self._rows is None:
+            return np.asarray(blocks, np.int64) * self._payload, self._payload
+        length = min(self._payload + 1, self.shards.tokens)
+        return np.minimum(self._rows.locate(blocks)[0], self.shards.tokens - length), length
+
+    def _blocks(self, blocks: NDArray[np.int64], tokens: np.ndarray) -> Blocks:
+        starts, length = self._stretches(blocks)
+        marked = {mark: reader.starts(starts, length) for mark, reader in self._readers.items()}
+        if self._rows is None:
+            return Blocks(tokens, marked)
+        first, lengths = self._rows.locate(blocks)
+        # Those at the end of the stream were read from before their start.
+        places = np.minimum(np.arange(self._payload + 1) + (first - starts)[:, None], length - 1)
+        tokens, *aligned = (np.take_along_axis(each, places, axis=1) for each in (tokens, *marked.values()))
+        return Blocks(tokens, dict(zip(marked, aligned, strict=True)), lengths)
 
 
 class MarkedTokens:
-    """Which tokens of a data set carry a mark, looked up by block."""
+    """Which tokens of a data set carry a mark, looked up by their place in the stream."""
 
     def __init__(self, shards: ShardSet, mark: str) -> None:
         check_marked(shards.folder, shards.manifest, mark)
         self._shards, self._bits = shards, ShardParts(shards, mark, "u1")
 
-    def starts(self, blocks: NDArray[np.int64], payload: int) -> NDArray[np.bool_]:
-        """Find which tokens of blocks are marked: [B, payload]."""
-        _, shards, offsets, lengths = self._shards.pieces(blocks, payload).T
-        pieces = zip(shards.tolist(), offsets.tolist(), (offsets + lengths).tolist(), strict=True)
-        bits = [unpack_starts(self._bits[shard], start, stop) for shard, start, stop in pieces]
-        return np.concatenate(bits).reshape(len(blocks), payload)
+    def starts(self, first: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+        """Find which tokens of stretches of the stream are marked: [B, length]; `first` is int64 [B]."""
+        _, shards, offsets, lengths = self._shards.pieces(first, length).T
+        places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
+        found = np.empty(len(first) * length, np.bool_)
+        for shard, count in sorted({*zip(shards.tolist(), lengths.tolist(), strict=True)}):  # mostly one
+            here = np.flatnonzero((shards == shard) & (lengths == count))
+            bits = unpack_stretches(self._bits[shard], offsets[here], count)
+            if len(here) == len(first) and count == length:
+                return bits
+            found[places[here][:, None] + np.arange(count)] = bits
+        return found.reshape(len(first), length)
 
 
 def _reader_of(shards: ShardSet, mark: str) -> DocumentBorders | MarkedTokens:

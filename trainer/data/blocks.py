@@ -1,4 +1,7 @@
-"""What a block is, before an objective makes a batch of it: tokens of the stream, and what is marked among them."""
+"""What a block is, before an objective makes a batch of it: tokens of the stream, and what is marked among them.
+
+Blocks of a data set are equal stretches of its stream, or rows of whole documents (`trainer.data.rows`).
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,39 @@ DOCUMENT_STARTS = "doc"
 
 @dataclass(frozen=True)
 class View:
-    """How a data set is cut into blocks: block b is its tokens b·payload up to (b + 1)·payload."""
+    """How a data set is cut into blocks.
+
+    Attributes:
+        payload: tokens of a block, without the begin and the end token: block b is b·payload up to (b + 1)·payload.
+        whole_documents: a block is a row of whole documents instead, of at most `payload` tokens.
+    """
 
     payload: int
+    whole_documents: bool = False
 
     def block_count(self, tokens: int) -> int:
-        """Count the whole blocks in so many tokens; the tail that fills none is never read."""
+        """Count the whole blocks in so many tokens; the tail that fills none is never read.
+
+        Of rows that is an estimate, as if they were all full: `trainer.data.block_reader.block_count` counts them.
+        """
         return tokens // self.payload
 
 
-def framed_view(seq_len: int) -> View:
+def framed_view(seq_len: int, whole_documents: bool = False) -> View:
     """Make the view of which seq_len − 2 tokens are read; a begin and an end token are added."""
-    return View(seq_len - 2)
+    return View(seq_len - 2, whole_documents)
 
 
 class Blocks(NamedTuple):
     """What a loader has read.
 
     Attributes:
-        tokens: [B, payload], any integer dtype.
-        starts: name of a mark → bool [B, payload], True at the first token of each document (word, sentence): those
-            that `Samples.marks` names.
+        tokens: [B, payload], any integer dtype; of rows [B, payload + 1], with the separators between documents.
+        starts: name of a mark → bool of the same shape, True at the first token of each document (word, sentence):
+            those that `Samples.marks` names.
+        lengths: int64 [B], how many tokens a row shows; what follows them is of no meaning. None for equal stretches.
     """
 
     tokens: np.ndarray
     starts: Mapping[str, np.ndarray] = MappingProxyType({})
+    lengths: np.ndarray | None = None

@@ -87,42 +87,51 @@ class ShardSet:
         return self.tokens // payload
 
     def read_blocks(self, blocks: np.ndarray, payload: int) -> np.ndarray:
-        """Gather blocks; fastest when they ascend, as `order.rank_share` hands them out.
+        """Gather blocks, int64 [B] below `block_count(payload)`; see `read`."""
+        return self.read(np.asarray(blocks, np.int64) * payload, payload)
+
+    def read(self, starts: NDArray[np.int64], length: int) -> np.ndarray:
+        """Gather stretches of equal length; fastest when they ascend, as `order.rank_share` hands blocks out.
 
         Args:
-            blocks: int64 [B], block numbers below `block_count(payload)`.
+            starts: int64 [B], first token of each stretch in the stream; all of its tokens lie within.
 
         Returns:
-            [B, payload] in the stored dtype.
+            [B, length] in the stored dtype.
 
         Raises:
             DamagedError: when a part that is read differs from its sum, or is not there.
         """
-        if (stretch := self._only_stretch(blocks, payload)) is not None:
-            shard, starts = stretch
-            return self._shard(shard).read(starts, payload)
-        out = np.empty((len(blocks), payload), self.dtype)
-        for rows, columns, shard, starts in self._stretches(blocks, payload):
-            out[rows, columns] = self._shard(shard).read(starts, columns.stop - columns.start)
+        if (within := self._in_one_shard(starts, length)) is not None:
+            shard, offsets = within
+            return self._shard(shard).read(offsets, length)
+        out = np.empty((len(starts), length), self.dtype)
+        for rows, columns, shard, offsets in self._stretches(starts, length):
+            out[rows, columns] = self._shard(shard).read(offsets, columns.stop - columns.start)
         return out
 
-    def advise(self, blocks: np.ndarray, payload: int) -> None:
-        """Tell the kernel that these blocks (int64 [B], ascending) will be read soon, by any process of the node."""
-        for _, columns, shard, starts in self._stretches(blocks, payload):
-            self._shard(shard).advise(starts, columns.stop - columns.start)
+    def advise(self, starts: NDArray[np.int64], length: int) -> None:
+        """Tell the kernel that these stretches (as for `read`, ascending) will be read soon, by whomever."""
+        for _, columns, shard, offsets in self._stretches(starts, length):
+            self._shard(shard).advise(offsets, columns.stop - columns.start)
 
-    def pieces(self, blocks: np.ndarray, payload: int) -> NDArray[np.int64]:
-        """Find where the tokens of blocks lie: one piece for each segment that a block draws from.
+    def segments(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield what the stream consists of: shard, token offset in the shard, tokens, first token in the stream."""
+        lengths = self._ends - self._starts
+        columns = (self._shards, self._offsets, lengths, self._starts)
+        yield from zip(*(column.tolist() for column in columns), strict=True)
+
+    def pieces(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Find where the tokens of stretches lie: one piece for each segment that a stretch draws from.
 
         Args:
-            blocks: int64 [B], block numbers below `block_count(payload)`.
+            starts: as for `read`.
 
         Returns:
-            int64 [n, 4]: row (the block's place in `blocks`), shard, token offset in the shard, tokens. The pieces of a
-            row stand together and in the order of their tokens; the rows are in order.
+            int64 [n, 4]: row (the stretch's place in `starts`), shard, token offset in the shard, tokens. The pieces of
+            a row stand together and in the order of their tokens; the rows are in order.
         """
-        starts = np.asarray(blocks, np.int64) * payload
-        stops = starts + payload
+        stops = starts + length
         first = np.searchsorted(self._ends, starts, side="right")
         counts = np.searchsorted(self._ends, stops, side="left") - first + 1
         rows = np.repeat(np.arange(len(starts)), counts)
@@ -132,21 +141,22 @@ class ShardSet:
         offsets = begins - self._starts[segments] + self._offsets[segments]
         return np.stack([rows, self._shards[segments], offsets, lengths], axis=1)
 
-    def _only_stretch(self, blocks: np.ndarray, payload: int) -> tuple[int, NDArray[np.int64]] | None:
-        """Find shard and first tokens of blocks that all lie in one segment, as those of a small batch mostly do."""
-        if not len(blocks):
+    def _in_one_shard(self, starts: NDArray[np.int64], length: int) -> tuple[int, NDArray[np.int64]] | None:
+        """Find shard and offsets of stretches that all lie in one segment, as those of a small batch mostly do."""
+        if not len(starts):
             return None
-        starts = np.asarray(blocks, np.int64) * payload
         segment = int(np.searchsorted(self._ends, starts.min(), side="right"))
-        if int(starts.max()) + payload > int(self._ends[segment]):
+        if int(starts.max()) + length > int(self._ends[segment]):
             return None
         return int(self._shards[segment]), starts + int(self._offsets[segment] - self._starts[segment])
 
-    def _stretches(self, blocks: np.ndarray, payload: int) -> Iterator[tuple[slice, slice, int, NDArray[np.int64]]]:
-        """Yield the pieces, runs of whole blocks in one shard taken together: (rows, columns, shard, first tokens)."""
-        rows, shards, offsets, lengths = self.pieces(blocks, payload).T
-        columns = (np.cumsum(lengths) - lengths) % payload  # the pieces of each row add up to a block
-        whole = lengths == payload
+    def _stretches(
+        self, starts: NDArray[np.int64], length: int
+    ) -> Iterator[tuple[slice, slice, int, NDArray[np.int64]]]:
+        """Yield the pieces, runs of whole stretches in one shard taken together: (rows, columns, shard, offsets)."""
+        rows, shards, offsets, lengths = self.pieces(starts, length).T
+        columns = (np.cumsum(lengths) - lengths) % length  # the pieces of each row add up to a stretch
+        whole = lengths == length
         alike = (shards[1:] == shards[:-1]) & whole[1:] & whole[:-1]
         firsts = np.flatnonzero(np.r_[True, ~alike]) if len(rows) else []
         for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=False):

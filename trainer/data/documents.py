@@ -20,29 +20,28 @@ class DocumentBorders:
         self.shards = shards
         self._borders = ShardParts(shards, "doc", "<u8")  # token offsets of documents, then the shard's length
 
-    def starts(self, blocks: np.ndarray, payload: int) -> NDArray[np.bool_]:
-        """Find which tokens of blocks begin a document, or what a block holds of one.
+    def starts(self, first: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
+        """Find which tokens of stretches of the stream begin a document, or what a stretch holds of one.
 
         Args:
-            blocks: int64 [B], block numbers.
-            payload: content tokens a block.
+            first: int64 [B], first token of each.
 
         Returns:
-            [B, payload]; the first token of a block is always True, and so is the first one from another shard.
+            [B, length]; the first token of a stretch is always True, and so is the first one from another shard.
 
         Raises:
             DamagedError: when a `.doc` file differs from its checksum, or its offsets, which ascend, lead out of the
-                block.
+                stretch.
         """
-        _, shards, offsets, lengths = self.shards.pieces(blocks, payload).T
+        _, shards, offsets, lengths = self.shards.pieces(first, length).T
         places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
-        starts = np.zeros(len(blocks) * payload, np.bool_)
+        starts = np.zeros(len(first) * length, np.bool_)
         starts[places] = True
         for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
             piece, distance = self._borders_within(shard, offsets[here], lengths[here])
             starts[places[here][piece] + distance] = True
-        return starts.reshape(len(blocks), payload)
+        return starts.reshape(len(first), length)
 
     def _borders_within(
         self, shard: int, offsets: NDArray[np.int64], lengths: NDArray[np.int64]
@@ -57,13 +56,18 @@ class DocumentBorders:
         index = first[piece] + np.arange(len(piece)) - (np.cumsum(counts) - counts)[piece]
         distance = borders[index].astype(np.int64) - offsets[piece]
         if (end < first).any() or (distance <= 0).any() or (distance >= lengths[piece]).any():
-            name = f"{self.shards.manifest.shards[shard].name}.doc"
-            raise DamagedError(
-                f"The document offsets in {name} do not ascend.",
-                where=str(self.shards.folder / name),
-                remedy="Copy the data set again, or prepare it again; `maskwright data verify` lists all damage.",
-            )
+            raise unordered(self.shards, shard)
         return piece, distance
+
+
+def unordered(shards: ShardSet, shard: int) -> DamagedError:
+    """Make the error for document offsets of a shard that do not ascend."""
+    name = f"{shards.manifest.shards[shard].name}.doc"
+    return DamagedError(
+        f"The document offsets in {name} do not ascend.",
+        where=str(shards.folder / name),
+        remedy="Copy the data set again, or prepare it again; `maskwright data verify` lists all damage.",
+    )
 
 
 def positions_in_documents(starts: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ worker keeps nothing between two of them, so any number of workers, and any rest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,7 @@ class MicroBatches(Sampler[np.ndarray]):
 
     order: RunOrder | SampleOrder
     plan: BatchPlan
-    sources: list[ShardSet]
-    payload: int
+    readers: Sequence[BlockReader]
     rank: int
     first_sample: int
     steps: int
@@ -75,7 +74,7 @@ class MicroBatches(Sampler[np.ndarray]):
 
     def _advise(self, share: NDArray[np.int64]) -> None:
         for source, blocks in _by_source(share[:, 1], share[:, 2]):
-            self.sources[source].advise(blocks, self.payload)
+            self.readers[source].advise(blocks)
 
 
 def _filled_up(share: NDArray[np.int64], step: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
@@ -96,8 +95,8 @@ class SampledBlocks(Dataset[Any]):
     """Reads the blocks of one micro-batch, and has an objective make a batch of them."""
 
     def __init__(self, sources: list[ShardSet], samples: Samples, seed: int) -> None:
-        self.sources, self.samples, self.seed = sources, samples, seed
-        self._readers = [BlockReader(source, samples) for source in sources]
+        self.samples, self.seed = samples, seed
+        self.readers = [BlockReader(source, samples) for source in sources]
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
         """Make the micro-batch of the (t, source, block) rows of `places` [B, 3]."""
@@ -110,7 +109,7 @@ class SampledBlocks(Dataset[Any]):
         batch = self.samples.make_batch(read, numbers.astype(np.uint64), self.seed)
         if padding.any():
             batch.leave_out(padding)
-        if len(self.sources) > 1:
+        if len(self.readers) > 1:
             batch.sources = torch.from_numpy(sources.copy())
         return batch
 
@@ -120,19 +119,22 @@ class SampledBlocks(Dataset[Any]):
     def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Blocks:
         """Read blocks of several sources, which share a tokenizer and so a dtype."""
         parts = [
-            (rows, self._readers[source].read(numbers[rows]))
+            (rows, self.readers[source].read(numbers[rows]))
             for source, rows in _by_source(sources, np.arange(len(sources)))
         ]
         if len(parts) == 1:
             return parts[0][1]
-        shape = (len(sources), self.samples.view.payload)
-        tokens = np.empty(shape, parts[0][1].tokens.dtype)
-        starts = {mark: np.empty(shape, np.bool_) for mark in self.samples.marks}
-        for rows, blocks in parts:
-            tokens[rows] = blocks.tokens
-            for mark, marked in blocks.starts.items():
-                starts[mark][rows] = marked
-        return Blocks(tokens, starts)
+        places = np.argsort(np.concatenate([rows for rows, _ in parts]))
+
+        def join(values: Iterable[np.ndarray]) -> np.ndarray:
+            return np.concatenate(list(values))[places]
+
+        lengths = [blocks.lengths for _, blocks in parts if blocks.lengths is not None]
+        return Blocks(
+            join(blocks.tokens for _, blocks in parts),
+            {mark: join(blocks.starts[mark] for _, blocks in parts) for mark in self.samples.marks},
+            join(lengths) if lengths else None,
+        )
 
 
 class TrainingBatches:
@@ -154,11 +156,10 @@ class TrainingBatches:
         workers: int,
         pin_memory: bool,
     ) -> None:
-        payload = dataset.samples.view.payload
         accumulation = max((run.shape.accumulation for run in plan.runs(first_sample, steps)), default=1)
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=MicroBatches(order, plan, dataset.sources, payload, rank, first_sample, steps),  # type: ignore[arg-type]  # rows, not a list of int
+            batch_sampler=MicroBatches(order, plan, dataset.readers, rank, first_sample, steps),  # type: ignore[arg-type]  # rows, not a list of int
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=pin_memory,

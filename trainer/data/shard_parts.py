@@ -49,6 +49,7 @@ class ShardParts:
                 else:
                     check_sizes(folder, entry)
                 self._checked.add(shard)
-            mapped = np.memmap(folder / f"{entry.name}.{self._suffix}", self._dtype, "r")
+            # As a plain array: each view of a memmap costs microseconds, and a batch takes many.
+            mapped = np.asarray(np.memmap(folder / f"{entry.name}.{self._suffix}", self._dtype, "r"))
         self._maps[shard] = mapped
         return mapped

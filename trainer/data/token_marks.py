@@ -98,6 +98,19 @@ def unpack_starts(packed: np.ndarray, start: int, stop: int) -> np.ndarray:
     return bits[start - first * 8 : stop - first * 8].view(bool)
 
 
+def unpack_stretches(packed: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Unpack stretches of equal length of a packed mark, uint8: bool [n, length].
+
+    Args:
+        starts: int64 [n], the first bit of each.
+    """
+    width = length // 8 + 2  # bytes, wherever in the first of them a stretch begins
+    places = np.minimum((starts >> 3)[:, None] + np.arange(width), len(packed) - 1)
+    bits = np.unpackbits(packed[places].reshape(-1), bitorder="little")
+    windows = np.lib.stride_tricks.sliding_window_view(bits, length)
+    return windows[np.arange(len(starts)) * width * 8 + (starts & 7)].view(bool)
+
+
 def starts_at(packed: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Look up the bits of a packed mark at these tokens (int64): bool, shaped like `places`."""
     return (packed[places >> 3] >> (places & 7) & 1).astype(bool)

@@ -18,12 +18,13 @@ import numpy as np
 from trainer.config import CUDA_GRAPHS, Config, DataConfig, run_folder
 from trainer.config.run_names import check_named_files
 from trainer.data.batch import Samples
-from trainer.data.blocks import DOCUMENT_STARTS, Blocks
+from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
-from trainer.data.documents import DocumentBorders
+from trainer.data.documents import positions_in_documents
 from trainer.data.manifest import TOKEN_MARKS, split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
+from trainer.data.rows import row_index
 from trainer.data.shard_reader import ReadSettings
 from trainer.data.token_marks import check_marked
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
@@ -39,6 +40,7 @@ from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
 from trainer.schedule.run_length import find_defaults, resolve
 
+LITTLE_FILLED = 0.7
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
 
@@ -86,11 +88,9 @@ class Inputs:
         sources, blocks = self.order.orders[phase].locate(np.arange(_COUNTED_BLOCKS))
         attended = 0
         for source in np.unique(sources).tolist():
-            borders = DocumentBorders(self.sources[source])
-            starts = borders.starts(blocks[sources == source], objective.view.payload)
-            documents = objective.plain(Blocks(np.zeros(starts.shape, np.uint16), {DOCUMENT_STARTS: starts})).documents
-            assert documents is not None
-            attended += int((2 * documents.positions + 1).sum())  # over a document of n tokens that is n²
+            read = BlockReader(self.sources[source], objective).read_marks(blocks[sources == source])
+            positions = positions_in_documents(objective.document_starts(read))
+            attended += int((2 * positions + 1).sum())  # over a document of n tokens that is n²
         return attended / (_COUNTED_BLOCKS * objective.seq_len)
 
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
@@ -112,14 +112,18 @@ class Inputs:
         described = self.order.describe()
         for phase, objective in zip(described["phases"], self.objectives, strict=True):
             phase["payload"] = objective.view.payload
+        if self.objective.view.whole_documents:
+            described["samples"] = "documents"
         ratio = self.config.objective.model_dump(mode="json")["mask_ratio"]
         return {**described, "mask_ratio": ratio, "sources": sources}
 
     def describe(self) -> list[str]:
         """Describe the run in a few lines."""
-        available = None if self.validation is None else self.validation.block_count(self.objective.view.payload)
+        available = None if self.validation is None else block_count(self.validation, self.objective)
         tokens = [source.tokens for source in self.sources]
         lines = summarize_run(self.config, self.plan, self.order, zero_stage(self.ds_config), tokens, available)
+        if self.objective.view.whole_documents:
+            lines += [_describe_rows(self.sources, self.objective)]
         if self.config.model.document_attention:
             attended = " and then ".join(
                 f"{attended:,.0f} of {phase.seq_len:,}"
@@ -153,7 +157,8 @@ def open_inputs(
         config.data, base.vocabulary, base.tokenizer_folder, thorough, folders or {}, _token_marks(base.objectives[-1])
     )
     sources = [opener.open(source.path, "train", source.quarantine) for source in config.data.train]
-    config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources])
+    blocks = [[block_count(source, objective) for source in sources] for objective in base.objectives]
+    config, order, plan = _arrange(config, world_size, base, [source.tokens for source in sources], blocks)
     if config.model.compile:
         _check_compile(config, base.preset)
     if config.model.compile == CUDA_GRAPHS:
@@ -199,7 +204,8 @@ def describe_unprepared(
         else opener.open(source.path, "train", source.quarantine).tokens
         for source in config.data.train
     ]
-    config, order, plan = _arrange(config, world_size, base, tokens)
+    blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
+    config, order, plan = _arrange(config, world_size, base, tokens, blocks)
     stage = zero_stage(compose(config, base.preset, plan))
     return [*summarize_run(config, plan, order, stage, tokens, None), *base.notes]
 
@@ -232,9 +238,10 @@ class _Base:
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
 
 
-def _arrange(config: Config, world_size: int, base: _Base, tokens: Sequence[int]) -> tuple[Config, RunOrder, BatchPlan]:
-    """Make the resolved config, order and batch arithmetic over sources of so many tokens."""
-    blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
+def _arrange(
+    config: Config, world_size: int, base: _Base, tokens: Sequence[int], blocks: Sequence[Sequence[int]]
+) -> tuple[Config, RunOrder, BatchPlan]:
+    """Make the resolved config, order and batch arithmetic over sources of so many tokens and, by phase, blocks."""
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
     epoch_blocks = [sum(counts) for counts in blocks]
     whole_steps = find_defaults(config).whole_steps
@@ -272,6 +279,20 @@ def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) 
         )
 
 
+def _describe_rows(sources: Sequence[ShardSet], objective: Samples) -> str:
+    """Say how full the rows of documents are, with a remedy where much of them is padding."""
+    indices = [row_index(source, objective.seq_len) for source in sources]
+    documents, cut = sum(each.documents for each in indices), sum(each.cut for each in indices)
+    rows = sum(map(len, indices))
+    fill = sum(each.positions for each in indices) / max(1, rows * objective.seq_len)
+    line = f"documents: {documents:,} in {rows:,} rows of {objective.seq_len}, {fill:.1%} filled"
+    if cut:
+        line += f"; {cut:,} are longer than {objective.view.payload:,} tokens, and cut"
+    if fill < LITTLE_FILLED:
+        line += "; THE REST IS PADDING: another data.seq_len fills them better, or data.samples=stream wholly"
+    return line
+
+
 def _token_marks(objective: Samples) -> tuple[str, ...]:
     """List the marks that an objective reads of what `prepare` wrote; documents have files of their own."""
     return tuple(mark for mark in TOKEN_MARKS if mark in objective.marks)
@@ -306,7 +327,7 @@ def _open_validation(config: Config, objective: Samples, opener: _ShardOpener) -
             "data.validation out.",
         )
     validation = opener.open(config.data.validation, "validation")
-    if validation.block_count(objective.view.payload) == 0:
+    if block_count(validation, objective) == 0:
         raise UserError(
             f"The validation data has {validation.tokens:,} tokens: not one block of {config.data.seq_len}.",
             where=f"data.validation={config.data.validation}",

@@ -88,7 +88,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
         raise UserError(
             f"{type(skeleton).__name__} cannot keep its attention within documents.",
             where="model.document_attention",
-            remedy="Set model.document_attention=false, or train one of "
+            remedy="Set model.document_attention=false (and data.samples=stream), or train one of "
             f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
         )
     _refuse_what_cannot_be_proven(config, where)

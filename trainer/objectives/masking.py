@@ -12,8 +12,6 @@ other in random order and takes what fits.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +89,7 @@ class Masking:
         samples: NDArray[np.uint64],
         seed: int,
         word_starts: NDArray[np.bool_] | None = None,
+        contents: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Mask blocks.
 
@@ -99,26 +98,32 @@ class Masking:
             samples: uint64 [B], the sample number t of each block.
             seed: in [0, 2^64).
             word_starts: [B, S], True where the data are marked; None masks single tokens.
+            contents: int64 [B], tokens of text of each block, of which a share is predicted; default all but two.
 
         Returns:
             input_ids: int64 [B, S], what the model is shown.
             prediction_index: int64 [B·k], predicted positions in the flattened [B·S], ascending within a block; k is
-                the largest of the blocks'.
+                that of a block full of text with the largest share of them.
             labels: int64 [B·k], their original ids. A block in which fewer than k are predicted is filled up with label
                 IGNORED_LABEL at its first position.
         """
         rows, seq_len = tokens.shape
         assert seq_len <= _NO_POSITION
-        counts = self._counts(samples, framed_view(seq_len).payload)
+        payload = framed_view(seq_len).payload
+        ratios = self._ratios(samples)
+        counts = np.full(rows, payload) if contents is None else contents
+        counts = np.maximum(1, np.rint(ratios * counts)).astype(np.int64)
+        room = predictions_per_block(float(ratios.max(initial=0.0)), payload)
         keys = fold_key(KeyPurpose.MASKING, seed, samples)
-        positions = np.full((rows, counts.max(initial=1)), _NO_POSITION, np.int64)
-        counters = np.zeros(positions.shape, np.uint64)
-        for piece in _pieces(counts, max(1, _PIECE // seq_len)):
-            count = counts[piece.start]
+        positions = np.empty((rows, room), np.int64)
+        counters = np.empty((rows, room), np.uint64)
+        piece_rows = max(1, _PIECE // seq_len)
+        for start in range(0, rows, piece_rows):
+            piece = slice(start, start + piece_rows)
             is_special = np.take(self._is_special, tokens[piece])
             units = None if word_starts is None else self._units(word_starts[piece], is_special, keys[piece])
-            positions[piece, :count] = chosen = self._choose(is_special, keys[piece], count, units)
-            counters[piece, :count] = chosen if units is None or not self.by_unit else _at(units.of_unit, chosen)
+            positions[piece] = chosen = self._choose(is_special, keys[piece], counts[piece], room, units)
+            counters[piece] = chosen if units is None or not self.by_unit else _at(units.of_unit, chosen)
 
         row_starts = np.arange(0, rows * seq_len, seq_len)[:, None]
         missing = positions == _NO_POSITION
@@ -134,12 +139,11 @@ class Masking:
             input_ids.reshape(-1)[prediction_index] = shown
         return input_ids, prediction_index.reshape(-1), labels.reshape(-1)
 
-    def _counts(self, samples: UInt64s, payload: int) -> NDArray[np.int64]:
-        """Count the predictions of each sample's block: int64 [B]."""
-        ratios = (self.mask_ratio, *(ratio for _, ratio in self.later))
-        counts = np.array([predictions_per_block(ratio, payload) for ratio in ratios])
+    def _ratios(self, samples: UInt64s) -> NDArray[np.float64]:
+        """Look up the share that each sample predicts: [B]."""
+        ratios = np.array([self.mask_ratio, *(ratio for _, ratio in self.later)])
         starts = np.array([start for start, _ in self.later], np.uint64)
-        return counts[np.searchsorted(starts, samples, side="right")]
+        return ratios[np.searchsorted(starts, samples, side="right")]
 
     def _units(self, marks: NDArray[np.bool_], is_special: NDArray[np.bool_], keys: UInt64s) -> _Units:
         breaks = break_at(is_special)
@@ -150,12 +154,20 @@ class Masking:
         return _Units(last_start(group_words(words, breaks, keys, self.lengths)), of_word)
 
     def _choose(
-        self, is_special: NDArray[np.bool_], keys: UInt64s, count: int, units: _Units | None
+        self,
+        is_special: NDArray[np.bool_],
+        keys: UInt64s,
+        counts: NDArray[np.int64],
+        room: int,
+        units: _Units | None,
     ) -> NDArray[np.uint16]:
-        """Choose the `count` eligible tokens with the smallest hashes: their positions, ascending, uint16 [B, count].
+        """Choose of each row the `counts` [B] eligible tokens with the smallest hashes, `room` at most.
 
         The low 16 bits of each hash give way to the position, so that partitioning the values yields the positions;
-        the other 48 bits of two hashes tie in 1 of 2 billion blocks of 512. Missing positions are _NO_POSITION.
+        the other 48 bits of two hashes tie in 1 of 2 billion blocks of 512.
+
+        Returns:
+            Their positions, ascending, uint16 [B, room]; missing ones are _NO_POSITION.
         """
         steps = np.arange(is_special.shape[1], dtype=np.uint64)
         priority = keys[:, None] + (steps if units is None else units.of_unit.astype(np.uint64)) * GOLDEN
@@ -163,12 +175,16 @@ class Masking:
         np.bitwise_and(priority, _HASH_BITS, out=priority)
         np.bitwise_or(priority, steps, out=priority)
         np.putmask(priority, is_special, _NEVER)
-        if units is not None and (too_long := _too_long(units.of_word, count)) is not None:
+        if units is not None and (too_long := _too_long(units.of_word, counts)) is not None:
             np.putmask(priority, too_long, _NEVER)
-        priority.partition(count - 1, axis=1)
-        positions = priority[:, :count].astype(np.uint16)  # the low 16 bits
+        priority.partition(room - 1, axis=1)
+        chosen = priority[:, :room]
+        if counts.min() < room:
+            chosen = np.sort(chosen, axis=1)
+            np.putmask(chosen, np.arange(room) >= counts[:, None], _NEVER)
+        positions = chosen.astype(np.uint16)  # the low 16 bits
         if units is not None:
-            _give_up_cut_words(positions, units.of_word)
+            _give_up_cut_words(positions, units.of_word, counts)
         positions.sort(axis=1)
         return positions
 
@@ -192,40 +208,33 @@ class Masking:
         return shown
 
 
-def _pieces(counts: NDArray[np.int64], most: int) -> Iterator[slice]:
-    """Cut rows into pieces of equal counts, of at most `most` rows each."""
-    borders = np.flatnonzero(np.diff(counts)) + 1
-    for first, end in itertools.pairwise((0, *borders.tolist(), len(counts))):
-        for start in range(first, end, most):
-            yield slice(start, min(start + most, end))
-
-
 def _at(values: NDArray[np.uint16], positions: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Look values [B, S] up at positions [B, k]; those that are missing give the row's first."""
     return np.take_along_axis(values, np.where(positions == _NO_POSITION, 0, positions).astype(np.intp), axis=1)
 
 
-def _too_long(of_word: NDArray[np.uint16], count: int) -> NDArray[np.bool_] | None:
-    """Find the tokens of words of more than `count` tokens, which can never be masked whole: bool [B, S], or None."""
+def _too_long(of_word: NDArray[np.uint16], counts: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """Find the tokens of words of more than `counts` [B] tokens, which can never be masked whole: [B, S], or None."""
     place = np.arange(of_word.shape[1], dtype=np.uint16) - of_word
-    if place.max() < count:
+    if place.max() < counts.min():
         return None
-    rows, ends = np.nonzero(place == count)
+    rows, ends = np.nonzero(place == counts[:, None])
     is_long = np.zeros(of_word.shape, np.bool_)
     is_long[rows, of_word[rows, ends].astype(np.intp)] = True
     return np.take_along_axis(is_long, of_word.astype(np.intp), axis=1)
 
 
-def _give_up_cut_words(positions: NDArray[np.uint16], of_word: NDArray[np.uint16]) -> None:
+def _give_up_cut_words(positions: NDArray[np.uint16], of_word: NDArray[np.uint16], counts: NDArray[np.int64]) -> None:
     """Make positions missing that belong to a word of which not all tokens were chosen.
 
     Only the last of a row's positions can be in such a word: the tokens of a unit come in the order of their places.
 
     Args:
-        positions: uint16 [B, k], in the order of their priority but for the first k − 1; changed in place.
+        positions: uint16 [B, k], in the order of their priority, but for those before the last of `counts` [B]; changed
+            in place.
     """
     rows = np.arange(len(positions))
-    last = positions[:, -1].astype(np.intp)
+    last = positions[rows, counts - 1].astype(np.intp)
     inside = last < of_word.shape[1] - 1
     last = np.where(inside, last, 0)
     is_cut = inside & (of_word[rows, last + 1] == of_word[rows, last])

@@ -18,6 +18,7 @@ from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
 from trainer.data.documents import cumulative_lengths, length_counts, positions_in_documents
 from trainer.data.manifest import WORD_STARTS
 from trainer.data.tokenizer import Vocabulary
+from trainer.objectives.framing import frame_block, frame_documents
 from trainer.objectives.masking import Masking, predictions_per_block
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.units import LENGTHS
@@ -57,10 +58,11 @@ print(fill(f"The capital of France is {fill.tokenizer.mask_token}."))""",
 
 
 class MaskedSamples:
-    """Masks blocks between a begin and an end token; see `trainer.data.batch.Samples`.
+    """Masks blocks between begin and end tokens; see `trainer.data.batch.Samples`.
 
     Args:
         document_attention: whether batches tell where documents begin.
+        whole_documents: whether blocks are rows of whole documents, each with attention of its own.
         ratios: share of the content tokens that is predicted, by sample; default the first of the settings throughout.
     """
 
@@ -70,9 +72,13 @@ class MaskedSamples:
         vocabulary: Vocabulary,
         seq_len: int,
         document_attention: bool = False,
+        whole_documents: bool = False,
         ratios: Stages | None = None,
     ) -> None:
-        self.vocabulary, self.seq_len, self.view = vocabulary, seq_len, framed_view(seq_len)
+        self.vocabulary, self.seq_len = vocabulary, seq_len
+        self.view = framed_view(seq_len, whole_documents)
+        self._frame = frame_documents if whole_documents else frame_block
+        document_attention = document_attention or whole_documents
         whole_words = settings.scheme != "token"
         self.marks = (*((DOCUMENT_STARTS,) if document_attention else ()), *((WORD_STARTS,) if whole_words else ()))
         (_, first), *later = ratios or settings.mask_ratios[:1]
@@ -91,46 +97,36 @@ class MaskedSamples:
             by_unit=settings.replace_by == "unit",
         )
 
-    def frame(self, tokens: np.ndarray) -> np.ndarray:
-        """Put the begin and end tokens around tokens [B, payload]; returns int64 [B, seq_len]."""
-        framed = np.empty((len(tokens), self.seq_len), np.int64)
-        framed[:, 0], framed[:, -1] = self.vocabulary.begin_id, self.vocabulary.end_id
-        framed[:, 1:-1] = tokens
-        return framed
-
     def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:
         """Mask blocks; see `Samples.make_batch`."""
-        words = blocks.starts.get(WORD_STARTS)
-        word_starts = None if words is None else self._frame_starts(words)
-        return self._batch(blocks, *self.masking.apply(self.frame(blocks.tokens), samples, seed, word_starts))
+        framed = self._frame(blocks, self.vocabulary)
+        words = framed.starts.get(WORD_STARTS)
+        masked = self.masking.apply(framed.tokens, samples, seed, words, framed.contents)
+        return _batch(*masked, framed.starts.get(DOCUMENT_STARTS))
 
     def plain(self, blocks: Blocks) -> Batch:
         """Show blocks as they are; see `Samples.plain`."""
-        tokens = self.frame(blocks.tokens)
+        framed = frame_block(blocks, self.vocabulary)
         row = np.linspace(0, self.seq_len - 1, self.head_rows).astype(np.int64)
-        index = (np.arange(len(tokens))[:, None] * self.seq_len + row).reshape(-1)
-        return self._batch(blocks, tokens, index, tokens.reshape(-1)[index])
+        index = (np.arange(len(framed.tokens))[:, None] * self.seq_len + row).reshape(-1)
+        return _batch(framed.tokens, index, framed.tokens.reshape(-1)[index], framed.starts.get(DOCUMENT_STARTS))
 
-    def _frame_starts(self, starts: np.ndarray) -> np.ndarray:
-        """Put the places of the begin and end tokens around starts [B, payload]; they start nothing."""
-        framed = np.zeros((len(starts), self.seq_len), np.bool_)
-        framed[:, 1:-1] = starts
-        return framed
+    def document_starts(self, blocks: Blocks) -> np.ndarray:
+        """Find where documents begin; see `Samples.document_starts`."""
+        return self._frame(blocks, self.vocabulary).starts[DOCUMENT_STARTS]
 
-    def _batch(self, blocks: Blocks, input_ids: np.ndarray, index: np.ndarray, labels: np.ndarray) -> Batch:
-        starts = blocks.starts.get(DOCUMENT_STARTS)
-        return Batch(
-            inputs={"input_ids": torch.from_numpy(input_ids)},
-            labels={TERM: torch.from_numpy(labels)},
-            prediction_index=torch.from_numpy(index),
-            documents=None if starts is None else self._documents(starts),
-        )
 
-    def _documents(self, starts: np.ndarray) -> Documents:
-        """Frame the documents: the begin token belongs to a block's first document, the end token to its last."""
-        framed = self._frame_starts(starts)
-        framed[:, 0], framed[:, 1] = True, False
-        return Documents(
-            positions=torch.from_numpy(positions_in_documents(framed)),
-            cu_seqlens=torch.from_numpy(cumulative_lengths(framed)),
-        )
+def _batch(input_ids: np.ndarray, index: np.ndarray, labels: np.ndarray, documents: np.ndarray | None) -> Batch:
+    return Batch(
+        inputs={"input_ids": torch.from_numpy(input_ids)},
+        labels={TERM: torch.from_numpy(labels)},
+        prediction_index=torch.from_numpy(index),
+        documents=None if documents is None else _documents(documents),
+    )
+
+
+def _documents(starts: np.ndarray) -> Documents:
+    return Documents(
+        positions=torch.from_numpy(positions_in_documents(starts)),
+        cu_seqlens=torch.from_numpy(cumulative_lengths(starts)),
+    )

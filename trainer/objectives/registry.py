@@ -36,7 +36,14 @@ def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
     ratios = ratio_stages(config.objective, lay_out(config.data, config.batch).lengths)
     if evaluating:  # all alike, whatever the run has come to
         ratios = ratios[:1]
-    return mlm.MaskedSamples(config.objective, vocabulary, seq_len, config.model.document_attention, ratios)
+    return mlm.MaskedSamples(
+        config.objective,
+        vocabulary,
+        seq_len,
+        document_attention=config.model.document_attention,
+        whole_documents=config.data.samples == "documents",
+        ratios=ratios,
+    )
 
 
 OBJECTIVES: dict[str, Objective] = {

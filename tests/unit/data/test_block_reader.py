@@ -49,7 +49,7 @@ def test_the_marks_of_a_block_are_those_of_its_tokens(
     blocks = np.arange(data.block_count(payload))[::-1]
     if not len(blocks):
         return
-    found = MarkedTokens(data, WORD_STARTS).starts(blocks, payload)
+    found = MarkedTokens(data, WORD_STARTS).starts(blocks * payload, payload)
     expected = np.stack([stream[block * payload :][:payload] for block in blocks])
     assert found.dtype == bool
     assert np.array_equal(found, (expected < 10) & (expected != SEPARATOR))

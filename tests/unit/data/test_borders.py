@@ -36,7 +36,7 @@ def test_a_block_is_cut_where_documents_begin_and_nowhere_else(
     blocks = np.arange(data.block_count(payload))[::-1]
     expected = np.array(starts_in(shards)[: len(blocks) * payload], bool).reshape(len(blocks), payload)[::-1].copy()
     expected[:, :1] = True
-    found = DocumentBorders(data).starts(blocks, payload)
+    found = DocumentBorders(data).starts(blocks * payload, payload)
     assert found.dtype == np.bool_ and found.shape == (len(blocks), payload)
     np.testing.assert_array_equal(found, expected)
 
@@ -51,7 +51,7 @@ def test_pieces_lead_to_the_tokens_that_are_read(
     data, streams = ShardSet(folder), [stream_of([documents]) for documents in shards]
     blocks = np.arange(data.block_count(payload))[::-1]
     rows: list[list[int]] = [[] for _ in blocks]
-    for row, shard, offset, length in data.pieces(blocks, payload).tolist():
+    for row, shard, offset, length in data.pieces(blocks * payload, payload).tolist():
         assert length > 0
         rows[row] += streams[shard][offset : offset + length]
     assert rows == data.read_blocks(blocks, payload).tolist()
@@ -69,11 +69,11 @@ def test_open_files_are_bounded_and_a_copy_for_a_worker_has_none(tmp_path: Path,
     write_data_set(tmp_path, [[[5] * 19]] * 8)
     found = DocumentBorders(ShardSet(tmp_path))
     for block in (0, 1, 2, 3, 4, 3, 5, 6, 7, 0):
-        assert found.starts(np.array([block]), 20).sum() == 1
+        assert found.starts(np.array([block]) * 20, 20).sum() == 1
     assert list(found._borders._maps) == [6, 7, 0]
     copy = pickle.loads(pickle.dumps(found))
     assert not copy._borders._maps
-    assert copy.starts(np.array([7]), 20).sum() == 1
+    assert copy.starts(np.array([7]) * 20, 20).sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_offsets_that_lead_out_of_the_block_are_damage(damaged: list[int], tmp_p
     write_data_set(tmp_path, [[[5] * 4] * 8])
     (tmp_path / "shard-00000.doc").write_bytes(np.array(damaged, "<u8").tobytes())
     with pytest.raises(DamagedError, match=r"The document offsets in shard-00000.doc do not ascend"):
-        DocumentBorders(ShardSet(tmp_path)).starts(np.arange(4), 10)
+        DocumentBorders(ShardSet(tmp_path)).starts(np.arange(4) * 10, 10)
 
 
 def test_positions_restart_and_lengths_add_up():

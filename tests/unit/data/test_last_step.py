@@ -11,6 +11,7 @@ import pytest
 from tests.unit.data.test_loader import OBJECTIVE, SEED, SEQ_LEN, folders, order_of  # noqa: F401  # a fixture
 from trainer.config import BatchConfig, DataConfig, TrainConfig
 from trainer.data.batch import Batch
+from trainer.data.block_reader import BlockReader
 from trainer.data.dataset import ShardSet
 from trainer.data.loader import MicroBatches, SampledBlocks, TrainingBatches
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
@@ -59,7 +60,7 @@ def test_every_block_is_seen_exactly_as_often_as_there_are_epochs(
     samples: list[int] = []
     rows: Counter[Row] = Counter()
     for rank in range(world_size):
-        places = list(MicroBatches(order, plan, [source], OBJECTIVE.view.payload, rank, 0, plan.total_steps))
+        places = list(MicroBatches(order, plan, [BlockReader(source, OBJECTIVE)], rank, 0, plan.total_steps))
         assert all(of_rank.shape == (micro_size, 3) for of_rank in places), "shapes are static"
         real = np.concatenate(places)
         real = real[real[:, 0] >= 0]

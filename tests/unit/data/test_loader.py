@@ -20,6 +20,7 @@ from trainer.data.loader import SampledBlocks, TrainingBatches
 from trainer.data.order.sample_order import SampleOrder
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import DamagedError
+from trainer.objectives.framing import frame_tokens
 from trainer.objectives.mlm import MaskedSamples
 from trainer.schedule.batch_plan import BatchPlan
 
@@ -41,11 +42,11 @@ WITH_DOCUMENTS = MaskedSamples(ObjectiveConfig(), VOCABULARY, SEQ_LEN, document_
 class RecordingShards(ShardSet):
     """Notes which blocks are asked for (in this process)."""
 
-    read: list[int]
+    blocks: list[int]
 
-    def read_blocks(self, blocks: np.ndarray, payload: int) -> np.ndarray:
-        self.read = [*getattr(self, "read", []), *blocks.tolist()]
-        return super().read_blocks(blocks, payload)
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        self.blocks = [*getattr(self, "blocks", []), *(starts // length).tolist()]
+        return super().read(starts, length)
 
 
 def two_sources() -> list[list[list[list[int]]]]:
@@ -203,7 +204,7 @@ def test_positions_restart_at_each_document_for_any_ranks_workers_and_micro_batc
         for block in range(data.block_count(payload)):
             inside = [0, *(1 + place for place in range(1, payload) if starts[block * payload + place])]
             positions = [place - max(start for start in inside if start <= place) for place in range(SEQ_LEN)]
-            tokens = OBJECTIVE.frame(data.read_blocks(np.array([block]), payload))[0]
+            tokens = frame_tokens(data.read_blocks(np.array([block]), payload), VOCABULARY)[0]
             expected[tuple(tokens.tolist())] = positions
     borders = 0
     for rank in range(world_size):
@@ -237,14 +238,14 @@ def test_blocks_that_cross_from_one_shard_into_the_next_are_among_those_read(fol
     batches_of([data], steps=40)
     border = data.manifest.shards[0].tokens
     assert border % OBJECTIVE.view.payload, "the border lies within a block"
-    assert border // OBJECTIVE.view.payload in data.read
+    assert border // OBJECTIVE.view.payload in data.blocks
 
 
 def test_each_block_comes_once_an_epoch(folders: list[Path]):
     data = RecordingShards(folders[0])
     count = data.block_count(OBJECTIVE.view.payload)
     batches_of([data], steps=count)  # as many epochs as a batch has blocks
-    assert sorted(data.read) == sorted(list(range(count)) * GLOBAL_SIZE)
+    assert sorted(data.blocks) == sorted(list(range(count)) * GLOBAL_SIZE)
 
 
 def test_resuming_at_a_trillion_samples_reads_only_the_blocks_of_the_next_batch(folders: list[Path]):
@@ -252,7 +253,7 @@ def test_resuming_at_a_trillion_samples_reads_only_the_blocks_of_the_next_batch(
     first_sample = 10**12 // GLOBAL_SIZE * GLOBAL_SIZE
     batches_of([data], first_sample=first_sample, steps=1)
     _, blocks = order_of([data]).locate(np.arange(first_sample, first_sample + GLOBAL_SIZE))
-    assert sorted(data.read) == sorted(blocks.tolist())
+    assert sorted(data.blocks) == sorted(blocks.tolist())
 
 
 def test_every_prediction_counts_in_ordinary_text(folders: list[Path]):

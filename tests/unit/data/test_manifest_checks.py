@@ -100,7 +100,7 @@ def test_moved_borders_are_found_when_reads_are_verified(tmp_path: Path) -> None
     moved[1:-1] += 3
     (tmp_path / "shard-00000.doc").write_bytes(moved.tobytes())
     with pytest.raises(DamagedError, match=r"shard-00000\.doc differs from its checksum"):
-        DocumentBorders(ShardSet(tmp_path, settings=VERIFIED)).starts(np.arange(4), 20)
+        DocumentBorders(ShardSet(tmp_path, settings=VERIFIED)).starts(np.arange(4) * 20, 20)
 
 
 @pytest.mark.parametrize("settings", [VERIFIED, ReadSettings(), ReadSettings(method="pread")])

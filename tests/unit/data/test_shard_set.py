@@ -160,7 +160,7 @@ def test_only_some_shards_are_open_at_once(tmp_path: Path, monkeypatch: pytest.M
 def test_advice_changes_nothing_that_is_read(tmp_path: Path):
     write_data_set(tmp_path, [[[5] * 3000], [[6] * 3000]])
     data = ShardSet(tmp_path)
-    data.advise(np.array([0, 1, 1, 5, 10]), PAYLOAD)
+    data.advise(np.array([0, 1, 1, 5, 10]) * PAYLOAD, PAYLOAD)
     data.advise(np.array([], np.int64), PAYLOAD)
     assert all_blocks(data).reshape(-1).tolist() == [*[5] * 3000, SEPARATOR, *[6] * 2609]
 

@@ -25,6 +25,9 @@ def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: i
     lines = [
         f"the order's {name} was {saved[name]}, now {current[name]}" for name in scalars if saved[name] != current[name]
     ]
+    kinds = [order.get("samples", "stream") for order in (saved, current)]
+    if kinds[0] != kinds[1]:
+        return [*lines, f"samples were blocks of the {kinds[0]}, now of the {kinds[1]} (data.samples)"]
     before, now = (_begun_phases(order, samples) for order in (saved, current))
     begun = [_begun(phase, samples) for phase in before]
     visited = sorted({number for spans in begun for _, _, places in spans for number, n in enumerate(places) if n})

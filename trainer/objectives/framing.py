@@ -1,0 +1,83 @@
+"""Puts the begin and end tokens around what a loader has read: around a block, or around each document of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks
+from trainer.data.tokenizer import Vocabulary
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Blocks as the model is to see them, but for masks.
+
+    Attributes:
+        tokens: int64 [B, S].
+        starts: marks of the blocks, bool [B, S]. A document starts with its begin token, and padding is one; words and
+            sentences start where they did.
+        contents: int64 [B], tokens of the text.
+    """
+
+    tokens: NDArray[np.int64]
+    starts: Mapping[str, NDArray[np.bool_]]
+    contents: NDArray[np.int64]
+
+
+def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
+    """Frame equal stretches of the stream, [B, S − 2]: each is between one begin and one end token.
+
+    The begin token belongs to a block's first document, and the end token to its last.
+    """
+    starts = {mark: np.pad(marked, ((0, 0), (1, 1))) for mark, marked in blocks.starts.items()}
+    if (documents := starts.get(DOCUMENT_STARTS)) is not None:
+        documents[:, 0], documents[:, 1] = True, False
+    rows, payload = blocks.tokens.shape
+    return Framed(frame_tokens(blocks.tokens, vocabulary), starts, np.full(rows, payload))
+
+
+def frame_tokens(tokens: np.ndarray, vocabulary: Vocabulary) -> NDArray[np.int64]:
+    """Put the begin and end tokens around tokens [B, payload]; int64 [B, payload + 2]."""
+    framed = np.empty((len(tokens), tokens.shape[1] + 2), np.int64)
+    framed[:, 0], framed[:, -1] = vocabulary.begin_id, vocabulary.end_id
+    framed[:, 1:-1] = tokens
+    return framed
+
+
+def frame_documents(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
+    """Frame rows of whole documents, [B, S − 1]: each document is between a begin and an end token, then comes padding.
+
+    In the place of the separator after a document comes its end token, so a token at place i of the stream, in the n-th
+    document of its row, is at i + n of the row.
+    """
+    assert blocks.lengths is not None
+    rows, width = blocks.tokens.shape
+    shown = np.arange(width) < blocks.lengths[:, None]
+    first = blocks.starts[DOCUMENT_STARTS] & shown
+    number = np.cumsum(first, axis=1)
+    row, place = np.nonzero(shown)
+    position = place + number[row, place]
+    tokens = np.full((rows, width + 1), vocabulary.pad_id, np.int64)
+    tokens[row, position] = blocks.tokens[row, place]
+
+    row_of, place_of = np.nonzero(first)
+    begin = place_of + number[row_of, place_of] - 1
+    end = blocks.lengths + number[np.arange(rows), blocks.lengths - 1]  # of the last document of each row
+    later = place_of > 0
+    tokens[row_of[later], begin[later] - 1] = vocabulary.end_id  # where the separator was
+    tokens[row_of, begin] = vocabulary.begin_id
+    tokens[np.arange(rows), end] = vocabulary.end_id
+
+    starts = {}
+    for mark, marked in blocks.starts.items():
+        starts[mark] = np.zeros(tokens.shape, np.bool_)
+        starts[mark][row, position] = marked[row, place]
+    documents = starts[DOCUMENT_STARTS] = np.zeros(tokens.shape, np.bool_)
+    documents[row_of, begin] = True
+    padded = np.flatnonzero(end < width)
+    documents[padded, end[padded] + 1] = True
+    return Framed(tokens, starts, blocks.lengths - first.sum(axis=1) + 1)
