@@ -9,10 +9,12 @@ import typer
 
 from launcher.command import MOST_LOCAL_RANKS, AsJson, Command, Group, console_of_results, parse_count, write_result
 from launcher.console import make_console
-from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED
+from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, UserError
 
 tokenizer_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+
+MOST_SAMPLES = 10_000
 
 Inputs = Annotated[
     list[str],
@@ -280,16 +282,46 @@ DataFolder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `m
 
 
 @data_app.command("show", cls=Command)
-def data_show(folder: DataFolder, as_json: AsJson = False) -> None:
-    """Show counts and sizes, and decode a few blocks as training will see them.
+def data_show(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="DIR_OR_CONFIG", help="A folder that `maskwright prepare` wrote, a config or a recipe."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Config keys to override.", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=MOST_SAMPLES, help="Of a config: how many samples.", show_default="3")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in prepared data, or what training would see of it.
+
+    Of a folder: counts and sizes, and a few blocks decoded. Of a config: the first samples of its run, each as the text
+    and as what the model is shown in its place.
 
     \b
-    Example:
+    Examples:
       maskwright data show data/train
+      maskwright data show my.yaml objective.scheme=word --samples 10
     """
     from tools.inspect import show
+    from trainer.config.file import load_config, names_config
 
-    show(folder, as_json, console_of_results(as_json))
+    console = console_of_results(as_json)
+    if names_config(source):
+        from tools.show_samples import show_samples
+
+        show_samples(load_config(source, overrides or ()), samples or 3, as_json, console)
+        return
+    if given := [*(overrides or ()), *(["--samples"] if samples else ())]:
+        raise UserError(
+            f"'{source}' is no config, and '{given[0]}' is for one.",
+            where=given[0],
+            remedy="Leave it out, or give a config or recipe.",
+        )
+    show(source, as_json, console)
 
 
 @data_app.command("verify", cls=Command)

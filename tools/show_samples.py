@@ -1,0 +1,160 @@
+"""`maskwright data show CONFIG`: what training would see, each sample as its text and as what the model is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from tools.prepare.on_demand import look_up
+from trainer.checkpoint.begun import as_begun
+from trainer.config import Config
+from trainer.data.batch import Batch
+from trainer.data.block_reader import BlockReader
+from trainer.data.blocks import IGNORED_LABEL
+from trainer.errors import UserError
+from trainer.inputs.inputs import Inputs, open_inputs
+from trainer.runtime.plain_text import printable
+
+_KINDS = ("masked", "random", "kept")
+_STYLES = {"masked": "bold red", "random": "magenta", "kept": "green"}
+_PREDICTED_STYLE = "bold yellow"
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample of a run.
+
+    Attributes:
+        t: its number.
+        input_ids: [S], what the model is shown.
+        labels: (position, id) of each predicted token, ascending.
+        counts: labels that count, of each term of the loss.
+        ignored: ids that no text shows: padding.
+    """
+
+    t: int
+    source: str
+    input_ids: list[int]
+    labels: list[tuple[int, int]]
+    counts: dict[str, int]
+    mask_id: int
+    pad_id: int
+    tokenizer: Any
+
+    @cached_property
+    def original_ids(self) -> list[int]:
+        """The tokens of the text."""
+        ids = list(self.input_ids)
+        for position, token in self.labels:
+            ids[position] = token
+        return ids
+
+    @cached_property
+    def kinds(self) -> dict[int, str]:
+        """What was done to each predicted position."""
+        return {
+            position: "masked"
+            if (shown := self.input_ids[position]) == self.mask_id
+            else "kept"
+            if shown == token
+            else "random"
+            for position, token in self.labels
+        }
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            [token for token in ids if token != self.pad_id], clean_up_tokenization_spaces=False
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "t": self.t,
+            "source": self.source,
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "text": self.text(self.original_ids),
+            "masked_text": self.text(self.input_ids),
+            "terms": self.counts,
+        }
+
+    def lines(self) -> tuple[Text, Text]:
+        """Write the text with what is predicted in yellow, and what the model is shown, coloured by what was done."""
+        original = self._coloured(self.original_ids, lambda kind: _PREDICTED_STYLE)
+        return original, self._coloured(self.input_ids, _STYLES.__getitem__)
+
+    def _coloured(self, ids: list[int], style: Callable[[str], str]) -> Text:
+        text, before, begin = Text(), "", 0
+        for kind, group in groupby(range(len(ids)), key=lambda place: self.kinds.get(place, "")):
+            begin += len(list(group))
+            decoded = self.text(ids[:begin])  # a token reads differently after others than alone
+            text.append(decoded[len(before) :], style(kind) if kind else None)
+            before = decoded
+        return text
+
+
+def show_samples(config: Config, samples: int, as_json: bool, console: Console | None) -> None:
+    """Print the first samples of a run; they are a function of the config and the data alone.
+
+    Raises:
+        UserError: for what no run could start from, or raw text that is not prepared yet.
+        DamagedError: when a file is missing or differs from its sums.
+    """
+    config = as_begun(config)
+    found = look_up(config)
+    if found.estimates:
+        (path, *_) = found.estimates
+        raise UserError(
+            f"'{path}' is raw text that has not been prepared yet, so there are no samples.",
+            where="data.train",
+            remedy="Run `maskwright train` with this config and --dry-run, which prepares it and keeps that, or "
+            "prepare it with `maskwright prepare`.",
+        )
+    inputs = open_inputs(config, 1, thorough=False, folders=found.folders, micro_size=1)
+    shown = [_sample(inputs, number) for number in range(min(samples, inputs.plan.end_sample))]
+    if as_json:
+        sys.stdout.write(json.dumps([sample.facts() for sample in shown], indent=1, ensure_ascii=False) + "\n")
+        return
+    coloured = console is not None and console.color_system is not None and not console.no_color
+    for sample in shown:
+        done = ", ".join(f"{list(sample.kinds.values()).count(kind)} {kind}" for kind in _KINDS)
+        head = f"═══ sample {sample.t:,} of {sample.source}: {len(sample.labels)} predicted ({done}) ═══"
+        sys.stdout.write(printable(head) + "\n")
+        for text in sample.lines():
+            if coloured and console is not None:
+                console.print(text, soft_wrap=True)
+            else:
+                sys.stdout.write(printable(text.plain) + "\n")
+        sys.stdout.write("\n")
+
+
+def _sample(inputs: Inputs, number: int) -> ShownSample:
+    (source,), block = inputs.order.locate(np.array([number]))
+    objective = inputs.objectives[inputs.order.phases.number_at(number)]
+    read = BlockReader(inputs.sources[source], objective).read(block)
+    batch = objective.make_batch(read, np.array([number], np.uint64), inputs.config.run.seed)
+    return ShownSample(
+        t=number,
+        source=inputs.config.data.train[source].label,
+        input_ids=batch.inputs["input_ids"][0].tolist(),
+        labels=_labels(batch),
+        counts={term: batch.count(term) for term in batch.labels},
+        mask_id=inputs.vocabulary.mask_id,
+        pad_id=inputs.vocabulary.pad_id,
+        tokenizer=inputs.tokenizer,
+    )
+
+
+def _labels(batch: Batch) -> list[tuple[int, int]]:
+    """List what the head over the vocabulary predicts: the term whose labels stand at `prediction_index`."""
+    (labels,) = (each for each in batch.labels.values() if len(each) == len(batch.prediction_index))
+    pairs = zip(batch.prediction_index.tolist(), labels.tolist(), strict=True)
+    return sorted((position, label) for position, label in pairs if label != IGNORED_LABEL)
