@@ -13,6 +13,8 @@ import typer
 import yaml
 
 from launcher.cli import app
+from launcher.console import make_console
+from tools.prepare import prepare
 from trainer.config.file import load_config, recipe_names
 from trainer.inputs.inputs import open_inputs
 
@@ -113,6 +115,22 @@ def test_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
                 raise AssertionError(f"{document.name}: {error}\n{body}") from error
 
 
+@pytest.fixture(scope="module")
+def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace's text with its words marked, in two splits."""
+    folder = tmp_path_factory.mktemp("words") / "data"
+    prepare(
+        [str(workspace / "text.txt")],
+        str(workspace / "tokenizer"),
+        str(folder),
+        workers=1,
+        validation_fraction=0.1,
+        word_starts="tokenizer",
+        console=make_console(),
+    )
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
@@ -120,16 +138,21 @@ def test_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
         ("roberta-base", (1, 8, 64)),
         ("roberta-base-fast", (1, 8, 64)),
         ("roberta-large", (1, 8, 64)),
+        ("bert-wwm-chinese", (1, 8, 16)),
+        ("spanbert-base", (1, 8)),
     ],
 )
-def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path) -> None:
+def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path, words: Path) -> None:
     assert name in recipe_names()
-    own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={workspace / 'data'}"]
-    config = load_config(name, [*own, f"data.validation={workspace / 'data'}"])
+    own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={words}", f"data.validation={words}"]
+    if load_config(name).model.from_pretrained is not None:  # a name on the hub
+        own.append("model.preset=bert-base")
+    config = load_config(name, own)
     for world_size in ranks:
         plan = open_inputs(config, world_size).plan
         assert plan.micro_size * plan.accumulation * world_size == config.batch.global_size
 
 
 def test_no_recipe_is_left_out_above() -> None:
-    assert recipe_names() == ["demo", "roberta-base", "roberta-base-fast", "roberta-large"]
+    names = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
+    assert recipe_names() == names
