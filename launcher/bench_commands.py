@@ -29,6 +29,10 @@ def bench_loader(
     ] = "all",
     rounds: Rounds = 5,
     seconds: Annotated[float, typer.Option(metavar="S", min=0.01, help="Of each turn.")] = 1.0,
+    scheme: Annotated[
+        Literal["token", "word", "ngram", "span"],
+        typer.Option(help="What is masked as a whole; words also beside single tokens, and Hugging Face's words."),
+    ] = "token",
     as_json: AsJson = False,
 ) -> None:
     """Measure the loader on one core: order, gather, masks and end to end, beside other loaders.
@@ -40,11 +44,12 @@ def bench_loader(
     Examples:
       maskwright bench loader
       maskwright bench loader --data data/train --against hf --json
+      maskwright bench loader --scheme span
     """
     from tools.bench.loader import bench_loader as measure
     from tools.bench.loader_work import LoaderBenchmark
 
-    settings = LoaderBenchmark(data, size, seq_len, micro_size, against, rounds, seconds)
+    settings = LoaderBenchmark(data, size, seq_len, micro_size, against, rounds, seconds, scheme)
     write_result(measure(settings, make_console()), as_json)
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -127,8 +128,8 @@ def test_random_shards_are_a_data_set(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(tokenizer) == 5000 and (tokenizer.sep_token_id, tokenizer.mask_token_id) == (2, 4)
 
 
-@pytest.mark.parametrize("data", [None, "DATA"])
-def test_bench_loader(data: str | None, workspace: Path):
+@pytest.mark.parametrize(("data", "scheme"), [(None, "token"), ("DATA", "token"), (None, "span")])
+def test_bench_loader(data: str | None, scheme: Literal["token", "span"], workspace: Path):
     settings = LoaderBenchmark(
         data=data and str(workspace / "data"),
         size_megabytes=1,
@@ -137,14 +138,19 @@ def test_bench_loader(data: str | None, workspace: Path):
         against="hf",
         rounds=2,
         seconds=0.05,
+        scheme=scheme,
     )
     report = bench_loader.bench_loader(settings, quiet())
-    names = ["order", "gather", "masks", "end to end", "hf masks", "hf rows", "hf tensor rows", "hf whole tensors"]
+    single = ["token masks", "token end to end"] if scheme != "token" else []
+    theirs = ["hf masks", "hf rows", "hf tensor rows", "hf whole tensors"]
+    names = ["order", "gather", "masks", "end to end", *single, *theirs]
     assert [variant.name for variant in report.variants] == names
     assert all(len(report.measurements[name]) == 2 for name in names)
     assert all(row.tokens > 0 and row.cpu_seconds > 0 for rows in report.measurements.values() for row in rows)
     assert report.ratio(Ratio("end to end", "hf rows")).median > 2  # 20 is the aim, on larger batches
     assert report.figure("order").median > report.figure("end to end").median
+    if single:
+        assert all(Ratio(part, f"token {part}") in report.ratios for part in ("masks", "end to end"))
     assert report.settings["data"] == settings.data and report.settings["blocks"] > 8
 
 

@@ -9,21 +9,22 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from tools.bench.common import BenchReport, Variant, for_seconds, run_benchmark
+from tools.bench.common import BenchReport, Ratio, Variant, for_seconds, run_benchmark
 from tools.bench.loader_work import LoaderBenchmark, Workload
 from tools.bench.synthetic import make_tokenizer, write_random_shards
 from tools.inspect import tokenizer_folder
 from trainer.config import DataConfig, ObjectiveConfig, SourceConfig
 from trainer.data.dataset import ShardSet
-from trainer.data.manifest import split_folder
+from trainer.data.manifest import WORD_STARTS, split_folder
 from trainer.data.order.sample_order import SampleOrder, rank_share
+from trainer.data.token_marks import check_marked
 from trainer.data.tokenizer import load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.objectives.mlm import MaskedSamples
@@ -57,7 +58,9 @@ def bench_loader(settings: LoaderBenchmark, console: Console) -> BenchReport:
             "global_size": workload.plan.global_size,
             "pinned": pinned,
         }
-        sizes = f"seq_len {settings.seq_len}, batches of {settings.micro_size} sequences"
+        if workload.reads_words:
+            ratios = [*ratios, Ratio("masks", "token masks"), Ratio("end to end", "token end to end")]
+        sizes = f"scheme {settings.scheme}, seq_len {settings.seq_len}, batches of {settings.micro_size} sequences"
         memory = "pinned memory" if pinned else "memory not pinned (no CUDA device)"
         notes = [f"{sizes}, {memory}, one thread, data in the page cache", *notes]
         return run_benchmark("loader", facts, [*_variants(workload), *peers], ratios, notes, settings.rounds, console)
@@ -68,13 +71,16 @@ def _open(settings: LoaderBenchmark, scratch: Path, console: Console) -> Workloa
         console.print(f"Writing {settings.size_megabytes} MB of random tokens to {scratch}")
         folder = scratch / "shards"
         folder.mkdir()
-        write_random_shards(folder, settings.size_megabytes * 1_000_000)
+        write_random_shards(folder, settings.size_megabytes * 1_000_000, words=settings.scheme != "token")
     else:
         folder = split_folder(settings.data, "train")
     shards = ShardSet(folder)
     kept = tokenizer_folder(folder)
     tokenizer = load_tokenizer(kept) if kept else make_tokenizer(shards.manifest.vocabulary_size)
-    objective = MaskedSamples(ObjectiveConfig(), read_vocabulary(tokenizer, str(kept)), settings.seq_len)
+    asked = ObjectiveConfig(scheme=settings.scheme)
+    objective = MaskedSamples(asked, read_vocabulary(tokenizer, str(kept)), settings.seq_len)
+    for mark in objective.marks:
+        check_marked(folder, shards.manifest, mark)
     blocks, micro_size = shards.block_count(objective.view.payload), settings.micro_size
     if blocks < micro_size:
         raise UserError(
@@ -95,12 +101,20 @@ def _open(settings: LoaderBenchmark, scratch: Path, console: Console) -> Workloa
 
 
 def _variants(workload: Workload) -> list[Variant]:
+    """Make our own variants; where words are masked, with those of single tokens to compare them with."""
     parts: list[tuple[str, str, Callable[[], int]]] = [
         ("order", f"SampleOrder.locate, {workload.plan.global_size:,} samples at a time", _order(workload)),
         ("gather", "ShardSet.read_blocks, sorted by address as a rank gets them", _gather(workload)),
         ("masks", "Masking.apply", _masks(workload)),
         ("end to end", "the training loader: order, rank share, gather, masks, tensors", _end_to_end(workload)),
     ]
+    if workload.reads_words:
+        objective = workload.objective
+        single = replace(workload, objective=MaskedSamples(ObjectiveConfig(), objective.vocabulary, objective.seq_len))
+        parts += [
+            ("token masks", "the same for single tokens", _masks(single)),
+            ("token end to end", "the same for single tokens", _end_to_end(single)),
+        ]
     return [Variant(name, what, for_seconds(workload.seconds, step)) for name, what, step in parts]
 
 
@@ -135,14 +149,15 @@ def _micro_batches_of_blocks(workload: Workload) -> Iterator[np.ndarray]:
 
 
 def _masks(workload: Workload) -> Callable[[], int]:
-    objective, micro_size = workload.objective, workload.plan.micro_size
-    tokens = objective.frame(workload.shards.read_blocks(np.arange(micro_size), objective.view.payload))
+    masking, micro_size = workload.objective.masking, workload.plan.micro_size
+    framed = workload.read(np.arange(micro_size))
+    words = framed.starts.get(WORD_STARTS)
     starts = itertools.count(0, micro_size)
 
     def step() -> int:
         start = next(starts)
-        objective.masking.apply(tokens, np.arange(start, start + micro_size, dtype=np.uint64), 0)
-        return tokens.size
+        masking.apply(framed.tokens, np.arange(start, start + micro_size, dtype=np.uint64), 0, words)
+        return framed.tokens.size
 
     return step
 

@@ -19,13 +19,15 @@ from rich.console import Console
 
 from tools.bench.common import Ratio, Variant, for_seconds
 from trainer.config import ObjectiveConfig
+from trainer.data.manifest import WORD_STARTS
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from tools.bench.loader_work import Workload
+    from trainer.objectives.framing import Framed
 
 ARROW_BLOCKS = 16_384  # the blocks that the other loaders get: a small part, so that theirs are cached as well as ours
-MASK_RATIO = ObjectiveConfig().mask_ratio
+((_, MASK_RATIO),) = ObjectiveConfig().mask_ratios
 
 
 def peer_variants(workload: Workload, against: str, console: Console) -> tuple[list[Variant], list[Ratio], list[str]]:
@@ -37,6 +39,8 @@ def peer_variants(workload: Workload, against: str, console: Console) -> tuple[l
     Raises:
         UserError: for "mds" when mosaicml-streaming is not installed.
     """
+    if workload.reads_words and against != "none":
+        against = "hf"  # mosaicml-streaming has no masks of its own
     variants: list[Variant] = []
     ratios: list[Ratio] = []
     notes: list[str] = []
@@ -78,11 +82,14 @@ def _blocks_for_others(workload: Workload) -> int:
     return min(ARROW_BLOCKS, workload.shards.block_count(workload.objective.view.payload))
 
 
-def _framed_blocks(workload: Workload) -> np.ndarray:
-    """Read blocks with begin and end tokens in place: int32 [n, seq_len]."""
-    numbers = np.arange(_blocks_for_others(workload))
-    blocks = workload.shards.read_blocks(numbers, workload.objective.view.payload)
-    return workload.objective.frame(blocks).astype(np.int32)
+def _framed_blocks(workload: Workload) -> Framed:
+    return workload.read(np.arange(_blocks_for_others(workload)))
+
+
+def _offsets_of_words(starts: np.ndarray) -> np.ndarray:
+    """Make the offsets by which the collator finds words, int32 [n, S, 2]: a gap before each, none within one."""
+    ends = np.cumsum(1 + starts, axis=1, dtype=np.int32)
+    return np.stack([ends - 1, ends], axis=-1)
 
 
 def _special_tokens_mask(workload: Workload, tokens: np.ndarray) -> np.ndarray:
@@ -94,16 +101,22 @@ def _hugging_face(workload: Workload, console: Console) -> list[Variant]:
     from transformers import DataCollatorForLanguageModeling
 
     rows = _arrow_data_set(workload, console)
-    collator = DataCollatorForLanguageModeling(workload.tokenizer, mlm_probability=MASK_RATIO)
+    collator = DataCollatorForLanguageModeling(
+        workload.tokenizer, mlm_probability=MASK_RATIO, whole_word_mask=workload.reads_words
+    )
     tensors = rows.with_format("torch")
     ready = tensors[: workload.plan.micro_size]
 
+    def masked(read: Any) -> tuple[Any, Any]:
+        return collator.torch_mask_tokens(
+            read["input_ids"], read["special_tokens_mask"], offset_mapping=read.get("offset_mapping")
+        )
+
     def masks() -> int:
-        return collator.torch_mask_tokens(ready["input_ids"].clone(), ready["special_tokens_mask"])[0].numel()
+        return masked({**ready, "input_ids": ready["input_ids"].clone()})[0].numel()
 
     def whole_tensors() -> int:
-        read = tensors[next(indices)]
-        inputs, labels = collator.torch_mask_tokens(read["input_ids"], read["special_tokens_mask"])
+        inputs, labels = masked(tensors[next(indices)])
         if torch.cuda.is_available():
             inputs, labels = inputs.pin_memory(), labels.pin_memory()
         return inputs.numel()
@@ -119,12 +132,16 @@ def _hugging_face(workload: Workload, console: Console) -> list[Variant]:
 
 
 def _arrow_data_set(workload: Workload, console: Console) -> Any:
-    """Write the blocks as `group_texts` leaves them (int32 ids, two int8 masks), and memory-map them from disk."""
+    """Write the blocks as `group_texts` leaves them (int32 ids, two int8 masks), and memory-map them from disk.
+
+    The offsets of the tokens stand beside them where whole words are masked.
+    """
     import datasets
     import pyarrow as pa
     from datasets.table import InMemoryTable
 
-    tokens = _framed_blocks(workload)
+    framed = _framed_blocks(workload)
+    tokens = framed.tokens.astype(np.int32)
     console.print(f"Writing {len(tokens):,} blocks to an Arrow data set")
     columns = {
         "input_ids": tokens,
@@ -133,6 +150,10 @@ def _arrow_data_set(workload: Workload, console: Console) -> Any:
     }
     offsets = pa.array(np.arange(len(tokens) + 1, dtype=np.int32) * workload.plan.seq_len)
     lists = {name: pa.ListArray.from_arrays(offsets, pa.array(rows.ravel())) for name, rows in columns.items()}
+    if workload.reads_words:
+        pairs = _offsets_of_words(framed.starts[WORD_STARTS])
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(pairs.ravel()), 2)
+        lists["offset_mapping"] = pa.ListArray.from_arrays(offsets, flat)
     datasets.disable_progress_bars()
     folder = str(workload.scratch / "arrow")
     datasets.Dataset(InMemoryTable(pa.table(lists))).save_to_disk(folder)
@@ -193,7 +214,7 @@ def _mosaic(workload: Workload, console: Console) -> list[Variant]:
 def _mds_data_set(workload: Workload, console: Console) -> Any:
     from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]  # not a dependency
 
-    tokens = _framed_blocks(workload)
+    tokens = _framed_blocks(workload).tokens
     masks = _special_tokens_mask(workload, tokens)
     dtype, length = workload.shards.dtype.name, workload.plan.seq_len
     columns = {"input_ids": f"ndarray:{dtype}:{length}", "special_tokens_mask": f"ndarray:int8:{length}"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.manifest import MANIFEST, Manifest, token_dtype
+from trainer.data.manifest import MANIFEST, WORD_STARTS, Manifest, token_dtype
 from trainer.data.shard_writer import ShardWriter
 from trainer.runtime.files import replace_synced
 
@@ -22,22 +22,32 @@ if TYPE_CHECKING:
 VOCABULARY_SIZE = 50_265  # RoBERTa's
 SHARD_BYTES = 64_000_000
 DOCUMENT_TOKENS = 4096
+WORDS_A_TOKEN = 0.75  # as in English text with a vocabulary of 50,000
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _SEPARATOR_ID = _SPECIAL_TOKENS.index("</s>")
 
 
-def write_random_shards(folder: Path, size_bytes: int, vocabulary_size: int = VOCABULARY_SIZE) -> None:
-    """Write a data set of about `size_bytes` bytes of tokens, uniform over the ordinary vocabulary."""
+def write_random_shards(
+    folder: Path, size_bytes: int, vocabulary_size: int = VOCABULARY_SIZE, words: bool = False
+) -> None:
+    """Write a data set of about `size_bytes` bytes of tokens, uniform over the ordinary vocabulary.
+
+    Args:
+        words: mark where words start: at three tokens of four.
+    """
     dtype = token_dtype(vocabulary_size)
     generator = np.random.default_rng(0)
     documents = max(1, size_bytes // (DOCUMENT_TOKENS * dtype.itemsize))
     per_shard = max(1, SHARD_BYTES // (DOCUMENT_TOKENS * dtype.itemsize))
     entries = []
     for first in range(0, documents, per_shard):
-        writer = ShardWriter(folder, f"shard-{len(entries):05d}", dtype, _SEPARATOR_ID)
+        marks = (WORD_STARTS,) if words else ()
+        writer = ShardWriter(folder, f"shard-{len(entries):05d}", dtype, _SEPARATOR_ID, marks)
         for _ in range(min(per_shard, documents - first)):
             ids = generator.integers(len(_SPECIAL_TOKENS), vocabulary_size, DOCUMENT_TOKENS - 1, dtype=np.uint32)
-            writer.add_document(ids)
+            starts = generator.random(len(ids)) < WORDS_A_TOKEN
+            starts[0] = True
+            writer.add_document(ids, dict.fromkeys(marks, starts))
         entries.append(writer.close())
     manifest = Manifest(
         dtype=dtype.str,

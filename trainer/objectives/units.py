@@ -58,26 +58,38 @@ def group_words(
         keys: [B], of the samples.
         lengths: shares of units of 1, 2, 3, … words; they need not add up to 1.
     """
-    longest = len(lengths)
-    words = np.cumsum(starts, axis=1, dtype=np.intp) - 1  # the number of each token's word
-    count = int(words[:, -1].max()) + 1 + longest  # units, if each were one word
-    draws = keys[:, None] + (_LENGTH_DRAWS + np.arange(-1, count, dtype=np.int64).astype(np.uint64)) * GOLDEN
-    mix64_in_place(draws, np.empty_like(draws))
-    drawn = (draws >> np.uint64(48)).astype(np.intp)  # 16 bits: a share is right to 1 in 65,536
-    offset = drawn[:, :1] * longest >> 16
-    ends = np.cumsum(np.take(_length_table(tuple(lengths)), drawn[:, 1:]), axis=1) - offset
-    is_border = np.zeros((len(starts), count), np.bool_)
-    np.put_along_axis(is_border, np.clip(ends, 0, count - 1), True, axis=1)  # no word has the last number
-    is_border[:, 0] = True
-    rows = np.arange(0, is_border.size, count)[:, None]
-    return starts & (breaks | np.take(is_border, words + rows))
+    places, counts = np.flatnonzero(starts), np.count_nonzero(starts, axis=1)  # of words
+    borders = _draw_borders(keys, tuple(lengths), int(counts.max()))
+    inside = (borders > 0) & (borders < counts[:, None])
+    first = np.cumsum(counts) - counts
+    units = breaks.copy()
+    units.reshape(-1)[places[(borders + first[:, None])[inside]]] = True
+    return units
+
+
+def _draw_borders(keys: UInt64s, lengths: tuple[float, ...], words: int) -> NDArray[np.intp]:
+    """Draw where units start in rows of so many words, as numbers of words: intp [B, n], ascending from 0 or below on.
+
+    The last of each row is beyond the last word. As many lengths are drawn as that takes.
+    """
+    longest, mean = len(lengths), np.average(np.arange(1, len(lengths) + 1), weights=lengths)
+    count = int(1.2 * (words + longest) / mean) + longest
+    while True:
+        draws = keys[:, None] + (_LENGTH_DRAWS + np.arange(-1, count, dtype=np.int64).astype(np.uint64)) * GOLDEN
+        mix64_in_place(draws, np.empty_like(draws))
+        drawn = (draws >> np.uint64(48)).astype(np.intp)  # 16 bits: a share is right to 1 in 65,536
+        offset = drawn[:, :1] * longest >> 16
+        borders = np.cumsum(np.take(_length_table(lengths), drawn[:, 1:]), axis=1, dtype=np.intp) - offset
+        if borders[:, -1].min() >= words:
+            return borders
+        count *= 2
 
 
 @lru_cache(maxsize=8)
-def _length_table(lengths: tuple[float, ...]) -> NDArray[np.intp]:
+def _length_table(lengths: tuple[float, ...]) -> NDArray[np.uint8]:
     """Make the table of the length that each draw of 16 bits stands for: [65536]."""
     chances = np.round(np.cumsum(lengths) / np.sum(lengths) * 65536)
-    return 1 + np.searchsorted(chances[:-1], np.arange(65536), side="right")
+    return (1 + np.searchsorted(chances[:-1], np.arange(65536), side="right")).astype(np.uint8)
 
 
 def last_start(starts: NDArray[np.bool_]) -> NDArray[np.uint16]:
