@@ -56,7 +56,7 @@ class ObjectiveConfig(Section):
     @property
     def mask_ratios(self) -> list[tuple[int, float]]:
         """Return the stages of `mask_ratio` as (from_tokens, ratio); one where it does not change."""
-        if isinstance(self.mask_ratio, float):
+        if not isinstance(self.mask_ratio, list):
             return [(0, self.mask_ratio)]
         return [(stage.from_tokens, stage.ratio) for stage in self.mask_ratio]
 

@@ -71,10 +71,10 @@ class ModelConfig(Section):
     overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
     document_attention: bool = False
-    """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT,
-    ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On NVIDIA GPUs in bf16 or
-    fp16, without attention dropout, by variable-length flash attention, else by a block mask. It belongs to a run: a
-    resume cannot change it."""
+    """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT, ERNIE,
+    ELECTRA, DistilBERT, ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On
+    NVIDIA GPUs in bf16 or fp16, without attention dropout, by variable-length flash attention, else by a block mask. It
+    belongs to a run: a resume cannot change it."""
     attention_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Which kernel of torch's scaled_dot_product_attention to use, where it can; layers with a mask take another one.
     auto: on a GPU the fastest for blocks of seq_len, measured at the first start and remembered in the run folder; on

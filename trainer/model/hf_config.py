@@ -46,6 +46,9 @@ _NOT_TO_OVERRIDE: Mapping[str, str] = {
 DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
     "bert": "BERT",
     "camembert": "CamemBERT",
+    "distilbert": "DistilBERT",
+    "electra": "ELECTRA",
+    "ernie": "ERNIE",
     "modernbert": "ModernBERT",
     "roberta": "RoBERTa",
     "xlm-roberta": "XLM-RoBERTa",
