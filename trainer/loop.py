@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.run_order import RunOrder
 from trainer.divergence import DivergenceWatch, make_final_error
 from trainer.engine.engine import TrainingEngine
+from trainer.engine.read_later import read_later
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
 from trainer.evaluate import Evaluator
 from trainer.liveness.activity import Activity
@@ -29,6 +30,7 @@ from trainer.liveness.rank_timer import RankTimer
 from trainer.liveness.watchdog import Limits
 from trainer.objectives.objective import Criterion, loss_sums, loss_to_differentiate, share_of_loss
 from trainer.runtime import distributed
+from trainer.runtime.agreement import Agreement
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopRequest
 from trainer.schedule.batch_plan import BatchPlan, StepShape
@@ -41,33 +43,6 @@ from trainer.tracking.reporter import Reporter
 from trainer.tracking.training_metrics import StepMetrics
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What ranks tell each other before each step, and its sums over all of them.
-
-    Attributes:
-        stop: how many were asked to stop.
-        clock_says_save: how many say that it is time to save.
-        failed: how many could not read their part of the batch.
-        loss: of the step before, where it is to be judged: each rank's share.
-        written: how many have written their files of a save in the background.
-        counts: of the labels of each term.
-    """
-
-    stop: float
-    clock_says_save: float
-    failed: float
-    loss: float
-    written: float
-    counts: list[float]
-
-    def over(self, world: World) -> Agreement:
-        """Sum each over the ranks, in one reduction; every rank calls it."""
-        *single, _ = values = [getattr(self, each.name) for each in fields(self)]
-        totals = distributed.all_reduce_sum(world, [*single, *values[-1]])
-        return Agreement(*totals[: len(single)], counts=totals[len(single) :])
 
 
 @dataclass
@@ -142,12 +117,8 @@ class Loop:
                 self._save_if_due()
         self._save_or_fail()
         if self.reporter is not None:
-            run_dir = self.saver.run_dir
-            tokens = self.state.tokens - self.state.skipped_tokens(self.order.phases.tokens)
-            self.reporter.console.say(
-                f"finished: {self.state.step} steps, {tokens:,} tokens. "
-                f"The model: maskwright convert {run_dir} --output {run_dir.name}-model"
-            )
+            state = self.state
+            self.reporter.finished(state.step, state.tokens - state.skipped_tokens(self.order.phases.tokens))
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole) -> int:
@@ -258,7 +229,7 @@ class Loop:
             sums += losses.detach()
             if self.watch.needs_loss and number == len(micro_batches) - 1:
                 # Before the step, in which DeepSpeed waits for the device: after it the copy is there.
-                self.loss_to_judge = _read_later(share_of_loss(terms, sums, counts))
+                self.loss_to_judge = read_later(share_of_loss(terms, sums, counts))
             with self.profiler.range("optimizer"):
                 applied = self.engine.step(rate, max_grad_norm)
             self.activity.progress()
@@ -284,8 +255,7 @@ class Loop:
             self.watch.observe_loss(self.state, loss)
 
     def _report_skip(self, max_grad_norm: float | None, shape: StepShape) -> None:
-        norm = self.engine.grad_norm
-        reason = "a loss or a gradient is not finite"
+        norm, reason = self.engine.grad_norm, "a loss or a gradient is not finite"
         if math.isfinite(norm):
             reason = f"the gradient norm is {norm:.4g}, above {max_grad_norm:.4g}"
         self._report_event("skip", reason, self.state.samples - shape.global_size, self.state.samples)
@@ -331,9 +301,7 @@ class Loop:
         distributed.raise_on_all_ranks(self.world, error)
         self._report_event("rollback", divergence.reason, saved.samples, state.samples, from_step=state.step)
         if self.reporter is not None:
-            self.reporter.console.say(
-                f"went back to {folder.name}, on behind these samples; what was left is in {moved}"
-            )
+            self.reporter.went_back(folder, moved)
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.state.step % every_steps == 0
@@ -428,21 +396,5 @@ class Loop:
     def _stop(self) -> int:
         self._save_or_fail()
         if self.reporter is not None:
-            self.reporter.console.say(
-                f"stopped at step {self.state.step} on {self.stop.reason}; the same command goes on from here"
-            )
+            self.reporter.stopped(self.state.step, self.stop.reason)
         return EXIT_STOPPED_AFTER_SAVING
-
-
-def _read_later(value: torch.Tensor) -> Callable[[], float]:
-    """Start to copy a scalar to the host; the result waits for that, not for what the device is given afterwards."""
-    if value.device.type != "cuda":
-        return lambda: float(value)
-    copy, done = value.to("cpu", non_blocking=True), torch.cuda.Event()
-    done.record()
-
-    def read() -> float:
-        done.synchronize()
-        return float(copy)
-
-    return read

@@ -15,6 +15,7 @@ from tests.commands import assert_one_card, maskwright
 from tests.ranks import tiny_config, write_config
 from tools.prepare import prepare
 from trainer.config.file import load_config
+from trainer.data.batch import Batch
 from trainer.data.loader import SampledBlocks
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs.inputs import open_inputs
@@ -43,6 +44,7 @@ def test_samples_are_those_of_the_run(config: Path, workspace: Path):
     sources, blocks = inputs.order.locate(np.arange(6))
     places = np.stack([np.arange(6), sources, blocks], axis=1)
     batch = SampledBlocks(inputs.sources, inputs.objective, inputs.config.run.seed).__getitems__(places)
+    assert isinstance(batch, Batch)
     for sample, ids in zip(found, batch.inputs["input_ids"].tolist(), strict=True):
         assert sample["input_ids"] == ids
         assert sample["masked_text"] == tokenizer.decode(ids)

@@ -88,6 +88,22 @@ class Reporter:
         self._write(values)
         self.console.say(line)
 
+    def went_back(self, folder: Path, moved: Path) -> None:
+        """Say which checkpoint a rollback has loaded, and where lies what it has left."""
+        self.console.say(f"went back to {folder.name}, on behind these samples; what was left is in {moved}")
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Say that training has stopped on request, after saving."""
+        self.console.say(f"stopped at step {step} on {reason}; the same command goes on from here")
+
+    def finished(self, steps: int, tokens: int) -> None:
+        """Say that the last step is done, and what comes next."""
+        folder = self._run_dir
+        self.console.say(
+            f"finished: {steps} steps, {tokens:,} tokens. "
+            f"The model: maskwright convert {folder} --output {folder.name}-model"
+        )
+
     def rank_times(self, seconds: list[list[float]]) -> None:
         """Say, now and then, which ranks hold up the others; `seconds` as in `trainer.liveness.stragglers`."""
         if self._find_stragglers is not None and (line := self._find_stragglers(seconds, time.monotonic())):
