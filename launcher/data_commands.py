@@ -306,11 +306,11 @@ def data_show(
       maskwright data show data/train
       maskwright data show my.yaml objective.scheme=word --samples 10
     """
-    from tools.inspect import show
+    from tools.inspect import holds_data, show
     from trainer.config.file import load_config, names_config
 
     console = console_of_results(as_json)
-    if names_config(source):
+    if names_config(source) and not holds_data(source):
         from tools.show_samples import show_samples
 
         show_samples(load_config(source, overrides or ()), samples or 3, as_json, console)

@@ -121,6 +121,12 @@ def verify(folder: str | Path, as_json: bool = False, console: Console | None = 
         _write(f"Whole: {len(shards):,} shard(s), {tokens:,} tokens, {human_bytes(total)} match their checksums.")
 
 
+def holds_data(folder: str | Path) -> bool:
+    """Tell whether a folder is a data set, or has one in a split."""
+    path = user_path(folder)
+    return any((path / name / MANIFEST).is_file() for name in ("", *SPLITS))
+
+
 def _data_sets(folder: str | Path) -> dict[str, Path]:
     """Find the data set in a folder, or its splits: both, where one of them has a manifest."""
     path = user_path(folder)

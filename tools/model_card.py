@@ -82,7 +82,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
     optimizer, schedule = config["optimizer"], config["schedule"]
     layout = manifest.layout
     rows = [
-        ("objective", card.settings(config["objective"])),
+        ("objective", card.settings(config["objective"], manifest.state["tokens"])),
         ("sequence length", _seq_len(manifest)),
         ("attention", _attention(config)),
         ("batch", _batch(config)),
@@ -127,9 +127,10 @@ def _batch(config: dict[str, Any]) -> str:
 
 def _attention(config: dict[str, Any]) -> str:
     if config["model"].get("document_attention"):
+        whole = ", which the samples held whole" if config["data"].get("samples") == "documents" else ""
         return (
-            "within documents only, with positions from the start of each: give one document, or part of one, as one "
-            "input (the comparison of logits at the conversion was with such inputs)"
+            f"within documents only{whole}, with positions from the start of each: give one document, or part of one, "
+            "as one input (the comparison of logits at the conversion was with such inputs)"
         )
     return "over whole blocks, across the borders of the documents in them"
 

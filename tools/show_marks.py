@@ -47,7 +47,7 @@ class MarkedText:
         words, sentences = (starts.get(mark, nowhere) for mark in (WORD_STARTS, SENTENCE_STARTS))
         cuts = np.flatnonzero(words | sentences).tolist()
         begins = cuts if cuts[:1] == [0] or not len(ids) else [0, *cuts]
-        texts = _decode_runs(tokenizer, ids.tolist(), [*begins[1:], len(ids)]) if len(ids) else []
+        texts = decode_runs(tokenizer, ids.tolist(), [*begins[1:], len(ids)]) if len(ids) else []
         self._runs = [
             TextRun(text, bool(words[begin]), bool(sentences[begin])) for text, begin in zip(texts, begins, strict=True)
         ]
@@ -84,7 +84,7 @@ class MarkedText:
         return text
 
 
-def _decode_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], ends: list[int]) -> list[str]:
+def decode_runs(tokenizer: PreTrainedTokenizerFast, ids: list[int], ends: list[int]) -> list[str]:
     """Decode each run as it reads after those before it: decoded alone, a word would lose the blank before it."""
     without_blanks = isinstance(tokenizer.backend_tokenizer.decoder, decoders.WordPiece)
     texts, before, begin = [], "", 0

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tools.prepare.on_demand import look_up
+from tools.show_marks import decode_runs
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.data.batch import Batch
@@ -35,10 +36,11 @@ class ShownSample:
 
     Attributes:
         t: its number.
+        source: its name.
         input_ids: [S], what the model is shown.
         labels: (position, id) of each predicted token, ascending.
         counts: labels that count, of each term of the loss.
-        ignored: ids that no text shows: padding.
+        mask_id, pad_id, tokenizer: of the run.
     """
 
     t: int
@@ -92,12 +94,13 @@ class ShownSample:
         return original, self._coloured(self.input_ids, _STYLES.__getitem__)
 
     def _coloured(self, ids: list[int], style: Callable[[str], str]) -> Text:
-        text, before, begin = Text(), "", 0
-        for kind, group in groupby(range(len(ids)), key=lambda place: self.kinds.get(place, "")):
-            begin += len(list(group))
-            decoded = self.text(ids[:begin])  # a token reads differently after others than alone
-            text.append(decoded[len(before) :], style(kind) if kind else None)
-            before = decoded
+        shown = [token for token in ids if token != self.pad_id]  # padding is at the end
+        kinds = [self.kinds.get(place, "") for place in range(len(shown))]
+        groups = [(kind, len(list(same))) for kind, same in groupby(kinds)]
+        parts = decode_runs(self.tokenizer, shown, list(accumulate(length for _, length in groups)))
+        text = Text()
+        for (kind, _), part in zip(groups, parts, strict=True):
+            text.append(part, style(kind) if kind else None)
         return text
 
 

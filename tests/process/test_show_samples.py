@@ -66,6 +66,24 @@ def test_for_people_the_text_stands_above_what_the_model_is_shown(config: Path):
         assert masked.count("<mask>") == int(head.split("(")[1].split(" masked")[0])
 
 
+def test_characters_of_several_tokens_are_whole(workspace: Path, tmp_path: Path):
+    text = "今天天气很好，我们去公园散步吧。 Der Äther über München ist größer – naïve café."
+    (tmp_path / "text.txt").write_text("\n\n".join([text] * 40), encoding="utf-8")
+    prepare(
+        [str(tmp_path / "text.txt")],
+        str(workspace / "tokenizer"),
+        str(tmp_path / "data"),
+        workers=1,
+        console=make_console(),
+    )
+    sections: dict[str, Any] = {"data": {"train": str(tmp_path / "data")}, "objective": {"mask_ratio": 0.4}}
+    config = write_config(tiny_config(workspace, tmp_path / "run", **sections), tmp_path / "config.yaml")
+    printed = maskwright("data", "show", config, "--samples", "4").stdout.split("═══ sample ")[1:]
+    for sample, lines in zip(shown(config, "--samples", "4"), printed, strict=True):
+        # A block may begin and end inside a character.
+        assert lines.splitlines()[1].strip("\ufffd ") == sample["text"].strip("\ufffd ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -39,11 +39,14 @@ def peer_variants(workload: Workload, against: str, console: Console) -> tuple[l
     Raises:
         UserError: for "mds" when mosaicml-streaming is not installed.
     """
-    if workload.reads_words and against != "none":
-        against = "hf"  # mosaicml-streaming has no masks of its own
     variants: list[Variant] = []
     ratios: list[Ratio] = []
     notes: list[str] = []
+    if workload.reads_words and against in ("all", "mds"):
+        lacking = "mosaicml-streaming has no masks of its own, and is measured with single tokens only."
+        if against == "mds":
+            raise UserError(lacking, where="--against mds", remedy="Leave out --against mds, or --scheme.")
+        against, notes = "hf", [f"{lacking} It is left out."]
     if against in ("all", "hf"):
         variants += _hugging_face(workload, console)
         ratios += [Ratio("end to end", name) for name in ("hf rows", "hf tensor rows", "hf whole tensors")]

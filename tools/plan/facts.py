@@ -65,7 +65,9 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)
-    blocks = [[framed_view(phase.seq_len).block_count(count) for count in tokens or ()] for phase in phases]
+    whole_documents = config.data.samples == "documents"
+    views = [framed_view(phase.seq_len, whole_documents) for phase in phases]
+    blocks = [[view.block_count(count) for count in tokens or ()] for view in views]
     epoch_blocks, whole_steps = [sum(counts) for counts in blocks], find_defaults(config).whole_steps
     plan = plan_batch(config.batch, config.train, phases, world_size, epoch_blocks, whole_steps)
     facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))
@@ -77,7 +79,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
         order = mixture_order(config.data, phases, blocks, tokens, config.run.seed)
         epochs = order.epochs(plan.end_sample)
         facts.epochs = {source.label: passes for source, passes in zip(config.data.train, epochs, strict=True)}
-    if config.data.samples == "documents":
+    if whole_documents:
         unknown.append("rows of documents: counted as if they were full; `maskwright validate` counts them")
     if config.data.phases or config.batch.warmup is not None:
         unknown.append("earlier steps: smaller batches and shorter blocks are reckoned at the speed of full steps")

@@ -248,7 +248,7 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
         raise UserError(
             "A simulation lays out blocks of the stream, and these samples are whole documents.",
             where=f"data.samples={data.samples}",
-            remedy="Simulate with data.samples=stream: the order of blocks is the same for both.",
+            remedy="Set data.samples=stream to see the order at work, over another number of blocks.",
         )
     # As many ranks as one micro-batch each makes, which divides if any number does.
     micro_size = 1 if batch.micro_size == "auto" else batch.micro_size

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from trainer.checkpoint.manifest import RUN_CONFIG
 from trainer.checkpoint.resume import DATA_ORDER, set_aside, set_aside_newer
+from trainer.config import Config
 from trainer.config.file import dump_config
 from trainer.engine.deepspeed_config import ALLOWED_KEYS
 from trainer.errors import UserError
@@ -79,8 +82,10 @@ def _freeze(run_dir: Path, inputs: Inputs, say: Callable[[str], None], checkpoin
     """Write the resolved inputs at the first start; on a resume say what has changed since the checkpoint was saved."""
     config_path, preset_path = run_dir / "config.yaml", run_dir / "deepspeed.json"
     if checkpoint is not None:
-        saved = yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))
-        changes = _changes({"defaults": 1, **saved}, inputs.config.model_dump(mode="json"))
+        saved = {"defaults": 1, **yaml.safe_load((checkpoint / RUN_CONFIG).read_text(encoding="utf-8"))}
+        with suppress(ValidationError):  # a key that the checkpoint's version did not know was as its default is
+            saved = Config.model_validate(saved).model_dump(mode="json")
+        changes = _changes(saved, inputs.config.model_dump(mode="json"))
         frozen = read_json_object(preset_path)
         if saved["deepspeed"] == inputs.config.deepspeed and frozen is not None:  # one name: its content may differ
             before, now = ({key: given.get(key) for key in ALLOWED_KEYS} for given in (frozen, inputs.ds_config))

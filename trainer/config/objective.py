@@ -35,7 +35,8 @@ class ObjectiveConfig(Section):
         Annotated[OpenFraction, Tag(NUMBER)] | Annotated[list[MaskRatioStage], Field(min_length=1), Tag(STAGES)],
         Discriminator(_kind),
     ] = 0.15
-    """Share of a block's content tokens that is predicted; exactly round(mask_ratio × payload) a block. Or stages, each
+    """Share of a block's content tokens that is predicted; round(mask_ratio × payload) a block: exactly so
+    many single tokens, at most so many of words; of rows of whole documents that share of their text. Or stages, each
     from a given token on, the first from 0 (arXiv:2305.15096). A resume may change what lies ahead. Evaluations keep to
     the first, so that they can be compared."""
     scheme: Literal["token", "word", "ngram", "span"] = "token"

@@ -71,7 +71,9 @@ class BlockReader:
         # Those at the end of the stream were read from before their start.
         places = np.minimum(np.arange(self._payload + 1) + (first - starts)[:, None], length - 1)
         tokens, *aligned = (np.take_along_axis(each, places, axis=1) for each in (tokens, *marked.values()))
-        return Blocks(tokens, dict(zip(marked, aligned, strict=True)), lengths)
+        marked = dict(zip(marked, aligned, strict=True))
+        marked[DOCUMENT_STARTS][:, 0] = True  # a row may begin with a later piece of a document
+        return Blocks(tokens, marked, lengths)
 
 
 class MarkedTokens:

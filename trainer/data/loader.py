@@ -106,6 +106,8 @@ class SampledBlocks(Dataset[Any]):
             read = self._read(sources, blocks)
         except MaskwrightError as error:
             return ReadFailure(error)
+        if padding.any():  # they take after a sample that is there, so that the shape does
+            numbers = np.where(padding, numbers[~padding][0] if not padding.all() else 0, numbers)
         batch = self.samples.make_batch(read, numbers.astype(np.uint64), self.seed)
         if padding.any():
             batch.leave_out(padding)

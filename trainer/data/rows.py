@@ -71,14 +71,15 @@ def _build(shards: ShardSet, seq_len: int) -> RowIndex:
     for shard, offset, tokens, place in shards.segments():
         starts = borders[shard].astype(np.int64)
         contents = np.diff(starts) - 1  # without the separator
-        if len(contents) and contents.min() < -1:
+        if len(contents) and contents.min() < 0:
             raise unordered(shards, shard)
         whole = (starts[:-1] >= offset) & (starts[1:] <= offset + tokens) & (contents > 0)
+        runs = np.cumsum(~whole)[whole]  # of documents that follow each other: a row is one stretch
         starts, contents = starts[:-1][whole] - offset + place, contents[whole]
         documents, cut = documents + len(contents), cut + int((contents > seq_len - FRAME).sum())
-        starts, contents = _cut_long(starts, contents, seq_len - FRAME)
+        starts, contents, runs = _cut_long(starts, contents, runs, seq_len - FRAME)
         positions += int((contents + FRAME).sum())
-        first = fill_rows(contents + FRAME, seq_len)
+        first = fill_rows(contents + FRAME, runs, seq_len)
         last = np.append(first[1:], len(contents))[: len(first)] - 1
         lengths = starts[last] + contents[last] - starts[first]
         parts.append(starts[first].astype(np.uint64) | lengths.astype(np.uint64) << _START_BITS)
@@ -86,16 +87,16 @@ def _build(shards: ShardSet, seq_len: int) -> RowIndex:
 
 
 def _cut_long(
-    starts: NDArray[np.int64], contents: NDArray[np.int64], most: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut documents into pieces of at most `most` tokens: where each piece starts, and its tokens."""
+    starts: NDArray[np.int64], contents: NDArray[np.int64], runs: NDArray[np.int64], most: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Cut documents into pieces of at most `most` tokens: where each piece starts, its tokens, and its run."""
     counts = -(-contents // most)
     document = np.repeat(np.arange(len(contents)), counts)
     distance = (np.arange(len(document)) - (np.cumsum(counts) - counts)[document]) * most
-    return starts[document] + distance, np.minimum(contents[document] - distance, most)
+    return starts[document] + distance, np.minimum(contents[document] - distance, most), runs[document]
 
 
-def fill_rows(lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+def fill_rows(lengths: NDArray[np.int64], runs: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Find which pieces begin a row, when each row takes as many as fit: int64, ascending, the first is 0.
 
     The piece after a row that begins with i is next[i], so rows begin with 0, next[0], next[next[0]] …; each step of
@@ -103,9 +104,11 @@ def fill_rows(lengths: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
 
     Args:
         lengths: int64 [n], positions of each piece, at most `seq_len`.
+        runs: int64 [n], ascending; a row holds pieces of one run.
     """
     ends = np.concatenate([[0], np.cumsum(lengths)])
     jump = np.searchsorted(ends, ends + seq_len, side="right") - 1
+    jump[:-1] = np.minimum(jump[:-1], np.searchsorted(runs, runs, side="right"))
     first = np.zeros(1, np.int64)
     while first[-1] < len(lengths):
         first = np.concatenate([first, jump[first]])

@@ -123,8 +123,8 @@ class Inputs:
         tokens = [source.tokens for source in self.sources]
         lines = summarize_run(self.config, self.plan, self.order, zero_stage(self.ds_config), tokens, available)
         if self.objective.view.whole_documents:
-            lines += [_describe_rows(self.sources, self.objective)]
-        if self.config.model.document_attention:
+            lines += [_describe_rows(self.sources, objective) for objective in self.objectives]
+        elif self.config.model.document_attention:
             attended = " and then ".join(
                 f"{attended:,.0f} of {phase.seq_len:,}"
                 for attended, phase in zip(self.attended_tokens, self.order.phases, strict=True)
@@ -207,7 +207,10 @@ def describe_unprepared(
     blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
     config, order, plan = _arrange(config, world_size, base, tokens, blocks)
     stage = zero_stage(compose(config, base.preset, plan))
-    return [*summarize_run(config, plan, order, stage, tokens, None), *base.notes]
+    lines = summarize_run(config, plan, order, stage, tokens, None)
+    if config.data.samples == "documents":
+        lines.append("documents: until the text is prepared, their rows are counted as if they were all full")
+    return [*lines, *base.notes]
 
 
 @dataclass(frozen=True)

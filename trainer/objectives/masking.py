@@ -3,6 +3,7 @@
 The masks of sample t are a pure function of (seed, t, position): new each time a block is visited, as the dynamic
 masks of RoBERTa (Liu et al., arXiv:1907.11692), and the same whoever computes them. Exactly k positions a block are
 predicted, as in BERT (Devlin et al., arXiv:1810.04805), so that every shape is static and every rank weighs the same.
+Of a row that padding fills up a share of its text is predicted, in the same shape.
 
 Words and what is made of them (`trainer.objectives.units`) are masked whole: the tokens of a unit share one hash, so
 the k smallest are whole units in random order, the last of them as far as there is room. A word that does not fit is

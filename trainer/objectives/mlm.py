@@ -33,12 +33,13 @@ _MASKED_AS = {
 }
 
 
-def _described(settings: Mapping[str, Any]) -> str:
+def _described(settings: Mapping[str, Any], tokens: int) -> str:
     mask, drawn = settings["replace_mask"], settings["replace_random"]
     replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
-    ratios = ObjectiveConfig(**settings).mask_ratios
-    shares = ", then ".join(f"{ratio:.0%}" for _, ratio in ratios)
-    share = f"{shares} of tokens{_MASKED_AS[settings['scheme']]}"
+    ratios = ObjectiveConfig(mask_ratio=settings["mask_ratio"]).mask_ratios
+    (_, first), *later = [stage for stage in ratios if stage[0] < max(1, tokens)]
+    changes = "".join(f", {100 * ratio:.3g}% from token {start:,} on" for start, ratio in later)
+    share = f"{100 * first:.3g}% of tokens{_MASKED_AS[settings['scheme']]}{changes}"
     return f"mlm, {share} ({replaced}), new masks at each visit"
 
 

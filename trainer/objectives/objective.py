@@ -131,12 +131,12 @@ class ObjectiveCard:
 
     Attributes:
         tags: of the model's page; the first is the pipeline that takes the model.
-        settings: the section `objective` of the run's config → a line.
+        settings: (the section `objective` of the run's config, positions trained on) → a line.
         results: names of what an evaluation finds → (what it is, the format of its value).
         use: Python that uses the model in PATH_OF_THIS_FOLDER.
     """
 
     tags: tuple[str, ...]
-    settings: Callable[[Mapping[str, Any]], str]
+    settings: Callable[[Mapping[str, Any], int], str]
     results: Mapping[str, tuple[str, str]]
     use: str

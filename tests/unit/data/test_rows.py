@@ -27,12 +27,14 @@ def samples(seq_len: int = SEQ_LEN) -> MaskedSamples:
 
 
 def greedy(documents: list[list[int]], seq_len: int) -> list[list[list[int]]]:
-    """The definition: rows of pieces, each row as many as fit, one document after the other."""
+    """The definition: rows of pieces, each row as many as fit, up to a document without a token."""
     most = seq_len - 2
-    pieces = [document[at : at + most] for document in documents for at in range(0, len(document), most)]
     rows: list[list[list[int]]] = []
     used = seq_len
-    for piece in pieces:
+    for piece in (document[at : at + most] for document in documents for at in range(0, len(document) or 1, most)):
+        if not piece:
+            used = seq_len
+            continue
         if used + len(piece) + 2 > seq_len:
             rows.append([])
             used = 0
@@ -60,7 +62,27 @@ def test_rows_are_filled_as_one_piece_after_the_other_fits(lengths: list[int]):
             first.append(number)
             used = 0
         used += length
-    assert fill_rows(np.array(lengths, np.int64), SEQ_LEN).tolist() == first
+    assert fill_rows(np.array(lengths, np.int64), np.zeros(len(lengths), np.int64), SEQ_LEN).tolist() == first
+
+
+DOCUMENTS = st.lists(st.lists(st.integers(5, 900), max_size=40), min_size=1, max_size=9)
+
+
+@given(shards=st.lists(DOCUMENTS, min_size=1, max_size=3), seq_len=st.sampled_from([8, 16, 33]), data=st.data())
+def test_any_documents_in_any_order_of_rows(
+    shards: list[list[list[int]]], seq_len: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
+    folder = tmp_path_factory.mktemp("rows")
+    write_data_set(folder, shards)
+    expected = [row for documents in shards for row in greedy(documents, seq_len)]
+    opened, objective = ShardSet(folder), samples(seq_len)
+    assert block_count(opened, objective) == len(expected)
+    order = data.draw(st.permutations(range(len(expected))))
+    if order:
+        framed = objective._frame(BlockReader(opened, objective).read(np.array(order)), VOCABULARY)
+        assert framed.tokens.tolist() == [shown(expected[number], seq_len) for number in order]
+        assert framed.starts[DOCUMENT_STARTS][:, 0].all()
+        assert framed.contents.tolist() == [sum(map(len, expected[number])) for number in order]
 
 
 @pytest.mark.parametrize("seq_len", [8, 16, 64, 200])

@@ -41,7 +41,7 @@ def keys_of(name: str, kind: object) -> list[str]:
 
 def test_bounds_and_defaults_are_shown() -> None:
     reference = config_reference()
-    assert "| `objective.mask_ratio` | number, above 0, below 1 | `0.15` |" in reference
+    assert "| `objective.mask_ratio` | number, above 0, below 1 or a list | `0.15` |" in reference
     assert "| `schedule.name` | `linear`, `cosine`, `wsd`, `constant` | `linear` |" in reference
     assert "| `run.dir` | text | *required* |" in reference
 
