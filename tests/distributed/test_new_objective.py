@@ -28,6 +28,7 @@ class ParitySamples:
     """Blocks as they are; predicted is at each position whether the id of its token is odd."""
 
     marks: tuple[str, ...] = ()
+    shape_count = 1
 
     def __init__(self, vocabulary: Vocabulary, seq_len: int) -> None:
         self.vocabulary, self.seq_len, self.view, self.head_rows = (
@@ -50,6 +51,9 @@ class ParitySamples:
             prediction_index=torch.arange(rows * self.seq_len),
         )
 
+    def document_starts(self, blocks: Blocks) -> np.ndarray:
+        return np.eye(1, self.seq_len, dtype=np.bool_).repeat(len(blocks.tokens), axis=0)
+
 
 class Parity:
     """The first two logits of a position stand for even and odd."""
@@ -69,10 +73,10 @@ class Parity:
 
 
 PARITY = Objective(
-    samples=lambda config, vocabulary, seq_len: ParitySamples(vocabulary, seq_len),
+    samples=lambda config, vocabulary, seq_len, evaluating: ParitySamples(vocabulary, seq_len),
     criterion=lambda config, kernel: Parity(),
     card=ObjectiveCard(
-        ("feature-extraction",), lambda settings: "parity of the tokens", {"eval/parity": ("told", ".1%")}, ""
+        ("feature-extraction",), lambda settings, tokens: "parity of the tokens", {"eval/parity": ("told", ".1%")}, ""
     ),
 )
 

@@ -74,7 +74,7 @@ def _build(shards: ShardSet, seq_len: int) -> RowIndex:
         if len(contents) and contents.min() < 0:
             raise unordered(shards, shard)
         whole = (starts[:-1] >= offset) & (starts[1:] <= offset + tokens) & (contents > 0)
-        runs = np.cumsum(~whole)[whole]  # of documents that follow each other: a row is one stretch
+        runs = np.cumsum(~whole, dtype=np.int64)[whole]  # of documents that follow each other: a row is one stretch
         starts, contents = starts[:-1][whole] - offset + place, contents[whole]
         documents, cut = documents + len(contents), cut + int((contents > seq_len - FRAME).sum())
         starts, contents, runs = _cut_long(starts, contents, runs, seq_len - FRAME)
