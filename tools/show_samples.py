@@ -63,14 +63,11 @@ class ShownSample:
     @cached_property
     def kinds(self) -> dict[int, str]:
         """What was done to each predicted position."""
-        return {
-            position: "masked"
-            if (shown := self.input_ids[position]) == self.mask_id
-            else "kept"
-            if shown == token
-            else "random"
-            for position, token in self.labels
-        }
+        kinds = {}
+        for position, token in self.labels:
+            shown = self.input_ids[position]
+            kinds[position] = "masked" if shown == self.mask_id else "kept" if shown == token else "random"
+        return kinds
 
     def text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(

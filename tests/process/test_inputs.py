@@ -11,14 +11,15 @@ import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM
 
 from launcher.console import make_console
+from tests.commands import assert_one_card, maskwright
 from tests.conftest import write_text
-from tests.ranks import TINY_ROBERTA, tiny_config
+from tests.ranks import TINY_ROBERTA, tiny_config, write_config
 from tests.token_files import write_megatron
 from tools.import_tokens import import_tokens
 from tools.tokenizer import train_tokenizer
 from trainer.config import run_folder
 from trainer.config.file import load_config
-from trainer.errors import UserError
+from trainer.errors import EXIT_USER_MISTAKE, UserError
 from trainer.inputs.inputs import Inputs, open_inputs
 
 
@@ -51,6 +52,16 @@ def test_a_run_folder_that_is_a_file_or_lies_in_one_is_refused(place: str, works
         open_inputs(tiny_config(workspace, tmp_path / place), 1)
     assert caught.value.where == f"run.dir={tmp_path / place}"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_a_model_that_cannot_compute_a_block_is_a_card_where_its_memory_is_reckoned(
+    command: str, workspace: Path, tmp_path: Path
+) -> None:
+    config = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "config.yaml")
+    wrong = "model.overrides.chunk_size_feed_forward=7"  # 32 tokens cannot be cut into chunks of 7
+    refused = maskwright(command, config, wrong, "batch.micro_size=auto")
+    assert_one_card(refused, EXIT_USER_MISTAKE, "multiple of the chunk size 7")
 
 
 def test_validation_data_that_are_the_training_data_are_refused(workspace: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.hf_config import build_config
+from trainer.model.rehearsal import rehearse
 from trainer.objectives.registry import make_samples
 from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_model
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
@@ -39,7 +40,7 @@ class MemoryEstimate:
         if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
             model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
         self.config, self.zero = config, ZeroSettings.of(preset)
-        self.device_type: DeviceType = device_type
+        self._vocabulary, self.device_type = vocabulary, device_type
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
         self.seq_len = seq_len or config.data.seq_len
         self.head_rows = make_samples(config, vocabulary, self.seq_len).head_rows
@@ -68,16 +69,25 @@ class MemoryEstimate:
     def memory(
         self, micro_size: int, world_size: int, accumulation: int, zero: ZeroSettings | None = None
     ) -> RankMemory:
-        """Estimate the memory of a rank in a steady step; `zero` in place of the preset's settings."""
-        return rank_memory(
-            self.parameters,
-            world_size,
-            accumulation,
-            self.config.train,
-            zero or self.zero,
-            self.step(micro_size),
-            on_cpu=self.device_type == "cpu",
-        )
+        """Estimate the memory of a rank in a steady step; `zero` in place of the preset's settings.
+
+        Raises:
+            UserError: as `rehearse`, for a model that cannot compute a block.
+        """
+        try:
+            return rank_memory(
+                self.parameters,
+                world_size,
+                accumulation,
+                self.config.train,
+                zero or self.zero,
+                self.step(micro_size),
+                on_cpu=self.device_type == "cpu",
+            )
+        except Exception:
+            # A card where the model cannot compute a block; else the fault is ours, and its traceback is shown.
+            rehearse(self.config.model, self._vocabulary, [self.config.data.seq_len, self.seq_len])
+            raise
 
     def largest(
         self, sizes: Sequence[int], world_size: int, budget_bytes: float, zero: ZeroSettings | None = None
