@@ -26,7 +26,7 @@ class Documents(NamedTuple):
 
 @dataclass
 class Batch:
-    """One micro-batch of B blocks of S tokens. Its shapes do not depend on what the blocks hold.
+    """One micro-batch of B blocks of S tokens. Its shapes do not depend on what the blocks hold, but for `cu_seqlens`.
 
     Attributes:
         inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.

@@ -44,12 +44,12 @@ class BlockReader:
             DamagedError: as `ShardSet.read` and `ShardParts`.
         """
         starts, length = self._stretches(blocks)
-        return self._blocks(blocks, self.shards.read(starts, length))
+        return self._blocks(blocks, starts, self.shards.read(starts, length))
 
     def read_marks(self, blocks: NDArray[np.int64]) -> Blocks:
         """Read the marks alone, which is little; the tokens are 0."""
         starts, length = self._stretches(blocks)
-        return self._blocks(blocks, np.zeros((len(starts), length), self.shards.dtype))
+        return self._blocks(blocks, starts, np.zeros((len(starts), length), self.shards.dtype))
 
     def advise(self, blocks: NDArray[np.int64]) -> None:
         """Tell the kernel that these blocks (int64 [B], ascending) will be read soon."""
@@ -62,8 +62,9 @@ class BlockReader:
         length = min(self._payload + 1, self.shards.tokens)
         return np.minimum(self._rows.locate(blocks)[0], self.shards.tokens - length), length
 
-    def _blocks(self, blocks: NDArray[np.int64], tokens: np.ndarray) -> Blocks:
-        starts, length = self._stretches(blocks)
+    def _blocks(self, blocks: NDArray[np.int64], starts: NDArray[np.int64], tokens: np.ndarray) -> Blocks:
+        """Put marks beside the tokens [B, length] of the stretches of blocks, and let rows begin where they do."""
+        length = tokens.shape[1]
         marked = {mark: reader.starts(starts, length) for mark, reader in self._readers.items()}
         if self._rows is None:
             return Blocks(tokens, marked)

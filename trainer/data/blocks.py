@@ -34,7 +34,8 @@ class View:
 
         Of rows that is an estimate, as if they were all full: `trainer.data.block_reader.block_count` counts them.
         """
-        return max(tokens // self.payload, self.whole_documents and tokens > 0)
+        count = tokens // self.payload
+        return max(1, count) if self.whole_documents and tokens else count
 
 
 def framed_view(seq_len: int, whole_documents: bool = False) -> View:

@@ -55,8 +55,8 @@ class Masking:
 
     Args:
         mask_ratio: share of a block's content tokens that is predicted, in (0, 1).
-        later: other shares from a given sample on, as (first sample, share), ascending. What a block shows under a
-            smaller share is part of what it shows under a larger one.
+        later: other shares from a given sample on, as (first sample, share), ascending. Single tokens that a block
+            predicts under a smaller share it predicts under a larger one as well.
         replace_mask, replace_random: shares in [0, 1] that sum to at most 1.
         lengths: where whole words are masked, shares of units of 1, 2, 3, … words; none for units of one word each.
         by_unit: whether a unit is replaced by one draw, as in SpanBERT.
