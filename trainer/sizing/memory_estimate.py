@@ -40,7 +40,8 @@ class MemoryEstimate:
         if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
             model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
         self.config, self.zero = config, ZeroSettings.of(preset)
-        self._vocabulary, self.device_type = vocabulary, device_type
+        self.device_type: DeviceType = device_type
+        self._vocabulary = vocabulary
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
         self.seq_len = seq_len or config.data.seq_len
         self.head_rows = make_samples(config, vocabulary, self.seq_len).head_rows
