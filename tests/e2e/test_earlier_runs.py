@@ -8,6 +8,7 @@ golden/run_v1.json holds the learning rates and losses of the same run, uninterr
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -62,15 +63,16 @@ def test_it_resumes_on_other_ranks_and_another_stage(earlier: Path, ranks: int, 
 def test_everything_of_it_opens(
     earlier: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Of the logits to the last bit but one: they were recorded on a CPU whose kernels may add in another order."""
     monkeypatch.chdir(earlier)
-    for command, words in (
+    for command, pattern in (
         ("checkpoint verify run", "step-00000004"),
         ("status run", "4"),
         ("data verify data", "Whole"),
         ("data show data", "tokens"),
         ("validate c.yaml", "steps"),
-        ("convert run --output model", "logits: 0"),
+        ("convert run --output model", r"logits: (0|\d(\.\d+)?e-0[789]) from the training engine's, 0 after reload"),
     ):
         assert app(command.split(), standalone_mode=False) == EXIT_FINISHED, command
         printed = capsys.readouterr()
-        assert words in printed.out + printed.err, command
+        assert re.search(pattern, printed.out + printed.err), command
