@@ -9,11 +9,13 @@ import torch
 from trainer.config import ModelConfig
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import build_model
-from trainer.model.masked_head import HEAD_MODULES
+from trainer.model.classes import CAUSAL, MASKED
+from trainer.model.prediction_head import HEAD_MODULES, PROJECTIONS
 
 VOCABULARY_SIZE, BLOCKS, SEQ_LEN, PREDICTIONS = 200, 3, 24, 4
 
 _DROPOUT_FREE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_PDROP_FREE = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _BERT_LIKE = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -34,6 +36,13 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "eurobert": {**_BERT_LIKE, "num_key_value_heads": 2},
     "modernbert": {**_BERT_LIKE, "num_hidden_layers": 4, "local_attention": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_PDROP_FREE},
+    "gpt_neox": {**_BERT_LIKE, **_DROPOUT_FREE},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, **_PDROP_FREE},
+    "llama": {**_BERT_LIKE, "num_key_value_heads": 2},
+    "modernbert-decoder": {**_BERT_LIKE, "num_hidden_layers": 4, "local_attention": 8},
+    "opt": {**_BERT_LIKE, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "qwen3": {**_BERT_LIKE, "num_key_value_heads": 2, "head_dim": 8},
     # Classes that are not known by name, and take all their sizes, or some, by names of their own.
     "convbert": {**_BERT_LIKE, "embedding_size": 32, "conv_kernel_size": 3},
     "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
@@ -79,7 +88,12 @@ _SIZES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     "xmod": {**_BERT_LIKE, "languages": ["en_XX"], "default_language": "en_XX"},
 }
-ARCHITECTURES = sorted(HEAD_MODULES)
+ARCHITECTURES = sorted(HEAD_MODULES.keys() - PROJECTIONS.keys())
+CAUSAL_ARCHITECTURES = sorted(PROJECTIONS)
+
+
+def family_of_type(model_type: str) -> str:
+    return CAUSAL if model_type in (*PROJECTIONS, "gptj") else MASKED
 
 
 def sizes(model_type: str) -> dict[str, Any]:
@@ -109,7 +123,8 @@ def write_config(folder: Any, model_type: str, **changes: Any) -> ModelConfig:
 
 
 def tiny_model(folder: Any, model_type: str, seed: int = 0, **changes: Any):
-    model = build_model(write_config(folder, model_type, **changes), vocabulary(), SEQ_LEN, seed).model
+    settings = write_config(folder, model_type, **changes)
+    model = build_model(settings, vocabulary(), SEQ_LEN, seed, family_of_type(model_type)).model
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # a fresh model's biases and norms are constants, which would hide a mistake with them
         for parameter in model.parameters():

@@ -63,6 +63,7 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     probe = read_probe(folder).for_cpu()
     from_training = _compare_with_training(model, probe, folder)
     name, before = type(model).__name__, _probe_logits(model, probe)
+    auto_class = _auto_class(model)
     _check_space(target, model, DTYPES[dtype])
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
     try:
@@ -71,13 +72,13 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
             _write(model.to(DTYPES[dtype]), folder, temporary, max_shard_size)
             write_model_card(temporary, folder, manifest, dtype)
         del model  # what is compared from here on is a model read back: there need not be two in memory
-        after_reload = _compare_after_reload(temporary, DTYPES[dtype], probe, before)
+        after_reload = _compare_after_reload(temporary, auto_class, DTYPES[dtype], probe, before)
         with _full_disk_explained(target):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    console.print(f"wrote {target}: {name}, load it with AutoModelForMaskedLM.from_pretrained", markup=False)
+    console.print(f"wrote {target}: {name}, load it with {auto_class}.from_pretrained", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
 
 
@@ -153,6 +154,12 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
             remedy="Convert an earlier checkpoint: `maskwright checkpoint list`.",
         )
     return model.eval()
+
+
+def _auto_class(model: Any) -> str:
+    from trainer.model.classes import auto_class_of
+
+    return auto_class_of(model.config)
 
 
 def _fill(model: Any, files: ZeroFiles) -> None:
@@ -234,12 +241,14 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path) -> None:
         pieces.save(str(temporary))
 
 
-def _compare_after_reload(temporary: Path, dtype: torch.dtype, probe: Probe, before: torch.Tensor) -> float:
+def _compare_after_reload(
+    temporary: Path, auto_class: str, dtype: torch.dtype, probe: Probe, before: torch.Tensor
+) -> float:
     """Load back with plain transformers; returns the largest difference from the logits before the cast."""
-    from transformers import AutoModelForMaskedLM
+    import transformers
 
     with _quiet():
-        loaded, report = AutoModelForMaskedLM.from_pretrained(
+        loaded, report = getattr(transformers, auto_class).from_pretrained(
             temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
     faults = {name: list(keys) for name, keys in report.items() if keys}
@@ -266,7 +275,7 @@ def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
     forward = Forward(model, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logits = forward({"input_ids": probe.input_ids}, probe.prediction_index).logits
+        logits = forward(probe.inputs, probe.prediction_index).logits
     return logits[: len(probe.logits)]
 
 

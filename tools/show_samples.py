@@ -38,7 +38,8 @@ class ShownSample:
         t: its number.
         source: its name.
         input_ids: [S], what the model is shown.
-        labels: (position, id) of each predicted token, ascending.
+        labels: (position, id) of each predicted token, ascending. What a causal model is to tell stands at the position
+            that it tells it from.
         counts: labels that count, of each term of the loss.
         mask_id, pad_id, tokenizer: of the run.
     """
@@ -48,22 +49,27 @@ class ShownSample:
     input_ids: list[int]
     labels: list[tuple[int, int]]
     counts: dict[str, int]
-    mask_id: int
-    pad_id: int
+    mask_id: int | None
+    pad_id: int | None
     tokenizer: Any
+    causal: bool = False
 
     @cached_property
     def original_ids(self) -> list[int]:
         """The tokens of the text."""
         ids = list(self.input_ids)
+        if self.causal:
+            return ids
         for position, token in self.labels:
             ids[position] = token
         return ids
 
     @cached_property
     def kinds(self) -> dict[int, str]:
-        """What was done to each predicted position."""
-        kinds = {}
+        """What was done to each predicted position; nothing, where it is shown to a causal model."""
+        kinds: dict[int, str] = {}
+        if self.causal:
+            return kinds
         for position, token in self.labels:
             shown = self.input_ids[position]
             kinds[position] = "masked" if shown == self.mask_id else "kept" if shown == token else "random"
@@ -126,9 +132,10 @@ def show_samples(config: Config, samples: int, as_json: bool, console: Console |
     coloured = console is not None and console.color_system is not None and not console.no_color
     for sample in shown:
         done = ", ".join(f"{list(sample.kinds.values()).count(kind)} {kind}" for kind in _KINDS)
-        head = f"═══ sample {sample.t:,} of {sample.source}: {len(sample.labels)} predicted ({done}) ═══"
+        predicted = f"{len(sample.labels)} predicted" + ("" if sample.causal else f" ({done})")
+        head = f"═══ sample {sample.t:,} of {sample.source}: {predicted} ═══"
         sys.stdout.write(printable(head) + "\n")
-        for text in sample.lines():
+        for text in sample.lines()[: 1 if sample.causal else 2]:
             if coloured and console is not None:
                 console.print(text, soft_wrap=True)
             else:
@@ -150,11 +157,13 @@ def _sample(inputs: Inputs, number: int) -> ShownSample:
         mask_id=inputs.vocabulary.mask_id,
         pad_id=inputs.vocabulary.pad_id,
         tokenizer=inputs.tokenizer,
+        causal=batch.prediction_index is None,
     )
 
 
 def _labels(batch: Batch) -> list[tuple[int, int]]:
-    """List what the head over the vocabulary predicts: the term whose labels stand at `prediction_index`."""
-    (labels,) = (each for each in batch.labels.values() if len(each) == len(batch.prediction_index))
-    pairs = zip(batch.prediction_index.tolist(), labels.tolist(), strict=True)
+    """List what the head over the vocabulary predicts: the first term, whose labels stand at `prediction_index`."""
+    labels, index = next(iter(batch.labels.values())), batch.prediction_index
+    positions = range(batch.head_rows) if index is None else index.tolist()
+    pairs = zip(positions, labels.tolist(), strict=True)
     return sorted((position, label) for position, label in pairs if label != IGNORED_LABEL)

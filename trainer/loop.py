@@ -234,7 +234,7 @@ class Loop:
                 applied = self.engine.step(rate, max_grad_norm)
             self.activity.progress()
         self.state.advance(shape.global_size, shape.seq_len, applied)
-        head_rows = self.world.size * sum(len(batch.prediction_index) for batch in micro_batches)
+        head_rows = self.world.size * sum(batch.head_rows for batch in micro_batches)
         self.meter.trained(shape.tokens, head_rows, shape.phase)
         if not applied:
             self.loss_to_judge = None

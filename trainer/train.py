@@ -35,7 +35,7 @@ from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.objectives.objective import Criterion
-from trainer.objectives.registry import make_criterion, make_samples
+from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.run import Run, opened
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
@@ -152,7 +152,8 @@ def _train(run: Run, inputs: Inputs) -> int:
 
     config, world = inputs.config, run.world
     built = distributed.run_on_all_ranks(
-        world, lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed)
+        world,
+        lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed, family_of(config)),
     )
     records = run_identity(inputs, built, world)
     _check_start(run, inputs, start, records)

@@ -73,6 +73,8 @@ class Parity:
 
 
 PARITY = Objective(
+    family=lambda config: "masked",
+    view=lambda config, seq_len: framed_view(seq_len),
     samples=lambda config, vocabulary, seq_len, evaluating: ParitySamples(vocabulary, seq_len),
     criterion=lambda config, kernel: Parity(),
     card=ObjectiveCard(

@@ -85,7 +85,7 @@ def test_the_flops_are_those_that_torch_counts(workspace: Path, tmp_path: Path) 
     import torch
 
     from trainer.model.build import build_model, constant_inputs
-    from trainer.model.masked_head import install
+    from trainer.model.prediction_head import install
     from trainer.model.source import load_vocabulary
     from trainer.objectives.masking import predictions_per_block
 

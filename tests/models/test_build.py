@@ -23,8 +23,9 @@ from tests.tiny_models import (
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model, constant_inputs, fp32_buffers, restore_fp32_buffers
+from trainer.model.classes import CAUSAL, MASKED, model_class
 from trainer.model.hf_config import build_config, position_offset
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 from trainer.model.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -33,7 +34,9 @@ GROWN = VOCABULARY_SIZE + 10
 
 def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
     with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(build_config(settings, vocabulary(vocabulary_size), seq_len))
+        family = CAUSAL if "gpt2" in str(settings.preset) else MASKED
+        config = build_config(settings, vocabulary(vocabulary_size), seq_len, family)
+        return model_class(config)._from_config(config)
 
 
 # Presets and configs
@@ -46,16 +49,18 @@ def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
         ("roberta-large", 50_265, 355_412_057),
         ("bert-base", 30_522, 109_514_298),
         ("modernbert-base", 50_368, 149_655_232),
+        ("gpt2", 50_257, 124_439_808),
+        ("gpt2-small-char", 100, 10_784_256),
     ],
 )
 def test_presets_have_the_published_size(name, vocabulary_size, parameters):
-    model = meta_model(preset(name), vocabulary_size)
+    model = meta_model(preset(name), vocabulary_size, seq_len=256)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     assert model.config.vocab_size == vocabulary_size
 
 
 def test_every_preset_is_checked_above():
-    assert set(PRESETS) == {"roberta-base", "roberta-large", "bert-base", "modernbert-base"}
+    assert set(PRESETS) == {"roberta-base", "roberta-large", "bert-base", "modernbert-base", "gpt2", "gpt2-small-char"}
 
 
 def test_modernbert_preset_alternates_global_and_local_attention():

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AutoModelForMaskedLM
 
 from tests.tiny_models import VOCABULARY_SIZE, tiny_model, vocabulary, write_config
 from trainer.data.batch import Documents
@@ -18,6 +17,7 @@ from trainer.data.documents import cumulative_lengths, positions_in_documents
 from trainer.errors import UserError
 from trainer.model import document_attention
 from trainer.model.build import build_model, constant_inputs
+from trainer.model.classes import model_class
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
 
@@ -223,7 +223,7 @@ def test_the_kernel_takes_what_it_is_given(model_type, tmp_path, monkeypatch):
     settings = write_config(tmp_path, model_type)
     config = build_config(settings, vocabulary(), SEQ_LEN)
     with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(config, dtype=torch.bfloat16)
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
         attention = DocumentAttention(model, torch.device("meta"))
         documents = Documents(torch.zeros(BLOCKS, SEQ_LEN, dtype=torch.int64), torch.zeros(9, dtype=torch.int32))
         ids = torch.zeros(BLOCKS, SEQ_LEN, dtype=torch.int64)
@@ -247,7 +247,7 @@ def test_the_kernel_compiles_into_one_graph_for_all_batches_of_a_shape(model_typ
     monkeypatch.setattr(document_attention, "_obstacle_to_varlen", lambda *_: None)
     config = build_config(write_config(tmp_path, model_type), vocabulary(), SEQ_LEN)
     with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(config, dtype=torch.bfloat16)
+        model = model_class(config)._from_config(config, dtype=torch.bfloat16)
     attention = DocumentAttention(model, torch.device("meta"))
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -292,5 +292,6 @@ def test_other_classes_are_refused_with_those_that_work(model_type, tmp_path):
         build_model(settings, vocabulary(), SEQ_LEN, seed=0)
     assert caught.value.where == "model.document_attention"
     assert "cannot keep its attention within documents" in caught.value.problem
-    names = "BERT, CamemBERT, DistilBERT, ELECTRA, ERNIE, ModernBERT, RoBERTa, XLM-RoBERTa"
+    names = "BERT, CamemBERT, DistilBERT, ELECTRA, ERNIE, GPT-2, GPT-NeoX, Llama, ModernBERT, ModernBERT's decoder, "
+    names += "OPT, Qwen3, RoBERTa, XLM-RoBERTa"
     assert names in caught.value.remedy

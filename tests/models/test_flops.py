@@ -8,17 +8,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
-from tests.tiny_models import ARCHITECTURES, BLOCKS, PREDICTIONS, SEQ_LEN, masked_batch, tiny_model, vocabulary
+from tests.tiny_models import (
+    ARCHITECTURES,
+    BLOCKS,
+    CAUSAL_ARCHITECTURES,
+    PREDICTIONS,
+    SEQ_LEN,
+    masked_batch,
+    tiny_model,
+    vocabulary,
+)
 from trainer.config import ModelConfig
 from trainer.model.build import constant_inputs
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 from trainer.sizing.flops import flops_per_token
 from trainer.sizing.peak_flops import datasheet_peak, device_peak, matmul_peak_flops
 from trainer.tracking.metrics import ThroughputMeter, as_json
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *CAUSAL_ARCHITECTURES])
 def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
     input_ids, index, *_ = masked_batch()
     model = tiny_model(tmp_path, model_type)

@@ -14,7 +14,7 @@ from tests.tiny_models import SEQ_LEN, VOCABULARY_SIZE, continued, masked_batch,
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model, constant_inputs
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 from trainer.model.rehearsal import rehearse
 from trainer.sizing.flops import flops_per_token
 
@@ -41,7 +41,7 @@ def train_a_step(model: torch.nn.Module) -> None:
     positions = install(model)
     with positions.select(index):
         output = model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
-    loss = cross_entropy(positions.logits(output.logits, index), labels)
+    loss = cross_entropy(positions.rows(output.logits, index), labels)
     assert torch.isfinite(loss)
     loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.01).step()

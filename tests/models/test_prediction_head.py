@@ -18,7 +18,7 @@ from tests.tiny_models import (
     write_config,
 )
 from trainer.model.build import build_model, constant_inputs
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
 def selected_logits(model, positions, input_ids, index) -> torch.Tensor:
     with positions.select(index):
         output = model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, CPU))
-    return positions.logits(output.logits, index)
+    return positions.rows(output.logits, index)
 
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, "mpnet"])

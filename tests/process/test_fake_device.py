@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from tests.commands import call_forked
-from tests.tiny_models import ARCHITECTURES, SEQ_LEN, tiny_model, vocabulary
+from tests.tiny_models import ARCHITECTURES, CAUSAL_ARCHITECTURES, SEQ_LEN, tiny_model, vocabulary
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.engine.grad_norm import sum_of_squares
-from trainer.model.build import constant_inputs
 from trainer.model.forward import Forward
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS
 from trainer.objectives.language_model import LanguageModelLoss
@@ -72,6 +71,13 @@ def on_device(model: nn.Module) -> nn.Module:
     return model
 
 
+def there(value: Any, device: torch.device) -> Any:
+    """The value with its tensors on the device."""
+    if isinstance(value, dict):
+        return {name: there(each, device) for name, each in value.items()}
+    return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, torch.Tensor) else value
+
+
 def traffic_of(work: Callable[[], None]) -> list[str]:
     with HostTraffic() as traffic:
         work()
@@ -92,12 +98,10 @@ def traffic_of_a_step(model_type: str, in_documents: bool) -> dict[str, list[str
         Blocks(blocks, {DOCUMENT_STARTS: starts} if in_documents else {}), np.arange(3, dtype=np.uint64), 0
     )
     forward = Forward(model, torch.device("cpu"), in_documents)
-    constants = constant_inputs(model, SEQ_LEN, torch.device("cpu"))
+    constants = forward.constants(SEQ_LEN)
     with FakeTensorMode() as fake:
         on_device(model)
-        forward._constants[SEQ_LEN] = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in constants.items()
-        }
+        forward._constants[SEQ_LEN] = {name: there(value, device) for name, value in constants.items()}
         moved = batch._each(fake.from_tensor).to(device)
         return _traffic_of_parts(model, forward, moved)
 
@@ -126,7 +130,8 @@ def _traffic_of_parts(model: nn.Module, network: Forward, batch: Batch) -> dict[
     return found
 
 
-CASES = [(name, False) for name in ARCHITECTURES] + [(name, True) for name in sorted(DOCUMENT_ATTENTION_MODELS)]
+PLAIN = [*ARCHITECTURES, *CAUSAL_ARCHITECTURES]
+CASES = [*((name, False) for name in PLAIN), *((name, True) for name in sorted(DOCUMENT_ATTENTION_MODELS))]
 
 
 @pytest.mark.parametrize(("model_type", "in_documents"), CASES)

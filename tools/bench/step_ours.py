@@ -34,7 +34,7 @@ from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.engine.optimizer import build_optimizer
 from trainer.model.build import constant_inputs
 from trainer.model.cpu_dropout import seed_dropout
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 from trainer.objectives.mlm import TERM, MaskedSamples
 from trainer.objectives.objective import loss_sums
 from trainer.objectives.registry import make_criterion

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from tools.prepare.on_demand import look_up, raw_paths
 from trainer.config import Config
-from trainer.data.blocks import framed_view
 from trainer.data.manifest import read_data_manifest, split_folder
 from trainer.data.order.mixture import mixture_order
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.inputs import open_inputs
+from trainer.model.classes import attended_tokens
 from trainer.model.source import load_vocabulary, source_note
+from trainer.objectives.registry import family_of, view_of
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out
 from trainer.schedule.run_length import find_defaults, resolve
@@ -66,11 +67,17 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)
     whole_documents = config.data.samples == "documents"
-    views = [framed_view(phase.seq_len, whole_documents) for phase in phases]
+    views = [view_of(config, phase.seq_len) for phase in phases]
     blocks = [[view.block_count(count) for count in tokens or ()] for view in views]
     epoch_blocks, whole_steps = [sum(counts) for counts in blocks], find_defaults(config).whole_steps
     plan = plan_batch(config.batch, config.train, phases, world_size, epoch_blocks, whole_steps)
-    facts = Facts(config, vocabulary, plan, unknown=unknown, attended_tokens=float(config.data.seq_len))
+    facts = Facts(
+        config,
+        vocabulary,
+        plan,
+        unknown=unknown,
+        attended_tokens=attended_tokens(config.data.seq_len, family_of(config)),
+    )
     facts.steps_known = config.train.epochs is None or tokens is not None
     if facts.steps_known:
         facts.config = resolve(config, plan)

@@ -59,7 +59,7 @@ class SpecialTokens:
                 remedy=f"Choose one of {', '.join(WAYS)}.",
             )
         placed = {vocabulary.begin_id, vocabulary.end_id, vocabulary.separator_id}
-        placed |= {vocabulary.mask_id, vocabulary.pad_id}
+        placed.update(role for role in (vocabulary.mask_id, vocabulary.pad_id) if role is not None)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         special = {token.content: number for number, token in sorted(added.items()) if token.special}
         ids = {token: number for token, number in special.items() if way == IDS and number not in placed}

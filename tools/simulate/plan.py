@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from trainer.checkpoint.begun import as_begun
 from trainer.config import BatchConfig, DataConfig
 from trainer.config.base import LIMIT
 from trainer.config.file import load_config, recipe_names
-from trainer.data.blocks import framed_view
+from trainer.data.blocks import View, framed_view
 from trainer.data.manifest import (
     MANIFEST,
     SUM_BYTES,
@@ -30,6 +31,7 @@ from trainer.data.order.mixture import mixture_order
 from trainer.data.order.run_order import RunOrder
 from trainer.data.quarantine import kept_stretches
 from trainer.errors import UserError
+from trainer.objectives.registry import view_of
 from trainer.runtime.paths import user_path
 from trainer.schedule.batch_plan import BatchPlan, Stretch, plan_batch
 from trainer.schedule.phases import Phases, lay_out
@@ -102,6 +104,7 @@ class SimulatedPlan:
         steps: how many are simulated, from `first_sample` on.
         total_steps: the length of the run, for its epochs.
         earlier: steps of other sizes.
+        view: seq_len → which tokens a block is.
     """
 
     data: DataConfig
@@ -113,6 +116,7 @@ class SimulatedPlan:
     total_steps: int
     first_sample: int
     earlier: tuple[Stretch, ...] = ()
+    view: Callable[[int], View] = framed_view
 
     def __post_init__(self) -> None:
         if self.global_size % self.ranks:
@@ -135,11 +139,11 @@ class SimulatedPlan:
 
     def payload(self, phase: int) -> int:
         """Count the content tokens a block."""
-        return framed_view(self.phases[phase].seq_len).payload
+        return self.view(self.phases[phase].seq_len).payload
 
     def blocks(self, phase: int) -> tuple[int, ...]:
         """Count the whole blocks of each source."""
-        return tuple(source.tokens // self.payload(phase) for source in self.sources)
+        return tuple(self.view(self.phases[phase].seq_len).block_count(source.tokens) for source in self.sources)
 
     @property
     def end_sample(self) -> int:
@@ -255,9 +259,8 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
     ranks = options.ranks or min(MOST_RANKS, max(1, batch.global_size // micro_size))
     sources = tuple(_read_source(source.path, source.quarantine) for source in data.train)
     phases = lay_out(data, batch)
-    epoch_blocks = [
-        sum(framed_view(phase.seq_len).block_count(source.tokens) for source in sources) for phase in phases
-    ]
+    view = partial(view_of, config)
+    epoch_blocks = [sum(view(phase.seq_len).block_count(source.tokens) for source in sources) for phase in phases]
     plan = plan_batch(batch, config.train, phases, ranks, epoch_blocks, find_defaults(config).whole_steps)
     return SimulatedPlan(
         data=data,
@@ -269,6 +272,7 @@ def _plan_of_config(config_source: str, overrides: Sequence[str], options: Simul
         total_steps=plan.total_steps,
         first_sample=options.first_sample,
         earlier=plan.earlier,
+        view=view,
     )
 
 

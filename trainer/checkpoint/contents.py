@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config.file import dump_config
+from trainer.data.batch import Batch
 from trainer.data.blocks import Blocks
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
@@ -38,13 +39,14 @@ class Probe:
     the converted model will give theirs.
 
     Attributes:
-        input_ids: int64 [B, S], one block repeated to the training micro-batch, so that kernels see equal shapes.
+        inputs: arguments of the forward pass, each of B rows: one block repeated to the training micro-batch, so that
+            kernels see equal shapes.
         prediction_index: int64 [B·k], flat positions.
         logits: [PROBE_ROWS, vocabulary] at the first positions, in the training precision.
         device: type of the one that computed them; "cpu" in checkpoints from before it was recorded.
     """
 
-    input_ids: torch.Tensor
+    inputs: dict[str, torch.Tensor]
     prediction_index: torch.Tensor
     logits: torch.Tensor
     device: str = "cpu"
@@ -57,10 +59,10 @@ class Probe:
         """
         if self.device == "cpu":
             return self
-        count = len(self.prediction_index) // len(self.input_ids)
+        count = len(self.prediction_index) // len(self.inputs["input_ids"])
         return replace(
             self,
-            input_ids=self.input_ids[:1],
+            inputs={name: tensor[:1] for name, tensor in self.inputs.items()},
             prediction_index=self.prediction_index[:count],
             logits=self.logits[:count],
         )
@@ -71,9 +73,10 @@ def read_probe_block(inputs: Inputs) -> np.ndarray:
 
     It is the start of the stream, over again where there is less than a block of it.
     """
-    source, payload = inputs.sources[0], inputs.objective.view.payload
-    tokens = source.read(np.zeros(1, np.int64), min(payload, source.tokens))
-    return np.resize(tokens, (1, payload))
+    source, view = inputs.sources[0], inputs.objective.view
+    length = view.payload + view.lookahead
+    tokens = source.read(np.zeros(1, np.int64), min(length, source.tokens))
+    return np.resize(tokens, (1, length))
 
 
 def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:
@@ -96,11 +99,19 @@ def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Pro
     """Run the probe through the engine; a collective at ZeRO stage 3."""
     tokens = np.repeat(block, inputs.plan.micro_size, axis=0)
     batch = inputs.objective.plain(Blocks(tokens))
+    index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
     with engine.evaluating():
         moved = batch.to(engine.device)
-        logits = engine.network(moved.inputs, moved.prediction_index).logits
+        logits = engine.network(moved.inputs, index.to(engine.device)).logits
     rows = logits[:PROBE_ROWS].cpu()  # a view would keep all of them
-    return Probe(batch.inputs["input_ids"], batch.prediction_index, rows, engine.device.type)
+    return Probe(batch.inputs, index, rows, engine.device.type)
+
+
+def _evenly_spread(batch: Batch) -> torch.Tensor:
+    """Choose PROBE_ROWS positions of each block, the first and the last among them: flat positions into B·S."""
+    rows, seq_len = batch.inputs["input_ids"].shape
+    places = torch.linspace(0, seq_len - 1, min(PROBE_ROWS, seq_len)).long()
+    return (torch.arange(rows)[:, None] * seq_len + places).flatten()
 
 
 def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
@@ -128,11 +139,13 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
 
 
 def save_probe(probe: Probe, folder: Path) -> None:
-    tensors = {name: value.cpu().contiguous() for name, value in vars(probe).items() if name != "device"}
+    tensors = {**probe.inputs, "prediction_index": probe.prediction_index, "logits": probe.logits}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / PROBE, None if probe.device == "cpu" else {"device": probe.device})
 
 
 def read_probe(folder: Path) -> Probe:
     with safe_open(folder / PROBE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        return Probe(**tensors, device=(file.metadata() or {}).get("device", "cpu"))
+        index, logits = tensors.pop("prediction_index"), tensors.pop("logits")
+        return Probe(tensors, index, logits, (file.metadata() or {}).get("device", "cpu"))

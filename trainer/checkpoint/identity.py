@@ -34,7 +34,9 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
     fields = {
         name: value
         for name, value in built.model.config.to_dict().items()
-        if "dropout" not in name and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+        if "dropout" not in name
+        and "pdrop" not in name
+        and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
     }
     if "tie_word_embeddings" in fields:  # as its source says: earlier versions did not correct it
         fields["tie_word_embeddings"] = built.says_tied

@@ -28,9 +28,17 @@ def _kind(value: Any) -> str:
     return STAGES if isinstance(value, list) else NUMBER
 
 
+_NAMES = ("mlm", "clm")
+_USED_BY = dict.fromkeys(("mask_ratio", "scheme", "lengths", "replace_by", "replace_mask", "replace_random"), ("mlm",))
+"""Key → the objectives that read it."""
+
+
 class ObjectiveConfig(Section):
     name: Line = "mlm"
-    """`mlm`: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692)."""
+    """What is learnt.
+
+    mlm: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692); clm: causal
+    language modelling, as GPT-2, for decoders such as gpt2, llama, opt and modernbert-decoder."""
     mask_ratio: Annotated[
         Annotated[OpenFraction, Tag(NUMBER)] | Annotated[list[MaskRatioStage], Field(min_length=1), Tag(STAGES)],
         Discriminator(_kind),
@@ -60,6 +68,17 @@ class ObjectiveConfig(Section):
         if not isinstance(self.mask_ratio, list):
             return [(0, self.mask_ratio)]
         return [(stage.from_tokens, stage.ratio) for stage in self.mask_ratio]
+
+    @model_validator(mode="after")
+    def keys_are_used(self) -> Self:
+        for key, names in _USED_BY.items():
+            if (
+                self.name in _NAMES
+                and self.name not in names
+                and getattr(self, key) != type(self).model_fields[key].default
+            ):
+                raise ValueError(f"{key} does nothing with name {self.name}: leave it out")
+        return self
 
     @model_validator(mode="after")
     def stages_fit(self) -> Self:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trainer.data.blocks import IGNORED_LABEL, Blocks, View
+from trainer.data.documents import cumulative_lengths, positions_in_documents
 
 
 class Documents(NamedTuple):
@@ -23,6 +24,25 @@ class Documents(NamedTuple):
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
 
+    @classmethod
+    def of(cls, starts: np.ndarray) -> Documents:
+        """Make them of where they begin: bool [B, S], True at the first token of every row."""
+        lengths = cumulative_lengths(starts)
+        return cls(torch.from_numpy(positions_in_documents(starts)), torch.from_numpy(lengths))
+
+
+class Score(NamedTuple):
+    """What is wanted in the place of logits.
+
+    Attributes:
+        function: (logits [n, V], labels [n]) → [n, c] in fp32, each row of its own row alone. The same object for a
+            whole run, or a compiled model is compiled anew.
+        labels: [N], for the rows in their order.
+    """
+
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    labels: torch.Tensor
+
 
 @dataclass
 class Batch:
@@ -31,14 +51,15 @@ class Batch:
     Attributes:
         inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.
         labels: name of a term of the loss → int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
-        prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed.
+        prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed; None
+            for all of them.
         sources: int64 [B], number of the source of each block; the loader sets it in a run that mixes several.
         documents: only in a run with attention within documents.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: dict[str, torch.Tensor]
-    prediction_index: torch.Tensor
+    prediction_index: torch.Tensor | None
     sources: torch.Tensor | None = None
     documents: Documents | None = None
 
@@ -48,10 +69,15 @@ class Batch:
         return len(self.inputs["input_ids"])
 
     @property
+    def head_rows(self) -> int:
+        """For how many positions logits of the vocabulary are computed."""
+        return self.inputs["input_ids"].numel() if self.prediction_index is None else len(self.prediction_index)
+
+    @property
     def shapes(self) -> tuple[int, ...]:
         """The lengths that may differ from batch to batch; equal ones mean equal shapes of all tensors."""
         borders = 0 if self.documents is None else len(self.documents.cu_seqlens)
-        return *self.inputs["input_ids"].shape, len(self.prediction_index), borders
+        return *self.inputs["input_ids"].shape, self.head_rows, borders
 
     def to(self, device: torch.device) -> Batch:
         """Copy to the device, without waiting where the batch is pinned."""
@@ -80,7 +106,7 @@ class Batch:
         return Batch(
             inputs={name: change(tensor) for name, tensor in self.inputs.items()},
             labels={name: change(tensor) for name, tensor in self.labels.items()},
-            prediction_index=change(self.prediction_index),
+            prediction_index=None if self.prediction_index is None else change(self.prediction_index),
             sources=None if self.sources is None else change(self.sources),
             documents=None if self.documents is None else Documents(*map(change, self.documents)),
         )

@@ -33,7 +33,7 @@ class BlockReader:
     """
 
     def __init__(self, shards: ShardSet, samples: Samples) -> None:
-        self.shards, self._payload = shards, samples.view.payload
+        self.shards, self._view, self._payload = shards, samples.view, samples.view.payload
         self._rows = row_index(shards, samples.seq_len) if samples.view.whole_documents else None
         self._readers = {mark: _reader_of(shards, mark) for mark in samples.marks}
 
@@ -58,7 +58,7 @@ class BlockReader:
     def _stretches(self, blocks: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """Find the stretches of the stream that blocks are of: the first token of each, and their length."""
         if self._rows is None:
-            return np.asarray(blocks, np.int64) * self._payload, self._payload
+            return np.asarray(blocks, np.int64) * self._payload, self._payload + self._view.lookahead
         length = min(self._payload + 1, self.shards.tokens)
         return np.minimum(self._rows.locate(blocks)[0], self.shards.tokens - length), length
 

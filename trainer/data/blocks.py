@@ -22,19 +22,22 @@ class View:
     """How a data set is cut into blocks.
 
     Attributes:
-        payload: tokens of a block, without the begin and the end token: block b is b·payload up to (b + 1)·payload.
+        payload: tokens of a block, without what an objective puts around them: block b is b·payload up to
+            (b + 1)·payload.
         whole_documents: a block is a row of whole documents instead, of at most `payload` tokens.
+        lookahead: tokens read beyond a block, which are those that the next one begins with.
     """
 
     payload: int
     whole_documents: bool = False
+    lookahead: int = 0
 
     def block_count(self, tokens: int) -> int:
         """Count the whole blocks in so many tokens; the tail that fills none is never read.
 
         Of rows that is an estimate, as if they were all full: `trainer.data.block_reader.block_count` counts them.
         """
-        count = tokens // self.payload
+        count = max(0, tokens - self.lookahead) // self.payload
         return max(1, count) if self.whole_documents and tokens else count
 
 
@@ -47,7 +50,8 @@ class Blocks(NamedTuple):
     """What a loader has read.
 
     Attributes:
-        tokens: [B, payload], any integer dtype; of rows [B, payload + 1], with the separators between documents.
+        tokens: [B, payload + lookahead], any integer dtype; of rows [B, payload + 1], with the separators between
+            documents.
         starts: name of a mark → bool of the same shape, True at the first token of each document (word, sentence):
             those that `Samples.marks` names.
         lengths: int64 [B], how many tokens a row shows; what follows them is of no meaning. None for equal stretches.

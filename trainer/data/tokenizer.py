@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from trainer.runtime.plain_text import foreign_message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+BEGIN, END = "begin (cls or bos)", "end (sep or eos)"
 MAXIMUM_ROWS = 1 << 24  # an id beyond is a mistake: at width 768 the table alone would take 48 GiB
 _OLD_HUB_NAME = re.compile(r"(albert|bert|camembert|distilbert|distilroberta|roberta|xlm|xlm-roberta)-[\w.-]+")
 """Names without an owner, from before the hub asked for one; there will be no more of them."""
@@ -36,22 +38,31 @@ class Vocabulary:
     Attributes:
         size: rows of the embedding: one more than the largest id, added tokens included. len(tokenizer) is less where
             ids are left out.
-        begin_id, end_id: put at both ends of every block (<s> and </s>, or [CLS] and [SEP]).
+        begin_id, end_id: put at both ends of every block (<s> and </s>, or [CLS] and [SEP]). A tokenizer that has one
+            of them alone, as GPT-2's, has it for both.
         separator_id: stored after each document; the same as end_id.
+        mask_id, pad_id: None where the tokenizer has none.
         special_ids: all special ids, sorted; never predicted, never drawn as a random replacement.
         sha256: identity of the tokenizer; shards and checkpoints record it.
         unused_ids: ids below `size` that no token has, sorted; they never come up in data, and are never drawn.
+        lacking: roles that no token has; see `need_tokens`.
     """
 
     size: int
     begin_id: int
     end_id: int
     separator_id: int
-    mask_id: int
-    pad_id: int
+    mask_id: int | None
+    pad_id: int | None
     special_ids: tuple[int, ...]
     sha256: str
     unused_ids: tuple[int, ...] = ()
+    lacking: tuple[str, ...] = ()
+
+    @property
+    def filler_id(self) -> int:
+        """What stands where nothing is read from: the padding token or, where there is none, the end token."""
+        return self.end_id if self.pad_id is None else self.pad_id
 
 
 def load_tokenizer(folder: str | Path, where: str = "") -> PreTrainedTokenizerFast:
@@ -125,27 +136,18 @@ def _load(source: Path | str, where: str) -> Any:
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabulary:
-    """Read the ids that training needs.
+    """Read the ids that training needs; what an objective needs beside them it asks for by `need_tokens`.
 
     Raises:
-        UserError: when the tokenizer lacks a mask, pad, begin or end token, or has an id that no model has a row for.
+        UserError: when the tokenizer has neither a begin nor an end token, or an id that no model has a row for.
     """
     begin = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     end = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
-    needed = {
-        "mask": tokenizer.mask_token_id,
-        "pad": tokenizer.pad_token_id,  # never in a block, but stock classes take id 0 for it when it is not set
-        "begin (cls or bos)": begin,
-        "end (sep or eos)": end,
-    }
-    lacking = [name for name, value in needed.items() if value is None]
-    if lacking:
-        raise UserError(
-            f"The tokenizer has no {' and no '.join(lacking)} token.",
-            where=where,
-            remedy="Add it with tokenizer.add_special_tokens and save the folder again.",
-        )
-    assert begin is not None and end is not None and tokenizer.mask_token_id is not None
+    roles = {"mask": tokenizer.mask_token_id, "pad": tokenizer.pad_token_id, BEGIN: begin, END: end}
+    lacking = tuple(name for name, value in roles.items() if value is None)
+    if begin is None and end is None:
+        raise _lack((BEGIN, END), where)
+    begin, end = _first(begin, end), _first(end, begin)
     size, unused = _rows(tokenizer, where)
     return Vocabulary(
         size=size,
@@ -157,6 +159,26 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabular
         special_ids=tuple(sorted({*tokenizer.all_special_ids, begin, end})),
         sha256=tokenizer_sha256(tokenizer),
         unused_ids=unused,
+        lacking=lacking,
+    )
+
+
+def need_tokens(vocabulary: Vocabulary, roles: Sequence[str], where: str = "model.tokenizer") -> None:
+    """Refuse a tokenizer that lacks a token of one of these roles: "mask", "pad", BEGIN, END.
+
+    Raises:
+        UserError: naming those it lacks.
+    """
+    lacking = [role for role in roles if role in vocabulary.lacking]
+    if lacking:
+        raise _lack(lacking, where)
+
+
+def _lack(roles: Sequence[str], where: str) -> UserError:
+    return UserError(
+        f"The tokenizer has no {' and no '.join(roles)} token.",
+        where=where,
+        remedy="Add it with tokenizer.add_special_tokens and save the folder again.",
     )
 
 

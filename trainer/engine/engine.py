@@ -33,7 +33,7 @@ from trainer.model.forward import Forward
 from trainer.runtime.distributed import World
 
 if TYPE_CHECKING:
-    from trainer.data.batch import Documents
+    from trainer.data.batch import Documents, Score
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -129,12 +129,16 @@ class TrainingEngine:
         self._engine.destroy()
 
     def network(
-        self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor, documents: Documents | None = None
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        prediction_index: torch.Tensor | None,
+        documents: Documents | None = None,
+        score: Score | None = None,
     ) -> Any:
         """Run the model; see `trainer.model.forward.Forward`."""
         if self._has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return self._forward(inputs, prediction_index, documents)
+        return self._forward(inputs, prediction_index, documents, score)
 
     def seed_dropout(self, seed: int) -> None:
         """Seed what draws dropout in the next forward pass; in [0, 2^63)."""

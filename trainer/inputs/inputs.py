@@ -32,9 +32,10 @@ from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
 from trainer.inputs.summary import summarize_run
+from trainer.model.classes import CAUSAL, attended_tokens
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
-from trainer.objectives.registry import make_samples
+from trainer.objectives.registry import family_of, make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
@@ -80,17 +81,19 @@ class Inputs:
         first blocks.
         """
         if not self.config.model.document_attention:
-            return tuple(float(phase.seq_len) for phase in self.order.phases)
+            family = family_of(self.config)
+            return tuple(attended_tokens(phase.seq_len, family) for phase in self.order.phases)
         return tuple(self._attended_in_documents(number) for number in range(len(self.order.phases)))
 
     def _attended_in_documents(self, phase: int) -> float:
         objective = self.objectives[phase]
         sources, blocks = self.order.orders[phase].locate(np.arange(_COUNTED_BLOCKS))
-        attended = 0
+        attended, causal = 0, family_of(self.config) == CAUSAL
         for source in np.unique(sources).tolist():
             read = BlockReader(self.sources[source], objective).read_marks(blocks[sources == source])
             positions = positions_in_documents(objective.document_starts(read))
-            attended += int((2 * positions + 1).sum())  # over a document of n tokens that is n²
+            # Over a document of n tokens that is n², or n · (n + 1) / 2.
+            attended += int((positions + 1 if causal else 2 * positions + 1).sum())
         return attended / (_COUNTED_BLOCKS * objective.seq_len)
 
     def data_order(self, with_shards: bool = False) -> dict[str, Any]:
@@ -235,7 +238,8 @@ class _Base:
         vocabulary = read_vocabulary(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         if thorough:
-            rehearse(config.model, vocabulary, [config.data.seq_len, *(phase.seq_len for phase in phases)])
+            lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
+            rehearse(config.model, vocabulary, lengths, family_of(config))
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))

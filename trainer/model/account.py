@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_log
 
 from trainer.errors import UserError
-from trainer.model.classes import model_class_of
+from trainer.model.classes import model_class
 from trainer.runtime.plain_text import listed
 
 _LISTED = 6
@@ -44,9 +44,8 @@ def account_for_weights(config: PretrainedConfig, source: str, shapes: Mapping[s
 
 def _load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size]) -> tuple[PreTrainedModel, Any]:
     number = torch.zeros(())
-    model_class: Any = model_class_of(type(config))
     with _quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random
-        return model_class.from_pretrained(
+        return model_class(config).from_pretrained(
             None,
             config=config,
             state_dict={name: number.expand(shape) for name, shape in shapes.items()},

@@ -1,4 +1,4 @@
-"""From the model section of a config to a masked-LM model with weights."""
+"""From the model section of a config to a model with weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,9 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.classes import AutoClass
+from trainer.model.classes import CAUSAL, MASKED, model_class
 from trainer.model.hf_config import attention_of, build_config, position_offset, position_table, vocabulary_rows
-from trainer.model.masked_head import HEAD_MODULES
+from trainer.model.prediction_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.runtime.paths import is_local, user_path
 
@@ -46,23 +46,28 @@ class BuiltModel:
     says_tied: bool | None = None
 
 
-def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, seed: int) -> BuiltModel:
+def build_model(
+    settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, seed: int, family: str = MASKED
+) -> BuiltModel:
     """Initialise a model, or load a checkpoint and grow its vocabulary to the tokenizer's.
 
     The weights depend on `settings`, `vocabulary` and `seed` alone, so every rank makes the same ones; the global
     random state is left as it was.
+
+    Args:
+        family: as for `build_config`.
 
     Raises:
         UserError: as `build_config`, when a checkpoint cannot be read or lacks weights of the encoder, and when what
             is trained could not be converted.
         DamagedError: when a checkpoint holds values that are not finite.
     """
-    config = build_config(settings, vocabulary, seq_len)
+    config = build_config(settings, vocabulary, seq_len, family)
     notes: list[str] = []
     attention = attention_of(config)
     with _seeded(seed):
         if settings.from_pretrained is None:
-            model = AutoClass.from_config(config, dtype=torch.float32, attn_implementation=attention)
+            model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation=attention)
         else:
             model = _load(settings.from_pretrained, config, attention, notes)
             _correct_ties(model, notes)
@@ -75,14 +80,15 @@ def build_model(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, see
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
     if config.model_type not in HEAD_MODULES:
-        notes.append(f"head: {name} computes the logits of all positions; only known classes skip the unmasked ones")
+        skipped = "hold a part of them at a time" if family == CAUSAL else "skip the unmasked ones"
+        notes.append(f"head: {name} computes the logits of all positions; only known classes {skipped}")
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
     # Earlier versions did not correct it, and tied again what grew.
     says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
     return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied)
 
 
-def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, torch.Tensor]:
+def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:
     """Make the forward arguments that are the same for every packed block; make them once and pass them always.
 
     They save what a stock class does otherwise in each forward pass, a cumulative sum over the padding mask and a
@@ -93,13 +99,18 @@ def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) 
 
     Returns:
         position_ids (from the class's offset) and token_type_ids (zeros), int64 [1, seq_len], each if the class
-        takes it.
+        takes it. Of a causal class that no keys and values are to be kept.
     """
+    inputs: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     if model.config.model_type not in HEAD_MODULES or position_table(model) is None:
-        return {}
+        return inputs
     offset = position_offset(model)
-    inputs = {"position_ids": torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)}
+    inputs |= {"position_ids": torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)}
     inputs["token_type_ids"] = torch.zeros_like(inputs["position_ids"])
+    if model.config.model_type == "megatron-bert":
+        # Without one it makes a mask of ones, and waits for the device to see that it hides nothing. What it is given
+        # it adds to the scores, and False adds 0 in any precision.
+        inputs["attention_mask"] = torch.zeros(1, 1, 1, seq_len, dtype=torch.bool, device=device)
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in accepted}
 
@@ -137,7 +148,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str]) -> PreTrainedModel:
     name = str(user_path(source, "model.from_pretrained")) if is_local(source) else source
     try:
-        model, report = AutoClass.from_pretrained(
+        model, report = model_class(config).from_pretrained(
             name,
             config=config,
             dtype=torch.float32,

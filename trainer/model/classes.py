@@ -1,20 +1,99 @@
-"""Which class of transformers a run trains; masked language models are named nowhere else."""
+"""Which class of transformers a run trains: named nowhere else. A config carries its name, as `architectures`."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM, PretrainedConfig
+import transformers
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+)
 
-AutoClass = AutoModelForMaskedLM
-"""Builds and loads it by the type of a config."""
+MASKED, PAIRED, CAUSAL, PERMUTED = "masked", "paired", "causal", "permuted"
+# transformers gives these a causal class, and attention to both sides unless they are told otherwise.
+_NOT_CAUSAL = {"bert-generation", "xlm", "xlnet"}
 
 
-def has_class(config_class: type[PretrainedConfig]) -> bool:
-    """Tell whether models of this type can be trained."""
-    return config_class in MODEL_FOR_MASKED_LM_MAPPING
+@dataclass(frozen=True)
+class Family:
+    """The classes with one kind of head.
+
+    Attributes:
+        auto_class: of transformers, which loads every one of them.
+        kind: what such a model is, for messages.
+        examples: model types, for messages.
+        classes: model type → name of the class.
+    """
+
+    auto_class: str
+    kind: str
+    examples: str
+    classes: Mapping[str, str]
 
 
-def model_class_of(config_class: type[PretrainedConfig]) -> Any:
-    """Return the class of a type that `has_class`."""
-    return MODEL_FOR_MASKED_LM_MAPPING[config_class]
+def _only(names: Mapping[str, Any], types: Collection[str]) -> dict[str, str]:
+    """Choose types of a table of transformers, in which a type may have several classes: the first is the usual one."""
+    chosen = {model_type: names[model_type] for model_type in types}
+    return {key: value if isinstance(value, str) else value[0] for key, value in chosen.items()}
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        MASKED: Family(
+            "AutoModelForMaskedLM",
+            "encoder with a masked-LM head",
+            "roberta, bert or modernbert",
+            _only(MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ),
+        PAIRED: Family(
+            "AutoModelForPreTraining",
+            "encoder with a head for pairs of sentences beside that for masked tokens",
+            "bert, ernie, megatron-bert or albert",
+            _only(MODEL_FOR_PRETRAINING_MAPPING_NAMES, ("albert", "bert", "ernie", "megatron-bert")),
+        ),
+        CAUSAL: Family(
+            "AutoModelForCausalLM",
+            "decoder with a causal language-model head",
+            "gpt2, llama or opt",
+            _only(
+                MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+                MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - _NOT_CAUSAL,
+            ),
+        ),
+        PERMUTED: Family(
+            "AutoModelForCausalLM",
+            "model of two streams, which predicts tokens in any order",
+            "xlnet",
+            _only(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ("xlnet",)),
+        ),
+    }
+)
+"""By name, which an objective gives."""
+
+
+def choose_class(config: PretrainedConfig, family: str) -> None:
+    """Write into a config which class of the family is meant; its type has one."""
+    config.architectures = [FAMILIES[family].classes[config.model_type]]
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """Return the class that a config names: one that `choose_class` chose, or that a checkpoint has recorded."""
+    (name,) = config.architectures or ()
+    return getattr(transformers, name)
+
+
+def auto_class_of(config: PretrainedConfig) -> str:
+    """Name what of transformers loads the class that a config names."""
+    (name,) = config.architectures or ()
+    return next(family.auto_class for family in FAMILIES.values() if name in family.classes.values())
+
+
+def attended_tokens(seq_len: int, family: str) -> float:
+    """Count how many tokens a token attends to on average in a block, itself included: of a causal model half."""
+    return (seq_len + 1) / 2 if family == CAUSAL else float(seq_len)

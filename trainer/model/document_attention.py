@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from trainer.model.causal_attention import FULL, LOCAL, has_kinds_of_layers, local_window
+from trainer.model.classes import CAUSAL, FAMILIES
 from trainer.model.hf_config import attention_dropout_of, head_width_of, position_offset
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ class DocumentAttention:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self._offset = position_offset(model)
-        # Of ModernBERT's local layers; its forward takes the masks of both kinds of layers by these names.
-        self._window = model.config.sliding_window if model.config.model_type == "modernbert" else None
+        self._causal = model.config.model_type in FAMILIES[CAUSAL].classes
+        self._has_kinds, self._window = has_kinds_of_layers(model.config), local_window(model.config)
         obstacle = _obstacle_to_varlen(model.config, next(model.parameters()).dtype, device)
         self._varlen = obstacle is None
         way = f"a block mask ({obstacle})" if obstacle else "variable-length flash attention"
@@ -59,30 +61,35 @@ class DocumentAttention:
             arguments |= {f"max_length_{side}": seq_len for side in ("q", "k")}
             masks = None, None
         else:
-            masks = block_masks(documents.positions, self._window)
-        full, sliding = masks
-        arguments["attention_mask"] = (
-            full if self._window is None else {"full_attention": full, "sliding_attention": sliding}
-        )
+            masks = block_masks(documents.positions, self._window, self._causal)
+        kinds = dict(zip((FULL, LOCAL), masks, strict=True))
+        arguments["attention_mask"] = kinds if self._has_kinds else masks[0]
         return arguments
 
 
-def block_masks(positions: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def block_masks(
+    positions: torch.Tensor, window: int | None, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Make boolean masks for sdpa, True where a token may look at another.
 
     Args:
         positions: int64 [B, S], the distance of each token from the start of its document.
-        window: how far local attention sees to either side; None where there is none.
+        window: how far local attention sees to either side, or how many tokens a causal one sees, itself included; None
+            where there is none.
+        causal: whether no token may look at a later one.
 
     Returns:
         (full, local), each [B, 1, S, S]; local is None without a window.
     """
     document = (positions == 0).cumsum(dim=1)
     same = (document[:, :, None] == document[:, None, :]).unsqueeze(1)
+    place = torch.arange(positions.shape[1], device=positions.device)
+    distance = place[:, None] - place
+    if causal:
+        same = same & (distance >= 0)
     if window is None:
         return same, None
-    place = torch.arange(positions.shape[1], device=positions.device)
-    return same, same & ((place[:, None] - place).abs() <= window)
+    return same, same & (distance < window if causal else distance.abs() <= window)
 
 
 def _obstacle_to_varlen(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -117,8 +124,8 @@ def varlen_attention(
     """Compute attention within documents, in the form that transformers' registry asks for; sdpa without documents.
 
     Args:
-        query, key, value: [B, heads, S, width], bf16 or fp16.
-        sliding_window: as ModernBERT's local layers give it: one more than what they see to either side.
+        query, key, value: [B, heads, S, width], bf16 or fp16; of keys and values there may be fewer heads.
+        sliding_window: as local layers give it: one more than what they see to either side, or to the left.
         cu_seq_lens_q: int32 [n + 1], where documents begin in the flattened B·S.
         max_length_q: no document is longer.
 
@@ -128,7 +135,10 @@ def varlen_attention(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     assert dropout == 0.0 and max_length_q is not None
-    window = (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+    reach = -1 if sliding_window is None else sliding_window - 1
+    window = (reach, 0 if getattr(module, "is_causal", True) else reach)
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     lengths, longest = cu_seq_lens_q, max_length_q
     output = varlen_attn(q, k, v, lengths, lengths, longest, longest, scale=scaling, window_size=window)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer.data.batch import Documents
+from trainer.data.batch import Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
+from trainer.model.causal_attention import causal_masks, use_causal_sdpa
 from trainer.model.document_attention import DocumentAttention
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 
 
 class Forward:
@@ -26,27 +27,37 @@ class Forward:
         self.model, self.device = model, device
         self.call: Callable[..., Any] = model
         self.document_attention = DocumentAttention(model, device) if document_attention else None
-        self._positions = install(model)
-        self._constants: dict[int, dict[str, torch.Tensor]] = {}  # by seq_len
+        self._head = install(model)
+        if self.document_attention is None:
+            use_causal_sdpa(model)
+        # Some classes look for padding among the tokens, for which the host waits; a block of the stream has none.
+        model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+        self._constants: dict[int, dict[str, Any]] = {}  # by seq_len
 
-    def constants(self, seq_len: int) -> dict[str, torch.Tensor]:
+    def constants(self, seq_len: int) -> dict[str, Any]:
         """Make, once, the arguments that are the same for all blocks of so many tokens."""
         if seq_len not in self._constants:
-            self._constants[seq_len] = constant_inputs(self.model, seq_len, self.device)
+            masks = causal_masks(self.model, seq_len, self.device)
+            self._constants[seq_len] = {**constant_inputs(self.model, seq_len, self.device), **masks}
         return self._constants[seq_len]
 
     def __call__(
-        self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor, documents: Documents | None = None
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        prediction_index: torch.Tensor | None,
+        documents: Documents | None = None,
+        score: Score | None = None,
     ) -> Any:
         """Run the model on B blocks of S tokens.
 
         Args:
             inputs: arguments of the model's forward, among them `input_ids`, int64 [B, S].
-            prediction_index: int64 [n], flat positions into B·S.
+            prediction_index: int64 [n], flat positions into B·S; None for all of them.
             documents: attention stays within them; without, each block is one sequence.
+            score: what is wanted in the place of logits.
 
         Returns:
-            The model's output, its `logits` [n, vocabulary] at these positions.
+            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c].
 
         Raises:
             UserError: when a model whose head is not known gives logits of other positions than it was given.
@@ -57,14 +68,17 @@ class Forward:
         if documents is not None:
             assert self.document_attention is not None
             arguments |= self.document_attention.inputs(documents)
-        with self._positions.select(prediction_index):
+        with self._head.select(prediction_index, score):
             output = self.call(**arguments)
+        if score is not None and self._head.scores:
+            return output
         shape = output.logits.shape[:2]
-        if not self._positions.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
+        if not self._head.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
             raise UserError(
                 f"{type(self.model).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
                 where="data.seq_len",
                 remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
             )
-        output.logits = self._positions.logits(output.logits, prediction_index)
+        logits = self._head.rows(output.logits, prediction_index)
+        output.logits = logits if score is None else score.function(logits, score.labels)
         return output

@@ -19,7 +19,7 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
-from trainer.model.classes import AutoClass, has_class, model_class_of
+from trainer.model.classes import CAUSAL, FAMILIES, MASKED, PERMUTED, choose_class, model_class
 from trainer.model.presets import PRESETS
 from trainer.model.source import read_source
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trainer.data.tokenizer import Vocabulary
 
 _TOKENIZER_DECIDES = "it follows from the tokenizer"
-_ENCODER_ONLY = "only encoders are trained here"
+_OBJECTIVE_DECIDES = "it follows from objective.name"
 _NOT_TO_OVERRIDE: Mapping[str, str] = {
     "vocab_size": _TOKENIZER_DECIDES,
     **{
@@ -37,10 +37,10 @@ _NOT_TO_OVERRIDE: Mapping[str, str] = {
     "model_type": "give another model.preset or model.config",
     "dtype": "give train.precision",
     "torch_dtype": "give train.precision",
-    "is_decoder": _ENCODER_ONLY,
-    "is_encoder_decoder": _ENCODER_ONLY,
-    "add_cross_attention": _ENCODER_ONLY,
-    "use_cache": _ENCODER_ONLY,
+    "is_decoder": _OBJECTIVE_DECIDES,
+    "is_encoder_decoder": _OBJECTIVE_DECIDES,
+    "add_cross_attention": _OBJECTIVE_DECIDES,
+    "use_cache": "training never uses it",
     "sparse_prediction": "only masked positions are predicted anyway",
 }
 DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
@@ -49,38 +49,52 @@ DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
     "distilbert": "DistilBERT",
     "electra": "ELECTRA",
     "ernie": "ERNIE",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX",
+    "llama": "Llama",
     "modernbert": "ModernBERT",
+    "modernbert-decoder": "ModernBERT's decoder",
+    "opt": "OPT",
+    "qwen3": "Qwen3",
     "roberta": "RoBERTa",
     "xlm-roberta": "XLM-RoBERTa",
 }
 """`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
+_OBJECTIVES_OF = {
+    "objective.name=mlm": MASKED,
+    "objective.name=clm": CAUSAL,
+    "objective.name=plm": PERMUTED,
+}
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
 _MOST_LAYERS, _LARGEST_SIZE = 1024, 2**24  # beyond what anybody trains; without a cap a slip builds modules for hours
 _SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
 
 
-def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) -> PretrainedConfig:
+def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, family: str = MASKED) -> PretrainedConfig:
     """Make and check the Hugging Face config of a run; no weights are made or read.
 
     For `from_pretrained` it is the checkpoint's own, before a resize of its vocabulary.
 
+    Args:
+        family: of FAMILIES, that the objective trains.
+
     Raises:
         UserError: for an unknown preset, a file that is no config, an override that is unknown, of the wrong type
-            or not to be made, sizes that do not fit each other, a class without a masked-LM head or without
+            or not to be made, sizes that do not fit each other, a type that has no class in the family, or without
             activation checkpointing or document attention where it is asked for, and a seq_len beyond the model's
             positions.
     """
     where, fields = _source(settings)
-    config_class = _config_class(fields, where)
+    config_class = _config_class(fields, where, family)
     overrides = _checked_overrides(settings, config_class, fields)
     if settings.from_pretrained is None:
-        fields = {**fields, **_token_fields(config_class, vocabulary)}
-    config = _make_config(config_class, {**fields, **overrides}, settings, where)
+        fields = {**fields, **_token_fields(config_class, vocabulary, family)}
+    config = _make_config(config_class, {**fields, **overrides}, settings, where, family)
     _check_sizes(config, where)
     skeleton = _skeleton(config, vocabulary, where)
     if settings.from_pretrained is not None:
-        _refuse_shape_changes(settings, config_class, fields, overrides, vocabulary)
+        _refuse_shape_changes(settings, config_class, fields, overrides, vocabulary, family)
     if settings.activation_checkpointing and not skeleton.supports_gradient_checkpointing:
         raise UserError(
             f"{type(skeleton).__name__} does not support activation checkpointing.",
@@ -101,8 +115,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int) ->
 
 def attention_of(config: PretrainedConfig) -> str:
     """Return 'sdpa' where the model class supports it, else 'eager'."""
-    model_class: Any = model_class_of(type(config))
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    return "sdpa" if model_class(config)._supports_sdpa else "eager"
 
 
 def heads_of(config: PretrainedConfig) -> int:
@@ -125,8 +138,9 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
-    """Read the dropout of the attention's probabilities, which classes have under two names."""
-    return getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None) or 0.0
+    """Read the dropout of the attention's probabilities, which classes have under three names."""
+    names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+    return next((value for name in names if (value := getattr(config, name, None))), 0.0)
 
 
 def position_table(model: PreTrainedModel) -> nn.Embedding | None:
@@ -163,7 +177,7 @@ def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
     return "model.from_pretrained", read_source(settings.from_pretrained, "model.from_pretrained")[0]
 
 
-def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfig]:
+def _config_class(fields: Mapping[str, Any], where: str, family: str) -> type[PretrainedConfig]:
     model_type = fields["model_type"]
     known = list(CONFIG_MAPPING)
     if model_type not in known:
@@ -173,7 +187,8 @@ def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfi
             remedy="Correct model_type, or install a version of transformers that has it.",
         )
     config_class: Any = CONFIG_MAPPING[model_type]
-    decodes = any({**vars(config_class()), **fields}.get(name) for name in ("is_decoder", "is_encoder_decoder"))
+    excluded = ("is_encoder_decoder",) if family == CAUSAL else ("is_decoder", "is_encoder_decoder")
+    is_other = any({**vars(config_class()), **fields}.get(name) for name in excluded)
     if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
         raise UserError(
             f"'{model_type}' is a model of several parts ({', '.join(config_class.sub_configs)}), and only encoders of "
@@ -181,11 +196,13 @@ def _config_class(fields: Mapping[str, Any], where: str) -> type[PretrainedConfi
             where=where,
             remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",
         )
-    if not has_class(config_class) or decodes:
+    if model_type not in FAMILIES[family].classes or is_other:
+        fits = [name for name, other in _OBJECTIVES_OF.items() if model_type in FAMILIES[other].classes]
         raise UserError(
-            f"'{model_type}', as configured, is no encoder with a masked-LM head.",
+            f"'{model_type}', as configured, is no {FAMILIES[family].kind}.",
             where=where,
-            remedy="Choose a model type that AutoModelForMaskedLM knows, such as roberta, bert or modernbert.",
+            remedy=f"Choose a model type such as {FAMILIES[family].examples}"
+            + (f", or train this one with {' or '.join(fits)}." if fits and not is_other else "."),
         )
     return config_class
 
@@ -212,8 +229,8 @@ def _checked_overrides(
     return overrides
 
 
-def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary) -> dict[str, int]:
-    ids = {
+def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, family: str) -> dict[str, int | None]:
+    ids: dict[str, int | None] = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad_id,
         "bos_token_id": vocabulary.begin_id,
@@ -222,12 +239,14 @@ def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary) 
         "sep_token_id": vocabulary.end_id,
         "mask_token_id": vocabulary.mask_id,
     }
+    if family == CAUSAL and vocabulary.pad_id in (vocabulary.begin_id, vocabulary.end_id):
+        ids["pad_token_id"] = None  # a class keeps the row of its padding as it is, and here it is a token to be learnt
     fields = vars(config_class())
     return {name: value for name, value in ids.items() if name in fields}
 
 
 def _make_config(
-    config_class: type[PretrainedConfig], fields: dict[str, Any], settings: ModelConfig, where: str
+    config_class: type[PretrainedConfig], fields: dict[str, Any], settings: ModelConfig, where: str, family: str
 ) -> PretrainedConfig:
     try:
         config = config_class.from_dict(fields)
@@ -239,9 +258,10 @@ def _make_config(
             where=f"model.overrides.{guilty}" if guilty else where,
             remedy="Correct the value.",
         ) from None
-    for name, value in (("use_cache", False), ("sparse_prediction", False)):
+    choose_class(config, family)
+    for name in ("sparse_prediction", *(("use_cache",) if family != CAUSAL else ())):  # generation wants its cache
         if hasattr(config, name):
-            setattr(config, name, value)
+            setattr(config, name, False)
     return config
 
 
@@ -280,11 +300,11 @@ def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> P
     """Build the model on the meta device: shapes and class, no storage."""
     try:
         with torch.device("meta"):
-            return AutoClass.from_config(config, attn_implementation=attention_of(config))
+            return model_class(config)._from_config(config, attn_implementation=attention_of(config))
     except Exception as error:  # a class checks its config as it likes: ValueError, AssertionError, KeyError, ...
         remedy = "Correct the model's config or model.overrides."
         positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(error, AssertionError) and positions is not None and vocabulary.pad_id >= positions:
+        if isinstance(error, AssertionError) and positions is not None and (vocabulary.pad_id or 0) >= positions:
             remedy = (
                 f"The padding token has id {vocabulary.pad_id}, and this class counts its {positions} positions from "
                 "there: use a tokenizer whose special tokens come first."
@@ -302,9 +322,10 @@ def _refuse_shape_changes(
     fields: dict[str, Any],
     overrides: Mapping[str, Any],
     vocabulary: Vocabulary,
+    family: str,
 ) -> None:
     def shapes(change: Mapping[str, Any]) -> dict[str, Any]:
-        config = _make_config(config_class, {**fields, **change}, settings, "model.from_pretrained")
+        config = _make_config(config_class, {**fields, **change}, settings, "model.from_pretrained", family)
         model = _skeleton(config, vocabulary, "model.from_pretrained")
         own = [getattr(config, name, None) for name in _SHAPE_FIELDS]
         return {"fields": own, **{name: tensor.shape for name, tensor in model.state_dict().items()}}

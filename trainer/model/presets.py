@@ -3,8 +3,9 @@
 The vocabulary size and the special ids are not here: they come from the tokenizer.
 
 Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
-BERT, arXiv:1810.04805, section 3; ModernBERT, arXiv:2412.13663, table 4. Fields the papers leave open (epsilons,
-biases, initialisation) are those of the published configurations.
+BERT, arXiv:1810.04805, section 3; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
+smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one.
+Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ _BERT = {
     "initializer_range": 0.02,
 }
 _ROBERTA = {**_BERT, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_GPT2 = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+}
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 
@@ -35,6 +45,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "type_vocab_size": 2,
             "layer_norm_eps": 1e-12,
         },
+        "gpt2": {**_GPT2, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
+        "gpt2-small-char": {**_GPT2, "n_positions": 256, "n_embd": 384, "n_layer": 6, "n_head": 6},
         "modernbert-base": {
             "model_type": "modernbert",
             "hidden_size": 768,

@@ -13,8 +13,9 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
+from trainer.model.classes import MASKED
 from trainer.model.hf_config import build_config, vocabulary_rows
-from trainer.model.masked_head import install
+from trainer.model.prediction_head import install
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.weight_files import weight_shapes
 
@@ -26,16 +27,17 @@ _MOST_WITH_VALUES = 2**28
 """Parameters of a model that is built with values for its rehearsal: 1 GiB, for a moment."""
 
 
-def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int]) -> None:
+def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int], family: str = MASKED) -> None:
     """Do on torch's meta device what a start does with a model: load, grow, save and read, one block forward.
 
     Args:
         seq_lens: tokens a block: `data.seq_len`, and those of the phases.
+        family: as for `build_config`.
 
     Raises:
         UserError: as `build_config` and `build_model`, and for a config whose class cannot compute a block.
     """
-    config = build_config(settings, vocabulary, seq_lens[0])
+    config = build_config(settings, vocabulary, seq_lens[0], family)
     where = _section(settings)
     _refuse_not_finite_fields(config, settings, where)
     model = stock_model(config, _META)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.config import Config, ModelConfig
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
-from trainer.model.classes import has_class, model_class_of
+from trainer.model.classes import FAMILIES, MASKED, choose_class
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
 from trainer.runtime.paths import is_local, real_path, user_path
 from trainer.runtime.user_files import read_json
@@ -145,21 +146,20 @@ def _known_weights(source: str) -> dict[str, torch.Size] | None:
 
 
 def _masked_lm_types() -> Collection[str]:
-    return [name for name, config_class in CONFIG_MAPPING.items() if has_class(config_class)]
+    return FAMILIES[MASKED].classes.keys()
 
 
 def _prefix_of(model_type: str) -> str | None:
     """Find what the names of the weights of a type's encoder begin with."""
-    if model_type not in CONFIG_MAPPING or not has_class(CONFIG_MAPPING[model_type]):
-        return None
-    model_class: Any = model_class_of(CONFIG_MAPPING[model_type])
-    return model_class.base_model_prefix
+    found = [family.classes[model_type] for family in FAMILIES.values() if model_type in family.classes]
+    return getattr(transformers, found[0]).base_model_prefix if found else None
 
 
 def _fits(source: str, fields: Mapping[str, Any], model_type: str, weights: Mapping[str, torch.Size]) -> bool:
     """Tell whether the encoder of a type has all its weights there, in the shapes that the config says."""
     try:
         config = CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})
+        choose_class(config, MASKED)
         account_for_weights(config, source, weights)
     except Exception:  # a config of another class may be refused in any way
         return False

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.errors import UserError
-from trainer.model.classes import AutoClass
+from trainer.model.classes import model_class
 from trainer.runtime.plain_text import listed
 
 # What a saved config may say otherwise without another model following from it.
@@ -20,9 +20,9 @@ _FREE_FIELDS = ("transformers_version", "_name_or_path", "architectures", "dtype
 
 
 def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
-    """Build a model of a config's masked-LM class, weights tied as the config says; on 'meta' without storage."""
+    """Build a model of the class that a config names, weights tied as the config says; on 'meta' without storage."""
     with torch.device(device):
-        model = AutoClass.from_config(config, trust_remote_code=False)
+        model = model_class(config)._from_config(config)
     model.tie_weights()
     return model
 

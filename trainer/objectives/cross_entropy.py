@@ -36,12 +36,14 @@ class _CrossEntropies(torch.autograd.Function):
         probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
         # By the largest probability, which is never so small that it becomes 0.
         log_sums = largest.float() - probabilities.gather(1, place).log()
-        ctx.probabilities, ctx.index, ctx.counted, ctx.dtype = probabilities, index, counted, logits.dtype
+        ctx.save_for_backward(probabilities, index, counted)  # so that a checkpoint computes them again
+        ctx.dtype = logits.dtype
         return (log_sums - logits.gather(1, index).float()).squeeze(1).where(counted, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        weights = gradients[0].where(ctx.counted, 0.0).unsqueeze(1)
-        difference, ctx.probabilities = ctx.probabilities, None  # written over, so there is no second time
-        difference.scatter_add_(1, ctx.index, torch.full_like(weights, -1.0))
+        difference, index, counted = ctx.saved_tensors
+        weights = gradients[0].where(counted, 0.0).unsqueeze(1)
+        # Written over the probabilities, so there is no second time: autograd refuses it.
+        difference.scatter_add_(1, index, torch.full_like(weights, -1.0))
         return difference.mul_(weights).to(ctx.dtype), None

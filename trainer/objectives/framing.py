@@ -21,11 +21,13 @@ class Framed:
         starts: marks of the blocks, bool [B, S]. A document starts with its begin token, and padding is one; words and
             sentences start where they did.
         contents: int64 [B], tokens of the text.
+        lengths: int64 [B], tokens but for the padding at the end.
     """
 
     tokens: NDArray[np.int64]
     starts: Mapping[str, NDArray[np.bool_]]
     contents: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
 
 def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
@@ -37,7 +39,8 @@ def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     if (documents := starts.get(DOCUMENT_STARTS)) is not None:
         documents[:, 0], documents[:, 1] = True, False
     rows, payload = blocks.tokens.shape
-    return Framed(frame_tokens(blocks.tokens, vocabulary), starts, np.full(rows, payload))
+    contents = np.full(rows, payload)
+    return Framed(frame_tokens(blocks.tokens, vocabulary), starts, contents, contents + 2)
 
 
 def frame_tokens(tokens: np.ndarray, vocabulary: Vocabulary) -> NDArray[np.int64]:
@@ -61,7 +64,7 @@ def frame_documents(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     number = np.cumsum(first, axis=1)
     row, place = np.nonzero(shown)
     position = place + number[row, place]
-    tokens = np.full((rows, width + 1), vocabulary.pad_id, np.int64)
+    tokens = np.full((rows, width + 1), vocabulary.filler_id, np.int64)
     tokens[row, position] = blocks.tokens[row, place]
 
     row_of, place_of = np.nonzero(first)
@@ -80,4 +83,4 @@ def frame_documents(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     documents[row_of, begin] = True
     padded = np.flatnonzero(end < width)
     documents[padded, end[padded] + 1] = True
-    return Framed(tokens, starts, blocks.lengths - first.sum(axis=1) + 1)
+    return Framed(tokens, starts, blocks.lengths - first.sum(axis=1) + 1, end + 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trainer.data.batch import Batch
+from trainer.data.batch import Batch, Score
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.objective import Network, Predicted, Tally, Term
 
@@ -19,25 +19,37 @@ class LanguageModelLoss:
         term: name of the loss term, and of its labels in a batch.
         kernel: what computes the losses in training; evaluations keep to `cross_entropies`, so that they do not depend
             on it.
+        accuracy: name and description of the share that is predicted right.
     """
 
-    def __init__(self, term: str, kernel: CrossEntropies = cross_entropies) -> None:
+    def __init__(
+        self,
+        term: str,
+        kernel: CrossEntropies = cross_entropies,
+        accuracy: tuple[str, str] = ("eval/masked_accuracy", "masked accuracy"),
+    ) -> None:
         self.terms = (Term(term, 1.0),)
-        self._kernel = kernel
+        self._kernel, self._accuracy = kernel, accuracy
 
     def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:
         """Compute the cross-entropies of the batch; see `Criterion.predict`."""
         (term,) = self.terms
-        logits = network(batch.inputs, batch.prediction_index, batch.documents).logits
-        kernel = self._kernel if torch.is_grad_enabled() else cross_entropies
-        guesses = None if torch.is_grad_enabled() else logits.argmax(dim=-1)
-        return {term.name: Predicted(kernel(logits, batch.labels[term.name]), guesses)}
+        score = Score(self._score, batch.labels[term.name])
+        scores = network(batch.inputs, batch.prediction_index, batch.documents, score).logits
+        return {term.name: Predicted(scores[:, 0], None if torch.is_grad_enabled() else scores[:, 1].long())}
 
     def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         """Name perplexity and accuracy; see `Criterion.metrics`."""
-        (tally,) = tallies.values()
-        return {"eval/perplexity": math.exp(min(tally.mean, 700.0)), "eval/masked_accuracy": tally.accuracy}
+        tally = tallies[self.terms[0].name]
+        return {"eval/perplexity": math.exp(min(tally.mean, 700.0)), self._accuracy[0]: tally.accuracy}
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Say perplexity and accuracy; see `Criterion.describe`."""
-        return f"perplexity {values['eval/perplexity']:.2f}  masked accuracy {values['eval/masked_accuracy']:.2%}"
+        name, what = self._accuracy
+        return f"perplexity {values['eval/perplexity']:.2f}  {what} {values[name]:.2%}"
+
+    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the losses [n, 1] or, in evaluations, losses and guesses [n, 2]: ids are exact in fp32 up to 2^24."""
+        if torch.is_grad_enabled():
+            return self._kernel(logits, labels).unsqueeze(1)
+        return torch.stack([cross_entropies(logits, labels), logits.argmax(dim=-1).float()], dim=1)

@@ -15,9 +15,9 @@ import torch
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch, Documents
 from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
-from trainer.data.documents import cumulative_lengths, length_counts, positions_in_documents
+from trainer.data.documents import length_counts
 from trainer.data.manifest import WORD_STARTS
-from trainer.data.tokenizer import Vocabulary
+from trainer.data.tokenizer import BEGIN, END, Vocabulary, need_tokens
 from trainer.objectives.framing import frame_block, frame_documents
 from trainer.objectives.masking import Masking, predictions_per_block
 from trainer.objectives.objective import ObjectiveCard
@@ -65,6 +65,9 @@ class MaskedSamples:
         document_attention: whether batches tell where documents begin.
         whole_documents: whether blocks are rows of whole documents, each with attention of its own.
         ratios: share of the content tokens that is predicted, by sample; default the first of the settings throughout.
+
+    Raises:
+        UserError: when the tokenizer lacks a mask, padding, begin or end token.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class MaskedSamples:
         whole_documents: bool = False,
         ratios: Stages | None = None,
     ) -> None:
+        # Padding is never in a block of the stream, but stock classes take id 0 for it when it is not set.
+        need_tokens(vocabulary, ("mask", "pad", BEGIN, END))
+        assert vocabulary.mask_id is not None
         self.vocabulary, self.seq_len = vocabulary, seq_len
         self.view = framed_view(seq_len, whole_documents)
         self._frame = frame_documents if whole_documents else frame_block
@@ -122,12 +128,5 @@ def _batch(input_ids: np.ndarray, index: np.ndarray, labels: np.ndarray, documen
         inputs={"input_ids": torch.from_numpy(input_ids)},
         labels={TERM: torch.from_numpy(labels)},
         prediction_index=torch.from_numpy(index),
-        documents=None if documents is None else _documents(documents),
-    )
-
-
-def _documents(starts: np.ndarray) -> Documents:
-    return Documents(
-        positions=torch.from_numpy(positions_in_documents(starts)),
-        cu_seqlens=torch.from_numpy(cumulative_lengths(starts)),
+        documents=None if documents is None else Documents.of(documents),
     )

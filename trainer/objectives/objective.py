@@ -14,11 +14,22 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from trainer.data.batch import Batch, Documents
+from trainer.data.batch import Batch, Documents, Score
 from trainer.data.blocks import IGNORED_LABEL
 
-Network = Callable[[Mapping[str, torch.Tensor], torch.Tensor, Documents | None], Any]
-"""(inputs of the forward pass, prediction_index [B·k], documents) → the model's output, its `logits` [B·k, V]."""
+
+class Network(Protocol):
+    """What runs a model: see `trainer.model.forward.Forward`."""
+
+    def __call__(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        prediction_index: torch.Tensor | None,
+        documents: Documents | None = None,
+        score: Score | None = None,
+    ) -> Any:
+        """Return the model's output for the inputs of a batch, its `logits` [n, V] or, with `score`, [n, c]."""
+        ...
 
 
 class Term(NamedTuple):

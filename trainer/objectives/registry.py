@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from trainer.config import Config
 from trainer.data.batch import Samples
+from trainer.data.blocks import View, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError, nearest
-from trainer.objectives import mlm
+from trainer.objectives import clm, mlm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
@@ -22,11 +23,15 @@ class Objective:
     """How the two halves of an objective are made, and what is said of it.
 
     Attributes:
+        family: config → the kind of model that it trains, one of `trainer.model.classes.FAMILIES`.
+        view: (config, seq_len) → which tokens a block is, as its samples have it.
         samples: (config, vocabulary, seq_len, whether for evaluations) → what makes its batches.
         criterion: (config, what computes cross-entropies) → its loss.
         card: what a model card says of it.
     """
 
+    family: Callable[[Config], str]
+    view: Callable[[Config, int], View]
     samples: Callable[[Config, Vocabulary, int, bool], Samples]
     criterion: Callable[[Config, CrossEntropies], Criterion]
     card: ObjectiveCard
@@ -41,16 +46,33 @@ def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
         vocabulary,
         seq_len,
         document_attention=config.model.document_attention,
-        whole_documents=config.data.samples == "documents",
+        whole_documents=_whole_documents(config),
         ratios=ratios,
     )
 
 
+def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+    return clm.CausalSamples(vocabulary, seq_len, config.model.document_attention, _whole_documents(config))
+
+
+def _whole_documents(config: Config) -> bool:
+    return config.data.samples == "documents"
+
+
 OBJECTIVES: dict[str, Objective] = {
     "mlm": Objective(
+        family=lambda config: "masked",
+        view=lambda config, seq_len: framed_view(seq_len, _whole_documents(config)),
         samples=_masked_samples,
         criterion=lambda config, kernel: LanguageModelLoss(mlm.TERM, kernel),
         card=mlm.CARD,
+    ),
+    "clm": Objective(
+        family=lambda config: "causal",
+        view=lambda config, seq_len: clm.view_of(seq_len, _whole_documents(config)),
+        samples=_causal_samples,
+        criterion=lambda config, kernel: LanguageModelLoss(clm.TERM, kernel, clm.ACCURACY),
+        card=clm.CARD,
     ),
 }
 
@@ -68,6 +90,24 @@ def find_objective(name: str) -> Objective:
             remedy=f"One of {', '.join(OBJECTIVES)}.",
         )
     return OBJECTIVES[name]
+
+
+def family_of(config: Config) -> str:
+    """Say which kind of model a run trains, by its name in `trainer.model.classes.FAMILIES`.
+
+    Raises:
+        UserError: as `find_objective`.
+    """
+    return find_objective(config.objective.name).family(config)
+
+
+def view_of(config: Config, seq_len: int) -> View:
+    """Say which tokens a block of `seq_len` is.
+
+    Raises:
+        UserError: as `find_objective`.
+    """
+    return find_objective(config.objective.name).view(config, seq_len)
 
 
 def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool = False) -> Samples:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainer.model.hf_config import head_width_of, heads_of
 
@@ -22,16 +24,15 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
 
     that is: every matrix of a layer, the two products of attention, the head at the predicted positions, and twice
     the forward pass for the backward pass (arXiv:2001.08361, section 2.1, with the attention term kept). Other
-    classes are counted by the same rule from their nn.Linear modules. Elementwise work, norms, softmax, embedding
-    look-ups and recomputation are not counted. With document attention only products within a document count, even
-    where a block mask makes sdpa compute the others as well: they are no work of the model. Local attention
-    (ModernBERT) is counted as if it were full, and attention of another kind (Perceiver's) not at all. Weights may be
-    on the meta device or partitioned: only their declared sizes are read.
+    classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed).
+    Elementwise work, norms, softmax, embedding look-ups and recomputation are not counted. With document attention
+    only products within a document count, even where a block mask makes sdpa compute the others as well: they are no
+    work of the model. Local attention (ModernBERT) is counted as if it were full, and attention of another kind
+    (Perceiver's) not at all. Weights may be on the meta device or partitioned: only their declared sizes are read.
 
     Args:
-        model: a masked-LM model.
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
-            attention, `Inputs.attended_tokens`.
+            attention, `Inputs.attended_tokens`; of a causal model half of that.
         prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
     """
     config = model.config
@@ -52,14 +53,18 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
     encoder_matmuls = head_matmuls = 0
     encoder_modules = set(model.base_model.modules())
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
+        if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
             continue
-        flops = 2 * module.in_features * module.out_features
+        flops = 2 * math.prod(_declared_shape(module))
         if module in encoder_modules:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
     return encoder_matmuls, head_matmuls
+
+
+def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _shared_layer_applications(model: PreTrainedModel) -> dict[str, int]:

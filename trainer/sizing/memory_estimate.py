@@ -11,7 +11,8 @@ from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.hf_config import build_config
 from trainer.model.rehearsal import rehearse
-from trainer.objectives.registry import make_samples
+from trainer.objectives.registry import family_of, make_criterion, make_samples
+from trainer.sizing.made_up import made_up_batch
 from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_model
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
@@ -36,7 +37,7 @@ class MemoryEstimate:
         device_type: DeviceType,
         seq_len: int | None = None,
     ) -> None:
-        model_config = build_config(config.model, vocabulary, config.data.seq_len)
+        model_config = build_config(config.model, vocabulary, config.data.seq_len, family_of(config))
         if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
             model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
         self.config, self.zero = config, ZeroSettings.of(preset)
@@ -44,7 +45,8 @@ class MemoryEstimate:
         self._vocabulary = vocabulary
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
         self.seq_len = seq_len or config.data.seq_len
-        self.head_rows = make_samples(config, vocabulary, self.seq_len).head_rows
+        self.samples = make_samples(config, vocabulary, self.seq_len)
+        self.head_rows = self.samples.head_rows
         self._traced: dict[int, TracedStep] = {}
 
     @cached_property
@@ -62,9 +64,13 @@ class MemoryEstimate:
             if not self._traced:
                 settings = self.config.model
                 self._tracer = StepTracer(
-                    self.model, self.device_type, settings.document_attention, settings.activation_checkpointing
+                    self.model,
+                    self.device_type,
+                    make_criterion(self.config),
+                    settings.document_attention,
+                    settings.activation_checkpointing,
                 )
-            self._traced[micro_size] = self._tracer.trace(micro_size, self.seq_len, self.head_rows)
+            self._traced[micro_size] = self._tracer.trace(made_up_batch(self.samples, micro_size))
         return self._traced[micro_size]
 
     def memory(
@@ -87,7 +93,12 @@ class MemoryEstimate:
             )
         except Exception:
             # A card where the model cannot compute a block; else the fault is ours, and its traceback is shown.
-            rehearse(self.config.model, self._vocabulary, [self.config.data.seq_len, self.seq_len])
+            rehearse(
+                self.config.model,
+                self._vocabulary,
+                [self.config.data.seq_len, self.seq_len],
+                family_of(self.config),
+            )
             raise
 
     def largest(

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trainer.data.batch import Documents
-from trainer.model.classes import AutoClass
+from trainer.data.batch import Batch
+from trainer.model.classes import model_class
 from trainer.model.forward import Forward
 from trainer.model.hf_config import attention_of, vocabulary_rows
+from trainer.objectives.objective import Criterion, loss_sums
 
 META = torch.device("meta")
 _LOOKUPS = ("embedding", "index_select", "index", "gather")  # read no more of a table than they return
@@ -123,7 +124,7 @@ class TracedStep:
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config as it is trained, without storage."""
     with META:
-        model = AutoClass.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
+        model = model_class(config)._from_config(config, dtype=dtype, attn_implementation=attention_of(config))
     return model.train()
 
 
@@ -132,6 +133,7 @@ class StepTracer:
 
     Args:
         device_type: whose kernels to take where they differ: those of attention and dropout.
+        criterion: the loss of a micro-batch.
         document_attention: with the block mask, the larger of the two ways to keep attention within documents.
     """
 
@@ -139,32 +141,26 @@ class StepTracer:
         self,
         model: PreTrainedModel,
         device_type: DeviceType,
+        criterion: Criterion,
         document_attention: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         self._model = model
         self._device_type: DeviceType = device_type
-        self._forward, self._document_attention = Forward(model, META, document_attention), document_attention
+        self._forward, self._criterion = Forward(model, META, document_attention), criterion
         if activation_checkpointing:
             # A backward pass leaves function modes behind, so what it computes again gets its own.
             contexts = {"context_fn": lambda: (nullcontext(), _KernelsOf(device_type))}
             model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
-    def trace(self, micro_size: int, seq_len: int, head_rows: int) -> TracedStep:
-        """Describe a micro-batch of `micro_size` blocks of `seq_len`; it is traced when that is looked at.
-
-        Args:
-            head_rows: positions of a block for which logits are computed.
-        """
-        input_ids = torch.zeros(micro_size, seq_len, dtype=torch.int64, device=META)
-        index = torch.zeros(micro_size * head_rows, dtype=torch.int64, device=META)
-        self._forward.constants(seq_len)  # are there before the first pass
-        documents = Documents(positions=input_ids, cu_seqlens=input_ids) if self._document_attention else None
+    def trace(self, batch: Batch) -> TracedStep:
+        """Describe a micro-batch, of which only the shapes count; it is traced when that is looked at."""
+        batch = batch.to(META)
+        self._forward.constants(batch.inputs["input_ids"].shape[1])  # are there before the first pass
 
         def one_pass() -> None:
             with _KernelsOf(self._device_type):
-                logits = self._forward({"input_ids": input_ids}, index, documents).logits
-                functional.cross_entropy(logits.float(), index, reduction="sum").backward()
+                loss_sums(self._criterion, self._forward, batch, source_count=1).sum().backward()
 
         return TracedStep(self._model, one_pass, vocabulary_rows(self._model))
 

@@ -6,12 +6,9 @@ import gc
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from trainer.config import Config
-from trainer.data.batch import Batch
-from trainer.data.blocks import Blocks
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
@@ -20,10 +17,11 @@ from trainer.model.attention_backend import preferring
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
 from trainer.objectives.objective import Criterion, loss_sums
-from trainer.objectives.registry import make_criterion, make_samples
+from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
+from trainer.sizing.made_up import made_up_batch
 from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import GPU_SHARE
 
@@ -130,7 +128,7 @@ class _Trial:
         self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int, criterion: Criterion
     ) -> None:
         plan = BatchPlan(_ACCUMULATION * world.size, 1, world.size, _ACCUMULATION, seq_len, total_steps=1)
-        built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed)
+        built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed, family_of(config))
         self.world = world
         self.engine = TrainingEngine(
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world
@@ -139,7 +137,7 @@ class _Trial:
             # CUDA graphs go with a given micro-batch only, and a trial is no place to time kernels.
             self.engine.compile(True, shapes=shapes)
         self.criterion = criterion
-        self._samples, self._token = make_samples(config, vocabulary, seq_len), vocabulary.mask_id
+        self._samples, self._token = make_samples(config, vocabulary, seq_len), vocabulary.end_id
 
     @classmethod
     def start(
@@ -173,18 +171,12 @@ class _Trial:
         return True
 
     def _micro_step(self, micro_size: int) -> None:
-        batch = self._batch(micro_size).to(self.engine.device)
+        batch = made_up_batch(self._samples, micro_size, self._token).to(self.engine.device)
         losses = loss_sums(self.criterion, self.engine.network, batch, source_count=1)
         # Gradients of nought take as much memory. Those of equal tokens all point one way: in fp16 they would overflow,
         # and a step that is skipped never makes AdamW's state.
         self.engine.backward(losses.sum() * 0)
         self.engine.step(learning_rate=0.0)
-
-    def _batch(self, micro_size: int) -> Batch:
-        shape = (micro_size, self._samples.view.payload)
-        # One document a block, the longest that there may be.
-        starts = {mark: np.zeros(shape, np.bool_) for mark in self._samples.marks}
-        return self._samples.plain(Blocks(np.full(shape, self._token), starts))
 
 
 def _all_agree(world: World, yes: bool) -> bool:

@@ -13,16 +13,16 @@ from trainer.checkpoint.manifest import PROBE
 
 def probe_of(device: str, blocks: int = 4, predictions: int = 3) -> Probe:
     index = torch.arange(blocks * predictions)
-    return Probe(torch.ones(blocks, 16, dtype=torch.int64), index, torch.randn(PROBE_ROWS, 50), device)
+    return Probe({"input_ids": torch.ones(blocks, 16, dtype=torch.int64)}, index, torch.randn(PROBE_ROWS, 50), device)
 
 
 def test_a_gpus_probe_says_so_and_a_cpu_computes_one_block_of_it(tmp_path: Path) -> None:
     """Gpu A12: 128 blocks of roberta-base would take a login node minutes and gigabytes."""
     save_probe(probe_of("cuda"), tmp_path)
     found = read_probe(tmp_path)
-    assert found.device == "cuda" and found.input_ids.shape == (4, 16)
+    assert found.device == "cuda" and found.inputs["input_ids"].shape == (4, 16)
     least = found.for_cpu()
-    assert least.input_ids.shape == (1, 16)
+    assert least.inputs["input_ids"].shape == (1, 16)
     assert least.prediction_index.tolist() == [0, 1, 2]
     assert torch.equal(least.logits, found.logits[:3]), "of the rows that are kept, those of the first block"
     assert len(probe_of("cuda", predictions=20).for_cpu().logits) == PROBE_ROWS

@@ -1,0 +1,156 @@
+"""The vocabulary projection where it is wanted, and no more of it in memory at once than is needed.
+
+A masked-LM class computes logits for all S positions of a block, though the loss reads 15 % of them: with a small
+model that is most of the work and of the memory. Here the head of the stock class receives just the predicted rows
+of the encoder's output. Loss and gradients stay those of the full head, because the head works on each position
+alone. The class, its weights and their names are untouched.
+
+A causal class predicts every position. There the last matrix of the head is applied to some rows after the other, and
+what is made of their logits is kept in their place: in training they are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from trainer.data.batch import Score
+
+HEAD_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "albert": "predictions",
+        "bert": "cls",
+        "camembert": "lm_head",
+        "distilbert": "vocab_transform",
+        "ernie": "cls",
+        "esm": "lm_head",
+        "eurobert": "lm_head",
+        "gpt2": "lm_head",
+        "gpt_neox": "lm_head",
+        "llama": "lm_head",
+        "megatron-bert": "cls",
+        "modernbert": "head",
+        "modernbert-decoder": "lm_head",
+        "opt": "lm_head",
+        "qwen3": "lm_head",
+        "roberta": "lm_head",
+        "xlm-roberta": "lm_head",
+    }
+)
+"""`config.model_type` → the submodule of its class that is first to receive the encoder's output."""
+PROJECTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "gpt2": "lm_head",
+        "gpt_neox": "lm_head",
+        "llama": "lm_head",
+        "modernbert-decoder": "decoder",
+        "opt": "lm_head",
+        "qwen3": "lm_head",
+    }
+)
+"""`config.model_type` → the submodule whose output its causal class returns as logits, unchanged."""
+LOGITS_AT_ONCE = 1 << 25  # 128 MiB in fp32; more of them gain no speed
+
+
+class PredictionHead:
+    """Which positions the head of one model computes, and what becomes of the logits; made by `install`.
+
+    Usage::
+
+        with head.select(prediction_index, score):
+            output = model(input_ids=input_ids, **constants)
+        logits = head.rows(output.logits, prediction_index)
+
+    Outside `select` the model does what its stock class does.
+
+    Attributes:
+        in_head: True when the head itself is restricted; False for a class whose head is not known here, which
+            computes all logits.
+        scores: True when the model returns scores in the place of logits, if they are asked for.
+    """
+
+    def __init__(self, in_head: bool, scores: bool) -> None:
+        self.in_head, self.scores = in_head, scores
+        self._index: torch.Tensor | None = None
+        self._score: Score | None = None
+
+    @contextmanager
+    def select(self, prediction_index: torch.Tensor | None, score: Score | None = None) -> Iterator[None]:
+        """Restrict forward passes inside the `with` to `prediction_index`: int64 [N], flat positions into B·S.
+
+        None does not restrict them.
+        """
+        self._index, self._score = prediction_index, score if self.scores else None
+        try:
+            yield
+        finally:
+            self._index = self._score = None
+
+    def rows(self, logits: torch.Tensor, prediction_index: torch.Tensor | None) -> torch.Tensor:
+        """Return the logits [N, V] at the selected positions, from what a forward pass inside `select` returned."""
+        if prediction_index is None:
+            return logits.flatten(0, -2)
+        return logits if self.in_head else _rows(logits, prediction_index)
+
+    def keep_selected(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Cut encoder output [B, S, H] to its selected rows [N, H]; the forward pre-hook of the head."""
+        if self._index is None:
+            return None
+        hidden, *others = args
+        return (_rows(hidden, self._index), *others)
+
+    def score_in(self, projection: nn.Module) -> None:
+        """Let the last matrix of a head return scores [N, c] for [.., H], as often as it is asked to."""
+        plain, rows_of = projection.forward, projection.weight.shape[0]
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            if self._score is None:
+                return plain(hidden)
+            return _in_pieces(plain, hidden.flatten(0, -2), self._score, int(rows_of))
+
+        projection.forward = forward
+
+
+def install(model: PreTrainedModel) -> PredictionHead:
+    """Let the head of a stock model be restricted to predicted positions.
+
+    A forward pre-hook, not a new forward: it composes with DeepSpeed's hooks that gather a ZeRO-3 partition, and
+    torch.compile traces through it in one graph. Install before the model is compiled.
+    """
+    name, projection = HEAD_MODULES.get(model.config.model_type), PROJECTIONS.get(model.config.model_type)
+    head = PredictionHead(in_head=name is not None, scores=projection is not None)
+    if name is not None:
+        model.get_submodule(name).register_forward_pre_hook(head.keep_selected)
+    if projection is not None:
+        head.score_in(model.get_submodule(projection))
+    return head
+
+
+def _in_pieces(
+    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, score: Score, vocabulary_size: int
+) -> torch.Tensor:
+    """Project [N, H] to logits and score them, so many rows at a time that LOGITS_AT_ONCE hold their logits."""
+
+    def of_rows(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return score.function(project(rows), labels)
+
+    pieces = -(-len(hidden) * vocabulary_size // LOGITS_AT_ONCE)
+    if pieces == 1:
+        return of_rows(hidden, score.labels)
+    size = -(-len(hidden) // pieces)
+    parts = zip(hidden.split(size), score.labels.split(size), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([of_rows(*part) for part in parts])
+    # Nothing in a head is drawn at random, and to look the generator's state up would wait for the device.
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(of_rows, *part, **options) for part in parts])
+
+
+def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return states.flatten(0, -2).index_select(0, index)
