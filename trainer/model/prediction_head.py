@@ -109,10 +109,10 @@ class PredictionHead:
         """Let the last matrix of a head return scores [N, c] for [.., H], as often as it is asked to."""
         plain, vocabulary_size = projection.forward, projection.out_features
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(input: torch.Tensor) -> torch.Tensor:
             if self._score is None:
-                return plain(hidden)
-            return _in_pieces(plain, hidden.flatten(0, -2), self._score, vocabulary_size)
+                return plain(input)
+            return _in_pieces(plain, input.flatten(0, -2), self._score, vocabulary_size)
 
         projection.forward = forward
 
