@@ -158,7 +158,8 @@ def prepare(
         str | None,
         typer.Option(
             metavar="S",
-            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), or by module:function.",
+            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), one a line (lines), or by "
+            "module:function.",
             show_default="not marked",
         ),
     ] = None,

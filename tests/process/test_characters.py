@@ -14,6 +14,7 @@ from tests.commands import maskwright
 from tests.preparing import CHINESE, quiet_console, read_token_documents
 from tools.inspect import show, verify
 from tools.prepare import prepare
+from tools.tokenizer import train_tokenizer
 
 NOVEL = 'Emma  Woodhouse,\thandsome , rich .\r\n "It\'s" <mask> e\u0301 😀\r\n\r\n  ' + "\n\n".join(CHINESE) + "\n"
 LINES = NOVEL.replace("\r\n", "\n").removesuffix("\n")
@@ -45,6 +46,17 @@ def test_the_text_comes_back_from_the_shards(novel: Path, tmp_path: Path, docume
     assert found == [text for text in expected if text]
     assert "unknown" not in said.getvalue()
     assert "1 literal '<mask>' were read as text" in said.getvalue()
+
+
+def test_blanks_before_the_first_line_are_no_sentence(tmp_path: Path, capsys) -> None:
+    """Chinese paragraphs are indented by two wide blanks, which are tokens here."""
+    (tmp_path / "text.txt").write_text("\u3000\u3000我来到北京。\n\u3000\u3000今天天气\n\n" * 60)
+    train_tokenizer([str(tmp_path / "text.txt")], tmp_path / "tokenizer", "character", console=quiet_console())
+    paths = [str(tmp_path / "text.txt")], str(tmp_path / "tokenizer"), str(tmp_path / "data")
+    prepare(*paths, workers=1, sentence_starts="lines", console=quiet_console())
+    show(tmp_path / "data", as_json=True)
+    sample = json.loads(capsys.readouterr().out)["data"]["samples"][0]
+    assert sample["sentences"][:3] == ["我来到北京。", "今天天气", "我来到北京。"]
 
 
 def test_words_and_sentences_are_marked_at_characters(novel: Path, tmp_path: Path, capsys) -> None:
