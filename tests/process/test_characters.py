@@ -48,12 +48,13 @@ def test_the_text_comes_back_from_the_shards(novel: Path, tmp_path: Path, docume
     assert "1 literal '<mask>' were read as text" in said.getvalue()
 
 
-def test_blanks_before_the_first_line_are_no_sentence(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("sentence_starts", ["lines", "rules"])
+def test_blanks_that_a_text_begins_with_are_no_sentence(sentence_starts: str, tmp_path: Path, capsys) -> None:
     """Chinese paragraphs are indented by two wide blanks, which are tokens here."""
     (tmp_path / "text.txt").write_text("\u3000\u3000我来到北京。\n\u3000\u3000今天天气\n\n" * 60)
     train_tokenizer([str(tmp_path / "text.txt")], tmp_path / "tokenizer", "character", console=quiet_console())
     paths = [str(tmp_path / "text.txt")], str(tmp_path / "tokenizer"), str(tmp_path / "data")
-    prepare(*paths, workers=1, sentence_starts="lines", console=quiet_console())
+    prepare(*paths, workers=1, sentence_starts=sentence_starts, console=quiet_console())
     show(tmp_path / "data", as_json=True)
     sample = json.loads(capsys.readouterr().out)["data"]["samples"][0]
     assert sample["sentences"][:3] == ["我来到北京。", "今天天气", "我来到北京。"]

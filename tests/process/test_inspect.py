@@ -170,7 +170,7 @@ def test_show_marks_words_and_sentences(marked_data: Path, capsys) -> None:
     show(marked_data, console=quiet_console())
     printed = capsys.readouterr().out
     assert f"  words      marked by jieba {version('jieba')}; │ before each" in printed
-    assert "  sentences  marked by rules 1; ▸ before each" in printed
+    assert "  sentences  marked by rules 2; ▸ before each" in printed
     assert "▸我│来到│北京│清华大学│。▸今天天气│很│好│，│我们│去│公园│看花│。" in printed
     assert "再│训练│模型│。▸hello│world│2016│年│。" in printed.replace(" ", "")
 

@@ -161,7 +161,7 @@ def test_the_tokens_are_the_same_with_and_without(tmp_path: Path, run_prepare) -
         assert {suffix: files[suffix] for suffix in ("tok", "doc", "sum")} == plain.shards[0].files
         assert other.fingerprint == plain.fingerprint
     assert words.settings == {**plain.settings, "word_starts": "tokenizer"}
-    assert both.settings == {**words.settings, "sentence_starts": "rules 1"}
+    assert both.settings == {**words.settings, "sentence_starts": "rules 2"}
     bits = read_marks(tmp_path / "both", both.shards[0], SENTENCE_STARTS)
     assert bits.sum() == 60  # the text is in lower case: a sentence a document
 
@@ -190,9 +190,9 @@ def test_another_setting_is_refused(tmp_path: Path, run_prepare) -> None:
         (
             "words",
             {"word_starts": "tokenizer", "sentence_starts": "rules"},
-            "sentence_starts None instead of 'rules 1'",
+            "sentence_starts None instead of 'rules 2'",
         ),
-        ("plain", {"sentence_starts": "rules"}, "sentence_starts None instead of 'rules 1'"),
+        ("plain", {"sentence_starts": "rules"}, "sentence_starts None instead of 'rules 2'"),
     ]:
         with pytest.raises(UserError, match=problem):
             run_prepare([path], tmp_path / folder, **options)

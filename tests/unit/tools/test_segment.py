@@ -175,7 +175,7 @@ def test_what_is_recorded_names_the_version(own_module: Path) -> None:
     from importlib.metadata import version
 
     built_in = StartSettings(words="jieba", sentences="rules")
-    assert built_in.recorded() == {"word_starts": f"jieba {version('jieba')}", "sentence_starts": "rules 1"}
+    assert built_in.recorded() == {"word_starts": f"jieba {version('jieba')}", "sentence_starts": "rules 2"}
     assert StartSettings(sentences="lines").recorded() == {"sentence_starts": "lines 1"}
     assert StartSettings(words="tokenizer").recorded() == {"word_starts": "tokenizer"}
     assert StartSettings().recorded() == {}
