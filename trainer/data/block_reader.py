@@ -86,15 +86,15 @@ class MarkedTokens:
 
     def starts(self, first: NDArray[np.int64], length: int) -> NDArray[np.bool_]:
         """Find which tokens of stretches of the stream are marked: [B, length]; `first` is int64 [B]."""
+        if (within := self._shards.in_one_shard(first, length)) is not None:  # as those of a small batch mostly are
+            shard, offsets = within
+            return unpack_stretches(self._bits[shard], offsets, length)
         _, shards, offsets, lengths = self._shards.pieces(first, length).T
         places = np.cumsum(lengths) - lengths  # of the pieces in the flattened result
         found = np.empty(len(first) * length, np.bool_)
-        for shard, count in sorted({*zip(shards.tolist(), lengths.tolist(), strict=True)}):  # mostly one
+        for shard, count in sorted({*zip(shards.tolist(), lengths.tolist(), strict=True)}):
             here = np.flatnonzero((shards == shard) & (lengths == count))
-            bits = unpack_stretches(self._bits[shard], offsets[here], count)
-            if len(here) == len(first) and count == length:
-                return bits
-            found[places[here][:, None] + np.arange(count)] = bits
+            found[places[here][:, None] + np.arange(count)] = unpack_stretches(self._bits[shard], offsets[here], count)
         return found.reshape(len(first), length)
 
 

@@ -102,7 +102,7 @@ class ShardSet:
         Raises:
             DamagedError: when a part that is read differs from its sum, or is not there.
         """
-        if (within := self._in_one_shard(starts, length)) is not None:
+        if (within := self.in_one_shard(starts, length)) is not None:
             shard, offsets = within
             return self._shard(shard).read(offsets, length)
         out = np.empty((len(starts), length), self.dtype)
@@ -141,7 +141,7 @@ class ShardSet:
         offsets = begins - self._starts[segments] + self._offsets[segments]
         return np.stack([rows, self._shards[segments], offsets, lengths], axis=1)
 
-    def _in_one_shard(self, starts: NDArray[np.int64], length: int) -> tuple[int, NDArray[np.int64]] | None:
+    def in_one_shard(self, starts: NDArray[np.int64], length: int) -> tuple[int, NDArray[np.int64]] | None:
         """Find shard and offsets of stretches that all lie in one segment, as those of a small batch mostly do."""
         if not len(starts):
             return None

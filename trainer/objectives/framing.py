@@ -35,12 +35,18 @@ def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
 
     The begin token belongs to a block's first document, and the end token to its last.
     """
-    starts = {mark: np.pad(marked, ((0, 0), (1, 1))) for mark, marked in blocks.starts.items()}
+    starts = {mark: _pad(marked) for mark, marked in blocks.starts.items()}
     if (documents := starts.get(DOCUMENT_STARTS)) is not None:
         documents[:, 0], documents[:, 1] = True, False
     rows, payload = blocks.tokens.shape
     contents = np.full(rows, payload)
     return Framed(frame_tokens(blocks.tokens, vocabulary), starts, contents, contents + 2)
+
+
+def _pad(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    padded = np.zeros((len(marked), marked.shape[1] + 2), np.bool_)  # np.pad takes as long as all the rest
+    padded[:, 1:-1] = marked
+    return padded
 
 
 def frame_tokens(tokens: np.ndarray, vocabulary: Vocabulary) -> NDArray[np.int64]:
