@@ -43,6 +43,20 @@ def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     return Framed(frame_tokens(blocks.tokens, vocabulary), starts, contents, contents + 2)
 
 
+def frame_at_end(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
+    """Frame equal stretches of the stream, [B, S − 2], as XLNet does: an end token and then a begin token follow each.
+
+    There they are `<sep>` and `<cls>` (zihangdai/xlnet, data_utils.py). So position 0 of a row is text.
+    """
+    starts = {mark: np.pad(marked, ((0, 0), (0, 2))) for mark, marked in blocks.starts.items()}
+    rows, payload = blocks.tokens.shape
+    tokens = np.empty((rows, payload + 2), np.int64)
+    tokens[:, :-2] = blocks.tokens
+    tokens[:, -2], tokens[:, -1] = vocabulary.end_id, vocabulary.begin_id
+    contents = np.full(rows, payload)
+    return Framed(tokens, starts, contents, contents + 2)
+
+
 def frame_tokens(tokens: np.ndarray, vocabulary: Vocabulary) -> NDArray[np.int64]:
     """Put the begin and end tokens around tokens [B, payload]; int64 [B, payload + 2]."""
     framed = np.empty((len(tokens), tokens.shape[1] + 2), np.int64)
