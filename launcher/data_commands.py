@@ -59,8 +59,12 @@ def tokenizer_train(
     inputs: Inputs,
     output: Annotated[str, typer.Option("--output", metavar="DIR", help="The tokenizer folder to write.")],
     kind: Annotated[
-        Literal["bytelevel-bpe", "wordpiece", "unigram"],
-        typer.Option("--type", help="bytelevel-bpe as RoBERTa, wordpiece as BERT, unigram as XLM-RoBERTa."),
+        Literal["bytelevel-bpe", "wordpiece", "unigram", "character"],
+        typer.Option(
+            "--type",
+            help="bytelevel-bpe as RoBERTa, wordpiece as BERT, unigram as XLM-RoBERTa; character: each character "
+            "a token, blanks and line ends too.",
+        ),
     ] = "bytelevel-bpe",
     vocabulary_size: Annotated[
         int, typer.Option("--vocab-size", metavar="N", min=1, help="Tokens, special ones included.")
@@ -80,6 +84,7 @@ def tokenizer_train(
     Examples:
       maskwright tokenizer train --input texts/*.txt --output tokenizer --vocab-size 32000
       maskwright tokenizer train --input dump.jsonl --field body --type wordpiece --cased --output tokenizer
+      maskwright tokenizer train --input novel.txt --documents file --type character --output tokenizer
     """
     from tools.tokenizer import train_tokenizer
 
@@ -153,7 +158,8 @@ def prepare(
         str | None,
         typer.Option(
             metavar="S",
-            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), or by module:function.",
+            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), one a line (lines), or by "
+            "module:function.",
             show_default="not marked",
         ),
     ] = None,

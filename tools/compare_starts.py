@@ -32,6 +32,7 @@ VARIANTS = {
     "words: tokenizer": StartSettings(words="tokenizer"),
     "words: jieba": StartSettings(words="jieba"),
     "sentences: rules": StartSettings(sentences="rules"),
+    "sentences: lines": StartSettings(sentences="lines"),
     "words: tokenizer, sentences: rules": StartSettings(words="tokenizer", sentences="rules"),
 }
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: byte-level BPE as RoBERTa has it, WordPiece as BERT, unigram as XLM-RoBERTa."""
+"""Training a tokenizer: byte-level BPE as RoBERTa has it, WordPiece as BERT, unigram as XLM-RoBERTa, characters."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.normalizers import Normalizer
 
+from tools.characters import Alphabet, character_tokenizer
 from tools.interruptible import run_interruptibly
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.hints import input_notes
@@ -37,13 +38,14 @@ from trainer.runtime.plain_text import shorten
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-KINDS = ("bytelevel-bpe", "wordpiece", "unigram")
+KINDS = ("bytelevel-bpe", "wordpiece", "unigram", "character")
 MODEL_MAX_LENGTH = 512
 LARGEST_VOCABULARY = 1 << 22  # the trainers take memory for each token that is asked for, found or not
 _SPECIAL_TOKENS = {
     "bytelevel-bpe": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
     "wordpiece": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     "unigram": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    "character": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
 }
 # wordpiece and unigram know single characters: the most frequent thirtieth of the vocabulary (a thousand, as in BERT),
 # and more where a script needs it, down to this share of the text (as in SentencePiece). The rest is unknown.
@@ -71,7 +73,8 @@ def train_tokenizer(
     - bytelevel-bpe (arXiv:1907.11692): any text without an unknown token; <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> 4;
     - wordpiece (arXiv:1810.04805, the uncased BERT): lower case, no accents, Chinese characters apart; [PAD] 0,
       [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4;
-    - unigram (arXiv:1804.10959): NFKC, words marked with ▁; special tokens as in bytelevel-bpe.
+    - unigram (arXiv:1804.10959): NFKC, words marked with ▁; special tokens as in bytelevel-bpe;
+    - character: each character a token, blanks and line ends too, and nothing else; special tokens as in bytelevel-bpe.
 
     The same inputs give the same files, but for unigram: its trainer starts from a hash map in random order, and
     the scores differ in the fourth digit from run to run. Words of more than LONGEST_WORD characters are cut.
@@ -101,15 +104,14 @@ def train_tokenizer(
         reading = TextSettings(found.format, documents, field, scratch, delimiter, on_bad_document)
         pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
         text = TrainingText(pieces, reading, progress)
-        tokenizer = run_interruptibly(
+        tokenizer, note = run_interruptibly(
             lambda cancel: _train(kind, cased, vocabulary_size, text.until(cancel)), text.tick
         )
     _say_what_was_lost(text, console)
-    reached = tokenizer.get_vocab_size()
-    if reached < vocabulary_size:
-        console.print(f"Note: this text supports {reached:,} tokens, not {vocabulary_size:,}; more text gives more.")
+    if note:
+        say(console, note)
     _save(_wrap(tokenizer, kind), folder)
-    console.print(f"Wrote the tokenizer ({kind}, {reached:,} tokens) to {folder}", highlight=False, soft_wrap=True)
+    say(console, f"Wrote the tokenizer ({kind}, {tokenizer.get_vocab_size():,} tokens) to {folder}")
     return folder
 
 
@@ -132,17 +134,41 @@ def _check(kind: str, vocabulary_size: int, cased: bool) -> None:
             f"A {kind} tokenizer is always cased.", where="--cased", remedy="Leave it out, or add --type wordpiece."
         )
     smallest = len(_SPECIAL_TOKENS[kind]) + (256 if kind == "bytelevel-bpe" else 1)
+    usual = "RoBERTa has 50265, BERT 30522."
     if not smallest <= vocabulary_size <= LARGEST_VOCABULARY:
         bound = f"at least {smallest}" if vocabulary_size < smallest else f"at most {LARGEST_VOCABULARY:,}"
         shown = shorten(str(vocabulary_size), 40)
         raise UserError(
             f"A {kind} vocabulary needs {bound} tokens, got {shown}.",
             where=f"--vocab-size {shown}",
-            remedy="RoBERTa has 50265, BERT 30522.",
+            remedy="Leave it out to have all characters of a usual text." if kind == "character" else usual,
         )
 
 
-def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> Tokenizer:
+def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> tuple[Tokenizer, str]:
+    """Train a tokenizer; return it with what there is to say of its size, which may be nothing."""
+    if kind == "character":
+        return _train_characters(vocabulary_size, text)
+    tokenizer = _train_pieces(kind, cased, vocabulary_size, text)
+    reached = tokenizer.get_vocab_size()
+    if reached >= vocabulary_size:
+        return tokenizer, ""
+    return tokenizer, f"Note: this text supports {reached:,} tokens, not {vocabulary_size:,}; more text gives more."
+
+
+def _train_characters(vocabulary_size: int, text: TrainingText) -> tuple[Tokenizer, str]:
+    special, counts = _special_tokens("character"), text.count_characters()
+    if not counts:
+        raise UserError(
+            "The input holds no character: its documents are empty, or were left out.",
+            where="--input",
+            remedy="Give files that hold text, and the --field that has it.",
+        )
+    alphabet = Alphabet.of(counts, vocabulary_size - len(special))
+    return character_tokenizer(alphabet, special, "<unk>"), alphabet.describe(len(special))
+
+
+def _train_pieces(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> Tokenizer:
     special = _special_tokens(kind)
     tokenizer = _untrained(kind, cased)
     common: dict[str, Any] = {"vocab_size": vocabulary_size, "show_progress": False}
@@ -199,8 +225,10 @@ def _special_tokens(kind: str) -> list[AddedToken]:
 
     The mask of the kinds that mark word starts takes the blank before it along: it stands for " word".
     """
+    takes_blank = kind in ("bytelevel-bpe", "unigram")
     return [
-        AddedToken(token, lstrip=token == "<mask>", normalized=False, special=True) for token in _SPECIAL_TOKENS[kind]
+        AddedToken(token, lstrip=takes_blank and token == "<mask>", normalized=False, special=True)
+        for token in _SPECIAL_TOKENS[kind]
     ]
 
 
@@ -248,13 +276,16 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
     names = {"cls_token": begin, "sep_token": end, "pad_token": pad, "unk_token": unknown}
     if kind != "wordpiece":
         names |= {"bos_token": begin, "eos_token": end}
+    # Where a blank is a token of its own, the decoded text is to have every one.
+    clean_up: dict[str, Any] = {"clean_up_tokenization_spaces": False} if kind == "character" else {}
     inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "wordpiece" else None
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=MODEL_MAX_LENGTH,
         model_input_names=inputs or ["input_ids", "attention_mask"],
-        mask_token=AddedToken(mask, lstrip=mask == "<mask>", normalized=False, special=True),
+        mask_token=next(token for token in _special_tokens(kind) if token.content == mask),
         **names,
+        **clean_up,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Self
 
@@ -22,7 +23,7 @@ _TEXT_A_STEP = 1 << 16  # characters
 
 
 class TrainingText:
-    """Documents one after another; a new pass each time `texts` is called.
+    """Documents one after another; a new pass each time `texts` or `count_characters` is called.
 
     Attributes:
         losses: what the last pass left out.
@@ -47,17 +48,38 @@ class TrainingText:
         Raises:
             KeyboardInterrupt: when cancelled.
         """
+        for text in self._documents():
+            if normalizer is not None:
+                text = normalizer.normalize_str(text)
+            if alphabet is not None:
+                text = text.translate({ord(character): " " for character in set(text) - alphabet})
+            yield from self._cut(text)
+
+    def count_characters(self) -> Counter[str]:
+        """Count the characters of all documents, and one line end between two that were lines of a text file.
+
+        So the line end is known to a tokenizer of text that `prepare` cuts in another way.
+
+        Raises:
+            KeyboardInterrupt: when cancelled.
+        """
+        counts: Counter[str] = Counter()
+        seams = -1
+        for text in self._documents():
+            counts.update(text)
+            seams += 1
+        if seams > 0 and self._reading.format == "text" and self._reading.documents != "file":
+            counts["\n"] += seams
+        return counts
+
+    def _documents(self) -> Iterator[str]:
         self.losses, self.cut_words, self._read_at = Losses(), 0, None
         before = since = 0
         for piece in self._pieces:
             for text, position in read_documents(piece, self._reading, self.losses):
                 if self._cancel is not None and self._cancel.is_set():
                     raise KeyboardInterrupt
-                if normalizer is not None:
-                    text = normalizer.normalize_str(text)
-                if alphabet is not None:
-                    text = text.translate({ord(character): " " for character in set(text) - alphabet})
-                yield from self._cut(text)
+                yield text
                 since += len(text)
                 if since >= _TEXT_A_STEP:
                     self._progress.update(before + position)

@@ -7,32 +7,41 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import ADDING, losses, metrics, run_ranks, tiny_config, train, write_config
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.inputs.inputs import open_inputs
+from trainer.model.build import build_model
+from trainer.model.classes import CAUSAL
 
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "preset": "gpt2",
         "overrides": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
         | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     },
+    "bert": {"config": {"model_type": "bert-generation", **SIZES}},
     "llama": {
         "config": {
             "model_type": "llama",
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
+            **SIZES,
             "num_key_value_heads": 2,
-            "intermediate_size": 48,
-            "max_position_embeddings": 64,
             "tie_word_embeddings": False,
         }
     },
@@ -62,6 +71,15 @@ def lose_the_last(config: Config) -> None:
     shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000012")
 
 
+def train_bert_generation(config: Config) -> int:
+    """Runs on each rank: as if nobody had known that the type is not causal by itself."""
+    from trainer.model import classes
+    from trainer.train import run
+
+    classes.FAMILIES[CAUSAL].classes["bert-generation"] = "BertGenerationDecoder"  # type: ignore[index]
+    return run(config)
+
+
 def train_in_pieces(config: Config) -> int:
     """Runs on each rank: logits of a few rows at a time."""
     from trainer.model import prediction_head
@@ -71,7 +89,7 @@ def train_in_pieces(config: Config) -> int:
     return run(config)
 
 
-@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
     model_type: str, workspace: Path, tmp_path: Path
 ) -> None:
@@ -144,3 +162,50 @@ def test_what_does_not_fit_is_one_card(workspace: Path, tmp_path: Path) -> None:
     path = write_config(config_of(workspace, tmp_path / "run", "gpt2"), tmp_path / "c.yaml")
     done = maskwright("validate", str(path), "objective.scheme=word")
     assert_one_card(done, EXIT_USER_MISTAKE, "scheme does nothing with name clm")
+
+
+def plain_losses(config: Config, steps: int) -> list[float]:
+    """Train transformers' GPT-2 by a loop of plain torch, on windows of the token file in the order of the run."""
+    inputs = open_inputs(config, 1)
+    model = build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed, CAUSAL).model
+    stock = GPT2LMHeadModel(GPT2Config.from_dict(model.config.to_dict()))
+    stock.load_state_dict(model.state_dict())
+    (file,) = Path(config.data.train[0].path).glob("train/*.tok")
+    stream = torch.from_numpy(np.fromfile(file, "<u2").astype(np.int64))
+    length, batch, peak = config.data.seq_len, config.batch.global_size, config.optimizer.lr
+    decayed = [weight for weight in stock.parameters() if weight.ndim > 1]
+    others = [weight for weight in stock.parameters() if weight.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    found = []
+    for step in range(1, steps + 1):
+        _, blocks = inputs.order.locate(np.arange((step - 1) * batch, step * batch))
+        windows = torch.stack([stream[block * length : (block + 1) * length + 1] for block in blocks.tolist()])
+        logits = stock(input_ids=windows[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stock.parameters(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = peak * min(1.0, step / 4) * (1 - max(0, step - 4) / (steps - 4))
+        adamw.step()
+        found.append(loss.item())
+    return found
+
+
+def test_a_loop_of_plain_torch_gives_the_same_losses(workspace: Path, tmp_path: Path) -> None:
+    """As nanoGPT trains: windows of the stream, each token told from those before it, clipped AdamW."""
+    sections = {"train": {"steps": 20}, "eval": {"every_steps": None}, "data": {"validation": None}}
+    config = config_of(workspace, tmp_path / "run", "gpt2", **sections)
+    assert train(config, 2) == EXIT_FINISHED
+    assert losses(tmp_path / "run") == pytest.approx(plain_losses(config, 20), abs=1e-5, rel=0)
+
+
+def test_a_class_that_sees_what_it_is_to_tell_is_refused(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """BERT's generation model is causal only when it is told so; transformers counts it among the causal ones."""
+    config = config_of(workspace, tmp_path / "run", "bert")
+    assert run_ranks(train_bert_generation, 2, config) == [EXIT_USER_MISTAKE] * 2
+    assert "BertGenerationDecoder, as configured, looks at later tokens" in capfd.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -170,7 +170,7 @@ def test_show_marks_words_and_sentences(marked_data: Path, capsys) -> None:
     show(marked_data, console=quiet_console())
     printed = capsys.readouterr().out
     assert f"  words      marked by jieba {version('jieba')}; │ before each" in printed
-    assert "  sentences  marked by rules 1; ▸ before each" in printed
+    assert "  sentences  marked by rules 2; ▸ before each" in printed
     assert "▸我│来到│北京│清华大学│。▸今天天气│很│好│，│我们│去│公园│看花│。" in printed
     assert "再│训练│模型│。▸hello│world│2016│年│。" in printed.replace(" ", "")
 
@@ -195,6 +195,19 @@ def test_show_lists_words_and_sentences_in_json(marked_data: Path, data: Path, c
     assert "我 来 到" in sample["text"] and "│" not in sample["text"]
     show(data, as_json=True, console=quiet_console())
     assert sorted(json.loads(capsys.readouterr().out)["train"]["samples"][0]) == ["block", "text"]
+
+
+def test_show_marks_sentences_that_are_lines(tmp_path: Path, run_prepare, capsys) -> None:
+    """With blanks at ends of lines where they stood."""
+    (tmp_path / "text.txt").write_text("ka lo. mi\n  neru ka \nmi\n\nlo\n\n" * 60)
+    run_prepare([tmp_path / "text.txt"], tmp_path / "data", sentence_starts="lines")
+    show(tmp_path / "data")
+    printed = capsys.readouterr().out
+    assert "  sentences  marked by lines 1; ▸ before each" in printed
+    assert "▸ka lo. mi\n  ▸neru ka \n▸mi" in printed
+    show(tmp_path / "data", as_json=True)
+    sample = json.loads(capsys.readouterr().out)["data"]["samples"][0]
+    assert sample["sentences"][:5] == ["ka lo. mi", "neru ka", "mi", "lo", "ka lo. mi"]
 
 
 def test_words_of_byte_level_bpe_read_as_the_text(tmp_path: Path, run_prepare, capsys) -> None:

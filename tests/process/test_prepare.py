@@ -32,7 +32,7 @@ from tools.prepare.plan import plan_units
 from tools.prepare.worker import _portable, choose_split
 from trainer.data.dataset import ShardSet
 from trainer.data.manifest import PREPARE_WORK_FOLDER, read_data_manifest
-from trainer.errors import MaskwrightError, UserError
+from trainer.errors import UserError
 
 TEXTS = ["First document, two lines:\nhere.", "naïve café 漢字 😀", 'He said "no, 1.50".', "", "last <mask> </s> one"]
 
@@ -318,18 +318,23 @@ def test_the_estimate_and_the_summary_are_printed(tmp_path: Path, run_prepare) -
         assert word in lines
 
 
-def test_a_killed_worker_is_reported(tmp_path: Path, tokenizer: Path, monkeypatch) -> None:
-    path = write_text(tmp_path / "text.txt", documents=10000, seed=1)
-    printed = Console(file=io.StringIO())
-
-    def kill_workers(*_: object) -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGKILL)
-
-    monkeypatch.setattr("tools.prepare.progress.ReadProgress.update", kill_workers)
-    with pytest.raises(MaskwrightError, match="killed by signal 9") as caught:
-        prepare([str(path)], str(tokenizer), str(tmp_path / "data"), workers=1, console=printed)
-    assert f"bytes 0 to {path.stat().st_size:,} of 'text.txt'" in caught.value.where
+def test_a_killed_worker_is_reported(tmp_path: Path, tokenizer: Path) -> None:
+    """Held before its record gets its name: one that had finished would not be missed."""
+    path, output = write_text(tmp_path / "text.txt", documents=100, seed=1), tmp_path / "data"
+    command = [sys.executable, "-m", "launcher", "prepare", "--input", str(path), "--tokenizer", str(tokenizer)]
+    process = subprocess.Popen(
+        [*command, "--output", str(output), "--workers", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **record_gate(tmp_path, 0)},
+    )
+    wait_for(lambda: any((output / PREPARE_WORK_FOLDER).glob("*unit-00000.json*")), "the record")
+    (worker,) = (each for server in psutil.Process(process.pid).children() for each in server.children())
+    worker.kill()
+    _, printed = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, printed
+    assert "A worker process was killed by signal 9." in printed
+    assert f"bytes 0 to {path.stat().st_size:,} of 'text.txt'" in printed.replace("\n", " ")
 
 
 def test_what_a_user_can_mend_in_a_worker_is_no_traceback(tmp_path: Path, small_units) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_the_tokens_are_the_same_with_and_without(tmp_path: Path, run_prepare) -
         assert {suffix: files[suffix] for suffix in ("tok", "doc", "sum")} == plain.shards[0].files
         assert other.fingerprint == plain.fingerprint
     assert words.settings == {**plain.settings, "word_starts": "tokenizer"}
-    assert both.settings == {**words.settings, "sentence_starts": "rules 1"}
+    assert both.settings == {**words.settings, "sentence_starts": "rules 2"}
     bits = read_marks(tmp_path / "both", both.shards[0], SENTENCE_STARTS)
     assert bits.sum() == 60  # the text is in lower case: a sentence a document
 
@@ -189,9 +190,9 @@ def test_another_setting_is_refused(tmp_path: Path, run_prepare) -> None:
         (
             "words",
             {"word_starts": "tokenizer", "sentence_starts": "rules"},
-            "sentence_starts None instead of 'rules 1'",
+            "sentence_starts None instead of 'rules 2'",
         ),
-        ("plain", {"sentence_starts": "rules"}, "sentence_starts None instead of 'rules 1'"),
+        ("plain", {"sentence_starts": "rules"}, "sentence_starts None instead of 'rules 2'"),
     ]:
         with pytest.raises(UserError, match=problem):
             run_prepare([path], tmp_path / folder, **options)
@@ -214,6 +215,65 @@ def test_units_of_an_interrupted_run_with_other_settings_are_done_again(
 
     assert folder_hashes(data) == folder_hashes(own_words / "clean")
     assert not list(data.glob("shard-*.snt"))
+
+
+DOCUMENTS = (
+    "\u3000\u3000One sentence. Of two\r\n  goes on, in lower case\r\n\u3000\r\nThird",
+    "A document of one line.",
+    "Last\r\none",
+)
+SENTENCES = [
+    ["One sentence. Of two", "goes on, in lower case", "Third"],
+    ["A document of one line."],
+    ["Last", "one"],
+]
+"""Documents as the original BERT's, a sentence a line; and the sentences to be found in them."""
+
+
+def as_text(folder: Path) -> Path:
+    """With blank lines between the documents."""
+    (folder / "in.txt").write_bytes("\r\n \r\n\r\n".join(DOCUMENTS).encode())
+    return folder / "in.txt"
+
+
+def as_rows(folder: Path) -> Path:
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    return folder / "in.jsonl"
+
+
+def as_csv(folder: Path) -> Path:
+    (folder / "in.csv").write_bytes("".join(["text\r\n", *(f'"{text}"\r\n' for text in DOCUMENTS)]).encode())
+    return folder / "in.csv"
+
+
+@pytest.mark.parametrize("write", [as_text, as_rows, as_csv])
+def test_sentences_are_lines_within_documents(write: Callable[[Path], Path], tmp_path: Path, run_prepare) -> None:
+    run_prepare([write(tmp_path)], tmp_path / "data", sentence_starts="lines")
+    manifest = read_data_manifest(tmp_path / "data")
+    assert manifest.settings["sentence_starts"] == "lines 1"
+    tokenizer = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer" / "tokenizer.json"))
+    (entry,) = manifest.shards
+    tokens = np.fromfile(tmp_path / "data" / f"{entry.name}.tok", manifest.dtype).astype(int).tolist()
+    bits, found = read_marks(tmp_path / "data", entry, SENTENCE_STARTS), []
+    for begin, end in itertools.pairwise(document_starts(tmp_path / "data", entry).astype(int).tolist()):
+        places = [*(np.flatnonzero(bits[begin : end - 1]) + begin).tolist(), end - 1]
+        found.append([tokenizer.decode(tokens[a:b]).strip() for a, b in itertools.pairwise(places)])
+    assert found == SENTENCES
+    verify(tmp_path / "data", console=quiet_console())
+
+
+def test_lines_are_the_same_sentences_however_long_the_text_and_whatever_the_workers(
+    tmp_path: Path, run_prepare, small_units
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"ka lo {number}\n mi\n\n" for number in range(2000)))
+    for workers in (1, 2):
+        run_prepare([path], tmp_path / str(workers), sentence_starts="lines", workers=workers)
+    assert folder_hashes(tmp_path / "1") == folder_hashes(tmp_path / "2")
+    run_prepare([path], tmp_path / "file", sentence_starts="lines", documents="file")
+    for name in ("1", "file"):
+        shards = read_data_manifest(tmp_path / name).shards
+        assert sum(int(read_marks(tmp_path / name, entry, SENTENCE_STARTS).sum()) for entry in shards) == 4000
 
 
 def test_documents_without_tokens_start_nothing(tmp_path: Path, chinese: Path) -> None:

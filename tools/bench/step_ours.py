@@ -75,6 +75,7 @@ class TorchStepper:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         index, labels = batch.prediction_index, batch.labels[TERM]
+        assert index is not None
         with self._autocast:
             if self._positions is not None:
                 with self._positions.select(index):

@@ -313,6 +313,7 @@ def validation_loss(model: torch.nn.Module, batches: Sequence[Batch], device: to
     losses = []
     for batch in batches:
         logits = model(input_ids=batch.inputs["input_ids"].to(device)).logits.flatten(0, 1)
+        assert batch.prediction_index is not None
         predicted = logits[batch.prediction_index.to(device)].float()
         losses.append(float(functional.cross_entropy(predicted, batch.labels[TERM].to(device))))
     model.train()

@@ -75,7 +75,7 @@ def open_job(
         on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row
             with too many fields; or "skip" and count it. A file that cannot be read at all always stops.
         word_starts: "tokenizer", "jieba", "phrases:FILE" or "module:function": mark where words start.
-        sentence_starts: "rules" or "module:function": mark where sentences start.
+        sentence_starts: "rules", "lines" or "module:function": mark where sentences start.
         delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
         names: how messages name these options.
         excluded: folders that are not searched for input besides `output`.

@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tools.prepare.phrases import phrase_segmenter, read_phrases
-from tools.prepare.sentences import RULES_VERSION, sentence_starts
+from tools.prepare.sentences import LINES_VERSION, RULES_VERSION, line_starts, sentence_starts
 from trainer.data.manifest import SENTENCE_STARTS, WORD_STARTS
 from trainer.data.token_marks import OPTION_OF_MARK, SETTING_OF_MARK
 from trainer.errors import UserError, nearest
@@ -30,7 +30,11 @@ from trainer.runtime.files import file_hash
 Segmenter = Callable[[str], np.ndarray]
 """Maps a text to offsets in characters, int64, strictly ascending, each below its length."""
 
-_BUILT_IN = {WORD_STARTS: ("tokenizer", "jieba"), SENTENCE_STARTS: ("rules",)}
+_OF_SENTENCES: dict[str, tuple[Segmenter, int]] = {
+    "rules": (sentence_starts, RULES_VERSION),
+    "lines": (line_starts, LINES_VERSION),
+}
+_BUILT_IN = {WORD_STARTS: ("tokenizer", "jieba"), SENTENCE_STARTS: tuple(_OF_SENTENCES)}
 _PHRASES = "phrases:"
 _USERS_OWN = re.compile(r"[\w.]+:\w+")
 _SHOWN_CHARACTERS = 60  # of a document or a value, in messages
@@ -114,7 +118,9 @@ class UsersFunction:
 
 def _load(mark: str, name: str) -> Segmenter | None:
     if name in _BUILT_IN[mark]:
-        return _load_jieba() if name == "jieba" else sentence_starts if name == "rules" else None
+        if name in _OF_SENTENCES:
+            return _OF_SENTENCES[name][0]
+        return _load_jieba() if name == "jieba" else None
     if mark == WORD_STARTS and name.startswith(_PHRASES):
         return phrase_segmenter(_phrases_of(name))
     if not _USERS_OWN.fullmatch(name):
@@ -204,8 +210,8 @@ def _with_version(name: str) -> str:
         return f"phrases {sha256(content).hexdigest()[:16]}"
     if name == "jieba":
         return f"jieba {version('jieba')}"
-    if name == "rules":
-        return f"rules {RULES_VERSION}"
+    if name in _OF_SENTENCES:
+        return f"{name} {_OF_SENTENCES[name][1]}"
     if ":" in name:
         file = _import_module(name.split(":")[0], name).__file__
         return f"{name} {file_hash(Path(file))[:16]}" if file else name

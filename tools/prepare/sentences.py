@@ -1,4 +1,4 @@
-"""Where sentences start, by a small rule for all languages; a heuristic without a list of abbreviations."""
+"""Where sentences start: one a line, or by a small rule for all languages, without a list of abbreviations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-RULES_VERSION = 1  # recorded in manifests; raise it when the rule changes
+RULES_VERSION, LINES_VERSION = 2, 1  # recorded in manifests; raise it when the rule changes
 
 _WIDE_ENDS = frozenset("。！？｡．")  # end a sentence without a blank after them
 _ENDS = re.escape("".join(sorted(_WIDE_ENDS)) + ".!?…‥؟۔।॥։።။។")
@@ -14,6 +14,19 @@ _CLOSING = re.escape("\"'”’»›)]}）］｝〕】》〉」』｣")
 _CONTINUING = frozenset(",;:，、；：،؛)]}）］｝〕】》〉」』｣”’»›")
 # One class of characters comes first, and is fast to look for.
 _BORDER = re.compile(rf"[{_ENDS}\n](?:(?<=\n)\s*|[{_ENDS}]*(?P<closing>[{_ENDS}{_CLOSING}]*)(?P<gap>\s*))")
+_TO_TEXT_OF_LINE = re.compile(r"(?:\A|[\r\n])\s*")  # the whole of blank lines at once, so that the time is linear
+
+
+def line_starts(text: str) -> np.ndarray:
+    """Find the offsets of the first visible characters of lines, int64, ascending: a sentence is a line.
+
+    A line ends with \\n, \\r\\n or \\r alone, as for those who read the text. A line of blanks alone starts nothing.
+    The first sentence starts where the text does, because the blanks before it would else be one of their own.
+    """
+    ends = (match.end() for match in _TO_TEXT_OF_LINE.finditer(text))
+    starts = np.array([end for end in ends if end < len(text)], np.int64)
+    starts[:1] = 0
+    return starts
 
 
 def sentence_starts(text: str) -> np.ndarray:
@@ -30,7 +43,7 @@ def sentence_starts(text: str) -> np.ndarray:
     "Dr. Smith" is taken for two sentences: abbreviations are a matter of the language.
     """
     first = len(text) - len(text.lstrip())
-    starts = [first] if first < len(text) else []
+    starts = [0] if first < len(text) else []  # the blanks before it would else be a sentence of their own
     starts += [match.end() for match in _BORDER.finditer(text, first) if _ends_sentence(text, match)]
     return np.array(starts, np.int64)
 

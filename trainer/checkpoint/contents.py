@@ -138,6 +138,29 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
         )
 
 
+def prove_causal(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
+    """Change the later half of the probe: the logits before it must stay, or the model is shown what it is to tell.
+
+    A collective. Classes with a causal head may attend to both sides by their config.
+
+    Raises:
+        UserError: when a logit depends on a later token.
+    """
+    half = inputs.objective.seq_len // 2
+    changed = block.copy()
+    changed[:, half:] = np.where(block[:, half:] == inputs.vocabulary.end_id, block.min(), inputs.vocabulary.end_id)
+    first, second = (take_probe(engine, inputs, each) for each in (block, changed))
+    before = first.prediction_index[: len(first.logits)] < half
+    difference = float((first.logits - second.logits)[before].float().abs().max())
+    if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * float(first.logits.abs().max()):
+        raise UserError(
+            f"{type(engine.module).__name__}, as configured, looks at later tokens: the logits of earlier ones change "
+            f"by {difference:.3g}.",
+            where="model, objective.name=clm",
+            remedy="Train a model whose attention is causal, such as gpt2 or llama.",
+        )
+
+
 def save_probe(probe: Probe, folder: Path) -> None:
     tensors = {**probe.inputs, "prediction_index": probe.prediction_index, "logits": probe.logits}
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}

@@ -37,7 +37,7 @@ class Family:
     classes: Mapping[str, str]
 
 
-def _only(names: Mapping[str, Any], types: Collection[str]) -> dict[str, str]:
+def _only(names: Mapping[Any, Any], types: Collection[Any]) -> dict[str, str]:
     """Choose types of a table of transformers, in which a type may have several classes: the first is the usual one."""
     chosen = {model_type: names[model_type] for model_type in types}
     return {key: value if isinstance(value, str) else value[0] for key, value in chosen.items()}
@@ -84,13 +84,18 @@ def choose_class(config: PretrainedConfig, family: str) -> None:
 
 def model_class(config: PretrainedConfig) -> Any:
     """Return the class that a config names: one that `choose_class` chose, or that a checkpoint has recorded."""
-    (name,) = config.architectures or ()
-    return getattr(transformers, name)
+    return getattr(transformers, _name_of(config))
+
+
+def _name_of(config: PretrainedConfig) -> str:
+    assert config.architectures is not None
+    (name,) = config.architectures
+    return name
 
 
 def auto_class_of(config: PretrainedConfig) -> str:
     """Name what of transformers loads the class that a config names."""
-    (name,) = config.architectures or ()
+    name = _name_of(config)
     return next(family.auto_class for family in FAMILIES.values() if name in family.classes.values())
 
 

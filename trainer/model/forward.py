@@ -33,7 +33,8 @@ class Forward:
             use_causal_sdpa(model)
         keep_positions_in_dtype(model)
         # Some classes look for padding among the tokens, for which the host waits; a block of the stream has none.
-        model.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+        base: Any = model.base_model
+        base.warn_if_padding_and_no_attention_mask = lambda *_: None
         self._constants: dict[int, dict[str, Any]] = {}  # by seq_len
 
     def constants(self, seq_len: int) -> dict[str, Any]:

@@ -105,14 +105,14 @@ class PredictionHead:
         hidden, *others = args
         return (_rows(hidden, self._index), *others)
 
-    def score_in(self, projection: nn.Module) -> None:
+    def score_in(self, projection: nn.Linear) -> None:
         """Let the last matrix of a head return scores [N, c] for [.., H], as often as it is asked to."""
-        plain, rows_of = projection.forward, projection.weight.shape[0]
+        plain, vocabulary_size = projection.forward, projection.out_features
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(input: torch.Tensor) -> torch.Tensor:
             if self._score is None:
-                return plain(hidden)
-            return _in_pieces(plain, hidden.flatten(0, -2), self._score, int(rows_of))
+                return plain(input)
+            return _in_pieces(plain, input.flatten(0, -2), self._score, vocabulary_size)
 
         projection.forward = forward
 
@@ -128,7 +128,9 @@ def install(model: PreTrainedModel) -> PredictionHead:
     if name is not None:
         model.get_submodule(name).register_forward_pre_hook(head.keep_selected)
     if projection is not None:
-        head.score_in(model.get_submodule(projection))
+        last = model.get_submodule(projection)
+        assert isinstance(last, nn.Linear)
+        head.score_in(last)
     return head
 
 
@@ -148,8 +150,8 @@ def _in_pieces(
     if not torch.is_grad_enabled():
         return torch.cat([of_rows(*part) for part in parts])
     # Nothing in a head is drawn at random, and to look the generator's state up would wait for the device.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(of_rows, *part, **options) for part in parts])
+    kept = [checkpoint(of_rows, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(kept)
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class CausalSamples:
         self.vocabulary, self.seq_len, self.head_rows = vocabulary, seq_len, seq_len
         self.view = view_of(seq_len, whole_documents)
         document_attention = document_attention or whole_documents
-        self.marks = (DOCUMENT_STARTS,) if document_attention else ()
+        self.marks: tuple[str, ...] = (DOCUMENT_STARTS,) if document_attention else ()
         self.shape_count = length_counts(seq_len) if document_attention else 1
 
     def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:

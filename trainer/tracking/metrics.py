@@ -47,9 +47,10 @@ SOURCE_METRICS = {
     "source/NAME/tokens": "positions of the source consumed so far",
 }
 EVALUATION_METRICS = {
-    "eval/loss": "mean cross-entropy over the fixed masks of the validation blocks, nats",
+    "eval/loss": "mean cross-entropy over the validation blocks, with masks that stay the same, nats",
     "eval/perplexity": "exp(eval/loss)",
-    "eval/masked_accuracy": "share of masked tokens predicted right",
+    "eval/masked_accuracy": "share of masked tokens predicted right; with objective.name mlm",
+    "eval/accuracy": "share of tokens predicted right; with objective.name clm",
 }
 EVENT_METRICS = {
     "event": "skip (the step changed nothing), rollback (to the checkpoint of `step`) or diverged (the run ends)",

@@ -1,4 +1,4 @@
-"""Word and sentence starts as the encoder places them, with real tokenizers of the three kinds."""
+"""Word and sentence starts as the encoder places them, with real tokenizers of all kinds."""
 
 from __future__ import annotations
 
@@ -137,11 +137,13 @@ def test_a_start_at_a_dropped_character_passes_to_the_next_token(files) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizers_own_words(files, kind: str) -> None:
-    (groups,) = encoded_words(files[kind], ["Kalo mi, neru\nlo don't"], None)
+    text = "Kalo mi, neru\nlo don't"
+    (groups,) = encoded_words(files[kind], [text], None)
     expected = {
         "bytelevel-bpe": ["Kalo", "mi", ",", "neru", "", "lo", "don", "'t"],
         "wordpiece": ["kalo", "mi", ",", "neru", "lo", "don", "'", "t"],
         "unigram": ["Kalo", "mi,", "neru", "lo", "don't"],
+        "character": [character.strip() for character in text],
     }
     assert spelled(kind, groups) == expected[kind]
 

@@ -108,7 +108,9 @@ def test_a_long_document_is_named_by_its_beginning(own_module: Path) -> None:
             "tokenizer, jieba, phrases:FILE, or",
         ),
         (StartSettings(words="rules"), "Unknown --word-starts 'rules'.", "module:function"),
-        (StartSettings(sentences="jieba"), "Unknown --sentence-starts 'jieba'.", "Choose rules, or module:function"),
+        (StartSettings(sentences="jieba"), "Unknown --sentence-starts 'jieba'.", "Choose rules, lines, or module:"),
+        (StartSettings(sentences="line"), "Unknown --sentence-starts 'line'. Did you mean 'lines'?", "rules, lines"),
+        (StartSettings(words="lines"), "Unknown --word-starts 'lines'.", "module:function"),
         (StartSettings(words="own words:x"), "Unknown --word-starts 'own words:x'", "module:function"),
         (StartSettings(words="own_wrods:x"), "Cannot import the module 'own_wrods': ModuleNotFoundError", "current"),
         (StartSettings(words="own_words:wrods"), "'wrods' is not there in the module 'own_words' (/", "'words'?"),
@@ -136,6 +138,7 @@ def test_a_tokenizer_that_knows_no_words_is_refused(pre_tokenizer) -> None:
     with pytest.raises(UserError, match="no pre-tokenizer that cuts text into words"):
         StartSettings(words="tokenizer").check(tokenizer)
     StartSettings(sentences="rules").check(tokenizer)
+    StartSettings(sentences="lines").check(tokenizer)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     StartSettings(words="tokenizer").check(tokenizer)
 
@@ -172,7 +175,8 @@ def test_what_is_recorded_names_the_version(own_module: Path) -> None:
     from importlib.metadata import version
 
     built_in = StartSettings(words="jieba", sentences="rules")
-    assert built_in.recorded() == {"word_starts": f"jieba {version('jieba')}", "sentence_starts": "rules 1"}
+    assert built_in.recorded() == {"word_starts": f"jieba {version('jieba')}", "sentence_starts": "rules 2"}
+    assert StartSettings(sentences="lines").recorded() == {"sentence_starts": "lines 1"}
     assert StartSettings(words="tokenizer").recorded() == {"word_starts": "tokenizer"}
     assert StartSettings().recorded() == {}
 
