@@ -34,7 +34,8 @@ def batch(scheme: str = "token", seed: int = 3) -> Batch:
 
 
 def lively(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model = tiny_model(folder, "xlnet").to(dtype)
+    model: Any = tiny_model(folder, "xlnet")
+    model.to(dtype)
     with torch.no_grad():
         for parameter in model.base_model.parameters():
             parameter.mul_(4.0 if parameter.ndim >= 2 else 1.0)

@@ -32,6 +32,7 @@ from trainer.objectives.units import LENGTHS
 from trainer.schedule.mask_ratio import Stages
 
 TERM = "plm"
+ACCURACY = ("eval/masked_accuracy", "accuracy")
 # Of the block's SplitMix64 sequence (`trainer.objectives.masking`) position p takes the (2^17 + p)-th number for its
 # place in the order: masks take those below, lengths of units those from 3·2^16 − 1 on.
 _ORDER_DRAWS = np.uint64(2 << 16)

@@ -84,7 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
         family=lambda config: "permuted",
         view=lambda config, seq_len: framed_view(seq_len),
         samples=_permuted_samples,
-        criterion=lambda config, kernel: LanguageModelLoss(plm.TERM, kernel),
+        criterion=lambda config, kernel: LanguageModelLoss(plm.TERM, kernel, plm.ACCURACY),
         card=plm.CARD,
     ),
 }

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import XLNetTokenizer
 
 from tests.unit.data.test_rows import BEGIN, END, VOCABULARY
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import RANKS, Batch
 from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.manifest import WORD_STARTS
-from trainer.data.tokenizer import Vocabulary
+from trainer.data.tokenizer import Vocabulary, read_vocabulary
 from trainer.objectives.plm import CARD, TERM, PermutedSamples
 from trainer.sizing.made_up import made_up_batch
 
@@ -124,7 +125,7 @@ def test_the_positions_are_those_that_mlm_would_mask() -> None:
 
 
 def test_stages_of_the_share_have_room_for_the_largest() -> None:
-    samples = PermutedSamples(ObjectiveConfig(name="plm"), VOCABULARY, SEQ_LEN, ratios=[(0, 0.3), (10, 0.1)])
+    samples = PermutedSamples(ObjectiveConfig(name="plm"), VOCABULARY, SEQ_LEN, ratios=((0, 0.3), (10, 0.1)))
     _, _, _, labels = parts(samples.make_batch(blocks_of(20), numbers(20), seed=7))
     assert (labels != IGNORED_LABEL).sum(axis=1).tolist() == [9] * 10 + [3] * 10
     assert samples.head_rows == 9 and samples.shape_count == 2
@@ -138,6 +139,17 @@ def test_what_a_trial_and_a_probe_are_given_has_the_shape_of_training() -> None:
     assert np.array_equal(np.take_along_axis(tokens, places, axis=1), labels)
     assert places[0, 0] == 0 and places[0, -1] == SEQ_LEN - 1
     assert np.take_along_axis(ranks, places, axis=1)[0].tolist() == [4, 0, 5, 1, 6, 2, 7, 3, 8]
+
+
+def test_a_tokenizer_of_xlnets_own_type_ends_what_it_reads_as_a_block_ends() -> None:
+    special = ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>"]
+    pieces = [*((name, 0.0) for name in special), ("▁", -1.0), *((f"▁{letter}", -2.0) for letter in "abcdefgh")]
+    tokenizer = XLNetTokenizer(vocab=pieces)
+    known = read_vocabulary(tokenizer, "test")
+    text = np.array([[10, 11, 12, 13, 14, 15]])
+    samples = PermutedSamples(ObjectiveConfig(name="plm"), known, text.shape[1] + 2)
+    batch = samples.make_batch(Blocks(text), numbers(1), seed=7)
+    assert batch.inputs["input_ids"][0].tolist() == tokenizer("a b c d e f").input_ids == [*text[0], 4, 3]
 
 
 def test_neither_mask_nor_padding_token_is_needed() -> None:
