@@ -9,7 +9,7 @@ import torch
 from trainer.config import ModelConfig
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import build_model
-from trainer.model.classes import CAUSAL, MASKED
+from trainer.model.classes import CAUSAL, MASKED, PERMUTED
 from trainer.model.prediction_head import HEAD_MODULES, PROJECTIONS
 
 VOCABULARY_SIZE, BLOCKS, SEQ_LEN, PREDICTIONS = 200, 3, 24, 4
@@ -85,6 +85,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "roformer": {**_BERT_LIKE, "embedding_size": 32},
     "squeezebert": {**_BERT_LIKE, "embedding_size": 32, "q_groups": 1, "k_groups": 1, "v_groups": 1},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "dropout": 0.0},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     "xmod": {**_BERT_LIKE, "languages": ["en_XX"], "default_language": "en_XX"},
 }
@@ -93,6 +94,8 @@ CAUSAL_ARCHITECTURES = sorted(PROJECTIONS)
 
 
 def family_of_type(model_type: str) -> str:
+    if model_type == "xlnet":
+        return PERMUTED
     return CAUSAL if model_type in (*PROJECTIONS, "gptj") else MASKED
 
 

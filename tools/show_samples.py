@@ -18,7 +18,7 @@ from tools.prepare.on_demand import look_up
 from tools.show_marks import decode_runs
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
-from trainer.data.batch import Batch
+from trainer.data.batch import RANKS, Batch
 from trainer.data.block_reader import BlockReader
 from trainer.data.blocks import IGNORED_LABEL
 from trainer.errors import UserError
@@ -40,6 +40,7 @@ class ShownSample:
         input_ids: [S], what the model is shown.
         labels: (position, id) of each predicted token, ascending. What a causal model is to tell stands at the position
             that it tells it from.
+        order: positions as they are predicted one after the other; None where they are predicted at once.
         counts: labels that count, of each term of the loss.
         mask_id, pad_id, tokenizer: of the run.
     """
@@ -53,6 +54,7 @@ class ShownSample:
     pad_id: int | None
     tokenizer: Any
     causal: bool = False
+    order: list[int] | None = None
 
     @cached_property
     def original_ids(self) -> list[int]:
@@ -70,6 +72,8 @@ class ShownSample:
         kinds: dict[int, str] = {}
         if self.causal:
             return kinds
+        if self.order is not None:
+            return dict.fromkeys(self.order, "kept")
         for position, token in self.labels:
             shown = self.input_ids[position]
             kinds[position] = "masked" if shown == self.mask_id else "kept" if shown == token else "random"
@@ -89,11 +93,18 @@ class ShownSample:
             "text": self.text(self.original_ids),
             "masked_text": self.text(self.input_ids),
             "terms": self.counts,
+            **({} if self.order is None else {"order": self.order}),
         }
 
     def lines(self) -> tuple[Text, Text]:
-        """Write the text with what is predicted in yellow, and what the model is shown, coloured by what was done."""
+        """Write the text with what is predicted in yellow, and what the model is shown, coloured by what was done.
+
+        Where tokens are predicted one after the other nothing is done to them; they follow in their order.
+        """
         original = self._coloured(self.original_ids, lambda kind: _PREDICTED_STYLE)
+        if self.order is not None:
+            told = (f"{self.text([self.input_ids[place]])!r} ({place})" for place in self.order)
+            return original, Text("in this order: " + ", ".join(told))
         return original, self._coloured(self.input_ids, _STYLES.__getitem__)
 
     def _coloured(self, ids: list[int], style: Callable[[str], str]) -> Text:
@@ -132,7 +143,9 @@ def show_samples(config: Config, samples: int, as_json: bool, console: Console |
     coloured = console is not None and console.color_system is not None and not console.no_color
     for sample in shown:
         done = ", ".join(f"{list(sample.kinds.values()).count(kind)} {kind}" for kind in _KINDS)
-        predicted = f"{len(sample.labels)} predicted" + ("" if sample.causal else f" ({done})")
+        predicted = f"{len(sample.labels)} predicted" + (
+            "" if sample.causal or sample.order is not None else f" ({done})"
+        )
         head = f"═══ sample {sample.t:,} of {sample.source}: {predicted} ═══"
         sys.stdout.write(printable(head) + "\n")
         for text in sample.lines()[: 1 if sample.causal else 2]:
@@ -158,6 +171,7 @@ def _sample(inputs: Inputs, number: int) -> ShownSample:
         pad_id=inputs.vocabulary.pad_id,
         tokenizer=inputs.tokenizer,
         causal=batch.prediction_index is None,
+        order=_order(batch),
     )
 
 
@@ -167,3 +181,11 @@ def _labels(batch: Batch) -> list[tuple[int, int]]:
     positions = range(batch.head_rows) if index is None else index.tolist()
     pairs = zip(positions, labels.tolist(), strict=True)
     return sorted((position, label) for position, label in pairs if label != IGNORED_LABEL)
+
+
+def _order(batch: Batch) -> list[int] | None:
+    """List the positions of the first block in the order in which they are predicted."""
+    if RANKS not in batch.inputs:
+        return None
+    ranks = batch.inputs[RANKS][0].tolist()
+    return sorted((place for place, rank in enumerate(ranks) if rank >= 0), key=ranks.__getitem__)

@@ -23,7 +23,7 @@ from tests.tiny_models import (
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model, constant_inputs, fp32_buffers, restore_fp32_buffers
-from trainer.model.classes import CAUSAL, MASKED, model_class
+from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
 from trainer.model.hf_config import build_config, position_offset
 from trainer.model.prediction_head import install
 from trainer.model.presets import PRESETS
@@ -34,7 +34,7 @@ GROWN = VOCABULARY_SIZE + 10
 
 def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
     with torch.device("meta"):
-        family = CAUSAL if "gpt2" in str(settings.preset) else MASKED
+        family = {"gpt2": CAUSAL, "xlnet": PERMUTED}.get(str(settings.preset).split("-")[0], MASKED)
         config = build_config(settings, vocabulary(vocabulary_size), seq_len, family)
         return model_class(config)._from_config(config)
 
@@ -51,6 +51,7 @@ def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
         ("modernbert-base", 50_368, 149_655_232),
         ("gpt2", 50_257, 124_439_808),
         ("gpt2-small-char", 100, 10_784_256),
+        ("xlnet-base", 32_000, 116_750_336),
     ],
 )
 def test_presets_have_the_published_size(name, vocabulary_size, parameters):
@@ -60,7 +61,8 @@ def test_presets_have_the_published_size(name, vocabulary_size, parameters):
 
 
 def test_every_preset_is_checked_above():
-    assert set(PRESETS) == {"roberta-base", "roberta-large", "bert-base", "modernbert-base", "gpt2", "gpt2-small-char"}
+    encoders = {"roberta-base", "roberta-large", "bert-base", "modernbert-base"}
+    assert set(PRESETS) == encoders | {"gpt2", "gpt2-small-char", "xlnet-base"}
 
 
 def test_modernbert_preset_alternates_global_and_local_attention():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.tiny_models import (
     ARCHITECTURES,
@@ -15,11 +15,15 @@ from tests.tiny_models import (
     PREDICTIONS,
     SEQ_LEN,
     masked_batch,
+    preset,
     tiny_model,
     vocabulary,
 )
 from trainer.config import ModelConfig
+from trainer.data.batch import RANKS
 from trainer.model.build import constant_inputs
+from trainer.model.classes import PERMUTED
+from trainer.model.forward import Forward
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
 from trainer.model.prediction_head import install
 from trainer.sizing.flops import flops_per_token
@@ -37,6 +41,30 @@ def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
         model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
     counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+def test_xlnet_is_counted_without_the_product_that_chooses_positions(tmp_path):
+    input_ids, index, *_ = masked_batch()
+    ranks = torch.full((BLOCKS * SEQ_LEN,), -1)
+    ranks[index] = torch.arange(PREDICTIONS).repeat(BLOCKS)
+    model = tiny_model(tmp_path, "xlnet")
+    forward = Forward(model, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        forward({"input_ids": input_ids, RANKS: ranks.view(BLOCKS, SEQ_LEN)}, index)
+    config = model.config
+    choosing = 2 * 2 * PREDICTIONS * SEQ_LEN * config.d_model * BLOCKS * config.n_layer  # there and back
+    counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    assert counted == pytest.approx(3 * (counter.get_total_flops() - choosing), rel=1e-12)
+
+
+def test_xlnet_formula():
+    config = build_config(preset("xlnet-base"), vocabulary(32_000), 512, PERMUTED)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    width, inner, layers = 768, 3072, 12
+    content = layers * (12 * width**2 + 4 * width * inner + 16 * 512 * width)
+    predicted = layers * (4 * width**2 + 4 * width * inner) + 2 * width * 32_000
+    assert flops_per_token(model, 512, 85 / 512) == 3 * (content + 85 / 512 * predicted)
 
 
 @pytest.mark.parametrize("model_type", sorted(DOCUMENT_ATTENTION_MODELS))

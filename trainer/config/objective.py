@@ -28,8 +28,11 @@ def _kind(value: Any) -> str:
     return STAGES if isinstance(value, list) else NUMBER
 
 
-_NAMES = ("mlm", "clm")
-_USED_BY = dict.fromkeys(("mask_ratio", "scheme", "lengths", "replace_by", "replace_mask", "replace_random"), ("mlm",))
+_NAMES = ("mlm", "clm", "plm")
+_USED_BY = {
+    **dict.fromkeys(("mask_ratio", "scheme", "lengths"), ("mlm", "plm")),
+    **dict.fromkeys(("replace_by", "replace_mask", "replace_random"), ("mlm",)),
+}
 """Key → the objectives that read it."""
 
 
@@ -38,7 +41,8 @@ class ObjectiveConfig(Section):
     """What is learnt.
 
     mlm: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692); clm: causal
-    language modelling, as GPT-2, for decoders such as gpt2, llama, opt and modernbert-decoder."""
+    language modelling, as GPT-2, for decoders such as gpt2, llama, opt and modernbert-decoder; plm: permutation
+    language modelling, for xlnet (arXiv:1906.08237)."""
     mask_ratio: Annotated[
         Annotated[OpenFraction, Tag(NUMBER)] | Annotated[list[MaskRatioStage], Field(min_length=1), Tag(STAGES)],
         Discriminator(_kind),
@@ -46,7 +50,7 @@ class ObjectiveConfig(Section):
     """Share of a block's content tokens that is predicted; round(mask_ratio × payload) a block: exactly so
     many single tokens, at most so many of words; of rows of whole documents that share of their text. Or stages, each
     from a given token on, the first from 0 (arXiv:2305.15096). A resume may change what lies ahead. Evaluations keep to
-    the first, so that they can be compared."""
+    the first, so that they can be compared. XLNet was trained with a sixth: 0.1667."""
     scheme: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked as a whole; all but `token` need the starts of words that `prepare --word-starts` marks.
 

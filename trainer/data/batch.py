@@ -12,6 +12,10 @@ import torch
 from trainer.data.blocks import IGNORED_LABEL, Blocks, View
 from trainer.data.documents import cumulative_lengths, positions_in_documents
 
+RANKS = "ranks"
+"""Of `Batch.inputs`, int64 [B, S]: the place of each predicted token in the order in which a block's are predicted, 0
+first, and −1 for the others. `trainer.model.two_streams` makes of it what the model's forward takes."""
+
 
 class Documents(NamedTuple):
     """The documents of B blocks of S tokens, for attention within them.
@@ -49,7 +53,8 @@ class Batch:
     """One micro-batch of B blocks of S tokens. Its shapes do not depend on what the blocks hold, but for `cu_seqlens`.
 
     Attributes:
-        inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there.
+        inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there. And `RANKS`, where tokens
+            are predicted one after the other.
         labels: name of a term of the loss → int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
         prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed; None
             for all of them.

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.classes import CAUSAL, MASKED, model_class
+from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
 from trainer.model.hf_config import attention_of, build_config, position_offset, position_table, vocabulary_rows
 from trainer.model.prediction_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
@@ -79,7 +79,7 @@ def build_model(
     name = type(model).__name__
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
-    if config.model_type not in HEAD_MODULES:
+    if config.model_type not in HEAD_MODULES and family != PERMUTED:
         skipped = "hold a part of them at a time" if family == CAUSAL else "skip the unmasked ones"
         notes.append(f"head: {name} computes the logits of all positions; only known classes {skipped}")
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from trainer.data.batch import Documents, Score
+from trainer.data.batch import RANKS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install
+from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
 
 
 class Forward:
@@ -30,6 +31,7 @@ class Forward:
         self._head = install(model)
         if self.document_attention is None:
             use_causal_sdpa(model)
+        keep_positions_in_dtype(model)
         # Some classes look for padding among the tokens, for which the host waits; a block of the stream has none.
         base: Any = model.base_model
         base.warn_if_padding_and_no_attention_mask = lambda *_: None
@@ -52,8 +54,8 @@ class Forward:
         """Run the model on B blocks of S tokens.
 
         Args:
-            inputs: arguments of the model's forward, among them `input_ids`, int64 [B, S].
-            prediction_index: int64 [n], flat positions into B·S; None for all of them.
+            inputs: arguments of the model's forward, among them `input_ids`, int64 [B, S]; `RANKS` as in a `Batch`.
+            prediction_index: int64 [n], flat positions into B·S; None for all of them. With ranks as many a block.
             documents: attention stays within them; without, each block is one sequence.
             score: what is wanted in the place of logits.
 
@@ -69,12 +71,17 @@ class Forward:
         if documents is not None:
             assert self.document_attention is not None
             arguments |= self.document_attention.inputs(documents)
+        in_order = RANKS in arguments
+        if in_order:
+            assert prediction_index is not None
+            arguments |= predicting_in_order(arguments.pop(RANKS), prediction_index, self.model.dtype)
+            prediction_index = None  # the model's logits are there alone
         with self._head.select(prediction_index, score):
             output = self.call(**arguments)
         if score is not None and self._head.scores:
             return output
         shape = output.logits.shape[:2]
-        if not self._head.in_head and shape != input_ids.shape:  # Perceiver's are of all its positions
+        if not (self._head.in_head or in_order) and shape != input_ids.shape:  # Perceiver's are of all its positions
             raise UserError(
                 f"{type(self.model).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
                 where="data.seq_len",

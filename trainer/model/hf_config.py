@@ -22,6 +22,7 @@ from trainer.errors import UserError, nearest
 from trainer.model.classes import CAUSAL, FAMILIES, MASKED, PERMUTED, choose_class, model_class
 from trainer.model.presets import PRESETS
 from trainer.model.source import read_source
+from trainer.model.two_streams import refuse_one_sided
 
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Vocabulary
@@ -92,6 +93,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
         fields = {**fields, **_token_fields(config_class, vocabulary, family)}
     config = _make_config(config_class, {**fields, **overrides}, settings, where, family)
     _check_sizes(config, where)
+    refuse_one_sided(config, where)
     skeleton = _skeleton(config, vocabulary, where)
     if settings.from_pretrained is not None:
         _refuse_shape_changes(settings, config_class, fields, overrides, vocabulary, family)

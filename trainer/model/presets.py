@@ -4,7 +4,8 @@ The vocabulary size and the special ids are not here: they come from the tokeniz
 
 Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
 BERT, arXiv:1810.04805, section 3; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
-smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one.
+smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
+XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """
 
@@ -47,6 +48,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "gpt2": {**_GPT2, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
         "gpt2-small-char": {**_GPT2, "n_positions": 256, "n_embd": 384, "n_layer": 6, "n_head": 6},
+        "xlnet-base": {
+            "model_type": "xlnet",
+            "d_model": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "d_inner": 3072,
+            "ff_activation": "gelu",
+            "dropout": 0.1,
+            "initializer_range": 0.02,
+            "layer_norm_eps": 1e-12,
+            "attn_type": "bi",
+            "mem_len": None,
+        },
         "modernbert-base": {
             "model_type": "modernbert",
             "hidden_size": 768,

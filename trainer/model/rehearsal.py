@@ -13,10 +13,11 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.classes import MASKED
+from trainer.model.classes import FAMILIES, MASKED, PERMUTED
 from trainer.model.hf_config import build_config, vocabulary_rows
 from trainer.model.prediction_head import install
 from trainer.model.stock import prove_convertible, stock_model
+from trainer.model.two_streams import predicting_in_order
 from trainer.model.weight_files import weight_shapes
 
 if TYPE_CHECKING:
@@ -128,9 +129,13 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
     """
     device = model.device
     input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+    arguments = constant_inputs(model, seq_len, device)
+    if model.config.model_type in FAMILIES[PERMUTED].classes:
+        order = torch.arange(seq_len, device=device)
+        arguments |= predicting_in_order(order[None], order, model.dtype)
     try:
         with torch.no_grad():
-            output = model.train()(input_ids=input_ids, **constant_inputs(model, seq_len, device))
+            output = model.train()(input_ids=input_ids, **arguments)
     except Exception as error:
         message = " ".join(str(error).split())
         if device.type == _META and (isinstance(error, NotImplementedError) or "meta" in message):

@@ -23,6 +23,7 @@ def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """Build a model of the class that a config names, weights tied as the config says; on 'meta' without storage."""
     with torch.device(device):
         model = model_class(config)._from_config(config)
+    model.to(device)  # XLNet makes its weights of attention on the CPU, whatever the device
     model.tie_weights()
     return model
 

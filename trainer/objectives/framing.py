@@ -35,7 +35,7 @@ def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
 
     The begin token belongs to a block's first document, and the end token to its last.
     """
-    starts = {mark: _pad(marked) for mark, marked in blocks.starts.items()}
+    starts = {mark: _pad(marked, 1) for mark, marked in blocks.starts.items()}
     if (documents := starts.get(DOCUMENT_STARTS)) is not None:
         documents[:, 0], documents[:, 1] = True, False
     rows, payload = blocks.tokens.shape
@@ -43,9 +43,23 @@ def frame_block(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     return Framed(frame_tokens(blocks.tokens, vocabulary), starts, contents, contents + 2)
 
 
-def _pad(marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def frame_at_end(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
+    """Frame equal stretches of the stream, [B, S − 2], as XLNet does: an end token and then a begin token follow each.
+
+    There they are `<sep>` and `<cls>` (zihangdai/xlnet, data_utils.py). So position 0 of a row is text.
+    """
+    starts = {mark: _pad(marked, 0) for mark, marked in blocks.starts.items()}
+    rows, payload = blocks.tokens.shape
+    tokens = np.empty((rows, payload + 2), np.int64)
+    tokens[:, :-2] = blocks.tokens
+    tokens[:, -2], tokens[:, -1] = vocabulary.end_id, vocabulary.begin_id
+    contents = np.full(rows, payload)
+    return Framed(tokens, starts, contents, contents + 2)
+
+
+def _pad(marked: NDArray[np.bool_], before: int) -> NDArray[np.bool_]:
     padded = np.zeros((len(marked), marked.shape[1] + 2), np.bool_)  # np.pad takes as long as all the rest
-    padded[:, 1:-1] = marked
+    padded[:, before : before + marked.shape[1]] = marked
     return padded
 
 

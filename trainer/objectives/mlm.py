@@ -36,11 +36,20 @@ _MASKED_AS = {
 def _described(settings: Mapping[str, Any], tokens: int) -> str:
     mask, drawn = settings["replace_mask"], settings["replace_random"]
     replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
+    return f"mlm, {share_of_tokens(settings, tokens)} ({replaced}), new masks at each visit"
+
+
+def share_of_tokens(settings: Mapping[str, Any], tokens: int) -> str:
+    """Say for a model card which share of the tokens was predicted, and in which units.
+
+    Args:
+        settings: the section `objective` of the run's config.
+        tokens: positions trained on.
+    """
     ratios = ObjectiveConfig(mask_ratio=settings["mask_ratio"]).mask_ratios
     (_, first), *later = [stage for stage in ratios if stage[0] < max(1, tokens)]
     changes = "".join(f", {100 * ratio:.3g}% from token {start:,} on" for start, ratio in later)
-    share = f"{100 * first:.3g}% of tokens{_MASKED_AS[settings['scheme']]}{changes}"
-    return f"mlm, {share} ({replaced}), new masks at each visit"
+    return f"{100 * first:.3g}% of tokens{_MASKED_AS[settings['scheme']]}{changes}"
 
 
 CARD = ObjectiveCard(

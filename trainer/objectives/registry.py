@@ -10,11 +10,11 @@ from trainer.data.batch import Samples
 from trainer.data.blocks import View, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError, nearest
-from trainer.objectives import clm, mlm
+from trainer.objectives import clm, mlm, plm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
-from trainer.schedule.mask_ratio import ratio_stages
+from trainer.schedule.mask_ratio import Stages, ratio_stages
 from trainer.schedule.phases import lay_out
 
 
@@ -37,22 +37,28 @@ class Objective:
     card: ObjectiveCard
 
 
-def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+def _ratios(config: Config, evaluating: bool) -> Stages:
     ratios = ratio_stages(config.objective, lay_out(config.data, config.batch).lengths)
-    if evaluating:  # all alike, whatever the run has come to
-        ratios = ratios[:1]
+    return ratios[:1] if evaluating else ratios  # all alike, whatever the run has come to
+
+
+def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
     return mlm.MaskedSamples(
         config.objective,
         vocabulary,
         seq_len,
         document_attention=config.model.document_attention,
         whole_documents=_whole_documents(config),
-        ratios=ratios,
+        ratios=_ratios(config, evaluating),
     )
 
 
 def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
     return clm.CausalSamples(vocabulary, seq_len, config.model.document_attention, _whole_documents(config))
+
+
+def _permuted_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+    return plm.PermutedSamples(config.objective, vocabulary, seq_len, _ratios(config, evaluating))
 
 
 def _whole_documents(config: Config) -> bool:
@@ -73,6 +79,13 @@ OBJECTIVES: dict[str, Objective] = {
         samples=_causal_samples,
         criterion=lambda config, kernel: LanguageModelLoss(clm.TERM, kernel, clm.ACCURACY),
         card=clm.CARD,
+    ),
+    "plm": Objective(
+        family=lambda config: "permuted",
+        view=lambda config, seq_len: framed_view(seq_len),
+        samples=_permuted_samples,
+        criterion=lambda config, kernel: LanguageModelLoss(plm.TERM, kernel, plm.ACCURACY),
+        card=plm.CARD,
     ),
 }
 

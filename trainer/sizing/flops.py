@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
 from trainer.model.hf_config import head_width_of, heads_of
@@ -28,7 +29,12 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     Elementwise work, norms, softmax, embedding look-ups and recomputation are not counted. With document attention
     only products within a document count, even where a block mask makes sdpa compute the others as well: they are no
     work of the model. Local attention (ModernBERT) is counted as if it were full, and attention of another kind
-    (Perceiver's) not at all. Weights may be on the meta device or partitioned: only their declared sizes are read.
+    (Perceiver's) not at all.
+
+    XLNet has a stream that sees tokens and one that predicts, and a matrix for positions, of which there are twice as
+    many as tokens: 3 · [L · (12H² + 4HI) + 16·L·A·H + r · (L · (4H² + 4HI) + 2HV)]. Its class computes the attention of
+    the stream that predicts at all positions, and so it is counted; the one-hot matrix by which it chooses some of
+    them is not, as no look-up is. Weights may be on the meta device or partitioned: only their declared sizes are read.
 
     Args:
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
@@ -39,6 +45,8 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     encoder_matmuls, head_matmuls = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
+    if config.model_type == "xlnet":
+        attention *= 4  # two streams, and scores of positions, of which there are two a token, beside those of contents
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 
 
@@ -48,7 +56,7 @@ def head_flops(model: PreTrainedModel) -> float:
 
 
 def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
-    """Count FLOPs of a position in the matrices of the encoder and of the head, forward."""
+    """Count FLOPs of a position in the matrices of the encoder and of the head, forward; see `flops_per_token`."""
     applications = _shared_layer_applications(model)
     encoder_matmuls = head_matmuls = 0
     encoder_modules = set(model.base_model.modules())
@@ -60,6 +68,11 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
+    for module in encoder_modules:
+        if isinstance(module, XLNetRelativeAttention):  # its matrices are bare parameters
+            matrix = 2 * module.d_model * module.n_head * module.d_head
+            encoder_matmuls += 6 * matrix  # q, k, v, o, and r at two positions a token
+            head_matmuls += 2 * matrix + 4 * module.d_model * model.config.d_inner  # q, o and both of the feed-forward
     return encoder_matmuls, head_matmuls
 
 

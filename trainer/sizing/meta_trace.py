@@ -125,7 +125,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model of a config as it is trained, without storage."""
     with META:
         model = model_class(config)._from_config(config, dtype=dtype, attn_implementation=attention_of(config))
-    return model.train()
+    return model.to(META).train()  # XLNet makes some of its weights on the CPU
 
 
 class StepTracer:

@@ -49,7 +49,7 @@ SOURCE_METRICS = {
 EVALUATION_METRICS = {
     "eval/loss": "mean cross-entropy over the validation blocks, with masks that stay the same, nats",
     "eval/perplexity": "exp(eval/loss)",
-    "eval/masked_accuracy": "share of masked tokens predicted right; with objective.name mlm",
+    "eval/masked_accuracy": "share of masked (plm: predicted) tokens told right; with objective.name mlm and plm",
     "eval/accuracy": "share of tokens predicted right; with objective.name clm",
 }
 EVENT_METRICS = {
