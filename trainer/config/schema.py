@@ -344,6 +344,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def pairs_are_of_the_stream(self) -> Self:
+        if self.objective.pair is None:
+            return self
+        for key, is_set, other in (
+            ("data.samples=documents", self.data.samples == "documents", "data.samples=stream"),
+            ("model.document_attention=true", self.model.document_attention, "model.document_attention=false"),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"with objective.pair cannot have {key}, because the segments of a pair attend to each other: set "
+                    f"{other}, or objective.pair=null"
+                )
+        return self
+
+    @model_validator(mode="after")
     def attention_is_as_deterministic_as_the_rest(self) -> Self:
         if self.train.deterministic and self.model.attention_backend in ("cudnn", "efficient"):
             raise ValueError(
