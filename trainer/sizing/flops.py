@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.model.hf_config import head_width_of, heads_of
 
-_NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
+_NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
+_POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
 
 
 def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_ratio: float) -> float:
@@ -24,11 +25,12 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
 
     that is: every matrix of a layer, the two products of attention, the head at the predicted positions, and twice
     the forward pass for the backward pass (arXiv:2001.08361, section 2.1, with the attention term kept). Other
-    classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed).
-    Elementwise work, norms, softmax, embedding look-ups and recomputation are not counted. With document attention
-    only products within a document count, even where a block mask makes sdpa compute the others as well: they are no
-    work of the model. Local attention (ModernBERT) is counted as if it were full, and attention of another kind
-    (Perceiver's) not at all. Weights may be on the meta device or partitioned: only their declared sizes are read.
+    classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed). What a
+    block takes once is in `block_flops`. Elementwise work, norms, softmax, embedding look-ups and recomputation are not
+    counted. With document attention only products within a document count, even where a block mask makes sdpa compute
+    the others as well: they are no work of the model. Local attention (ModernBERT) is counted as if it were full, and
+    attention of another kind (Perceiver's) not at all. Weights may be on the meta device or partitioned: only their
+    declared sizes are read.
 
     Args:
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
@@ -36,7 +38,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
         prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
     """
     config = model.config
-    encoder_matmuls, head_matmuls = _matmul_flops(model)
+    encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
@@ -47,20 +49,31 @@ def head_flops(model: PreTrainedModel) -> float:
     return 3.0 * _matmul_flops(model)[1]
 
 
-def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
-    """Count FLOPs of a position in the matrices of the encoder and of the head, forward."""
+def block_flops(model: PreTrainedModel) -> float:
+    """Count training FLOPs that a block takes once, whatever its length: 3 · (2H² + 4H) of pooler and head for pairs.
+
+    Of a class without a head for pairs 0: its pooler, if it has one, leads to no loss.
+    """
+    return 3.0 * _matmul_flops(model)[2]
+
+
+def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Count FLOPs forward in matrices: of a position in the encoder and in the head, and what a block takes once."""
     applications = _shared_layer_applications(model)
-    encoder_matmuls = head_matmuls = 0
+    encoder_matmuls = head_matmuls = pair_matmuls = 0
+    has_pairs = any(name.rpartition(".")[2] in _PAIR_HEADS for name, _ in model.named_modules())
     encoder_modules = set(model.base_model.modules())
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
             continue
         flops = 2 * math.prod(_declared_shape(module))
-        if module in encoder_modules:
+        if not {_POOLER, *_PAIR_HEADS}.isdisjoint(name.split(".")):
+            pair_matmuls += flops * has_pairs
+        elif module in encoder_modules:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
-    return encoder_matmuls, head_matmuls
+    return encoder_matmuls, head_matmuls, pair_matmuls
 
 
 def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
