@@ -1,4 +1,4 @@
-"""Pairs of segments on real ranks: the same losses in any layout and over a resume, evaluated, converted, and learnt."""
+"""Pairs of segments on real ranks: the same losses in any layout and over a resume, evaluated, converted, learnt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from rich.console import Console
 from transformers import AutoModelForPreTraining
 
 from launcher.console import make_console
-from tests.commands import assert_one_card, maskwright
-from tests.ranks import ADDING, TINY_ROBERTA, WITHOUT_DROPOUT, losses, metrics, tiny_config, train, write_config
+from tests.ranks import ADDING, TINY_ROBERTA, WITHOUT_DROPOUT, losses, metrics, tiny_config, train
 from tools.convert import convert
 from tools.prepare import prepare
 from trainer.config import Config
-from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.errors import EXIT_FINISHED
 
 SIZES = {**TINY_ROBERTA, **WITHOUT_DROPOUT, "max_position_embeddings": 48}
 MODELS: dict[str, dict[str, Any]] = {

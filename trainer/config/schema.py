@@ -60,7 +60,8 @@ def _compile_mode(value: Any) -> Any:
 
 class ModelConfig(Section):
     preset: Line | None = None
-    """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, modernbert-base)."""
+    """A named architecture, initialised at random (roberta-base, roberta-large, bert-base, albert-base,
+    modernbert-base)."""
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
     from_pretrained: Line | None = None
