@@ -125,9 +125,9 @@ def write_config(folder: Any, model_type: str, **changes: Any) -> ModelConfig:
     return ModelConfig(config=str(folder), tokenizer="unused")
 
 
-def tiny_model(folder: Any, model_type: str, seed: int = 0, **changes: Any):
+def tiny_model(folder: Any, model_type: str, seed: int = 0, family: str | None = None, **changes: Any):
     settings = write_config(folder, model_type, **changes)
-    model = build_model(settings, vocabulary(), SEQ_LEN, seed, family_of_type(model_type)).model
+    model = build_model(settings, vocabulary(), SEQ_LEN, seed, family or family_of_type(model_type)).model
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # a fresh model's biases and norms are constants, which would hide a mistake with them
         for parameter in model.parameters():

@@ -30,6 +30,8 @@ from trainer.tracking.metrics import (
     EVALUATION_METRICS,
     EVENT_METRICS,
     SOURCE_METRICS,
+    TERM_EVALUATION_METRICS,
+    TERM_METRICS,
     TRAINING_METRICS,
 )
 from trainer.tracking.status import Status
@@ -160,8 +162,12 @@ def metrics_reference() -> str:
         "also:\n\n" + _table(("name", "meaning"), BATCH_METRICS.items()),
         "In a run that mixes several sources, also for each of them:\n\n"
         + _table(("name", "meaning"), SOURCE_METRICS.items()),
+        "In a run whose loss has several terms (`objective.pair`), also:\n\n"
+        + _table(("name", "meaning"), TERM_METRICS.items()),
         "## Evaluation lines\n\nBefore the first step, every `eval.every_steps` steps and at the last one.\n\n"
         + _table(("name", "meaning"), EVALUATION_METRICS.items()),
+        "In a run whose loss has several terms, also:\n\n"
+        + _table(("name", "meaning"), TERM_EVALUATION_METRICS.items()),
         "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
         + _table(("name", "meaning"), EVENT_METRICS.items()),
         RUN_FOLDER,

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from tools.model_card import write_model_card
-from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe
+from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe, worst_difference
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
@@ -62,7 +62,7 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     model = _load_into_stock_class(folder, manifest)
     probe = read_probe(folder).for_cpu()
     from_training = _compare_with_training(model, probe, folder)
-    name, before = type(model).__name__, _probe_logits(model, probe)
+    name, before = type(model).__name__, _outputs(model, probe)
     auto_class = _auto_class(model)
     _check_space(target, model, DTYPES[dtype])
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
@@ -205,7 +205,7 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
 
         trained = copy.deepcopy(model).to(dtype)
         restore_fp32_buffers(trained, buffers)
-    difference, scale = _difference(_probe_logits(trained, probe), probe.logits)
+    difference, scale = worst_difference(_outputs(trained, probe), probe.outputs)
     if not difference <= PROBE_TOLERANCE[dtype] * scale:
         raise DamagedError(
             f"The weights do not give the logits that training recorded: they differ by {difference:.3g} "
@@ -242,7 +242,7 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path) -> None:
 
 
 def _compare_after_reload(
-    temporary: Path, auto_class: str, dtype: torch.dtype, probe: Probe, before: torch.Tensor
+    temporary: Path, auto_class: str, dtype: torch.dtype, probe: Probe, before: list[torch.Tensor]
 ) -> float:
     """Load back with plain transformers; returns the largest difference from the logits before the cast."""
     import transformers
@@ -256,7 +256,7 @@ def _compare_after_reload(
         raise DamagedError(
             f"The written folder does not load cleanly: {faults}.", where=str(temporary), remedy="Report this."
         )
-    difference, scale = _difference(_probe_logits(loaded.eval(), probe), before)
+    difference, scale = worst_difference(_outputs(loaded.eval(), probe), before)
     allowed = 0.0 if dtype is torch.float32 else PROBE_TOLERANCE[dtype] * scale
     if not difference <= allowed:
         raise DamagedError(
@@ -268,21 +268,16 @@ def _compare_after_reload(
 
 
 @torch.no_grad()
-def _probe_logits(model: Any, probe: Probe) -> torch.Tensor:
-    """Compute the logits [rows, vocabulary] of the probe over its micro-batch, as in training."""
+def _outputs(model: Any, probe: Probe) -> list[torch.Tensor]:
+    """Compute `Probe.outputs` over the probe's micro-batch, as in training."""
     from trainer.model.forward import Forward
 
     forward = Forward(model, torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logits = forward(probe.inputs, probe.prediction_index).logits
-    return logits[: len(probe.logits)]
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Compute the largest absolute difference, and the largest magnitude expected."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).abs().max()), float(expected.abs().max())
+        output = forward(probe.inputs, probe.prediction_index)
+    logits = output.logits[: len(probe.logits)]
+    return [logits] if probe.pair_logits is None else [logits, output.pair_logits[: len(probe.pair_logits)]]
 
 
 @contextlib.contextmanager

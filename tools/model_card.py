@@ -14,7 +14,7 @@ from trainer.config import BatchConfig, DataConfig
 from trainer.data.order.compare import recorded_phases
 from trainer.data.order.mixture import mixture_order
 from trainer.objectives.objective import ObjectiveCard
-from trainer.objectives.registry import find_objective
+from trainer.objectives.registry import card_of
 from trainer.runtime.paths import real_path
 from trainer.schedule.phases import lay_out, tokens_before
 from trainer.state import TrainState
@@ -31,7 +31,7 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
     evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
-    card = find_objective(recorded_objective(manifest.identity)["name"]).card
+    card = card_of(recorded_objective(manifest.identity))
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",

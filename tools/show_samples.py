@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any
@@ -31,6 +31,32 @@ _PREDICTED_STYLE = "bold yellow"
 
 
 @dataclass(frozen=True)
+class ShownPair:
+    """What is told of a sample's two segments.
+
+    Attributes:
+        task: nsp or sop.
+        label: 0 where the second belongs where it stands, 1 where not; None where that is not asked.
+        second_begins: position of its first token.
+    """
+
+    task: str
+    label: int | None
+    second_begins: int
+
+    def __str__(self) -> str:
+        said = {
+            ("nsp", 0): "B follows A",
+            ("nsp", 1): "B is from elsewhere",
+            ("sop", 0): "in order",
+            ("sop", 1): "not in order",
+        }
+        if self.label is None:
+            return f"{self.task}: no pair, all is A"
+        return f"{self.task}: {said[self.task, self.label]}, B begins at token {self.second_begins}"
+
+
+@dataclass(frozen=True)
 class ShownSample:
     """One sample of a run.
 
@@ -43,6 +69,7 @@ class ShownSample:
         order: positions as they are predicted one after the other; None where they are predicted at once.
         counts: labels that count, of each term of the loss.
         mask_id, pad_id, tokenizer: of the run.
+        pair: only in a run with objective.pair.
     """
 
     t: int
@@ -55,6 +82,7 @@ class ShownSample:
     tokenizer: Any
     causal: bool = False
     order: list[int] | None = None
+    pair: ShownPair | None = None
 
     @cached_property
     def original_ids(self) -> list[int]:
@@ -94,6 +122,7 @@ class ShownSample:
             "masked_text": self.text(self.input_ids),
             "terms": self.counts,
             **({} if self.order is None else {"order": self.order}),
+            **({} if self.pair is None else {"pair": asdict(self.pair)}),
         }
 
     def lines(self) -> tuple[Text, Text]:
@@ -143,10 +172,10 @@ def show_samples(config: Config, samples: int, as_json: bool, console: Console |
     coloured = console is not None and console.color_system is not None and not console.no_color
     for sample in shown:
         done = ", ".join(f"{list(sample.kinds.values()).count(kind)} {kind}" for kind in _KINDS)
-        predicted = f"{len(sample.labels)} predicted" + (
-            "" if sample.causal or sample.order is not None else f" ({done})"
-        )
-        head = f"═══ sample {sample.t:,} of {sample.source}: {predicted} ═══"
+        drawn = sample.causal or sample.order is not None
+        predicted = f"{len(sample.labels)} predicted" + ("" if drawn else f" ({done})")
+        pair = "" if sample.pair is None else f"; {sample.pair}"
+        head = f"═══ sample {sample.t:,} of {sample.source}: {predicted}{pair} ═══"
         sys.stdout.write(printable(head) + "\n")
         for text in sample.lines()[: 1 if sample.causal else 2]:
             if coloured and console is not None:
@@ -159,7 +188,8 @@ def show_samples(config: Config, samples: int, as_json: bool, console: Console |
 def _sample(inputs: Inputs, number: int) -> ShownSample:
     (source,), block = inputs.order.locate(np.array([number]))
     objective = inputs.objectives[inputs.order.phases.number_at(number)]
-    read = BlockReader(inputs.sources[source], objective).read(block)
+    partner = inputs.order.partners(np.array([number])) if objective.view.partner else None
+    read = BlockReader(inputs.sources[source], objective).read(block, partner)
     batch = objective.make_batch(read, np.array([number], np.uint64), inputs.config.run.seed)
     return ShownSample(
         t=number,
@@ -172,7 +202,15 @@ def _sample(inputs: Inputs, number: int) -> ShownSample:
         tokenizer=inputs.tokenizer,
         causal=batch.prediction_index is None,
         order=_order(batch),
+        pair=_pair(inputs.config, batch),
     )
+
+
+def _pair(config: Config, batch: Batch) -> ShownPair | None:
+    if (pair := config.objective.pair) is None:
+        return None
+    (label,), types = batch.labels[pair.task].tolist(), batch.inputs["token_type_ids"][0]
+    return ShownPair(pair.task, None if label == IGNORED_LABEL else label, int(types.argmax()))
 
 
 def _labels(batch: Batch) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from trainer.data.batch import Batch, Samples
 from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
-from trainer.data.order.permutation import KeyPurpose, fold_key, permute
+from trainer.data.order.permutation import KeyPurpose, another, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
 from trainer.objectives.objective import Criterion, Tally, tally
@@ -36,6 +36,8 @@ class Evaluator:
         self.samples = min(samples, available)
         numbers = np.arange(self.samples, dtype=np.uint64)
         self.blocks = permute(numbers, available, fold_key(KeyPurpose.EVALUATION)).astype(np.int64)
+        others = another(numbers, self.samples, fold_key(KeyPurpose.PARTNER, EVALUATION_SEED, numbers))
+        self._partners = self.blocks[others.astype(np.int64)] if objective.view.partner else None
 
     def run(
         self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
@@ -59,14 +61,25 @@ class Evaluator:
         totals = iter(distributed.all_reduce_sum(world, sums.flatten().tolist()))
         tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
         loss = sum(term.weight * tallies[term.name].mean for term in terms)
-        return {"eval/loss": loss, **self.criterion.metrics(tallies)}
+        of_terms = self._term_values(tallies) if len(terms) > 1 else {}
+        return {"eval/loss": loss, **self.criterion.metrics(tallies), **of_terms}
+
+    def _term_values(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for term in self.criterion.terms:
+            found = tallies[term.name]
+            values |= {f"eval/{term.name}/loss": found.mean, f"eval/{term.name}/accuracy": found.accuracy}
+            if term.one_a_block:
+                values[f"eval/{term.name}/ignored"] = 1.0 - found.labels / self.samples
+        return values
 
     def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
         """Read the batch, or return why it cannot be read; beyond the last sample it is padding without predictions."""
         inside = places < self.samples
         places = np.where(inside, places, 0)
         try:
-            blocks = self._reader.read(self.blocks[places])
+            partners = None if self._partners is None else self._partners[places]
+            blocks = self._reader.read(self.blocks[places], partners)
         except MaskwrightError as error:
             return None, error
         batch = self.objective.make_batch(blocks, places.astype(np.uint64), EVALUATION_SEED)

@@ -44,7 +44,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
-from trainer.sizing.flops import flops_per_token, head_flops
+from trainer.sizing.flops import block_flops, flops_per_token, head_flops
 from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
@@ -352,7 +352,10 @@ def _decision(run: Run, start: StartPoint) -> str:
 
 
 def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
-    flops = [flops_per_token(built.model, tokens, prediction_ratio=0.0) for tokens in inputs.attended_tokens]
+    flops = [
+        flops_per_token(built.model, attended, prediction_ratio=0.0) + block_flops(built.model) / phase.seq_len
+        for attended, phase in zip(inputs.attended_tokens, inputs.order.phases, strict=True)
+    ]
     of_head = head_flops(built.model)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     counted = ", then ".join(f"{each:.4g}" for each in flops)

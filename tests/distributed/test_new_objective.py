@@ -128,7 +128,8 @@ def test_a_checkpoint_from_before_a_key_of_the_objective_resumes(workspace: Path
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
     path = tmp_path / "run" / "checkpoints" / "step-00000010" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["identity"]["objective"]["scheme"]
+    for key in ("scheme", "pair"):
+        del manifest["identity"]["objective"][key]
     manifest.pop("checksum")
     path.write_text(json.dumps(manifest))
     assert train(config) == EXIT_FINISHED

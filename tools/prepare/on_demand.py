@@ -161,6 +161,7 @@ def _open(config: Config, path: str, output: Path) -> Job:
         excluded=_own_folders(config),
         special_in_text=text.special_in_text,
         word_starts=text.word_starts or (None if config.objective.scheme == "token" else "tokenizer"),
+        sentence_starts=text.sentence_starts or (None if config.objective.pair is None else "rules"),
     )
 
 

@@ -6,7 +6,8 @@ conversion must reproduce them, which proves that what comes out is what was tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,12 +45,19 @@ class Probe:
         prediction_index: int64 [B·k], flat positions.
         logits: [PROBE_ROWS, vocabulary] at the first positions, in the training precision.
         device: type of the one that computed them; "cpu" in checkpoints from before it was recorded.
+        pair_logits: [n, 2] of the first blocks, PROBE_ROWS at most, of a class with a head for pairs.
     """
 
     inputs: dict[str, torch.Tensor]
     prediction_index: torch.Tensor
     logits: torch.Tensor
     device: str = "cpu"
+    pair_logits: torch.Tensor | None = None
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        """All that the forward pass has given."""
+        return [self.logits, *(() if self.pair_logits is None else (self.pair_logits,))]
 
     def for_cpu(self) -> Probe:
         """Reduce the probe to the least that the CPU has to compute to compare the logits.
@@ -65,7 +73,26 @@ class Probe:
             inputs={name: tensor[:1] for name, tensor in self.inputs.items()},
             prediction_index=self.prediction_index[:count],
             logits=self.logits[:count],
+            pair_logits=None if self.pair_logits is None else self.pair_logits[:1],
         )
+
+
+def worst_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Compare `Probe.outputs` of two passes.
+
+    Returns:
+        Of what differs most for its size: the largest absolute difference, NaN for what is none, and the size, which
+        PROBE_TOLERANCE is relative to. That is the largest logit expected; of a pair, whose logits may both be near 0
+        where rounding is not, 1 at least.
+    """
+    worst = (0.0, 0.0, -1.0)
+    for one, other, least in zip(found, expected, (0.0, 1.0), strict=False):
+        difference = float((one.float() - other.float()).abs().max())
+        scale = max(least, float(other.float().abs().max()))
+        ratio = math.inf if math.isnan(difference) else difference / max(scale, 1e-30)
+        if ratio > worst[2]:
+            worst = (difference, scale, ratio)
+    return worst[:2]
 
 
 def read_probe_block(inputs: Inputs) -> np.ndarray:
@@ -102,9 +129,10 @@ def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Pro
     index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
     with engine.evaluating():
         moved = batch.to(engine.device)
-        logits = engine.network(moved.inputs, index.to(engine.device)).logits
-    rows = logits[:PROBE_ROWS].cpu()  # a view would keep all of them
-    return Probe(batch.inputs, index, rows, engine.device.type)
+        output = engine.network(moved.inputs, index.to(engine.device))
+    rows = output.logits[:PROBE_ROWS].cpu()  # a view would keep all of them
+    pairs = None if output.pair_logits is None else output.pair_logits[:PROBE_ROWS].cpu()
+    return Probe(batch.inputs, index, rows, engine.device.type, pairs)
 
 
 def _evenly_spread(batch: Batch) -> torch.Tensor:
@@ -120,15 +148,15 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
     Raises:
         UserError: when the logits differ, as those of a model that hashes at random do, or are not finite.
     """
-    first, second = (take_probe(engine, inputs, block).logits.float() for _ in range(2))
+    first, second = (take_probe(engine, inputs, block).outputs for _ in range(2))
     name = type(engine.module).__name__
-    if not first.isfinite().all():
+    if not all(found.isfinite().all() for found in first):
         raise UserError(
             f"The logits of {name} are not finite (NaN or infinity) before the first step.",
             where=f"model, train.precision={inputs.config.train.precision}",
             remedy="Correct the model's config (is its layer_norm_eps positive?), or set train.precision=fp32.",
         )
-    difference, scale = float((first - second).abs().max()), float(first.abs().max())
+    difference, scale = worst_difference(second, first)
     if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * scale:
         raise UserError(
             f"{name} gives other logits for the same input each time: they differ by {difference:.3g} (largest logit "
@@ -163,6 +191,8 @@ def prove_causal(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> N
 
 def save_probe(probe: Probe, folder: Path) -> None:
     tensors = {**probe.inputs, "prediction_index": probe.prediction_index, "logits": probe.logits}
+    if probe.pair_logits is not None:
+        tensors["pair_logits"] = probe.pair_logits
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / PROBE, None if probe.device == "cpu" else {"device": probe.device})
 
@@ -171,4 +201,5 @@ def read_probe(folder: Path) -> Probe:
     with safe_open(folder / PROBE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         index, logits = tensors.pop("prediction_index"), tensors.pop("logits")
-        return Probe(tensors, index, logits, (file.metadata() or {}).get("device", "cpu"))
+        pairs = tensors.pop("pair_logits", None)
+        return Probe(tensors, index, logits, (file.metadata() or {}).get("device", "cpu"), pairs)

@@ -57,6 +57,9 @@ class TextConfig(Section):
     word_starts: Line | None = None
     """What marks where words start, for objective.scheme: tokenizer, jieba, phrases:FILE or module:function, as
     `prepare --word-starts`. Default: tokenizer where the scheme needs it, else nothing."""
+    sentence_starts: Line | None = None
+    """What marks where sentences start, for objective.pair: rules or module:function, as `prepare --sentence-starts`.
+    Default: rules where there are pairs, else nothing."""
     cache: Line | None = None
     """Folder for what has been prepared, on a file system that all nodes share. Default: text-cache beside run.dir."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.config.base import Fraction, Line, NaturalInt, Section
+from trainer.config.base import Fraction, Line, NaturalInt, PositiveFloat, Section
 
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -31,9 +31,20 @@ def _kind(value: Any) -> str:
 _NAMES = ("mlm", "clm", "plm")
 _USED_BY = {
     **dict.fromkeys(("mask_ratio", "scheme", "lengths"), ("mlm", "plm")),
-    **dict.fromkeys(("replace_by", "replace_mask", "replace_random"), ("mlm",)),
+    **dict.fromkeys(("replace_by", "replace_mask", "replace_random", "pair"), ("mlm",)),
 }
 """Key → the objectives that read it."""
+
+
+class PairConfig(Section):
+    task: Literal["nsp", "sop"]
+    """What is told of two segments A and B.
+
+    nsp: whether B follows A or is from another place of the source (BERT, arXiv:1810.04805); sop: whether they stand in
+    their order or were exchanged (ALBERT, arXiv:1909.11942). Either head serves for both. The data need the starts of
+    sentences that `prepare --sentence-starts` marks."""
+    weight: PositiveFloat = 1.0
+    """Weight of the mean loss of the pairs beside that of the masked tokens."""
 
 
 class ObjectiveConfig(Section):
@@ -65,6 +76,9 @@ class ObjectiveConfig(Section):
     """Share of predicted positions shown as the mask token."""
     replace_random: Fraction = 0.1
     """Share of predicted positions shown as a random token; the rest is shown unchanged."""
+    pair: PairConfig | None = None
+    """Beside masked tokens, pairs of segments are told, `[CLS] A [SEP] B [SEP]` a block; for albert, bert, ernie and
+    megatron-bert."""
 
     @property
     def mask_ratios(self) -> list[tuple[int, float]]:

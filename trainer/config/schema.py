@@ -60,8 +60,8 @@ def _compile_mode(value: Any) -> Any:
 
 class ModelConfig(Section):
     preset: Line | None = None
-    """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, modernbert-base; gpt2 and
-    gpt2-small-char with objective.name clm; xlnet-base with plm."""
+    """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, albert-base,
+    modernbert-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm."""
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
     from_pretrained: Line | None = None
@@ -342,6 +342,21 @@ class Config(Section):
                 "with data.samples=documents needs model.document_attention=true: the documents of a block have "
                 "nothing to do with each other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def pairs_are_of_the_stream(self) -> Self:
+        if self.objective.pair is None:
+            return self
+        for key, is_set, other in (
+            ("data.samples=documents", self.data.samples == "documents", "data.samples=stream"),
+            ("model.document_attention=true", self.model.document_attention, "model.document_attention=false"),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"with objective.pair cannot have {key}, because the segments of a pair attend to each other: set "
+                    f"{other}, or objective.pair=null"
+                )
         return self
 
     @model_validator(mode="after")

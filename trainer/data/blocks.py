@@ -26,11 +26,13 @@ class View:
             (b + 1)·payload.
         whole_documents: a block is a row of whole documents instead, of at most `payload` tokens.
         lookahead: tokens read beyond a block, which are those that the next one begins with.
+        partner: whether beside each block another one of its source is read, see `Blocks.partner`.
     """
 
     payload: int
     whole_documents: bool = False
     lookahead: int = 0
+    partner: bool = False
 
     def block_count(self, tokens: int) -> int:
         """Count the whole blocks in so many tokens; the tail that fills none is never read.
@@ -55,8 +57,12 @@ class Blocks(NamedTuple):
         starts: name of a mark → bool of the same shape, True at the first token of each document (word, sentence):
             those that `Samples.marks` names.
         lengths: int64 [B], how many tokens a row shows; what follows them is of no meaning. None for equal stretches.
+        partner: of each block another one of the same source and, as far as they are there, as many tokens after it:
+            [B, 2 · payload], with `lengths` up to which there is no token of the block itself. None where
+            `View.partner` is not set.
     """
 
     tokens: np.ndarray
     starts: Mapping[str, np.ndarray] = MappingProxyType({})
     lengths: np.ndarray | None = None
+    partner: Blocks | None = None

@@ -34,6 +34,8 @@ _LOCATED_AT_ONCE = 4096  # samples: locating 64 costs about as much
 class MicroBatches(Sampler[np.ndarray]):
     """This rank's micro-batches of `steps` steps from `first_sample` on, as int64 [micro_size, 3]: t, source, block.
 
+    Where the samples ask for a partner of each block, it is a fourth number.
+
     A step with fewer samples than its micro-batches have room for is filled up with rows whose t is PADDING. All of
     them are of one phase. The blocks of the step after the one handed out are announced to the kernel, which has them
     read meanwhile.
@@ -52,12 +54,13 @@ class MicroBatches(Sampler[np.ndarray]):
         while share is not None:
             following = next(shares, None)
             if following is not None:
-                self._advise(following.reshape(-1, 3))
+                self._advise(following.reshape(-1, following.shape[-1]))
             yield from share
             share = following
 
     def _shares(self) -> Iterator[NDArray[np.int64]]:
-        """Yield this rank's share of each step: int64 [accumulation, micro_size, 3]."""
+        """Yield this rank's share of each step: int64 [accumulation, micro_size, 3 or 4]."""
+        with_partners = self.readers[0].view.partner
         for run in self.plan.runs(self.first_sample, self.steps):
             shape, size = run.shape, run.shape.global_size
             located_steps = max(1, _LOCATED_AT_ONCE // size)
@@ -65,20 +68,22 @@ class MicroBatches(Sampler[np.ndarray]):
                 steps = min(located_steps, run.steps - first_step)
                 start = run.first_sample + first_step * size
                 samples = np.arange(start, start + steps * size, dtype=np.int64)
-                places = np.stack([samples, *self.order.locate(samples)], axis=1)
-                for step in places.reshape(steps, size, 3):
-                    numbers, sources, blocks = step.T
+                partners = [self.order.partners(samples)] if with_partners else []
+                places = np.stack([samples, *self.order.locate(samples), *partners], axis=1)
+                for step in places.reshape(steps, size, -1):
+                    numbers, sources, blocks, *_ = step.T
                     share = step[rank_share(numbers, sources, blocks, self.rank, shape.world_size)]
                     share = share if len(share) == shape.rank_size else _filled_up(share, step, shape.rank_size)
-                    yield share.reshape(shape.accumulation, shape.micro_size, 3)
+                    yield share.reshape(shape.accumulation, shape.micro_size, -1)
 
     def _advise(self, share: NDArray[np.int64]) -> None:
-        for source, blocks in _by_source(share[:, 1], share[:, 2]):
-            self.readers[source].advise(blocks)
+        for source, rows in _by_source(share[:, 1], share):
+            _, _, blocks, *partners = rows.T
+            self.readers[source].advise(blocks, *partners)
 
 
 def _filled_up(share: NDArray[np.int64], step: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """Fill the share [n, 3] up to `rows` of it with padding: its last block again, so that addresses ascend."""
+    """Fill the share [n, 3 or 4] up to `rows` of it with padding: its last block again, so that addresses ascend."""
     padding = np.repeat(share[-1:] if len(share) else step[:1], rows - len(share), axis=0)
     padding[:, 0] = PADDING
     return np.concatenate([share, padding])
@@ -99,11 +104,11 @@ class SampledBlocks(Dataset[Any]):
         self.readers = [BlockReader(source, samples) for source in sources]
 
     def __getitems__(self, places: np.ndarray) -> Batch | ReadFailure:
-        """Make the micro-batch of the (t, source, block) rows of `places` [B, 3]."""
-        numbers, sources, blocks = places.T
+        """Make the micro-batch of the rows of `places`, [B, 3] or, with partners, [B, 4]; see `MicroBatches`."""
+        numbers, sources, *blocks = places.T
         padding = numbers == PADDING
         try:
-            read = self._read(sources, blocks)
+            read = self._read(sources, *blocks)
         except MaskwrightError as error:
             return ReadFailure(error)
         if padding.any():  # they take after a sample that is there, so that the shape does
@@ -118,25 +123,16 @@ class SampledBlocks(Dataset[Any]):
     def __getitem__(self, place: np.ndarray) -> Batch | ReadFailure:
         return self.__getitems__(place[None])
 
-    def _read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Blocks:
-        """Read blocks of several sources, which share a tokenizer and so a dtype."""
+    def _read(self, sources: NDArray[np.int64], *numbers: NDArray[np.int64]) -> Blocks:
+        """Read blocks, and their partners, of several sources, which share a tokenizer and so a dtype."""
         parts = [
-            (rows, self.readers[source].read(numbers[rows]))
+            (rows, self.readers[source].read(*(each[rows] for each in numbers)))
             for source, rows in _by_source(sources, np.arange(len(sources)))
         ]
         if len(parts) == 1:
             return parts[0][1]
         places = np.argsort(np.concatenate([rows for rows, _ in parts]))
-
-        def join(values: Iterable[np.ndarray]) -> np.ndarray:
-            return np.concatenate(list(values))[places]
-
-        lengths = [blocks.lengths for _, blocks in parts if blocks.lengths is not None]
-        return Blocks(
-            join(blocks.tokens for _, blocks in parts),
-            {mark: join(blocks.starts[mark] for _, blocks in parts) for mark in self.samples.marks},
-            join(lengths) if lengths else None,
-        )
+        return _joined([blocks for _, blocks in parts], places)
 
 
 class TrainingBatches:
@@ -182,6 +178,22 @@ class TrainingBatches:
             end_workers = getattr(batches, "_shutdown_workers", None)
             if end_workers is not None:
                 end_workers()
+
+
+def _joined(parts: Sequence[Blocks], places: NDArray[np.intp]) -> Blocks:
+    """Put blocks of several sources into one; row i is row `places[i]` of all of them, one after the other."""
+
+    def join(values: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(values))[places]
+
+    lengths = [blocks.lengths for blocks in parts if blocks.lengths is not None]
+    partners = [blocks.partner for blocks in parts if blocks.partner is not None]
+    return Blocks(
+        join(blocks.tokens for blocks in parts),
+        {mark: join(blocks.starts[mark] for blocks in parts) for mark in parts[0].starts},
+        join(lengths) if lengths else None,
+        _joined(partners, places) if partners else None,
+    )
 
 
 def _by_source(sources: NDArray[np.int64], values: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -24,14 +24,14 @@ from trainer.data.documents import positions_in_documents
 from trainer.data.manifest import TOKEN_MARKS, split_folder
 from trainer.data.order.mixture import check_epochs, mixture_order
 from trainer.data.order.run_order import RunOrder
-from trainer.data.rows import row_index
 from trainer.data.shard_reader import ReadSettings
 from trainer.data.token_marks import check_marked
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
 from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
-from trainer.inputs.summary import summarize_run
+from trainer.inputs.pairs import describe_pairs, refuse_single_block
+from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.model.classes import CAUSAL, attended_tokens
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
@@ -41,7 +41,6 @@ from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import Phases, lay_out, with_micro_size
 from trainer.schedule.run_length import find_defaults, resolve
 
-LITTLE_FILLED = 0.7
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
 
 
@@ -126,13 +125,16 @@ class Inputs:
         tokens = [source.tokens for source in self.sources]
         lines = summarize_run(self.config, self.plan, self.order, zero_stage(self.ds_config), tokens, available)
         if self.objective.view.whole_documents:
-            lines += [_describe_rows(self.sources, objective) for objective in self.objectives]
+            lines += [describe_rows(self.sources, objective) for objective in self.objectives]
         elif self.config.model.document_attention:
             attended = " and then ".join(
                 f"{attended:,.0f} of {phase.seq_len:,}"
                 for attended, phase in zip(self.attended_tokens, self.order.phases, strict=True)
             )
             lines.append(f"attention: within documents; a token attends to {attended} on average")
+        if self.config.objective.pair is not None:
+            of_phases = zip(self.objectives, self.order.orders, strict=True)
+            lines += [describe_pairs(self.config, self.sources, *of_phase) for of_phase in of_phases]
         return [*lines, *self.notes]
 
 
@@ -250,6 +252,9 @@ def _arrange(
 ) -> tuple[Config, RunOrder, BatchPlan]:
     """Make the resolved config, order and batch arithmetic over sources of so many tokens and, by phase, blocks."""
     order = mixture_order(config.data, base.phases, blocks, tokens, config.run.seed)
+    for counts, objective in zip(blocks, base.objectives, strict=True):
+        for source, count in zip(config.data.train, counts, strict=True):
+            refuse_single_block(count, objective, f"source '{source.label}'", f"data.train={source.path}")
     epoch_blocks = [sum(counts) for counts in blocks]
     whole_steps = find_defaults(config).whole_steps
     plan = plan_batch(config.batch, config.train, base.phases, world_size, epoch_blocks, whole_steps)
@@ -286,20 +291,6 @@ def _check_cuda_graphs(config: Config, preset: dict[str, Any], plan: BatchPlan) 
         )
 
 
-def _describe_rows(sources: Sequence[ShardSet], objective: Samples) -> str:
-    """Say how full the rows of documents are, with a remedy where much of them is padding."""
-    indices = [row_index(source, objective.seq_len) for source in sources]
-    documents, cut = sum(each.documents for each in indices), sum(each.cut for each in indices)
-    rows = sum(map(len, indices))
-    fill = sum(each.positions for each in indices) / max(1, rows * objective.seq_len)
-    line = f"documents: {documents:,} in {rows:,} rows of {objective.seq_len}, {fill:.1%} filled"
-    if cut:
-        line += f"; {cut:,} are longer than {objective.view.payload:,} tokens, and cut"
-    if fill < LITTLE_FILLED:
-        line += "; THE REST IS PADDING: another data.seq_len fills them better, or data.samples=stream wholly"
-    return line
-
-
 def _token_marks(objective: Samples) -> tuple[str, ...]:
     """List the marks that an objective reads of what `prepare` wrote; documents have files of their own."""
     return tuple(mark for mark in TOKEN_MARKS if mark in objective.marks)
@@ -334,7 +325,13 @@ def _open_validation(config: Config, objective: Samples, opener: _ShardOpener) -
             "data.validation out.",
         )
     validation = opener.open(config.data.validation, "validation")
-    if block_count(validation, objective) == 0:
+    refuse_single_block(
+        blocks := block_count(validation, objective),
+        objective,
+        "validation data",
+        f"data.validation={config.data.validation}",
+    )
+    if blocks == 0:
         raise UserError(
             f"The validation data has {validation.tokens:,} tokens: not one block of {config.data.seq_len}.",
             where=f"data.validation={config.data.validation}",

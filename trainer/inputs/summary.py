@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from trainer.config import Config
+from trainer.data.batch import Samples
+from trainer.data.dataset import ShardSet
 from trainer.data.order.mixture import describe_mixture
 from trainer.data.order.run_order import RunOrder
+from trainer.data.rows import row_index
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.schedule.mask_ratio import describe_ratio
 from trainer.schedule.run_length import describe_length
 
+LITTLE_FILLED = 0.7
 MANY_MICRO_BATCHES = 32
 """From so many on the sum of their gradients in bf16 is off by one per cent and more (docs/decisions.md)."""
 
@@ -48,6 +52,20 @@ def summarize_run(
     if config.train.profile is not None and config.train.profile.start > plan.total_steps:
         lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
     return lines
+
+
+def describe_rows(sources: Sequence[ShardSet], objective: Samples) -> str:
+    """Say how full the rows of documents are, with a remedy where much of them is padding."""
+    indices = [row_index(source, objective.seq_len) for source in sources]
+    documents, cut = sum(each.documents for each in indices), sum(each.cut for each in indices)
+    rows = sum(map(len, indices))
+    fill = sum(each.positions for each in indices) / max(1, rows * objective.seq_len)
+    line = f"documents: {documents:,} in {rows:,} rows of {objective.seq_len}, {fill:.1%} filled"
+    if cut:
+        line += f"; {cut:,} are longer than {objective.view.payload:,} tokens, and cut"
+    if fill < LITTLE_FILLED:
+        line += "; THE REST IS PADDING: another data.seq_len fills them better, or data.samples=stream wholly"
+    return line
 
 
 def _describe_mask_ratios(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:

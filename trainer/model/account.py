@@ -76,7 +76,7 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     missing = sorted(parameters.intersection(report["missing_keys"]))
     unused = sorted(report["unexpected_keys"])
-    encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not _of_pooler(key)]
     if encoder:
         prefix = _wrapper(encoder, unused)
         raise UserError(
@@ -94,6 +94,11 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
     if unused:
         notes.append(f"checkpoint: not used: {listed(unused, _LISTED)}")
     return notes
+
+
+def _of_pooler(key: str) -> bool:
+    """Tell whether a weight is of the pooler: it goes with the head for pairs, and a masked-LM model has none."""
+    return "pooler" in key.split(".")
 
 
 def _mismatches(report: Mapping[str, Any]) -> list[tuple[str, torch.Size, torch.Size]]:

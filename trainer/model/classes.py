@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
+from trainer.errors import UserError
+
 MASKED, PAIRED, CAUSAL, PERMUTED = "masked", "paired", "causal", "permuted"
 # transformers gives these a causal class, and attention to both sides unless they are told otherwise.
 _NOT_CAUSAL = {"bert-generation", "xlm", "xlnet"}
@@ -80,6 +82,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 def choose_class(config: PretrainedConfig, family: str) -> None:
     """Write into a config which class of the family is meant; its type has one."""
     config.architectures = [FAMILIES[family].classes[config.model_type]]
+
+
+def check_pair_fields(config: PretrainedConfig, where: str) -> None:
+    """Refuse a config whose model could not tell pairs: tokens are of two types, and a pair of two classes.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for name, fits in (("type_vocab_size", config.type_vocab_size >= 2), ("num_labels", config.num_labels == 2)):
+        if not fits:
+            raise UserError(
+                f"With objective.pair {name} must be 2, got {getattr(config, name)}.",
+                where=where,
+                remedy=f"Set model.overrides.{name}=2, or objective.pair=null.",
+            )
 
 
 def model_class(config: PretrainedConfig) -> Any:

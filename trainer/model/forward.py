@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
 from trainer.model.document_attention import DocumentAttention
-from trainer.model.prediction_head import install
+from trainer.model.prediction_head import install, pair_logits, vocabulary_logits
 from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
 
 
@@ -60,7 +60,8 @@ class Forward:
             score: what is wanted in the place of logits.
 
         Returns:
-            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c].
+            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; and its
+            `pair_logits` [B, 2], None of a class without a head for pairs.
 
         Raises:
             UserError: when a model whose head is not known gives logits of other positions than it was given.
@@ -78,15 +79,17 @@ class Forward:
             prediction_index = None  # the model's logits are there alone
         with self._head.select(prediction_index, score):
             output = self.call(**arguments)
+        output.pair_logits = pair_logits(output)
         if score is not None and self._head.scores:
             return output
-        shape = output.logits.shape[:2]
+        logits = vocabulary_logits(output)
+        shape = logits.shape[:2]
         if not (self._head.in_head or in_order) and shape != input_ids.shape:  # Perceiver's are of all its positions
             raise UserError(
                 f"{type(self.model).__name__} gives logits of {shape[1]} positions for a block of {seq_len} tokens.",
                 where="data.seq_len",
                 remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
             )
-        logits = self._head.rows(output.logits, prediction_index)
+        logits = self._head.rows(logits, prediction_index)
         output.logits = logits if score is None else score.function(logits, score.labels)
         return output

@@ -19,7 +19,16 @@ from transformers import (
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
-from trainer.model.classes import CAUSAL, FAMILIES, MASKED, PERMUTED, choose_class, model_class
+from trainer.model.classes import (
+    CAUSAL,
+    FAMILIES,
+    MASKED,
+    PAIRED,
+    PERMUTED,
+    check_pair_fields,
+    choose_class,
+    model_class,
+)
 from trainer.model.presets import PRESETS
 from trainer.model.source import read_source
 from trainer.model.two_streams import refuse_one_sided
@@ -111,6 +120,8 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
             f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
         )
     _refuse_what_cannot_be_proven(config, where)
+    if family == PAIRED:
+        check_pair_fields(config, where)
     _check_seq_len(skeleton, seq_len, settings)
     return config
 
@@ -200,6 +211,8 @@ def _config_class(fields: Mapping[str, Any], where: str, family: str) -> type[Pr
         )
     if model_type not in FAMILIES[family].classes or is_other:
         fits = [name for name, other in _OBJECTIVES_OF.items() if model_type in FAMILIES[other].classes]
+        if family == PAIRED:
+            fits = ["objective.pair=null" if name == "objective.name=mlm" else name for name in fits]
         raise UserError(
             f"'{model_type}', as configured, is no {FAMILIES[family].kind}.",
             where=where,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,6 +116,18 @@ class PredictionHead:
             return _in_pieces(plain, input.flatten(0, -2), self._score, vocabulary_size)
 
         projection.forward = forward
+
+
+def vocabulary_logits(output: Any) -> torch.Tensor:
+    """Return the logits of the vocabulary, under whichever of its names a stock class has put them out."""
+    found = getattr(output, "prediction_logits", None)
+    return output.logits if found is None else found
+
+
+def pair_logits(output: Any) -> torch.Tensor | None:
+    """Return the logits [B, 2] of a head for pairs of segments; None from a class without one."""
+    named = (getattr(output, name, None) for name in ("seq_relationship_logits", "sop_logits"))
+    return next((found for found in named if found is not None), None)
 
 
 def install(model: PreTrainedModel) -> PredictionHead:

@@ -3,7 +3,8 @@
 The vocabulary size and the special ids are not here: they come from the tokenizer.
 
 Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
-BERT, arXiv:1810.04805, section 3; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
+BERT, arXiv:1810.04805, section 3; ALBERT, arXiv:1909.11942, table 1, without dropout but before the head for pairs, as
+version 2 of google-research/albert; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
 smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
 XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
@@ -42,6 +43,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "model_type": "bert",
             **_BERT,
             **_BASE,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
+        },
+        "albert-base": {
+            "model_type": "albert",
+            **_BASE,
+            "embedding_size": 128,
+            "num_hidden_groups": 1,
+            "inner_group_num": 1,
+            "hidden_act": "gelu_new",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "classifier_dropout_prob": 0.1,
+            "initializer_range": 0.02,
             "max_position_embeddings": 512,
             "type_vocab_size": 2,
             "layer_norm_eps": 1e-12,

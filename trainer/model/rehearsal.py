@@ -15,7 +15,7 @@ from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
 from trainer.model.classes import FAMILIES, MASKED, PERMUTED
 from trainer.model.hf_config import build_config, vocabulary_rows
-from trainer.model.prediction_head import install
+from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.two_streams import predicting_in_order
 from trainer.model.weight_files import weight_shapes
@@ -146,7 +146,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             where=_place(name, settings, where) if name else where,
             remedy="Correct it in the model's config or model.overrides, or set another data.seq_len.",
         ) from None
-    shape, expected = list(output.logits.shape), [1, seq_len, vocabulary_rows(model)]
+    shape, expected = list(vocabulary_logits(output).shape), [1, seq_len, vocabulary_rows(model)]
     if shape != expected:
         raise UserError(
             f"{type(model).__name__} gives logits of shape {shape} for {seq_len} tokens, and not {expected}.",

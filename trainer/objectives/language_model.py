@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from trainer.objectives.objective import Network, Predicted, Tally, Term
 
 
 class LanguageModelLoss:
-    """One term over the logits of the vocabulary; see `trainer.objectives.objective.Criterion`.
+    """The term over the logits of the vocabulary; see `trainer.objectives.objective.Criterion`.
 
     Args:
         term: name of the loss term, and of its labels in a batch.
@@ -28,15 +29,22 @@ class LanguageModelLoss:
         kernel: CrossEntropies = cross_entropies,
         accuracy: tuple[str, str] = ("eval/masked_accuracy", "masked accuracy"),
     ) -> None:
-        self.terms = (Term(term, 1.0),)
+        self.terms: tuple[Term, ...] = (Term(term, 1.0),)
         self._kernel, self._accuracy = kernel, accuracy
 
     def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:
         """Compute the cross-entropies of the batch; see `Criterion.predict`."""
-        (term,) = self.terms
-        score = Score(self._score, batch.labels[term.name])
-        scores = network(batch.inputs, batch.prediction_index, batch.documents, score).logits
-        return {term.name: Predicted(scores[:, 0], None if torch.is_grad_enabled() else scores[:, 1].long())}
+        return self.of_tokens(self.run(network, batch))
+
+    def run(self, network: Network, batch: Batch) -> Any:
+        """Run a batch through the network, scores in the place of logits; see `of_tokens`."""
+        score = Score(self._score, batch.labels[self.terms[0].name])
+        return network(batch.inputs, batch.prediction_index, batch.documents, score)
+
+    def of_tokens(self, output: Any) -> dict[str, Predicted]:
+        """Read the losses of tokens from what `run` has returned."""
+        scores = output.logits
+        return {self.terms[0].name: Predicted(scores[:, 0], None if torch.is_grad_enabled() else scores[:, 1].long())}
 
     def metrics(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         """Name perplexity and accuracy; see `Criterion.metrics`."""

@@ -91,6 +91,7 @@ class Masking:
         seed: int,
         word_starts: NDArray[np.bool_] | None = None,
         contents: NDArray[np.int64] | None = None,
+        payload: int | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Mask blocks.
 
@@ -99,7 +100,8 @@ class Masking:
             samples: uint64 [B], the sample number t of each block.
             seed: in [0, 2^64).
             word_starts: [B, S], True where the data are marked; None masks single tokens.
-            contents: int64 [B], tokens of text of each block, of which a share is predicted; default all but two.
+            contents: int64 [B], tokens of text of each block, of which a share is predicted; default `payload`.
+            payload: that of a block full of text; default all but two.
 
         Returns:
             input_ids: int64 [B, S], what the model is shown.
@@ -110,7 +112,7 @@ class Masking:
         """
         rows, seq_len = tokens.shape
         assert seq_len <= _NO_POSITION
-        payload = framed_view(seq_len).payload
+        payload = payload or framed_view(seq_len).payload
         ratios = self._ratios(samples)
         counts = np.full(rows, payload) if contents is None else contents
         counts = np.maximum(1, np.rint(ratios * counts)).astype(np.int64)

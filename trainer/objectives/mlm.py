@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import Batch, Documents
-from trainer.data.blocks import DOCUMENT_STARTS, Blocks, framed_view
+from trainer.data.blocks import DOCUMENT_STARTS, Blocks, View, framed_view
 from trainer.data.documents import length_counts
 from trainer.data.manifest import WORD_STARTS
 from trainer.data.tokenizer import BEGIN, END, Vocabulary, need_tokens
@@ -74,6 +74,7 @@ class MaskedSamples:
         document_attention: whether batches tell where documents begin.
         whole_documents: whether blocks are rows of whole documents, each with attention of its own.
         ratios: share of the content tokens that is predicted, by sample; default the first of the settings throughout.
+        view: which tokens a block is; default all but a begin and an end token.
 
     Raises:
         UserError: when the tokenizer lacks a mask, padding, begin or end token.
@@ -87,12 +88,13 @@ class MaskedSamples:
         document_attention: bool = False,
         whole_documents: bool = False,
         ratios: Stages | None = None,
+        view: View | None = None,
     ) -> None:
         # Padding is never in a block of the stream, but stock classes take id 0 for it when it is not set.
         need_tokens(vocabulary, ("mask", "pad", BEGIN, END))
         assert vocabulary.mask_id is not None
         self.vocabulary, self.seq_len = vocabulary, seq_len
-        self.view = framed_view(seq_len, whole_documents)
+        self.view = view or framed_view(seq_len, whole_documents)
         self._frame = frame_documents if whole_documents else frame_block
         document_attention = document_attention or whole_documents
         whole_words = settings.scheme != "token"
@@ -123,9 +125,13 @@ class MaskedSamples:
     def plain(self, blocks: Blocks) -> Batch:
         """Show blocks as they are; see `Samples.plain`."""
         framed = frame_block(blocks, self.vocabulary)
+        return _batch(framed.tokens, *self.evenly_spread(framed.tokens), framed.starts.get(DOCUMENT_STARTS))
+
+    def evenly_spread(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Spread as many predictions as there are in training over rows [B, S]: index and labels, int64 [B·k]."""
         row = np.linspace(0, self.seq_len - 1, self.head_rows).astype(np.int64)
-        index = (np.arange(len(framed.tokens))[:, None] * self.seq_len + row).reshape(-1)
-        return _batch(framed.tokens, index, framed.tokens.reshape(-1)[index], framed.starts.get(DOCUMENT_STARTS))
+        index = (np.arange(len(tokens))[:, None] * self.seq_len + row).reshape(-1)
+        return index, tokens.reshape(-1)[index]
 
     def document_starts(self, blocks: Blocks) -> np.ndarray:
         """Find where documents begin; see `Samples.document_starts`."""

@@ -28,15 +28,19 @@ class Network(Protocol):
         documents: Documents | None = None,
         score: Score | None = None,
     ) -> Any:
-        """Return the model's output for the inputs of a batch, its `logits` [n, V] or, with `score`, [n, c]."""
+        """Return the model's output for the inputs of a batch, its `logits` [n, V] or, with `score`, [n, c].
+
+        Of a class with a head for pairs it has `pair_logits` [B, 2] as well.
+        """
         ...
 
 
 class Term(NamedTuple):
-    """A part of the loss, with the labels of this name."""
+    """A part of the loss, with the labels of this name; `one_a_block` where each block has one, that may be ignored."""
 
     name: str
     weight: float
+    one_a_block: bool = False
 
 
 @dataclass(frozen=True)

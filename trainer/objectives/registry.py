@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.config import Config
 from trainer.data.batch import Samples
 from trainer.data.blocks import View, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError, nearest
-from trainer.objectives import clm, mlm, plm
+from trainer.objectives import clm, mlm, pairs, plm
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
@@ -43,6 +44,9 @@ def _ratios(config: Config, evaluating: bool) -> Stages:
 
 
 def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+    ratios = _ratios(config, evaluating)
+    if (pair := config.objective.pair) is not None:
+        return pairs.PairedSamples(config.objective, pair, vocabulary, seq_len, ratios)
     return mlm.MaskedSamples(
         config.objective,
         vocabulary,
@@ -51,6 +55,16 @@ def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
         whole_documents=_whole_documents(config),
         ratios=_ratios(config, evaluating),
     )
+
+
+def _masked_view(config: Config, seq_len: int) -> View:
+    pair = config.objective.pair
+    return framed_view(seq_len, _whole_documents(config)) if pair is None else pairs.view_of(pair, seq_len)
+
+
+def _masked_criterion(config: Config, kernel: CrossEntropies) -> Criterion:
+    pair = config.objective.pair
+    return LanguageModelLoss(mlm.TERM, kernel) if pair is None else pairs.PairLoss(pair, kernel)
 
 
 def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
@@ -67,10 +81,10 @@ def _whole_documents(config: Config) -> bool:
 
 OBJECTIVES: dict[str, Objective] = {
     "mlm": Objective(
-        family=lambda config: "masked",
-        view=lambda config, seq_len: framed_view(seq_len, _whole_documents(config)),
+        family=lambda config: "masked" if config.objective.pair is None else "paired",
+        view=_masked_view,
         samples=_masked_samples,
-        criterion=lambda config, kernel: LanguageModelLoss(mlm.TERM, kernel),
+        criterion=_masked_criterion,
         card=mlm.CARD,
     ),
     "clm": Objective(
@@ -103,6 +117,16 @@ def find_objective(name: str) -> Objective:
             remedy=f"One of {', '.join(OBJECTIVES)}.",
         )
     return OBJECTIVES[name]
+
+
+def card_of(settings: Mapping[str, Any]) -> ObjectiveCard:
+    """Return what a model card says of an objective with these settings, the section `objective` of a config.
+
+    Raises:
+        UserError: as `find_objective`.
+    """
+    card, pair = find_objective(settings["name"]).card, settings.get("pair")
+    return card if pair is None else pairs.card_of(card, pair["task"])
 
 
 def family_of(config: Config) -> str:

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.model.hf_config import head_width_of, heads_of
 
-_NOT_IN_A_STEP = ("pooler", "contact_head")  # part of some encoders, not computed in masked language modelling
+_NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
+_POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
 
 
 def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_ratio: float) -> float:
@@ -25,11 +26,11 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
 
     that is: every matrix of a layer, the two products of attention, the head at the predicted positions, and twice
     the forward pass for the backward pass (arXiv:2001.08361, section 2.1, with the attention term kept). Other
-    classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed).
-    Elementwise work, norms, softmax, embedding look-ups and recomputation are not counted. With document attention
-    only products within a document count, even where a block mask makes sdpa compute the others as well: they are no
-    work of the model. Local attention (ModernBERT) is counted as if it were full, and attention of another kind
-    (Perceiver's) not at all.
+    classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed). What a
+    block takes once is in `block_flops`. Elementwise work, norms, softmax, embedding look-ups and recomputation are not
+    counted. With document attention only products within a document count, even where a block mask makes sdpa compute
+    the others as well: they are no work of the model. Local attention (ModernBERT) is counted as if it were full, and
+    attention of another kind (Perceiver's) not at all.
 
     XLNet has a stream that sees tokens and one that predicts, and a matrix for positions, of which there are twice as
     many as tokens: 3 · [L · (12H² + 4HI) + 16·L·A·H + r · (L · (4H² + 4HI) + 2HV)]. Its class computes the attention of
@@ -42,7 +43,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
         prediction_ratio: r, predicted positions over all positions; 1 for a head that computes every logit.
     """
     config = model.config
-    encoder_matmuls, head_matmuls = _matmul_flops(model)
+    encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     if config.model_type == "xlnet":
@@ -55,16 +56,27 @@ def head_flops(model: PreTrainedModel) -> float:
     return 3.0 * _matmul_flops(model)[1]
 
 
-def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
-    """Count FLOPs of a position in the matrices of the encoder and of the head, forward; see `flops_per_token`."""
+def block_flops(model: PreTrainedModel) -> float:
+    """Count training FLOPs that a block takes once, whatever its length: 3 · (2H² + 4H) of pooler and head for pairs.
+
+    Of a class without a head for pairs 0: its pooler, if it has one, leads to no loss.
+    """
+    return 3.0 * _matmul_flops(model)[2]
+
+
+def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Count FLOPs forward in matrices: of a position in the encoder and in the head, and what a block takes once."""
     applications = _shared_layer_applications(model)
-    encoder_matmuls = head_matmuls = 0
+    encoder_matmuls = head_matmuls = pair_matmuls = 0
+    has_pairs = any(name.rpartition(".")[2] in _PAIR_HEADS for name, _ in model.named_modules())
     encoder_modules = set(model.base_model.modules())
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
             continue
         flops = 2 * math.prod(_declared_shape(module))
-        if module in encoder_modules:
+        if not {_POOLER, *_PAIR_HEADS}.isdisjoint(name.split(".")):
+            pair_matmuls += flops * has_pairs
+        elif module in encoder_modules:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
@@ -73,7 +85,7 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[int, int]:
             matrix = 2 * module.d_model * module.n_head * module.d_head
             encoder_matmuls += 6 * matrix  # q, k, v, o, and r at two positions a token
             head_matmuls += 2 * matrix + 4 * module.d_model * model.config.d_inner  # q, o and both of the feed-forward
-    return encoder_matmuls, head_matmuls
+    return encoder_matmuls, head_matmuls, pair_matmuls
 
 
 def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:

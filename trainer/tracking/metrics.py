@@ -22,7 +22,8 @@ COUNTERS = {
     "time": "seconds since 1970",
 }
 TRAINING_METRICS = {
-    "train/loss": "mean cross-entropy over all predicted tokens of the step's global batch, nats",
+    "train/loss": "mean cross-entropy over all predicted tokens of the step's global batch, nats; of a loss of several "
+    "terms, the weighted sum of their means",
     "train/learning_rate": "rate of the step",
     "train/grad_norm": "global 2-norm of the gradients before clipping; null when not finite",
     "train/skipped_steps": "steps skipped so far because a gradient was not finite or their norm above its bound",
@@ -41,16 +42,26 @@ BATCH_METRICS = {
     "batch/global_size": "sequences of the step",
     "batch/seq_len": "tokens a sequence of the step",
 }
+TERM_METRICS = {
+    "train/loss/TERM": "mean loss of one term (mlm, nsp, sop) over its labels in the step's global batch, nats",
+    "train/ignored/TERM": "of pairs (nsp, sop): share of the step's blocks without one, which have no label",
+}
 SOURCE_METRICS = {
     "source/NAME/loss": "the same as train/loss, over the blocks of one source; null when the batch has none",
     "source/NAME/epochs": "passes over the source so far",
     "source/NAME/tokens": "positions of the source consumed so far",
 }
 EVALUATION_METRICS = {
-    "eval/loss": "mean cross-entropy over the validation blocks, with masks that stay the same, nats",
-    "eval/perplexity": "exp(eval/loss)",
+    "eval/loss": "mean cross-entropy over the validation blocks, with masks that stay the same, nats; of several terms "
+    "the weighted sum of their means",
+    "eval/perplexity": "exp(mean cross-entropy of the predicted tokens), which is exp(eval/loss) where that is all",
     "eval/masked_accuracy": "share of masked (plm: predicted) tokens told right; with objective.name mlm and plm",
     "eval/accuracy": "share of tokens predicted right; with objective.name clm",
+}
+TERM_EVALUATION_METRICS = {
+    "eval/TERM/loss": "mean loss of one term (mlm, nsp, sop) over its labels, nats",
+    "eval/TERM/accuracy": "share of its labels predicted right",
+    "eval/TERM/ignored": "of pairs (nsp, sop): share of the validation blocks without one, which have no label",
 }
 EVENT_METRICS = {
     "event": "skip (the step changed nothing), rollback (to the checkpoint of `step`) or diverged (the run ends)",

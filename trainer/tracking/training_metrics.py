@@ -23,7 +23,7 @@ from trainer.tracking.metrics import ThroughputMeter, counters, peak_memory_gib
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Fills TRAINING_METRICS, BATCH_METRICS and SOURCE_METRICS of trainer.tracking.metrics; every rank calls it."""
+    """Fills the metrics of training lines, as trainer.tracking.metrics has them; every rank calls it."""
 
     config: Config
     plan: BatchPlan
@@ -75,24 +75,30 @@ class StepMetrics:
             "memory/peak_gib": peak,
             "memory/reserved_gib": reserved,
             **(self._batch_values(shape) if self.plan.sizes_vary else {}),
-            **(self._term_values(means) if len(terms) > 1 else {}),
+            **(self._term_values(means, counts, shape) if len(terms) > 1 else {}),
             **(self._source_values(state, totals, micro_batches) if totals.shape[1] > 1 else {}),
         }
 
     def _batch_values(self, shape: StepShape) -> dict[str, Any]:
         return {"batch/global_size": shape.global_size, "batch/seq_len": shape.seq_len}
 
-    def _term_values(self, means: Sequence[float]) -> dict[str, Any]:
-        return {f"train/loss/{term.name}": mean for term, mean in zip(self.criterion.terms, means, strict=True)}
+    def _term_values(self, means: Sequence[float], counts: Sequence[float], shape: StepShape) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for term, mean, count in zip(self.criterion.terms, means, counts, strict=True):
+            values[f"train/loss/{term.name}"] = mean
+            if term.one_a_block:
+                values[f"train/ignored/{term.name}"] = 1.0 - count / shape.global_size
+        return values
 
     def _source_values(self, state: TrainState, totals: np.ndarray, micro_batches: list[Batch]) -> dict[str, Any]:
         """Compute loss of the step, epochs and tokens of each source; `totals` [terms, sources] are over all ranks."""
-        losses = np.zeros(totals.shape[1])
+        losses = labels = np.zeros(totals.shape[1])
         for sums, term in zip(totals, self.criterion.terms, strict=True):
             of_rank = sum(batch.count_by_source(term.name, len(losses)) for batch in micro_batches)
             counts = np.array(distributed.all_reduce_sum(self.world, np.asarray(of_rank).tolist()))
-            with np.errstate(invalid="ignore"):
-                losses += term.weight * sums / counts  # NaN for a source without labels
+            losses = losses + term.weight * sums / np.maximum(1.0, counts)
+            labels = labels + counts
+        losses = np.where(labels > 0, losses, np.nan)  # of a source without labels in this step
         tokens, epochs = self.order.source_tokens(state.samples), self.order.epochs(state.samples)
         values: dict[str, Any] = {}
         for number, source in enumerate(self.config.data.train):

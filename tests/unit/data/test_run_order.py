@@ -156,3 +156,14 @@ def test_a_record_from_before_there_were_phases_is_one_of_one_phase():
     assert order_differences(old, recorded(order_of()), 1000) == []
     assert "blocks of 32, now blocks of 24" in order_differences(old, recorded(order_of(seq_len=24)), 1000)[0]
     assert [each["blocks"] for each in recorded_phases(old)] == [[300]]
+
+
+def test_partners_are_those_of_the_phase():
+    order = order_of(phases=PHASES, sources=2)
+    samples = np.arange(3000)
+    partners, expected = order.partners(samples), np.empty(3000, np.int64)
+    starts = [phase.first_sample for phase in order.phases]
+    for number, (start, stop) in enumerate(zip(starts, [*starts[1:], 3000], strict=True)):
+        expected[start:stop] = order.orders[number].partners(np.arange(stop - start))
+    assert np.array_equal(partners, expected)
+    assert (partners != order.locate(samples)[1]).all()

@@ -41,6 +41,8 @@ class KeyPurpose(IntEnum):
     DROPOUT = 4
     EVALUATION = 5
     PHASE = 6
+    PAIR = 7
+    PARTNER = 8
 
 
 def mix64(x: ArrayLike) -> UInt64s:
@@ -118,6 +120,22 @@ def permute(index: ArrayLike, n: ArrayLike, key: ArrayLike) -> UInt64s:
         values[outside] = walked
         outside = outside[walked >= _taken(sizes, outside)]
     return values
+
+
+def another(index: UInt64s, n: ArrayLike, keys: UInt64s) -> UInt64s:
+    """Choose for each index another one of [0, n), all with the same chance; the index itself where there is no other.
+
+    Args:
+        index: uint64 [m], each below its n.
+        n: sizes of at least 1, a scalar or [m].
+        keys: uint64 [m], hashes. Their bias is n / 2^64.
+
+    Returns:
+        uint64 [m], below n.
+    """
+    sizes = np.asarray(n, np.uint64)
+    others = np.maximum(sizes, np.uint64(2)) - _ONE
+    return np.where(sizes > _ONE, (index + _ONE + keys % others) % sizes, index)
 
 
 def _taken(parameter: UInt64s, places: NDArray[np.intp]) -> UInt64s:

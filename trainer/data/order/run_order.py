@@ -7,7 +7,7 @@ one phase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,25 @@ class RunOrder:
 
     def locate(self, samples: np.ndarray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find where samples are, as `SampleOrder.locate`; the block is one of those of the sample's phase."""
+        sources, blocks = np.empty(np.size(samples), np.int64), np.empty(np.size(samples), np.int64)
+        for order, inside, of_phase in self._by_phase(samples):
+            sources[inside], blocks[inside] = order.locate(of_phase)
+        return sources, blocks
+
+    def partners(self, samples: np.ndarray) -> NDArray[np.int64]:
+        """Find another block for each sample, as `SampleOrder.partners`; one of those of the sample's phase."""
+        blocks = np.empty(np.size(samples), np.int64)
+        for order, inside, of_phase in self._by_phase(samples):
+            blocks[inside] = order.partners(of_phase)
+        return blocks
+
+    def _by_phase(self, samples: np.ndarray) -> Iterator[tuple[SampleOrder, NDArray[np.intp], NDArray[np.int64]]]:
+        """Yield for each phase that samples lie in its order, their places among them, and their numbers in it."""
         samples = np.asarray(samples)
         numbers = np.searchsorted(self._starts, samples, side="right") - 1
-        sources, blocks = np.empty(samples.size, np.int64), np.empty(samples.size, np.int64)
         for number in np.unique(numbers).tolist():
             inside = np.flatnonzero(numbers == number)
-            sources[inside], blocks[inside] = self.orders[number].locate(samples[inside] - self._starts[number])
-        return sources, blocks
+            yield self.orders[number], inside, samples[inside] - self._starts[number]
 
     def samples_in_phases(self, samples: int) -> list[int]:
         """Count how many of the first `samples` samples belong to each phase."""

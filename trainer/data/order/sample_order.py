@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.order.permutation import KeyPurpose, UInt64s, fold_key, permute
+from trainer.data.order.permutation import KeyPurpose, UInt64s, another, fold_key, permute
 from trainer.errors import UserError
 
 ORDER_VERSION = 1  # of the order and of the masks; a change of either needs a new number and new golden hashes
@@ -131,6 +131,29 @@ class SampleOrder:
             blocks[piece] = self._block(source, visit)
         return sources, blocks
 
+    def partners(self, samples: np.ndarray) -> NDArray[np.int64]:
+        """Find for each sample another block of its source, to be read beside its own.
+
+        It is what another visit of the same window and epoch sees, each with the same chance: never the sample's own
+        block, and as near to it on disk as those that are read anyway. Alone in its window a block is its own partner.
+
+        Args:
+            samples: as for `locate`.
+
+        Returns:
+            int64 [n], blocks.
+        """
+        samples = np.asarray(samples)
+        blocks = np.empty(samples.size, np.int64)
+        for start in range(0, samples.size, _PIECE):
+            piece = slice(start, start + _PIECE)
+            numbers = samples[piece].astype(np.uint64)
+            source, visit = self.locate_visits(numbers)
+            keys = fold_key(KeyPurpose.PARTNER, self.seed, numbers)
+            _, index, length = self._within_window(source, visit % self._blocks[source])
+            blocks[piece] = self._block(source, visit - index + another(index, length, keys))
+        return blocks
+
     def visits(self, samples: int) -> list[int]:
         """Count each source's blocks among the first `samples` samples; costs at most one mixture block of work."""
         begun = bisect_right([span.start for span in self.spans], samples) - 1
@@ -185,14 +208,12 @@ class SampleOrder:
 
     def _block(self, source: NDArray[np.intp], visit: UInt64s) -> UInt64s:
         """Do steps 2 to 4: source ([n] or [1]) and visit uint64 [n] → block uint64 [n]."""
-        blocks, window_size, full_chunks = self._blocks[source], self._windows[source], self._full_chunks[source]
-        epoch, offset = np.divmod(visit, blocks)
+        full_chunks = self._full_chunks[source]
+        epoch, offset = np.divmod(visit, self._blocks[source])
         epoch_key = fold_key(KeyPurpose.EPOCH, self.seed, source, epoch)
 
-        window, index = np.divmod(offset, window_size)
-        window_start = window * window_size
-        length = np.minimum(window_size, blocks - window_start)
-        position = window_start + permute(index, length, fold_key(epoch_key, window))
+        window, index, length = self._within_window(source, offset)
+        position = offset - index + permute(index, length, fold_key(epoch_key, window))
 
         slot, within = np.divmod(position, self._chunk)
         in_full = np.flatnonzero(slot < full_chunks)
@@ -202,6 +223,12 @@ class SampleOrder:
             each = np.broadcast_to(full_chunks, slot.shape)
             slot[in_full] = permute(slot[in_full], each[in_full], epoch_key[in_full])
         return slot * self._chunk + within
+
+    def _within_window(self, source: NDArray[np.intp], offset: UInt64s) -> tuple[UInt64s, UInt64s, UInt64s]:
+        """Find for places in an epoch, uint64 [n]: number of the window, index in it, and its length."""
+        window_size = self._windows[source]
+        window, index = np.divmod(offset, window_size)
+        return window, index, np.minimum(window_size, self._blocks[source] - window * window_size)
 
 
 def rank_share(
