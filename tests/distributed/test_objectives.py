@@ -1,0 +1,84 @@
+"""What holds for every objective on real ranks: one table, so that a new objective is one more line of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from rich.console import Console
+
+from launcher.console import make_console
+from tests.objective_cases import CASES
+from tests.ranks import losses, train
+from tools.convert import convert
+from tools.prepare import prepare
+from trainer.config import Config
+from trainer.errors import EXIT_FINISHED
+from trainer.model.classes import FAMILIES
+from trainer.objectives.registry import family_of
+
+OTHER_LAYOUT: dict[str, Any] = {
+    "deepspeed": "zero3",
+    "batch": {"micro_size": 2},
+}  # two micro-batches on each of two ranks
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def marked(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The workspace's text with its words and sentences marked."""
+    folder, text = tmp_path_factory.mktemp("marked") / "data", [str(workspace / "text.txt")]
+    marks = {"word_starts": "tokenizer", "sentence_starts": "rules"}
+    prepare(text, str(workspace / "tokenizer"), str(folder), workers=1, console=make_console(), **marks)
+    return str(folder)
+
+
+@pytest.fixture
+def config_of(workspace: Path, marked: str, tmp_path: Path) -> Any:
+    def make(case: str, run: str, dropout: float = 0.0, **sections: Any) -> Config:
+        return CASES[case].config(str(workspace / "tokenizer"), marked, str(tmp_path / run), dropout, **sections)
+
+    return make
+
+
+def lose_the_last(config: Config) -> None:
+    """As if the run had been killed after step 4."""
+    shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000008")
+
+
+def losses_of(config: Config, ranks: int = 1) -> list[float]:
+    assert train(config, ranks) == EXIT_FINISHED
+    return losses(Path(config.run.dir))
+
+
+@every_case
+def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
+    name: str, config_of: Any, tmp_path: Path
+) -> None:
+    clean = losses_of(config_of(name, "one"))
+    assert clean[-1] < clean[0], "it learns"
+    proven = convert(str(tmp_path / "one"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
+    assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
+    auto_class = getattr(transformers, FAMILIES[family_of(config_of(name, "one"))].auto_class)
+    _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values())
+
+    two = config_of(name, "two", **OTHER_LAYOUT)
+    found = losses_of(two, 2)
+    assert found == pytest.approx(clean, abs=1e-5, rel=0)
+    lose_the_last(two)
+    assert losses_of(two, 2) == found, "the same layout: to the bit"
+    lose_the_last(two)
+    assert losses_of(config_of(name, "two", deepspeed="zero1")) == pytest.approx(clean, abs=1e-5, rel=0)
+
+
+@every_case
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2"])
+def test_a_resume_is_bit_equal_with_dropout(name: str, stage: str, config_of: Any) -> None:
+    config = config_of(name, "run", dropout=0.1, deepspeed=stage)
+    clean = losses_of(config, 2)
+    lose_the_last(config)
+    assert losses_of(config, 2) == clean
