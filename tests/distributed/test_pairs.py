@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForPreTraining
 
 from launcher.console import make_console
-from tests.ranks import ADDING, TINY_ROBERTA, WITHOUT_DROPOUT, losses, metrics, tiny_config, train
+from tests.ranks import ADDING, TINY_ROBERTA, WITHOUT_DROPOUT, losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
 from tools.prepare import prepare
 from trainer.config import Config
@@ -181,6 +181,52 @@ def _compared(folder: Path, with_probe: Path) -> float:
 
     model = _load_into_stock_class(folder, read_checkpoint_manifest(folder))
     return _compare_with_training(model, read_probe(with_probe), folder)
+
+
+def test_partners_are_of_the_same_source_and_phase_in_any_layout(
+    sentences: Path, workspace: Path, tmp_path: Path
+) -> None:
+    """A mixture of two sources, in two lengths of blocks, and a step that is not filled."""
+    mixture = [
+        {"path": str(sentences / "train"), "name": "much"},
+        {"path": str(sentences / "validation"), "name": "few"},
+    ]
+    data = {"train": mixture, "phases": [{"seq_len": 32, "until_tokens": 1280, "micro_size": 4}]}
+    one = config_of(workspace, sentences, tmp_path / "one", "nsp", data={**data, "validation": None})
+    two = config_of(
+        workspace,
+        sentences,
+        tmp_path / "two",
+        "nsp",
+        data={**data, "validation": None, "workers": 2},
+        deepspeed="zero3",
+    )
+    assert train(one) == EXIT_FINISHED and train(two, 2) == EXIT_FINISHED
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5, rel=0)
+    for name in ("train/loss/nsp", "source/much/loss", "source/few/loss"):
+        expected = values(tmp_path / "one", name)
+        assert len(expected) == 12 and values(tmp_path / "two", name) == pytest.approx(expected, abs=1e-5, rel=0)
+
+
+def test_the_largest_micro_batch_is_found_with_both_terms(sentences: Path, workspace: Path, tmp_path: Path) -> None:
+    """By the memory model, as on a CPU, and by a trial step, as on a GPU."""
+    auto = {"batch": {"micro_size": "auto", "memory_gib": 1.0}, "train": {"steps": 2}, "eval": {"every_steps": None}}
+    config = config_of(workspace, sentences, tmp_path / "run", "nsp", **auto)
+    assert train(config) == EXIT_FINISHED
+    assert run_ranks(try_sizes, 2, config) == [4, 4]
+
+
+def try_sizes(config: Config) -> int:
+    """Runs on each rank; returns the micro-batch that a trial finds."""
+    from trainer.model.source import load_vocabulary
+    from trainer.runtime import distributed
+    from trainer.sizing.micro_batch_trial import largest_by_trial
+
+    world = distributed.start()
+    try:
+        return largest_by_trial(config, load_vocabulary(config), world, config.data.seq_len, [2, 4]) or 0
+    finally:
+        distributed.stop()
 
 
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
