@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from trainer.config import Config
 from trainer.config.file import parse_config
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
 from trainer.model.build import build_model
-from trainer.objectives.registry import make_samples
+from trainer.objectives.objective import loss_sums
+from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime.distributed import World
 from trainer.schedule.batch_plan import BatchPlan
+from trainer.sizing.made_up import made_up_batch
 from trainer.sizing.memory_estimate import MemoryEstimate
 
 SEQ_LEN = 128
@@ -26,7 +26,7 @@ VOCABULARY_SIZE = 8000
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """A ZeRO stage, a precision, a micro-batch, and changes to the preset."""
+    """A ZeRO stage, a precision, a micro-batch, changes to the preset; and what is trained."""
 
     stage: int
     precision: str
@@ -34,6 +34,8 @@ class EngineLayout:
     micro_size: int = 1
     changes: dict[str, Any] = field(default_factory=dict)
     gradient_accumulation_dtype: str | None = None
+    model: str = "roberta-base"
+    objective: dict[str, Any] = field(default_factory=dict)
 
     def preset(self) -> dict[str, Any]:
         preset = load_preset(f"zero{self.stage}")
@@ -42,7 +44,8 @@ class EngineLayout:
     def config(self, **overrides: int) -> Config:
         raw = {
             "run": {"dir": "unused"},
-            "model": {"preset": "roberta-base", "tokenizer": "unused", "overrides": overrides},
+            "model": {"preset": self.model, "tokenizer": "unused", "overrides": overrides},
+            "objective": self.objective,
             "data": {"train": "unused", "seq_len": SEQ_LEN},
             "batch": {"global_size": 1},
             "train": {
@@ -66,19 +69,17 @@ def vocabulary() -> Vocabulary:
 def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[Callable[[], None]]:
     """A function that does one optimizer step of made-up tokens."""
     config = layout.config(**overrides)
-    head_rows = make_samples(config, vocabulary(), SEQ_LEN).head_rows
+    batch = made_up_batch(make_samples(config, vocabulary(), SEQ_LEN), layout.micro_size, token=10)
+    criterion = make_criterion(config)
     micro_size, accumulation = layout.micro_size, layout.accumulation
     plan = BatchPlan(micro_size * accumulation * world.size, micro_size, world.size, accumulation, SEQ_LEN, 1)
-    built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0)
+    built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0, family=family_of(config))
     engine = TrainingEngine(built, compose(config, layout.preset(), plan), config.optimizer, world)
     del built
-    ids = torch.randint(10, VOCABULARY_SIZE, (micro_size, SEQ_LEN))
-    index = torch.arange(micro_size * head_rows)
 
     def step() -> None:
         for _ in range(accumulation):
-            logits = engine.network({"input_ids": ids}, index).logits
-            engine.backward(torch.nn.functional.cross_entropy(logits.float(), ids.flatten()[: len(index)]))
+            engine.backward(loss_sums(criterion, engine.network, batch, 1).sum() / batch.head_rows)
             engine.step(1e-4)
 
     try:

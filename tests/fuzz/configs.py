@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from tests.objective_cases import CASES
 from tests.ranks import tiny_config
 from trainer.config import Config
 
@@ -141,6 +142,9 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "data.mixture_block": [1, 64, 1000],
         "data.read": ["mmap", "pread"],
         "data.verify_reads": [True, False],
+        "objective.name": ["mlm", "clm", "plm"],
+        "objective.scheme": ["token", "word", "span"],
+        "objective.pair": [None, {"task": "nsp"}, {"task": "sop", "weight": pick((0.1, 3))}, {"task": "so"}],
         "objective.mask_ratio": [
             0.001, 0.15, 0.5, 0.99,
             [{"from_tokens": tokens, "ratio": pick((0.01, 0.3, 0.9))} for tokens in (0, *boundaries)],
@@ -301,6 +305,10 @@ def random_config(seed: int, workspace: Path, folder: Path) -> list[str]:
     """Write a config; returns the arguments that name it: its path, and overrides."""
     generator = Random(seed)
     raw = tiny_config(workspace, folder / "run").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    if generator.random() < 0.3:
+        case = generator.choice(list(CASES.values()))
+        whole = case.raw(raw["model"]["tokenizer"], raw["data"]["train"], raw["run"]["dir"])
+        raw |= {name: whole[name] for name in ("objective", "model")}
     for path, value in plausible(generator, workspace).items():
         put(raw, path, value)
     overrides = []
