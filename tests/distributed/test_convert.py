@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import run_ranks, tiny_config, train
-from tools.convert import _probe_logits, convert
+from tools.convert import _outputs, convert
 from trainer.checkpoint.contents import Probe, read_probe
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
 
@@ -52,7 +52,7 @@ def test_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
     # And by hand, without any of our model code: the stock forward pass gives the logits that training recorded.
     probe = read_probe(trained / "checkpoints" / "step-00000020")
     with torch.no_grad():
-        logits = model.eval()(input_ids=probe.input_ids).logits.flatten(0, 1)[probe.prediction_index]
+        logits = model.eval()(**probe.inputs).logits.flatten(0, 1)[probe.prediction_index]
     torch.testing.assert_close(logits[: len(probe.logits)], probe.logits, rtol=0, atol=1e-5)
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -66,12 +66,12 @@ def test_of_a_gpus_micro_batch_one_block_is_computed_on_the_cpu(
 ) -> None:
     blocks = list[int]()
 
-    def logits(model: Any, probe: Probe) -> torch.Tensor:
-        blocks.append(len(probe.input_ids))
-        return _probe_logits(model, probe)
+    def outputs(model: Any, probe: Probe) -> list[torch.Tensor]:
+        blocks.append(len(probe.inputs["input_ids"]))
+        return _outputs(model, probe)
 
     monkeypatch.setattr("tools.convert.read_probe", lambda folder: replace(read_probe(folder), device="cuda"))
-    monkeypatch.setattr("tools.convert._probe_logits", logits)
+    monkeypatch.setattr("tools.convert._outputs", outputs)
     conversion = convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
     assert conversion.difference_from_training < 1e-4 and conversion.difference_after_reload == 0.0
     assert blocks and set(blocks) == {1}
