@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import ADDING, losses, metrics, run_ranks, tiny_config, train, write_config
@@ -22,6 +30,7 @@ from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.inputs.inputs import open_inputs
 from trainer.model.build import build_model
 from trainer.model.classes import CAUSAL
+from trainer.model.source import load_vocabulary
 
 SIZES = {
     "hidden_size": 32,
@@ -209,3 +218,40 @@ def test_a_class_that_sees_what_it_is_to_tell_is_refused(
     assert run_ranks(train_bert_generation, 2, config) == [EXIT_USER_MISTAKE] * 2
     assert "BertGenerationDecoder, as configured, looks at later tokens" in capfd.readouterr().out
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tokenizer_with_one_special_token_is_enough(workspace: Path, tmp_path: Path) -> None:
+    """As GPT-2's: its token ends a document, begins one, and pads, and its row is learnt."""
+    pieces = Tokenizer(models.BPE())
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    pieces.train([str(workspace / "text.txt")], trainer)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token=end, eos_token=end, unk_token=end).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    command = ("prepare", "--input", str(workspace / "text.txt"), "--tokenizer", str(tmp_path / "tokenizer"))
+    prepared = maskwright(*command, "--output", str(tmp_path / "data"))
+    assert prepared.returncode == 0, prepared.stderr
+    assert "it has no mask token, which causal models do without" in prepared.stderr
+
+    for samples in ("stream", "documents"):
+        sections = {"data": {"train": str(tmp_path / "data"), "validation": None, "samples": samples}}
+        config = config_of(workspace, tmp_path / samples, "llama", eval={"every_steps": None}, **sections)
+        model = {"tokenizer": str(tmp_path / "tokenizer"), "document_attention": samples == "documents"}
+        config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+        assert train(config) == EXIT_FINISHED
+        found = losses(tmp_path / samples)
+        assert found[-1] < found[0] - 0.3
+    convert(str(tmp_path / "documents"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
+    table = AutoModelForCausalLM.from_pretrained(tmp_path / "model").get_input_embeddings()
+    untrained = build_model(config.model, load_vocabulary(config), 32, config.run.seed, CAUSAL).model
+    assert table.padding_idx is None
+    assert not torch.equal(table.weight[0], untrained.get_input_embeddings().weight[0])
+
+    masked = tiny_config(workspace, tmp_path / "masked", data={"train": str(tmp_path / "data")})
+    path = write_config(masked, tmp_path / "masked.yaml")
+    done = maskwright("validate", str(path), f"model.tokenizer={tmp_path / 'tokenizer'}")
+    assert_one_card(done, EXIT_USER_MISTAKE, "The tokenizer has no mask and no pad token")

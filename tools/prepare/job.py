@@ -114,7 +114,15 @@ def open_job(
         vocabulary=vocabulary,
         delimiter=check_delimiter(delimiter, found.format, names),
         names=names,
-        tokenizer_note=loading_note(tokenizer),
+        tokenizer_notes=tuple(filter(None, (loading_note(tokenizer), _lacking_note(vocabulary)))),
+    )
+
+
+def _lacking_note(vocabulary: Vocabulary) -> str:
+    return (
+        "tokenizer: it has no mask token, which causal models do without, and masked ones do not"
+        if "mask" in vocabulary.lacking
+        else ""
     )
 
 
@@ -144,7 +152,7 @@ class Job:
     vocabulary: Vocabulary
     delimiter: str | None = None
     names: OptionNames = COMMAND_LINE
-    tokenizer_note: str = ""
+    tokenizer_notes: tuple[str, ...] = ()
 
     @property
     def work_folder(self) -> Path:

@@ -195,8 +195,7 @@ def _write_units(job: Job, units: Sequence[Unit], workers: int, console: Console
     kept = len(units) - len(remaining)
     if not remaining:
         return kept
-    notes = [job.tokenizer_note] if job.tokenizer_note else []
-    for line in (job.describe_inputs(), *notes, *input_notes(job.inputs, job.documents, job.names)):
+    for line in (job.describe_inputs(), *job.tokenizer_notes, *input_notes(job.inputs, job.documents, job.names)):
         say(console, line)
     size = sum(unit.size for unit in remaining)
     _announce(job, remaining, size, kept, workers, console)
