@@ -98,10 +98,9 @@ def train_in_pieces(config: Config) -> int:
     return run(config)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
-    model_type: str, workspace: Path, tmp_path: Path
-) -> None:
+def test_logits_in_pieces_change_nothing_in_any_layout(workspace: Path, tmp_path: Path) -> None:
+    """Where the vocabulary's matrix is one of its own, and at stage 3 is gathered for each pass."""
+    model_type = "llama"
     one = config_of(workspace, tmp_path / "one", model_type)
     assert train(one) == EXIT_FINISHED
     clean = losses(tmp_path / "one")
@@ -118,17 +117,9 @@ def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
     assert losses(tmp_path / "two") == pytest.approx(clean, abs=1e-5, rel=0)
 
 
-@pytest.mark.parametrize("stage", ["zero0", "zero2"])
-def test_the_other_stages_give_the_same(stage: str, workspace: Path, tmp_path: Path) -> None:
-    assert train(config_of(workspace, tmp_path / "one", "gpt2")) == EXIT_FINISHED
-    assert train(config_of(workspace, tmp_path / "two", "gpt2", deepspeed=stage), 2) == EXIT_FINISHED
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5, rel=0)
-
-
-@pytest.mark.parametrize("samples", ["stream", "documents"])
-def test_attention_within_documents(samples: str, workspace: Path, tmp_path: Path) -> None:
+def test_attention_within_documents(workspace: Path, tmp_path: Path) -> None:
     def config(name: str, **sections: Any) -> Config:
-        made = config_of(workspace, tmp_path / name, "gpt2", data={"samples": samples}, **sections)
+        made = config_of(workspace, tmp_path / name, "gpt2", **sections)
         return made.model_copy(update={"model": made.model.model_copy(update={"document_attention": True})})
 
     assert train(config("one")) == EXIT_FINISHED

@@ -66,6 +66,9 @@ def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
     _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values())
 
+    for stage in ("zero0", "zero2"):
+        assert losses_of(config_of(name, stage, deepspeed=stage), 2) == pytest.approx(clean, abs=1e-5, rel=0)
+
     two = config_of(name, "two", **OTHER_LAYOUT)
     found = losses_of(two, 2)
     assert found == pytest.approx(clean, abs=1e-5, rel=0)

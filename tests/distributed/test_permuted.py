@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
-from tests.ranks import ADDING, losses, metrics, tiny_config, train, write_config
+from tests.ranks import losses, metrics, tiny_config, train, write_config
 from tools.convert import convert
-from tools.prepare import prepare
 from trainer.checkpoint.contents import read_probe
 from trainer.config import Config
 from trainer.data.batch import RANKS
@@ -37,63 +34,6 @@ def config_of(workspace: Path, run_dir: Path, overrides: dict[str, Any] | None =
     config = tiny_config(workspace, run_dir, **{**own, **sections})
     settings = {"preset": "xlnet-base", "overrides": {**TINY, **(overrides or {})}}
     return config.model_copy(update={"model": config.model.model_copy(update=settings)})
-
-
-def lose_the_last(config: Config) -> None:
-    """As if the run had been lost after step 6."""
-    shutil.rmtree(Path(config.run.dir) / "checkpoints" / "step-00000012")
-
-
-@pytest.fixture(scope="module")
-def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace's text with its words marked."""
-    folder = tmp_path_factory.mktemp("words") / "data"
-    text, tokenizer = str(workspace / "text.txt"), str(workspace / "tokenizer")
-    prepare([text], tokenizer, str(folder), workers=1, word_starts="tokenizer", console=make_console())
-    return folder
-
-
-@pytest.mark.parametrize("own", [{}, XLNETS_OWN], ids=["tokens", "n-grams"])
-def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
-    own: dict[str, Any], words: Path, workspace: Path, tmp_path: Path
-) -> None:
-    sections: dict[str, Any] = {"objective": own}
-    if own:  # it needs words
-        sections |= {"data": {"train": str(words), "validation": None}, "eval": {"every_steps": None}}
-    one = config_of(workspace, tmp_path / "one", **sections)
-    assert train(one) == EXIT_FINISHED
-    clean = losses(tmp_path / "one")
-    assert clean[-1] < clean[0] - 0.3, "it learns"
-    lose_the_last(one)
-    assert train(one) == EXIT_FINISHED
-    assert losses(tmp_path / "one") == clean
-
-    two = config_of(workspace, tmp_path / "two", deepspeed="zero3", **ADDING, **sections)
-    assert train(two, 2) == EXIT_FINISHED
-    assert losses(tmp_path / "two") == pytest.approx(clean, abs=1e-5, rel=0)
-    lose_the_last(two)
-    assert train(config_of(workspace, tmp_path / "two", deepspeed="zero1", **sections)) == EXIT_FINISHED
-    assert losses(tmp_path / "two") == pytest.approx(clean, abs=1e-5, rel=0)
-
-
-@pytest.mark.parametrize("stage", ["zero0", "zero2"])
-def test_the_other_stages_give_the_same(stage: str, workspace: Path, tmp_path: Path) -> None:
-    assert train(config_of(workspace, tmp_path / "one")) == EXIT_FINISHED
-    assert train(config_of(workspace, tmp_path / "two", deepspeed=stage), 2) == EXIT_FINISHED
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5, rel=0)
-
-
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
-def test_a_resume_with_dropout_is_bit_exact(stage: str, workspace: Path, tmp_path: Path) -> None:
-    config = config_of(workspace, tmp_path / "run", {"dropout": 0.1}, deepspeed=stage)
-    assert train(config, 2) == EXIT_FINISHED
-    clean = losses(tmp_path / "run")
-    lose_the_last(config)
-    assert train(config, 2) == EXIT_FINISHED
-    assert losses(tmp_path / "run") == clean
-    still = config_of(workspace, tmp_path / "still")
-    assert train(still, 2) == EXIT_FINISHED
-    assert losses(tmp_path / "still") != clean, "it was dropped out"
 
 
 def test_bf16_is_fp32_but_for_rounding(workspace: Path, tmp_path: Path) -> None:
