@@ -1,4 +1,4 @@
-"""train.deterministic as far as it shows without a GPU: what is set, what is refused, and that a CPU is let be."""
+"""Gpu A8: train.deterministic as far as it shows without a GPU: what is set, what is refused, a CPU is let be."""
 
 from __future__ import annotations
 
