@@ -135,6 +135,28 @@ def tiny_model(folder: Any, model_type: str, seed: int = 0, family: str | None =
     return model
 
 
+def lively_model(folder: Any, model_type: str) -> Any:
+    """A tiny model whose tokens do attend to each other: at first weights are so small that all scores are near 0."""
+    model = tiny_model(folder, model_type)
+    with torch.no_grad():
+        for parameter in model.base_model.parameters():
+            parameter.mul_(4.0 if parameter.ndim >= 2 else 1.0)
+    return model
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of those that a backward pass has left."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal to 1e-5 of the largest of all, and of the same parameters."""
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name in expected:
+        assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
+
+
 def masked_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """input_ids [B, S], prediction_index [B·k], labels [B·k] and the same labels at their places [B, S]."""
     generator = torch.Generator().manual_seed(1)

@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 
 from tools.model_card import write_model_card
+from tools.open_tokenizer import left_open
 from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe, worst_difference
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
@@ -69,7 +70,7 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     try:
         temporary.mkdir(parents=True)
         with _full_disk_explained(target):
-            _write(model.to(DTYPES[dtype]), folder, temporary, max_shard_size)
+            _write(model.to(DTYPES[dtype]), folder, manifest, temporary, max_shard_size)
             write_model_card(temporary, folder, manifest, dtype)
         del model  # what is compared from here on is a model read back: there need not be two in memory
         after_reload = _compare_after_reload(temporary, auto_class, DTYPES[dtype], probe, before)
@@ -216,19 +217,22 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
     return difference
 
 
-def _write(model: Any, folder: Path, temporary: Path, max_shard_size: str) -> None:
+def _write(model: Any, folder: Path, manifest: CheckpointManifest, temporary: Path, max_shard_size: str) -> None:
     with _quiet():
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        _write_tokenizer(model, folder, temporary)
+        _write_tokenizer(model, folder, temporary, manifest.data_order.get("samples") == "documents")
 
 
-def _write_tokenizer(model: Any, folder: Path, temporary: Path) -> None:
+def _write_tokenizer(model: Any, folder: Path, temporary: Path, whole_documents: bool = False) -> None:
     """Write the tokenizer, no longer than the model's positions; with WordPiece a vocab.txt, which older code reads."""
     from transformers import AutoTokenizer
 
+    from trainer.model.classes import CAUSAL, FAMILIES
     from trainer.model.hf_config import position_offset, position_table
 
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
+    if model.config.model_type in FAMILIES[CAUSAL].classes:
+        tokenizer = left_open(tokenizer, begins=whole_documents)
     table = position_table(model)
     positions = getattr(model.config, "max_position_embeddings", None)
     positions = positions if table is None else table.num_embeddings - position_offset(model)

@@ -60,7 +60,7 @@ class Evaluator:
                 sums += tally(self.criterion, engine.network, batch.to(engine.device))
         totals = iter(distributed.all_reduce_sum(world, sums.flatten().tolist()))
         tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
-        loss = sum(term.weight * tallies[term.name].mean for term in terms)
+        loss = sum(term.weight * tallies[term.name].mean for term in terms if tallies[term.name].labels)
         of_terms = self._term_values(tallies) if len(terms) > 1 else {}
         return {"eval/loss": loss, **self.criterion.metrics(tallies), **of_terms}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,13 @@ def lose_the_last(config: Config) -> None:
 
 def train_bert_generation(config: Config) -> int:
     """Runs on each rank: as if nobody had known that the type is not causal by itself."""
-    from trainer.model import classes
+    from trainer.model import classes, hf_config
     from trainer.train import run
 
-    classes.FAMILIES[CAUSAL].classes["bert-generation"] = "BertGenerationDecoder"  # type: ignore[index]
+    causal = classes.FAMILIES[CAUSAL]
+    known = {**causal.classes, "bert-generation": "BertGenerationDecoder"}
+    classes.FAMILIES = {**classes.FAMILIES, CAUSAL: replace(causal, classes=known)}
+    hf_config.FAMILIES = classes.FAMILIES
     return run(config)
 
 
@@ -139,10 +143,15 @@ def test_what_it_evaluates_and_converts_is_what_transformers_makes_of_it(workspa
     assert not any(report.values()) and model.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.eos_token_id == tokenizer.sep_token_id or model.config.eos_token_id == tokenizer.eos_token_id
+    trained = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    assert trained("ka").input_ids[-1] == model.config.eos_token_id, "it closes a text, and what follows is another one"
+    ids = trained("ka", add_special_tokens=False).input_ids
+    assert tokenizer("ka").input_ids == ids, "the stream has no begin token, and the text is left open"
     writes = pipeline("text-generation", model=str(tmp_path / "model"))
-    torch.manual_seed(0)
-    (found,) = writes("ka", max_new_tokens=12, do_sample=False)
-    assert found["generated_text"].startswith("ka") and len(found["generated_text"]) > 2
+    (found,) = writes("ka", max_new_tokens=3, do_sample=False, return_full_text=False)
+    for _ in range(3):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found["generated_text"] == tokenizer.decode(ids[-3:], skip_special_tokens=True)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "| validation perplexity |" in card
 
@@ -246,3 +255,28 @@ def test_a_tokenizer_with_one_special_token_is_enough(workspace: Path, tmp_path:
     path = write_config(masked, tmp_path / "masked.yaml")
     done = maskwright("validate", str(path), f"model.tokenizer={tmp_path / 'tokenizer'}")
     assert_one_card(done, EXIT_USER_MISTAKE, "The tokenizer has no mask and no pad token")
+
+
+def test_rows_of_documents_are_converted_with_their_begin_token(workspace: Path, tmp_path: Path) -> None:
+    config = config_of(workspace, tmp_path / "run", "gpt2", data={"samples": "documents"})
+    model = config.model.model_copy(update={"document_attention": True})
+    assert train(config.model_copy(update={"model": model})) == EXIT_FINISHED
+    convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    trained = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    assert tokenizer("ka").input_ids == trained("ka").input_ids[:-1]
+    assert tokenizer("ka").input_ids[0] == trained.cls_token_id
+    assert tokenizer.get_vocab() == trained.get_vocab() and tokenizer.mask_token == trained.mask_token
+
+
+def test_padding_that_is_another_token_too_is_refused_where_positions_depend_on_it(
+    workspace: Path, tmp_path: Path
+) -> None:
+    """RoBERTa gives padding no position: plain transformers would place text otherwise than training did."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    tokenizer.pad_token = tokenizer.sep_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write_config(tiny_config(workspace, tmp_path / "run"), tmp_path / "c.yaml")
+    overrides = (f"model.tokenizer={tmp_path / 'tokenizer'}", "model.overrides.max_position_embeddings=40")
+    done = maskwright("validate", str(path), *overrides)
+    assert_one_card(done, EXIT_USER_MISTAKE, "The tokenizer's padding token has another role as well")

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from tests.tiny_models import VOCABULARY_SIZE, tiny_model, vocabulary, write_config
+from tests.tiny_models import VOCABULARY_SIZE, lively_model, tiny_model, vocabulary, write_config
 from trainer.data.batch import Documents
 from trainer.data.documents import cumulative_lengths, positions_in_documents
 from trainer.errors import UserError
@@ -86,15 +86,6 @@ def documents_of(lengths: list[list[int]]) -> Documents:
 
 def random_ids(rows: int = BLOCKS, seed: int = 1) -> torch.Tensor:
     return torch.randint(4, VOCABULARY_SIZE, (rows, SEQ_LEN), generator=torch.Generator().manual_seed(seed))
-
-
-def lively_model(folder: Any, model_type: str) -> Any:
-    """A tiny model whose tokens do attend to each other: at first weights are so small that all scores are near 0."""
-    model = tiny_model(folder, model_type)
-    with torch.no_grad():
-        for parameter in model.base_model.parameters():
-            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
-    return model
 
 
 class Packed:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.tiny_models import SEQ_LEN, VOCABULARY_SIZE, tiny_model, vocabulary
+from tests.tiny_models import SEQ_LEN, VOCABULARY_SIZE, assert_same_gradients, gradients, lively_model, vocabulary
 from trainer.config import ObjectiveConfig
 from trainer.data.batch import RANKS, Batch
 from trainer.data.blocks import IGNORED_LABEL, Blocks
@@ -33,15 +33,6 @@ def batch(scheme: str = "token", seed: int = 3) -> Batch:
     return samples.make_batch(Blocks(tokens, starts), torch.arange(BLOCKS).numpy().astype("uint64"), seed)
 
 
-def lively(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model: Any = tiny_model(folder, "xlnet")
-    model.to(dtype)
-    with torch.no_grad():
-        for parameter in model.base_model.parameters():
-            parameter.mul_(4.0 if parameter.ndim >= 2 else 1.0)
-    return model
-
-
 def by_loops(made: Batch) -> dict[str, torch.Tensor]:
     """What the stock class is given, one position at a time."""
     assert made.prediction_index is not None
@@ -61,13 +52,9 @@ def by_loops(made: Batch) -> dict[str, torch.Tensor]:
     return {"perm_mask": hidden, "target_mapping": target}
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("scheme", ["token", "word"])
 def test_loss_and_gradients_are_the_stock_class_own(scheme: str, tmp_path: Path) -> None:
-    model, made = lively(tmp_path), batch(scheme)
+    model, made = lively_model(tmp_path, "xlnet"), batch(scheme)
     labels = made.labels[TERM]
     assert (labels == IGNORED_LABEL).any() == (scheme == "word")
     logits = model(input_ids=made.inputs["input_ids"], **by_loops(made)).logits
@@ -78,17 +65,13 @@ def test_loss_and_gradients_are_the_stock_class_own(scheme: str, tmp_path: Path)
     loss = loss_sums(LanguageModelLoss(TERM), Forward(model, CPU), made, 1).sum()
     loss.backward()
     assert abs(loss.item() - stock.item()) < 1e-6 * stock.item()
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name in expected:
-        assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
+    assert_same_gradients(gradients(model), expected)
 
 
 @pytest.mark.parametrize("scheme", ["token", "word"])
 def test_a_prediction_sees_what_is_not_predicted_and_what_comes_before_it(scheme: str, tmp_path: Path) -> None:
     """As gradients of each prediction's logits by the embeddings of all tokens."""
-    model, made = lively(tmp_path).eval(), batch(scheme)
+    model, made = lively_model(tmp_path, "xlnet").eval(), batch(scheme)
     assert made.prediction_index is not None
     forward, seen = Forward(model, CPU), []
 
@@ -114,7 +97,7 @@ def test_a_prediction_sees_what_is_not_predicted_and_what_comes_before_it(scheme
 
 
 def test_a_row_alone_gives_what_it_gives_in_its_batch(tmp_path: Path) -> None:
-    forward, made = Forward(lively(tmp_path).eval(), CPU), batch("word")
+    forward, made = Forward(lively_model(tmp_path, "xlnet").eval(), CPU), batch("word")
     assert made.prediction_index is not None
     with torch.no_grad():
         together = forward(made.inputs, made.prediction_index).logits.view(BLOCKS, -1, VOCABULARY_SIZE)
@@ -125,7 +108,7 @@ def test_a_row_alone_gives_what_it_gives_in_its_batch(tmp_path: Path) -> None:
 
 
 def test_places_without_a_prediction_disturb_no_other(tmp_path: Path) -> None:
-    forward, made = Forward(lively(tmp_path).eval(), CPU), batch("word")
+    forward, made = Forward(lively_model(tmp_path, "xlnet").eval(), CPU), batch("word")
     assert made.prediction_index is not None
     row = int((made.labels[TERM].view(BLOCKS, -1) == IGNORED_LABEL).any(dim=1).nonzero()[0])
     counted = made.labels[TERM].view(BLOCKS, -1)[row] != IGNORED_LABEL
@@ -137,7 +120,7 @@ def test_places_without_a_prediction_disturb_no_other(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_counts_what_is_told_right(tmp_path: Path) -> None:
-    model, made = lively(tmp_path).eval(), batch("word")
+    model, made = lively_model(tmp_path, "xlnet").eval(), batch("word")
     labels = made.labels[TERM]
     with torch.no_grad():
         logits = model(input_ids=made.inputs["input_ids"], use_mems=False, **by_loops(made)).logits.flatten(0, 1)
@@ -153,7 +136,9 @@ def test_in_bf16_it_is_the_same_but_for_rounding(tmp_path: Path) -> None:
     """transformers alone cannot: its positions stay in fp32."""
     made, losses = batch(), []
     for dtype in (torch.float32, torch.bfloat16):
-        losses.append(loss_sums(LanguageModelLoss(TERM), Forward(lively(tmp_path, dtype), CPU), made, 1).sum())
+        losses.append(
+            loss_sums(LanguageModelLoss(TERM), Forward(lively_model(tmp_path, "xlnet").to(dtype), CPU), made, 1).sum()
+        )
         losses[-1].backward()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-2)
 
@@ -161,7 +146,7 @@ def test_in_bf16_it_is_the_same_but_for_rounding(tmp_path: Path) -> None:
 def test_one_graph_serves_all_batches(tmp_path: Path) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model, made = lively(tmp_path), batch()
+    model, made = lively_model(tmp_path, "xlnet"), batch()
     forward, criterion = Forward(model, CPU), LanguageModelLoss(TERM)
     eager = loss_sums(criterion, forward, made, 1)
     torch._dynamo.reset()

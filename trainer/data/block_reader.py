@@ -112,7 +112,7 @@ class BlockReader:
         places = np.minimum(np.arange(self._payload + 1) + (first - starts)[:, None], length - 1)
         tokens, marked = _aligned(tokens, marked, places)
         marked[DOCUMENT_STARTS][:, 0] = True  # a row may begin with a later piece of a document
-        return Blocks(tokens, marked, lengths)
+        return Blocks(tokens, marked, lengths, self._rows.cuts(blocks))
 
 
 class MarkedTokens:

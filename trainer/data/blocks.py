@@ -57,6 +57,8 @@ class Blocks(NamedTuple):
         starts: name of a mark → bool of the same shape, True at the first token of each document (word, sentence):
             those that `Samples.marks` names.
         lengths: int64 [B], how many tokens a row shows; what follows them is of no meaning. None for equal stretches.
+        cuts: bool [B, 2], whether a row begins, and whether it ends, within a document that is longer than a row. None
+            for equal stretches.
         partner: of each block another one of the same source and, as far as they are there, as many tokens after it:
             [B, 2 · payload], with `lengths` up to which there is no token of the block itself. None where
             `View.partner` is not set.
@@ -65,4 +67,5 @@ class Blocks(NamedTuple):
     tokens: np.ndarray
     starts: Mapping[str, np.ndarray] = MappingProxyType({})
     lengths: np.ndarray | None = None
+    cuts: np.ndarray | None = None
     partner: Blocks | None = None

@@ -187,11 +187,13 @@ def _joined(parts: Sequence[Blocks], places: NDArray[np.intp]) -> Blocks:
         return np.concatenate(list(values))[places]
 
     lengths = [blocks.lengths for blocks in parts if blocks.lengths is not None]
+    cuts = [blocks.cuts for blocks in parts if blocks.cuts is not None]
     partners = [blocks.partner for blocks in parts if blocks.partner is not None]
     return Blocks(
         join(blocks.tokens for blocks in parts),
         {mark: join(blocks.starts[mark] for blocks in parts) for mark in parts[0].starts},
         join(lengths) if lengths else None,
+        join(cuts) if cuts else None,
         _joined(partners, places) if partners else None,
     )
 

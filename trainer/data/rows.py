@@ -47,6 +47,18 @@ class RowIndex:
         found = self.entries[rows]
         return (found & _START_MASK).astype(np.int64), (found >> _START_BITS).astype(np.int64)
 
+    def cuts(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell whether rows begin, and whether they end, within a document that is cut: bool [B, 2].
+
+        A piece of one that goes on fills its row, and the next row begins at its next token, without a separator.
+        """
+        return np.stack([self._goes_on(rows), self._goes_on(rows + 1)], axis=1)
+
+    def _goes_on(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        inside = (rows > 0) & (rows < len(self))
+        before, lengths = self.locate(np.where(inside, rows - 1, 0))
+        return inside & (before + lengths == self.locate(np.where(inside, rows, 0))[0])
+
 
 _indices: WeakKeyDictionary[ShardSet, dict[int, RowIndex]] = WeakKeyDictionary()
 

@@ -46,6 +46,7 @@ class Vocabulary:
         sha256: identity of the tokenizer; shards and checkpoints record it.
         unused_ids: ids below `size` that no token has, sorted; they never come up in data, and are never drawn.
         lacking: roles that no token has; see `need_tokens`.
+        shared_pad: whether the padding token has another role as well, so that data may hold it.
     """
 
     size: int
@@ -58,6 +59,7 @@ class Vocabulary:
     sha256: str
     unused_ids: tuple[int, ...] = ()
     lacking: tuple[str, ...] = ()
+    shared_pad: bool = False
 
     @property
     def filler_id(self) -> int:
@@ -160,6 +162,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, where: str) -> Vocabular
         sha256=tokenizer_sha256(tokenizer),
         unused_ids=unused,
         lacking=lacking,
+        shared_pad=tokenizer.pad_token_id in (begin, end, tokenizer.mask_token_id, tokenizer.unk_token_id),
     )
 
 

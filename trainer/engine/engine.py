@@ -10,10 +10,10 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,9 +31,6 @@ from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
 from trainer.model.forward import Forward
 from trainer.runtime.distributed import World
-
-if TYPE_CHECKING:
-    from trainer.data.batch import Documents, Score
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -68,8 +65,22 @@ class CapturingCheckpointEngine(TorchCheckpointEngine):
         self.snapshot.add(Path(path), state_dict)
 
 
+def _in_steps(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Say before each forward pass that what the last one returned may be written over, as CUDA graphs do."""
+
+    def begin_and_call(**arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(**arguments)
+
+    return begin_and_call
+
+
 class TrainingEngine:
-    """A model under DeepSpeed: forward, backward, step, save."""
+    """A model under DeepSpeed: forward, backward, step, save.
+
+    Attributes:
+        network: runs the model.
+    """
 
     def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
         self.world = world
@@ -90,26 +101,25 @@ class TrainingEngine:
                 remedy="Remove it, or train on GPUs.",
             )
         model = built.model
-        self._forward = Forward(model, world.device, built.document_attention)
+        self.network = Forward(model, world.device, built.document_attention)
         if world.device.type == "cpu":
             use_host_dropout(model)
         adamw = build_optimizer(model, optimizer)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
-        self._forward.call = self._engine
+        self.network.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             patch_zero_optimizer(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module = model
         self.device = world.device
-        self.document_attention = self._forward.document_attention
+        self.document_attention = self.network.document_attention
         self._capturing = CapturingCheckpointEngine()
         self._host_buffers = HostBuffers()
         self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
-        self._has_cuda_graphs = False
         self._guard = StepGuard(adamw, lambda: self._engine.optimizer._global_grad_norm)
 
     def compile(self, mode: bool | str, shapes: int) -> None:
@@ -122,23 +132,12 @@ class TrainingEngine:
         """
         expect_shapes(shapes)
         self._engine.compile(compile_kwargs=compile_options(mode))
-        self._has_cuda_graphs = mode == CUDA_GRAPHS
+        if mode == CUDA_GRAPHS:
+            self.network.call = _in_steps(self._engine)
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds, for an engine that another one follows in this process."""
         self._engine.destroy()
-
-    def network(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        prediction_index: torch.Tensor | None,
-        documents: Documents | None = None,
-        score: Score | None = None,
-    ) -> Any:
-        """Run the model; see `trainer.model.forward.Forward`."""
-        if self._has_cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        return self._forward(inputs, prediction_index, documents, score)
 
     def seed_dropout(self, seed: int) -> None:
         """Seed what draws dropout in the next forward pass; in [0, 2^63)."""

@@ -16,7 +16,13 @@ from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
 from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
-from trainer.model.hf_config import attention_of, build_config, position_offset, position_table, vocabulary_rows
+from trainer.model.hf_config import (
+    attention_of,
+    build_config,
+    position_offset,
+    position_table,
+    vocabulary_rows,
+)
 from trainer.model.prediction_head import HEAD_MODULES
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.runtime.paths import is_local, user_path
@@ -72,6 +78,8 @@ def build_model(
             model = _load(settings.from_pretrained, config, attention, notes)
             _correct_ties(model, notes)
             _fit_vocabulary(model, vocabulary, notes)
+            notes.extend(_follow_tokenizer(model.config, vocabulary, family))
+    _learn_padding(model, vocabulary, notes)
     prove_convertible(model)
     _refuse_not_finite(model, settings.from_pretrained)
     if settings.activation_checkpointing:
@@ -204,6 +212,35 @@ def _fit_vocabulary(model: PreTrainedModel, vocabulary: Vocabulary, notes: list[
     pad = getattr(model.config, "pad_token_id", None)
     if pad is not None and pad != vocabulary.pad_id:
         notes.append(f"padding: the tokenizer's id is {vocabulary.pad_id}; the model keeps its own, {pad}")
+
+
+def _follow_tokenizer(config: PretrainedConfig, vocabulary: Vocabulary, family: str) -> list[str]:
+    """Give a causal checkpoint's config the begin and end tokens of the tokenizer, with which generation ends.
+
+    Returns:
+        Lines for the user on what was changed.
+    """
+    notes = []
+    for name, number in (("bos_token_id", vocabulary.begin_id), ("eos_token_id", vocabulary.end_id)):
+        own = getattr(config, name, None)
+        if family == CAUSAL and own is not None and number not in (own if isinstance(own, list) else [own]):
+            setattr(config, name, number)
+            notes.append(f"tokenizer: {name} is {number}, which the checkpoint had as {own}")
+    return notes
+
+
+def _learn_padding(model: PreTrainedModel, vocabulary: Vocabulary, notes: list[str]) -> None:
+    """Let the row of the padding token have gradients where the data may hold that token.
+
+    torch gives none to the row that a class calls its padding; it is meant for tokens that stand nowhere else.
+    """
+    table: Any = model.get_input_embeddings()
+    row = getattr(table, "padding_idx", None)
+    if row is None or (row == vocabulary.pad_id and not vocabulary.shared_pad):
+        return
+    table.padding_idx = None
+    if vocabulary.shared_pad:
+        notes.append(f"padding: token {row} has another role as well, so its row is trained as any other")
 
 
 def grow_vocabulary(model: PreTrainedModel, size: int) -> None:

@@ -7,10 +7,12 @@ sdpa's own causal way does, and where there are local layers one mask for all bl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainer.model.prediction_head import PROJECTIONS
@@ -35,6 +37,17 @@ def use_causal_sdpa(model: PreTrainedModel) -> None:
     """Let a known causal class rely on sdpa's causal way; other classes, and those with kinds of layers, stay."""
     if model.config.model_type in PROJECTIONS and not has_kinds_of_layers(model.config):
         model.set_attn_implementation(_WITHOUT_MASK)
+
+
+@contextmanager
+def positions_run_through() -> Iterator[None]:
+    """Spare transformers' look at whether positions begin anew within a row, where there are no values to look at."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 def causal_masks(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
@@ -101,7 +97,14 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
     if settings.from_pretrained is None:
         fields = {**fields, **_token_fields(config_class, vocabulary, family)}
     config = _make_config(config_class, {**fields, **overrides}, settings, where, family)
-    _check_sizes(config, where)
+    try:
+        _check_sizes(config, where)
+    except (TypeError, RuntimeError) as error:  # transformers has an error of its own for such fields
+        raise UserError(
+            f"'{config.model_type}' has sizes that differ from layer to layer: {str(error)[:120]}",
+            where=where,
+            remedy=f"Train a model whose layers are alike, such as {FAMILIES[family].examples}.",
+        ) from None
     refuse_one_sided(config, where)
     skeleton = _skeleton(config, vocabulary, where)
     if settings.from_pretrained is not None:
@@ -254,8 +257,6 @@ def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, 
         "sep_token_id": vocabulary.end_id,
         "mask_token_id": vocabulary.mask_id,
     }
-    if family == CAUSAL and vocabulary.pad_id in (vocabulary.begin_id, vocabulary.end_id):
-        ids["pad_token_id"] = None  # a class keeps the row of its padding as it is, and here it is a token to be learnt
     fields = vars(config_class())
     return {name: value for name, value in ids.items() if name in fields}
 

@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
 from trainer.model.classes import FAMILIES, MASKED, PERMUTED
-from trainer.model.hf_config import build_config, vocabulary_rows
+from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
 from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.two_streams import predicting_in_order
@@ -43,6 +43,7 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
     _refuse_not_finite_fields(config, settings, where)
     model = stock_model(config, _META)
     _refuse_empty_weights(model, settings, where)
+    _refuse_shared_padding(model, vocabulary)
     _initialize(model, settings, where)
     if settings.from_pretrained is not None:
         account_for_weights(config, settings.from_pretrained, weight_shapes(settings.from_pretrained))
@@ -99,6 +100,17 @@ def _refuse_empty_weights(model: PreTrainedModel, settings: ModelConfig, where: 
                 where=_place(guilty[0], settings, where) if guilty else where,
                 remedy="Give at least 1.",
             )
+
+
+def _refuse_shared_padding(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """Refuse a padding token with another role where positions are counted from the tokens that are no padding."""
+    if position_offset(model) and vocabulary.shared_pad:
+        raise UserError(
+            f"The tokenizer's padding token has another role as well, and {type(model).__name__} gives padding no "
+            "position: outside of training it would place text otherwise.",
+            where="model.tokenizer",
+            remedy="Give it a padding token of its own with tokenizer.add_special_tokens, and save the folder again.",
+        )
 
 
 def _initialize(model: PreTrainedModel, settings: ModelConfig, where: str) -> None:

@@ -17,7 +17,7 @@ from trainer.data.batch import Batch, Documents
 from trainer.data.blocks import DOCUMENT_STARTS, IGNORED_LABEL, Blocks, View, framed_view
 from trainer.data.documents import length_counts
 from trainer.data.tokenizer import Vocabulary
-from trainer.objectives.framing import frame_block, frame_documents
+from trainer.objectives.framing import Framed, frame_block, frame_documents
 from trainer.objectives.objective import ObjectiveCard
 
 TERM = "clm"
@@ -52,7 +52,9 @@ class CausalSamples:
     """Blocks of the stream, each token's label the next one; see `trainer.data.batch.Samples`.
 
     With attention within documents, a document begins with the separator before it: that one predicts its first token,
-    as a begin token does. Rows of whole documents have their own begin and end tokens; nothing follows an end.
+    as a begin token does. Rows of whole documents have their own begin and end tokens; nothing follows an end. A piece
+    of a document that goes on in the next row predicts the first token there in the place of an end, and its end token
+    is nobody's. A piece that goes on from the row before has its begin token apart, as a document of its own.
 
     Args:
         document_attention: whether batches tell where documents begin.
@@ -85,7 +87,7 @@ class CausalSamples:
     def document_starts(self, blocks: Blocks) -> np.ndarray:
         """Find where documents begin; see `Samples.document_starts`."""
         if self.view.whole_documents:
-            return frame_documents(blocks, self.vocabulary).starts[DOCUMENT_STARTS]
+            return self._framed(blocks).starts[DOCUMENT_STARTS]
         starts = self._starts(blocks)
         assert starts is not None
         return starts
@@ -98,12 +100,21 @@ class CausalSamples:
         starts[:, 0] = True
         return starts
 
-    def _of_documents(self, blocks: Blocks) -> Batch:
+    def _framed(self, blocks: Blocks) -> Framed:
+        assert blocks.cuts is not None
         framed = frame_documents(blocks, self.vocabulary)
+        framed.starts[DOCUMENT_STARTS][blocks.cuts[:, 0], 1] = True
+        return framed
+
+    def _of_documents(self, blocks: Blocks) -> Batch:
+        framed = self._framed(blocks)
+        assert blocks.cuts is not None
         starts = framed.starts[DOCUMENT_STARTS]
         has_next = np.arange(self.seq_len) < framed.lengths[:, None] - 1
         has_next &= ~np.roll(starts, -1, axis=1)  # nothing follows an end token
         labels = np.where(has_next, np.roll(framed.tokens, -1, axis=1), IGNORED_LABEL)
+        goes_on = np.flatnonzero(blocks.cuts[:, 1])  # it fills its row: the next token is the last that was read
+        labels[goes_on, self.seq_len - 2] = blocks.tokens[goes_on, self.view.payload]
         return _batch(framed.tokens, labels, starts)
 
 

@@ -8,6 +8,7 @@ counts are known from the labels before the first forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -66,11 +67,12 @@ class Tally(NamedTuple):
 
     @property
     def mean(self) -> float:
-        return self.loss / max(1.0, self.labels)
+        """The mean loss; NaN where nothing has a label."""
+        return self.loss / self.labels if self.labels else math.nan
 
     @property
     def accuracy(self) -> float:
-        return self.right / max(1.0, self.labels)
+        return self.right / self.labels if self.labels else math.nan
 
 
 class Criterion(Protocol):

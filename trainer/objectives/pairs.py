@@ -170,7 +170,8 @@ class PairLoss(LanguageModelLoss):
         """Say how many pairs are told right, and how many have no label; see `Criterion.describe`."""
         accuracy, ignored = (values[f"eval/{self.task}/{name}"] for name in ("accuracy", "ignored"))
         without = f" ({ignored:.1%} of the pairs ignored)" if ignored else ""
-        return f"{super().describe(values)}  {self.task} accuracy {accuracy:.2%}{without}"
+        told = f"accuracy {accuracy:.2%}{without}" if ignored < 1 else "has no pair here"
+        return f"{super().describe(values)}  {self.task} {told}"
 
 
 def _taken(read: Sequence[np.ndarray], index: np.ndarray) -> np.ndarray:

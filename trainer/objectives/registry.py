@@ -53,7 +53,7 @@ def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
         seq_len,
         document_attention=config.model.document_attention,
         whole_documents=_whole_documents(config),
-        ratios=_ratios(config, evaluating),
+        ratios=ratios,
     )
 
 

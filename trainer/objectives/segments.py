@@ -4,8 +4,8 @@
     sop (ALBERT, Lan et al., arXiv:1909.11942): two stretches that follow each other stand in their order, or not.
 
 A block is cut at a border: where a sentence starts within a document. Which one, and which label, are draws of
-(seed, t). A label must be told by what a text says alone, so under both labels segments have the same lengths, and
-begin and end alike:
+(seed, t). A label is to be told by what a text says, so under both labels segments have the same lengths, and begin and
+end alike; of short documents the places of their separators still tell a little (docs/decisions.md):
 
 - nsp: A ends at a border and B begins at one, its own or one of another block, and both B end where the row is full.
 - sop: a block begins and ends within a sentence. So what is before its first border stays in front, what is after its

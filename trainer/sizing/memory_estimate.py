@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
+from trainer.errors import UserError
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.hf_config import build_config
 from trainer.model.rehearsal import rehearse
@@ -79,7 +80,7 @@ class MemoryEstimate:
         """Estimate the memory of a rank in a steady step; `zero` in place of the preset's settings.
 
         Raises:
-            UserError: as `rehearse`, for a model that cannot compute a block.
+            UserError: as `rehearse`, for a model that cannot compute a block, and for one that cannot without values.
         """
         try:
             return rank_memory(
@@ -91,15 +92,22 @@ class MemoryEstimate:
                 self.step(micro_size),
                 on_cpu=self.device_type == "cpu",
             )
-        except Exception:
-            # A card where the model cannot compute a block; else the fault is ours, and its traceback is shown.
+        except Exception as error:
+            # A card where the model cannot compute a block, or none without values; else the fault is ours.
             rehearse(
                 self.config.model,
                 self._vocabulary,
                 [self.config.data.seq_len, self.seq_len],
                 family_of(self.config),
             )
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            raise UserError(
+                f"The memory of {type(self.model).__name__} cannot be foreseen, because it cannot compute a block "
+                f"without values: {error}",
+                where="model",
+                remedy="Set batch.micro_size to a number and try it with `maskwright train --dry-run`.",
+            ) from error
 
     def largest(
         self, sizes: Sequence[int], world_size: int, budget_bytes: float, zero: ZeroSettings | None = None

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.data.batch import Batch
+from trainer.model.causal_attention import positions_run_through
 from trainer.model.classes import model_class
 from trainer.model.forward import Forward
 from trainer.model.hf_config import attention_of, vocabulary_rows
@@ -159,7 +160,7 @@ class StepTracer:
         self._forward.constants(batch.inputs["input_ids"].shape[1])  # are there before the first pass
 
         def one_pass() -> None:
-            with _KernelsOf(self._device_type):
+            with _KernelsOf(self._device_type), positions_run_through():
                 loss_sums(self._criterion, self._forward, batch, source_count=1).sum().backward()
 
         return TracedStep(self._model, one_pass, vocabulary_rows(self._model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,10 @@ class StepMetrics:
             distributed.all_reduce_sum(self.world, loss_sums.flatten().tolist()), tuple(loss_sums.shape)
         )
         terms = self.criterion.terms
-        means = [float(sum(totals[number])) / max(1.0, counts[number]) for number in range(len(terms))]
-        loss = sum(term.weight * mean for term, mean in zip(terms, means, strict=True))
+        means = [
+            float(sum(of_term)) / count if count else math.nan for of_term, count in zip(totals, counts, strict=True)
+        ]
+        loss = sum(term.weight * mean for term, mean, count in zip(terms, means, counts, strict=True) if count)
         rate = learning_rate(state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
         peaks = distributed.all_gather_floats(self.world, peak_memory_gib(self.world.device))
         peak, reserved = map(max, zip(*peaks, strict=True))

@@ -92,10 +92,21 @@ def test_a_row_of_documents_tells_each_token_after_a_begin_token_and_its_end(tmp
     assert shown[0].tolist()[:14] == first
     no = IGNORED_LABEL
     assert told[0].tolist() == [7, 8, END, no, 9, END, no, 500, 8, 7, 9, 7, END, no, no, no]
-    assert told[1].tolist() == [8] * 14 + [END, no]
-    assert told[2].tolist() == [8] * 6 + [END] + [no] * 9
+    assert shown[1].tolist() == [BEGIN] + [8] * 14 + [END]
+    assert told[1].tolist() == [8] * 15 + [no], "of the document goes on in the next row; no end is told"
+    assert told[2].tolist() == [no] + [8] * 5 + [END] + [no] * 9, "the first token was told in the row before"
     assert batch.documents is not None
-    assert np.flatnonzero(batch.documents.positions[0].numpy() == 0).tolist() == [0, 4, 7, 14]
+    begun = [np.flatnonzero(row == 0).tolist() for row in batch.documents.positions.numpy()]
+    assert begun == [[0, 4, 7, 14], [0], [0, 1, 8]], "a piece that goes on has its begin token apart"
+
+
+def test_of_documents_of_any_length_each_token_and_each_end_is_told_once(tmp_path: Path) -> None:
+    """Also of those that fill a row, or several, to the last token, and over the border of two shards."""
+    shards = [[[5 + number] * length for number, length in enumerate(range(1, 60))], some_documents(40, 3, longest=50)]
+    write_data_set(tmp_path, shards)
+    _, told = shown_and_told(batch_of(ShardSet(tmp_path), CausalSamples(VOCABULARY, SEQ_LEN, whole_documents=True)))
+    documents = [document for of_shard in shards for document in of_shard]
+    assert told[told != IGNORED_LABEL].tolist() == [token for document in documents for token in [*document, END]]
 
 
 def test_one_token_serves_as_begin_and_end_where_a_tokenizer_has_one(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def some_blocks(samples: Samples, rows: int = ROWS, seed: int = 0) -> Blocks:
         if DOCUMENT_STARTS in starts:
             starts[DOCUMENT_STARTS][:] = False
             starts[DOCUMENT_STARTS][:, [0, middle + 1]] = True
-        lengths = np.full(rows, width - 3) if view.whole_documents else None
-        return Blocks(tokens, starts, lengths)
+        if not view.whole_documents:
+            return Blocks(tokens, starts)
+        return Blocks(tokens, starts, np.full(rows, width - 3), np.zeros((rows, 2), np.bool_))
 
     blocks = stretch(width)
     if not view.partner:
@@ -59,8 +60,8 @@ def numbers(rows: int = ROWS, first: int = 0) -> np.ndarray:
 def row_of(blocks: Blocks, row: int) -> Blocks:
     def cut(each: Blocks) -> Blocks:
         starts = {mark: marked[row : row + 1] for mark, marked in each.starts.items()}
-        lengths = None if each.lengths is None else each.lengths[row : row + 1]
-        return each._replace(tokens=each.tokens[row : row + 1], starts=starts, lengths=lengths)
+        lengths, cuts = (None if part is None else part[row : row + 1] for part in (each.lengths, each.cuts))
+        return each._replace(tokens=each.tokens[row : row + 1], starts=starts, lengths=lengths, cuts=cuts)
 
     return cut(blocks)._replace(partner=None if blocks.partner is None else cut(blocks.partner))
 

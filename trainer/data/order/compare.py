@@ -103,7 +103,8 @@ def _source_differences(number: int, saved: list[dict[str, Any]], current: list[
     after = current[number] if number < len(current) else None
     if after is not None and after["fingerprint"] == before["fingerprint"]:
         return [
-            f"the {STARTS_OF[mark]} starts of source '{before['name']}' are others, and so would be the masks"
+            f"the {STARTS_OF[mark]} starts of source '{before['name']}' are "
+            + ("others, and so would be the masks" if mark in after.get("marks", {}) else "no longer read")
             for mark, identity in before.get("marks", {}).items()
             if after.get("marks", {}).get(mark) != identity
         ]
