@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,12 @@ CHINESE = (
     "用电脑学习自然语言处理，要先分词，再训练模型。Hello world 2016年。",
 )
 """Four documents of Chinese."""
+
+
+def prepare_text(text: Path, workspace: Path, output: Path, **options: Any) -> Path:
+    """Prepare a text with the workspace's tokenizer, by one worker; returns the output."""
+    prepare([str(text)], str(workspace / "tokenizer"), str(output), workers=1, console=quiet_console(), **options)
+    return output
 
 
 @pytest.fixture(scope="session")

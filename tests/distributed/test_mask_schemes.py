@@ -11,17 +11,15 @@ from transformers import AutoModelForMaskedLM
 
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
+from tests.preparing import prepare_text
 from tests.ranks import ADDING, losses, tiny_config, train, write_config
 from tools.convert import convert
-from tools.prepare import prepare
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 
 
 def prepare_words(workspace: Path, folder: Path, word_starts: str) -> Path:
-    text, tokenizer = str(workspace / "text.txt"), str(workspace / "tokenizer")
-    prepare([text], tokenizer, str(folder), workers=1, word_starts=word_starts, console=make_console())
-    return folder
+    return prepare_text(workspace / "text.txt", workspace, folder, word_starts=word_starts)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ import pytest
 import transformers
 from rich.console import Console
 
-from launcher.console import make_console
 from tests.objective_cases import CASES
+from tests.preparing import prepare_text
 from tests.ranks import losses, train
 from tools.convert import convert
-from tools.prepare import prepare
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 from trainer.model.classes import FAMILIES
@@ -30,10 +29,8 @@ every_case = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(scope="module")
 def marked(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The workspace's text with its words and sentences marked."""
-    folder, text = tmp_path_factory.mktemp("marked") / "data", [str(workspace / "text.txt")]
-    marks = {"word_starts": "tokenizer", "sentence_starts": "rules"}
-    prepare(text, str(workspace / "tokenizer"), str(folder), workers=1, console=make_console(), **marks)
-    return str(folder)
+    folder, marks = tmp_path_factory.mktemp("marked"), {"word_starts": "tokenizer", "sentence_starts": "rules"}
+    return str(prepare_text(workspace / "text.txt", workspace, folder / "data", **marks))
 
 
 @pytest.fixture

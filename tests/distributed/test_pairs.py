@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForPreTraining
 
 from launcher.console import make_console
+from tests.preparing import prepare_text
 from tests.ranks import ADDING, TINY_ROBERTA, WITHOUT_DROPOUT, losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
 from tools.prepare import prepare
@@ -37,17 +38,8 @@ def sentences(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     # The rule wants a capital letter after a full stop.
     capitals = "\n\n".join(" ".join(part.strip().capitalize() + "." for part in one.split(".")[:4]) for one in text)
     (folder.parent / "text.txt").write_text(capitals)
-    prepare(
-        [str(folder.parent / "text.txt")],
-        str(workspace / "tokenizer"),
-        str(folder),
-        workers=1,
-        validation_fraction=0.1,
-        word_starts="tokenizer",
-        sentence_starts="rules",
-        console=make_console(),
-    )
-    return folder
+    marks = {"word_starts": "tokenizer", "sentence_starts": "rules"}
+    return prepare_text(folder.parent / "text.txt", workspace, folder, validation_fraction=0.1, **marks)
 
 
 def config_of(workspace: Path, source: Path, run_dir: Path, task: str, **sections: Any) -> Config:
@@ -236,15 +228,7 @@ def test_without_a_pair_its_head_has_gradients_of_nought(
     """Documents of one sentence have no border: all is trained as masked tokens alone."""
     lines = (workspace / "text.txt").read_text().replace(". ", "\n").replace("\n\n", "\n")
     (tmp_path / "lines.txt").write_text(lines)
-    prepare(
-        [str(tmp_path / "lines.txt")],
-        str(workspace / "tokenizer"),
-        str(tmp_path / "data"),
-        workers=1,
-        documents="line",
-        sentence_starts="rules",
-        console=make_console(),
-    )
+    prepare_text(tmp_path / "lines.txt", workspace, tmp_path / "data", documents="line", sentence_starts="rules")
     none: dict[str, Any] = {
         "data": {"train": str(tmp_path / "data"), "validation": None},
         "eval": {"every_steps": None},

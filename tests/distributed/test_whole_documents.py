@@ -15,9 +15,9 @@ from transformers import AutoModelForMaskedLM
 
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
+from tests.preparing import prepare_text
 from tests.ranks import ADDING, losses, metrics, tiny_config, train, write_config
 from tools.convert import convert
-from tools.prepare import prepare
 from trainer.config import Config
 from trainer.data.block_reader import BlockReader
 from trainer.data.blocks import IGNORED_LABEL
@@ -34,17 +34,8 @@ def sentences(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     paragraphs = (workspace / "text.txt").read_text().split("\n\n")
     lines = [text if number % 3 == 0 else text.replace(". ", ".\n") for number, text in enumerate(paragraphs)]
     (folder / "lines.txt").write_text("\n".join(lines))
-    prepare(
-        [str(folder / "lines.txt")],
-        str(workspace / "tokenizer"),
-        str(folder / "data"),
-        workers=1,
-        documents="line",
-        validation_fraction=0.1,
-        word_starts="tokenizer",
-        console=make_console(),
-    )
-    return folder / "data"
+    options = {"documents": "line", "validation_fraction": 0.1, "word_starts": "tokenizer"}
+    return prepare_text(folder / "lines.txt", workspace, folder / "data", **options)
 
 
 def config_of(workspace: Path, source: Path, run_dir: Path, **sections: Any) -> Config:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
+from tests.preparing import prepare_text
 from tests.ranks import tiny_config, write_config
-from tools.prepare import prepare
 from trainer.config.file import load_config
 from trainer.data.batch import Batch
 from trainer.data.loader import SampledBlocks
@@ -27,15 +26,7 @@ def prepare_sentences(workspace: Path, folder: Path, documents: int = 700) -> Pa
     texts = (workspace / "text.txt").read_text().split("\n\n")[:documents]
     capitals = [" ".join(part.strip().capitalize() + "." for part in text.split(".")[:4]) for text in texts]
     (folder / "text.txt").write_text("\n\n".join(capitals))
-    prepare(
-        [str(folder / "text.txt")],
-        str(workspace / "tokenizer"),
-        str(folder / "data"),
-        workers=1,
-        sentence_starts="rules",
-        console=make_console(),
-    )
-    return folder / "data"
+    return prepare_text(folder / "text.txt", workspace, folder / "data", sentence_starts="rules")
 
 
 @pytest.fixture(scope="module")
