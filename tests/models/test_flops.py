@@ -18,11 +18,12 @@ from tests.tiny_models import (
     preset,
     tiny_model,
     vocabulary,
+    write_config,
 )
 from trainer.config import ModelConfig
 from trainer.data.batch import RANKS
 from trainer.model.build import constant_inputs
-from trainer.model.classes import PERMUTED
+from trainer.model.classes import CAUSAL, PERMUTED, model_class
 from trainer.model.forward import Forward
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
 from trainer.model.prediction_head import install
@@ -78,6 +79,20 @@ def test_document_attention_counts_what_the_documents_alone_would_take(model_typ
     attended = sum(length**2 for length in lengths) / SEQ_LEN
     counted = flops_per_token(model, attended, 1.0) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+def test_a_token_passes_through_its_experts_alone(tmp_path):
+    """Mixtral's are bare parameters, which no counter of modules sees: 3 matrices of two of four experts a layer."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    settings = write_config(tmp_path, "mixtral", **sizes)
+    config = build_config(settings, vocabulary(), SEQ_LEN, CAUSAL)
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config)
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    matrices = layers * (
+        4 * width**2 + 2 * 3 * width * inner
+    )  # attention and experts; their choice is too little to count
+    assert flops_per_token(model, 0.0, 0.0) == 3 * 2 * matrices
 
 
 def test_a_full_head_counts_every_position(tmp_path):

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.tiny_models import SEQ_LEN, VOCABULARY_SIZE, assert_same_gradients, gradients, lively_model, vocabulary
-from trainer.config import ObjectiveConfig
+from trainer.config import ObjectiveConfig, OptimizerConfig
 from trainer.data.batch import RANKS, Batch
 from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.manifest import WORD_STARTS
+from trainer.engine.optimizer import build_optimizer
 from trainer.model.forward import Forward
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import loss_sums, tally
@@ -157,3 +158,18 @@ def test_one_graph_serves_all_batches(tmp_path: Path) -> None:
         compiled.sum().backward()
     assert graphs.frame_count == 1
     assert torch.allclose(compiled, eager, rtol=1e-5)
+
+
+def test_biases_and_what_has_no_gradient_are_not_decayed(tmp_path: Path) -> None:
+    """XLNet's biases have two dimensions; its segments are not given, so their weights would only shrink."""
+    model, made = lively_model(tmp_path, "xlnet"), batch()
+    loss_sums(LanguageModelLoss(TERM), Forward(model, CPU), made, 1).sum().backward()
+    decayed, others = (
+        {id(p) for p in group["params"]} for group in build_optimizer(model, OptimizerConfig()).param_groups
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert {name.rpartition(".")[2] for name in without} >= {"seg_embed", "r_s_bias"}
+    assert not without & {names[each] for each in decayed}
+    assert {names[each].rpartition(".")[2] for each in others} >= {"r_w_bias", "r_r_bias", "bias"}
+    assert {names[each].rpartition(".")[2] for each in decayed} == {"weight", "q", "k", "v", "o", "r"}

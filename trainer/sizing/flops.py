@@ -30,7 +30,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     block takes once is in `block_flops`. Elementwise work, norms, softmax, embedding look-ups and recomputation are not
     counted. With document attention only products within a document count, even where a block mask makes sdpa compute
     the others as well: they are no work of the model. Local attention (ModernBERT) is counted as if it were full, and
-    attention of another kind (Perceiver's) not at all.
+    attention of another kind (Perceiver's) not at all. Of experts those count that a token passes through.
 
     XLNet has a stream that sees tokens and one that predicts, and a matrix for positions, of which there are twice as
     many as tokens: 3 · [L · (12H² + 4HI) + 16·L·A·H + r · (L · (4H² + 4HI) + 2HV)]. Its class computes the attention of
@@ -80,6 +80,10 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
+    if (active := getattr(model.config, "num_experts_per_tok", None)) is not None:
+        # The matrices of all experts of a layer are one bare parameter; a token passes through some of them.
+        experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+        encoder_matmuls += sum(2 * each.numel() * active // len(each) for each in experts)
     for module in encoder_modules:
         if isinstance(module, XLNetRelativeAttention):  # its matrices are bare parameters
             matrix = 2 * module.d_model * module.n_head * module.d_head
