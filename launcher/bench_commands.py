@@ -88,55 +88,70 @@ def bench_prepare(
     write_result(measure(settings, make_console()), as_json)
 
 
+Against = Annotated[
+    Literal["hf", "ladder", "all"],
+    typer.Option(
+        help="What maskwright is measured beside: Hugging Face Trainer and the plain loop with the same head; "
+        "a plain loop that becomes ours rung by rung; or all variants."
+    ),
+]
+Variants = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,...", help="These variants only; a wrong name lists them.", show_default="--against"),
+]
+Model = Annotated[
+    str,
+    typer.Option(metavar="NAME|PATH", help="small (H 256, L 4, vocabulary 50,265), a preset, or a config.json."),
+]
+MicroSize = Annotated[int, typer.Option("--micro", metavar="N", min=1, help="Sequences a rank and step.")]
+SeqLen = Annotated[int, typer.Option(metavar="N", min=8, max=32768, help="Tokens a sequence.")]
+Ranks = Annotated[
+    int, typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Processes of each variant, on this machine.")
+]
+Precision = Annotated[
+    Literal["fp32", "bf16"] | None, typer.Option(help="Of forward and backward.", show_default="bf16 on CUDA")
+]
+Threads = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Of torch, a rank.", show_default="cores / ranks")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Timed steps a turn.", show_default="8; 50 on GPUs; 50 or 1,000 for losses"),
+]
+StepRounds = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Turns of each variant.", show_default="3; 1 for losses")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="A folder that `maskwright prepare` wrote.", show_default="drawn tokens"),
+]
+CheckLosses = Annotated[
+    bool, typer.Option("--check-losses", help="Dropout 0: the losses of all variants must be equal to 1e-4.")
+]
+TimeToLoss = Annotated[
+    float | None, typer.Option(metavar="LOSS", min=0.0, help="Measure the seconds to this validation loss.")
+]
+Markdown = Annotated[str | None, typer.Option(metavar="FILE", help="Write tables and profiles there.")]
+Chart = Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw a bar chart there.")]
+
+
 @bench_app.command("step", cls=Command)
 def bench_step(
-    against: Annotated[
-        Literal["hf", "ladder", "all"],
-        typer.Option(
-            help="What maskwright is measured beside: Hugging Face Trainer and the plain loop with the same head; "
-            "a plain loop that becomes ours rung by rung; or all variants."
-        ),
-    ] = "hf",
-    variants: Annotated[
-        str | None,
-        typer.Option(metavar="A,B,...", help="These variants only; a wrong name lists them.", show_default="--against"),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(metavar="NAME|PATH", help="small (H 256, L 4, vocabulary 50,265), a preset, or a config.json."),
-    ] = "small",
-    micro_size: Annotated[int, typer.Option("--micro", metavar="N", min=1, help="Sequences a rank and step.")] = 8,
-    seq_len: Annotated[int, typer.Option(metavar="N", min=8, max=32768, help="Tokens a sequence.")] = 512,
-    ranks: Annotated[
-        int, typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Processes of each variant, on this machine.")
-    ] = 1,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="Of forward and backward.", show_default="bf16 on CUDA")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of torch, a rank.", show_default="cores / ranks")
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Timed steps a turn.", show_default="8; 50 on GPUs; 50 or 1,000 for losses"
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Turns of each variant.", show_default="3; 1 for losses")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="A folder that `maskwright prepare` wrote.", show_default="drawn tokens"),
-    ] = None,
-    check_losses: Annotated[
-        bool, typer.Option("--check-losses", help="Dropout 0: the losses of all variants must be equal to 1e-4.")
-    ] = False,
-    time_to_loss: Annotated[
-        float | None, typer.Option(metavar="LOSS", min=0.0, help="Measure the seconds to this validation loss.")
-    ] = None,
-    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Write tables and profiles there.")] = None,
-    chart: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw a bar chart there.")] = None,
+    against: Against = "hf",
+    variants: Variants = None,
+    model: Model = "small",
+    micro_size: MicroSize = 8,
+    seq_len: SeqLen = 512,
+    ranks: Ranks = 1,
+    precision: Precision = None,
+    threads: Threads = None,
+    steps: Steps = None,
+    rounds: StepRounds = None,
+    data: Data = None,
+    check_losses: CheckLosses = False,
+    time_to_loss: TimeToLoss = None,
+    markdown: Markdown = None,
+    chart: Chart = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the training step beside Hugging Face Trainer and plain torch loops: same model, masks, optimizer.
@@ -178,7 +193,6 @@ def bench_step(
         chart=chart,
         markdown=markdown,
     )
-    report = measure(settings, console)
-    write_result(report, as_json)
+    write_result(report := measure(settings, console), as_json)
     if check_losses:
         require_equal_losses(report)

@@ -20,10 +20,11 @@ from launcher.command import (
     console_of_results,
 )
 from launcher.console import make_console
-from launcher.data_commands import data_app, prepare, tokenizer_app
+from launcher.data_commands import data_app
 from launcher.look_commands import doctor, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
+from launcher.text_commands import prepare, tokenizer_app
 from trainer.runtime.plain_text import printable
 from trainer.runtime.streams import use_consoles
 
@@ -111,52 +112,59 @@ def validate(
         print(printable(line))
 
 
+LocalRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc-per-node",
+        metavar="N",
+        min=1,
+        max=MOST_LOCAL_RANKS,
+        help="Ranks to start on this machine, one a GPU. Inside srun or torchrun, which start them, leave it out.",
+        show_default="1",
+    ),
+]
+NodeCount = Annotated[
+    int | None,
+    typer.Option(
+        "--nnodes",
+        metavar="K",
+        min=1,
+        max=MOST_RANKS,
+        help="Machines, without SLURM: run the command on each of them.",
+    ),
+]
+NodeRank = Annotated[
+    int | None, typer.Option(metavar="I", min=0, help="Which of them this is, from 0.", show_default=False)
+]
+MasterAddress = Annotated[
+    str | None, typer.Option("--master-addr", metavar="A", help="Node 0, as all of them reach it.")
+]
+MasterPort = Annotated[
+    int | None,
+    typer.Option(metavar="P", min=1, max=65535, help="A free port of node 0, the same on all.", show_default="29500"),
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|must|never|PATH",
+        help="auto resumes if the run folder has a checkpoint; must refuses to start afresh; never refuses to "
+        "resume; PATH is a checkpoint.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Do a step of each phase; save nothing.")]
+
+
 @app.command(cls=TrainingCommand)
 def train(
     config: ConfigSource,
     overrides: Overrides = None,
-    process_count: Annotated[
-        int | None,
-        typer.Option(
-            "--nproc-per-node",
-            metavar="N",
-            min=1,
-            max=MOST_LOCAL_RANKS,
-            help="Ranks to start on this machine, one a GPU. Inside srun or torchrun, which start them, leave it out.",
-            show_default="1",
-        ),
-    ] = None,
-    node_count: Annotated[
-        int | None,
-        typer.Option(
-            "--nnodes",
-            metavar="K",
-            min=1,
-            max=MOST_RANKS,
-            help="Machines, without SLURM: run the command on each of them.",
-        ),
-    ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option(metavar="I", min=0, help="Which of them this is, from 0.", show_default=False)
-    ] = None,
-    master_address: Annotated[
-        str | None, typer.Option("--master-addr", metavar="A", help="Node 0, as all of them reach it.")
-    ] = None,
-    master_port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="P", min=1, max=65535, help="A free port of node 0, the same on all.", show_default="29500"
-        ),
-    ] = None,
-    resume: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|must|never|PATH",
-            help="auto resumes if the run folder has a checkpoint; must refuses to start afresh; never refuses to "
-            "resume; PATH is a checkpoint.",
-        ),
-    ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do a step of each phase; save nothing.")] = False,
+    process_count: LocalRanks = None,
+    node_count: NodeCount = None,
+    node_rank: NodeRank = None,
+    master_address: MasterAddress = None,
+    master_port: MasterPort = None,
+    resume: Resume = "auto",
+    dry_run: DryRun = False,
 ) -> int:
     """Train. The same command resumes a run that was stopped.
 

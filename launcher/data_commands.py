@@ -1,260 +1,73 @@
-"""The commands that turn text into data and look at data: tokenizer, prepare, data."""
+"""The commands that take tokens in, and look at data: data import, show, verify and simulate."""
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 import typer
 
-from launcher.command import MOST_LOCAL_RANKS, AsJson, Command, Group, console_of_results, parse_count, write_result
+from launcher.command import AsJson, Command, Group, console_of_results, parse_count, write_result
 from launcher.console import make_console
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, UserError
 
-tokenizer_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 
 MOST_SAMPLES = 10_000
 
-Inputs = Annotated[
+TokenFiles = Annotated[
     list[str],
-    typer.Option("--input", metavar="PATH...", help="Files, folders, globs, or compressed files (.gz .zst .xz .bz2)."),
+    typer.Option("--input", metavar="PATH...", help="Token files, prefixes of them, globs, or folders."),
 ]
-
-
-Format = Annotated[
-    Literal["auto", "text", "jsonl", "csv", "parquet", "arrow", "hub"],
+TokenizerOfTokens = Annotated[str, typer.Option(metavar="DIR", help="The tokenizer that the tokens are of.")]
+StoredFormat = Annotated[
+    Literal["auto", "megatron", "datatrove", "datasets"],
+    typer.Option("--from", help="megatron: .bin and .idx; datatrove: .ds; datasets: a folder of save_to_disk."),
+]
+IdsField = Annotated[str, typer.Option(help="The column of ids (datasets).")]
+HeldOut = Annotated[
+    float,
     typer.Option(
-        help="auto goes by the file name; with hub, PATH is the name of a dataset on the Hugging Face hub, or "
-        "NAME:CONFIG:SPLIT."
+        metavar="F",
+        min=0.0,
+        max=0.5,
+        help="Share of the documents to hold out, by the hash of their ids; writes DIR/train and DIR/validation.",
     ),
 ]
-TextField = Annotated[
-    str,
-    typer.Option(help="The column that holds the text (all formats but text); a.b is the field b within a."),
-]
-Delimiter = Annotated[
-    str | None,
+Link = Annotated[
+    bool | None,
     typer.Option(
-        metavar="C",
-        help="What separates the fields of csv: one character, or tab.",
-        show_default="a comma; a tab in .tsv files",
+        "--link/--no-link",
+        help="--link never copies: where a hard link cannot be made it makes a symbolic one, and what would have "
+        "to be converted is refused. --no-link always copies.",
+        show_default="hard links where they can be made, else conversion",
     ),
 ]
-Documents = Annotated[
-    Literal["file", "paragraph", "line", "row"] | None,
-    typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
-]
-OnBadDocument = Annotated[
-    Literal["stop", "skip"],
+Strip = Annotated[
+    list[str] | None,
     typer.Option(
-        help="What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row "
-        "with too many fields; skip counts it. A damaged file always stops."
+        metavar="TOKEN",
+        help="A token to take off the ends of documents, besides the tokenizer's begin, end and pad tokens. "
+        "May be given several times.",
+        show_default=False,
     ),
 ]
-
-
-@tokenizer_app.command("train", cls=Command)
-def tokenizer_train(
-    inputs: Inputs,
-    output: Annotated[str, typer.Option("--output", metavar="DIR", help="The tokenizer folder to write.")],
-    kind: Annotated[
-        Literal["bytelevel-bpe", "wordpiece", "unigram", "character"],
-        typer.Option(
-            "--type",
-            help="bytelevel-bpe as RoBERTa, wordpiece as BERT, unigram as XLM-RoBERTa; character: each character "
-            "a token, blanks and line ends too.",
-        ),
-    ] = "bytelevel-bpe",
-    vocabulary_size: Annotated[
-        int, typer.Option("--vocab-size", metavar="N", min=1, help="Tokens, special ones included.")
-    ] = 50_265,
-    cased: Annotated[
-        bool, typer.Option("--cased", help="wordpiece: keep capitals and accents (the other types always do).")
-    ] = False,
-    format: Format = "auto",
-    field: TextField = "text",
-    delimiter: Delimiter = None,
-    documents: Documents = None,
-    on_bad_document: OnBadDocument = "stop",
-) -> None:
-    """Train a tokenizer on text; the folder loads with AutoTokenizer.from_pretrained.
-
-    \b
-    Examples:
-      maskwright tokenizer train --input texts/*.txt --output tokenizer --vocab-size 32000
-      maskwright tokenizer train --input dump.jsonl --field body --type wordpiece --cased --output tokenizer
-      maskwright tokenizer train --input novel.txt --documents file --type character --output tokenizer
-    """
-    from tools.tokenizer import train_tokenizer
-
-    train_tokenizer(
-        inputs,
-        output,
-        kind,
-        vocabulary_size,
-        make_console(),
-        cased=cased,
-        format=format,
-        field=field,
-        documents=documents,
-        delimiter=delimiter,
-        on_bad_document=on_bad_document,
-    )
-
-
-def prepare(
-    inputs: Inputs,
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="The tokenizer folder.")],
-    output: Annotated[str, typer.Option(metavar="DIR", help="The data folder to write.")],
-    format: Format = "auto",
-    field: TextField = "text",
-    delimiter: Delimiter = None,
-    documents: Documents = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, max=MOST_LOCAL_RANKS, help="Tokenizing processes.", show_default="one a core"),
-    ] = None,
-    validation_fraction: Annotated[
-        float,
-        typer.Option(
-            metavar="F",
-            min=0.0,
-            max=0.5,
-            help="Share of the documents to hold out; writes DIR/train and DIR/validation.",
-        ),
-    ] = 0.0,
-    on_bad_document: OnBadDocument = "stop",
-    special_in_text: Annotated[
-        Literal["ids", "text", "refuse"] | None,
-        typer.Option(
-            help="What a special token that stands in the text becomes: its id (begin, end, pad and mask stay text), "
-            "or text; or its document counts as bad.",
-            show_default="ids, or what DIR was begun with",
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Write only share I, from 0, of N; tasks may run at once, on machines that share DIR.",
-            show_default="all, or the place in a SLURM job array",
-        ),
-    ] = None,
-    finalize: Annotated[
-        bool, typer.Option("--finalize", help="Join what the tasks have written; give the same other options.")
-    ] = False,
-    word_starts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S",
-            help="Mark where words start: by the tokenizer's own words (tokenizer), by Chinese word segmentation "
-            "(jieba), by a list of phrases, one a line (phrases:FILE), or by a function of yours (module:function, "
-            "text -> offsets in characters).",
-            show_default="not marked",
-        ),
-    ] = None,
-    sentence_starts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S",
-            help="Mark where sentences start: by . ! ? 。！？ … and line ends (rules), one a line (lines), or by "
-            "module:function.",
-            show_default="not marked",
-        ),
-    ] = None,
-) -> None:
-    """Tokenize text once into the shards that training reads.
-
-    The bytes written are the same for any number of workers and tasks, and after any number of interruptions: the same
-    command goes on with what is not finished. A document goes to validation by its hash.
-
-    \b
-    Examples:
-      maskwright prepare --input texts/ --tokenizer tokenizer --output data --validation-fraction 0.01
-      maskwright prepare --input 'dump/*.jsonl.zst' --field body --tokenizer tokenizer --output data
-      maskwright prepare --input dump/ --tokenizer tokenizer --output data --task 0/8
-      maskwright prepare --input dump/ --tokenizer tokenizer --output data --finalize
-      maskwright prepare --input texts/ --tokenizer tokenizer --output data --word-starts jieba --sentence-starts rules
-    """
-    from tools.prepare.share import choose_share
-
-    console = make_console()
-    share = choose_share(task, finalize, os.environ)
-    if share and task is None:
-        console.print(
-            f"Task {share}, from SLURM_ARRAY_TASK_ID={os.environ['SLURM_ARRAY_TASK_ID']}; --task 0/1 would do all."
-        )
-
-    from launcher.local import core_count
-    from tools import prepare as preparation
-
-    job = preparation.open_job(
-        inputs=inputs,
-        tokenizer=tokenizer,
-        output=output,
-        format=format,
-        field=field,
-        documents=documents,
-        validation_fraction=validation_fraction,
-        on_bad_document=on_bad_document,
-        delimiter=delimiter,
-        word_starts=word_starts,
-        sentence_starts=sentence_starts,
-        special_in_text=special_in_text,
-    )
-    if finalize:
-        preparation.finalize_job(job, console)
-    elif share:
-        preparation.prepare_task(job, share.task, share.tasks, workers or core_count(), console)
-    else:
-        preparation.prepare_job(job, workers or core_count(), console)
+SpecialInside = Annotated[
+    Literal["refuse", "skip"],
+    typer.Option(help="What to do with a document that holds a special token inside: end, or leave it out."),
+]
 
 
 @data_app.command("import", cls=Command)
 def data_import(
-    inputs: Annotated[
-        list[str],
-        typer.Option("--input", metavar="PATH...", help="Token files, prefixes of them, globs, or folders."),
-    ],
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="The tokenizer that the tokens are of.")],
+    inputs: TokenFiles,
+    tokenizer: TokenizerOfTokens,
     output: Annotated[str, typer.Option(metavar="DIR", help="The data folder to write.")],
-    source_format: Annotated[
-        Literal["auto", "megatron", "datatrove", "datasets"],
-        typer.Option("--from", help="megatron: .bin and .idx; datatrove: .ds; datasets: a folder of save_to_disk."),
-    ] = "auto",
-    field: Annotated[str, typer.Option(help="The column of ids (datasets).")] = "input_ids",
-    validation_fraction: Annotated[
-        float,
-        typer.Option(
-            metavar="F",
-            min=0.0,
-            max=0.5,
-            help="Share of the documents to hold out, by the hash of their ids; writes DIR/train and DIR/validation.",
-        ),
-    ] = 0.0,
-    link: Annotated[
-        bool | None,
-        typer.Option(
-            "--link/--no-link",
-            help="--link never copies: where a hard link cannot be made it makes a symbolic one, and what would have "
-            "to be converted is refused. --no-link always copies.",
-            show_default="hard links where they can be made, else conversion",
-        ),
-    ] = None,
-    strip: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TOKEN",
-            help="A token to take off the ends of documents, besides the tokenizer's begin, end and pad tokens. "
-            "May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    special_inside: Annotated[
-        Literal["refuse", "skip"],
-        typer.Option(help="What to do with a document that holds a special token inside: end, or leave it out."),
-    ] = "refuse",
+    source_format: StoredFormat = "auto",
+    field: IdsField = "input_ids",
+    validation_fraction: HeldOut = 0.0,
+    link: Link = None,
+    strip: Strip = None,
+    special_inside: SpecialInside = "refuse",
 ) -> None:
     """Use tokens that Megatron-LM, datatrove or the library datasets stored, without tokenizing again.
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_text
 from tools.import_tokens import ImportSummary, import_tokens
-from tools.prepare import Job, PrepareSummary, open_job, prepare, readers
+from tools.prepare import Job, PrepareOptions, PrepareSummary, open_job, prepare, readers
 from tools.prepare.pieces import Piece
 from tools.prepare.plan import plan_units
 from tools.tokenizer import train_tokenizer
@@ -70,7 +70,7 @@ def run_prepare(tokenizer: Path) -> Callable[..., PrepareSummary]:
 @pytest.fixture
 def make_job(tokenizer: Path) -> Callable[..., Job]:
     def make(inputs: list[Path], output: Path, **options) -> Job:
-        return open_job([str(path) for path in inputs], str(tokenizer), str(output), **options)
+        return open_job([str(path) for path in inputs], str(tokenizer), str(output), PrepareOptions(**options))
 
     return make
 

@@ -17,7 +17,7 @@ from tests.gate import record_gate, wait_before_records
 from tests.preparing import UNIT_BYTES, folder_hashes, quiet_console, read_token_documents, records
 from tests.process.killable import Killable
 from tests.unit.tools.test_readers import write_rows
-from tools.prepare import Job, finalize_job, open_job, prepare_job, prepare_task
+from tools.prepare import Job, PrepareOptions, finalize_job, open_job, prepare_job, prepare_task
 from tools.prepare.locks import locked, locked_units
 from tools.prepare.share import Share, choose_share
 from tools.prepare.work_folder import JOB_FILE
@@ -48,7 +48,12 @@ def all_tasks(count: int) -> list[Share]:
 
 def arguments_of(job: Job, tokenizer: Path, **options) -> dict:
     paths = [file.path for file in job.inputs.files]
-    return {"inputs": paths, "tokenizer": str(tokenizer), "output": str(job.output), **options}
+    return {
+        "inputs": paths,
+        "tokenizer": str(tokenizer),
+        "output": str(job.output),
+        "options": PrepareOptions(**options),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> tuple[Pa
     inputs = [str(path) for path in sorted(folder.glob("*.txt"))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
-        prepare_job(open_job(inputs, str(tokenizer), str(folder / "data"), validation_fraction=0.1))
+        prepare_job(open_job(inputs, str(tokenizer), str(folder / "data"), PrepareOptions(validation_fraction=0.1)))
     return folder / "data", inputs
 
 
@@ -76,7 +81,7 @@ def test_tasks_killed_at_any_time_give_the_bytes_of_a_clean_run(
         "inputs": inputs,
         "tokenizer": str(tokenizer),
         "output": str(tmp_path / "data"),
-        "validation_fraction": 0.1,
+        "options": PrepareOptions(validation_fraction=0.1),
     }
     job = open_job(**arguments)
     assert len(job.units) >= 16

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.preparing import folder_hashes, quiet_console, read_token_documents
-from tools.prepare import prepare
+from tools.prepare import PrepareOptions, prepare
 from tools.prepare.encode import Encoder
 from tools.prepare.job import open_job
 from tools.prepare.on_demand import _begun_with, _cache, _name_of, _sum_of
@@ -103,7 +103,7 @@ def test_the_summary_and_the_manifest_say_what_became_of_them(users_own: Path, t
     again = prepare([str(text)], str(users_own), str(tmp_path / "d"), workers=1)
     assert again.already_prepared and again.tally == summary.tally
     with pytest.raises(UserError, match="special_in_text 'ids' instead of None"):
-        open_job([str(text)], str(users_own), str(tmp_path / "d"), special_in_text="text").finished()
+        open_job([str(text)], str(users_own), str(tmp_path / "d"), PrepareOptions(special_in_text="text")).finished()
 
 
 def test_refused_documents_stop_or_are_counted(users_own: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_run_that_has_begun_keeps_the_text_that_it_began_with(users_own: Path,
     job = open_job([str(text)], str(users_own), str(tmp_path / "none"))
     sums = {file.path: _sum_of(file) for file in job.inputs.files}
     assert _begun_with(config, job, str(text), sums) is None
-    as_text = open_job([str(text)], str(users_own), str(tmp_path / "none"), special_in_text="text")
+    as_text = open_job([str(text)], str(users_own), str(tmp_path / "none"), PrepareOptions(special_in_text="text"))
     folder = _cache(config) / _name_of(as_text, str(text), sums)
     assert folder != _cache(config) / _name_of(job, str(text), sums)
     prepare([str(text)], str(users_own), str(folder), workers=1, special_in_text="text")

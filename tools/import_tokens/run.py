@@ -97,12 +97,7 @@ def import_tokens(
         DamagedError: for an index and a token file that do not fit each other.
     """
     console = console or Console(markup=False)
-    if link and validation_fraction:
-        raise UserError(
-            "With --validation-fraction the documents go to two data sets, so their file cannot be linked.",
-            where="--link",
-            remedy="Leave out one of the two.",
-        )
+    _check_link(link, validation_fraction)
     loaded = load_tokenizer(tokenizer)
     vocabulary = read_vocabulary(loaded, tokenizer)
     cleaner = Cleaner(loaded, vocabulary, strip, special_inside == "skip")
@@ -124,6 +119,15 @@ def import_tokens(
     notes += [*_describe_conversion(conversion), *cleaner.describe(summary.counts)]
     _print_summary(summary, [note for note in notes if note], place, loaded, console)
     return summary
+
+
+def _check_link(link: bool | None, validation_fraction: float) -> None:
+    if link and validation_fraction:
+        raise UserError(
+            "With --validation-fraction the documents go to two data sets, so their file cannot be linked.",
+            where="--link",
+            remedy="Leave out one of the two.",
+        )
 
 
 def _settings(

@@ -15,6 +15,7 @@ import xxhash
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import find_inputs, resolve_documents
 from tools.prepare.option_names import COMMAND_LINE, OptionNames
+from tools.prepare.options import PrepareOptions
 from tools.prepare.pieces import InputFiles, TextSettings
 from tools.prepare.plan import Unit, plan_units
 from tools.prepare.segment import StartSettings
@@ -48,17 +49,9 @@ def open_job(
     inputs: Sequence[str],
     tokenizer: str,
     output: str,
-    format: str = "auto",
-    field: str = "text",
-    documents: str | None = None,
-    validation_fraction: float = 0.0,
-    on_bad_document: str = "stop",
-    word_starts: str | None = None,
-    sentence_starts: str | None = None,
-    delimiter: str | None = None,
+    options: PrepareOptions = PrepareOptions(),  # noqa: B008 - it is frozen
     names: OptionNames = COMMAND_LINE,
     excluded: Sequence[str | os.PathLike[str]] = (),
-    special_in_text: str | None = None,
 ) -> Job:
     """Find the inputs and load the tokenizer; nothing is written yet.
 
@@ -67,55 +60,46 @@ def open_job(
     Args:
         inputs: files, globs, folders; with format "hub" data set names, NAME, NAME:CONFIG or NAME:CONFIG:SPLIT.
         tokenizer: folder or hub name of a fast tokenizer.
-        format: "auto" (by suffix), "text", "jsonl", "csv", "parquet", "arrow" or "hub".
-        field: the column that holds the text, for all but text files; `a.b` is the field `b` within `a`.
-        documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest.
-        validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
-            sets are `output/train` and `output/validation`.
-        on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row
-            with too many fields; or "skip" and count it. A file that cannot be read at all always stops.
-        word_starts: "tokenizer", "jieba", "phrases:FILE" or "module:function": mark where words start.
-        sentence_starts: "rules", "lines" or "module:function": mark where sentences start.
-        delimiter: one character between the fields of csv; None is a tab in .tsv files and a comma in others.
-        names: how messages name these options.
+        names: how messages name the options.
         excluded: folders that are not searched for input besides `output`.
-        special_in_text: "ids": a special token that stands in a text becomes its id, but for those of begin, end, pad
-            and mask, which stay text; "text": all stay text; "refuse": a document that holds any is a bad one. None is
-            what the output was begun with, or "ids".
 
     Raises:
         UserError: for any mistake in the arguments or the input.
     """
-    if not 0.0 <= validation_fraction < 1.0:
-        raise UserError(
-            f"The validation fraction must be at least 0 and below 1, got {validation_fraction:g}.",
-            where=names("validation-fraction"),
-            remedy="0.01 holds out one document in a hundred.",
-        )
-    check_on_bad_document(on_bad_document, names)
+    _check_fraction(options.validation_fraction, names)
+    check_on_bad_document(options.on_bad_document, names)
     folder = user_path(output, "--output")
-    found = find_inputs(inputs, format, names, [folder, *excluded])
-    documents = resolve_documents(documents, found.format, names)
+    found = find_inputs(inputs, options.format, names, [folder, *excluded])
+    documents = resolve_documents(options.documents, found.format, names)
     loaded = load_tokenizer(tokenizer)
-    starts = StartSettings(word_starts, sentence_starts)
+    starts = StartSettings(options.word_starts, options.sentence_starts)
     starts.check(loaded.backend_tokenizer)
-    folder, vocabulary = user_path(output, "--output"), read_vocabulary(loaded, tokenizer)
+    vocabulary = read_vocabulary(loaded, tokenizer)
     begun = [*(folder / name / MANIFEST for name in ("", *SPLITS)), folder / PREPARE_WORK_FOLDER / JOB_FILE]
     return Job(
         output=folder,
         inputs=found,
         documents=documents,
-        field=field,
-        validation_fraction=validation_fraction,
-        skip_bad_documents=on_bad_document == "skip",
+        field=options.field,
+        validation_fraction=options.validation_fraction,
+        skip_bad_documents=options.on_bad_document == "skip",
         starts=starts,
-        special=SpecialTokens.of(loaded, vocabulary, resolve_special_in_text(special_in_text, begun)),
+        special=SpecialTokens.of(loaded, vocabulary, resolve_special_in_text(options.special_in_text, begun)),
         tokenizer=loaded,
         vocabulary=vocabulary,
-        delimiter=check_delimiter(delimiter, found.format, names),
+        delimiter=check_delimiter(options.delimiter, found.format, names),
         names=names,
         tokenizer_notes=tuple(filter(None, (loading_note(tokenizer), _lacking_note(vocabulary)))),
     )
+
+
+def _check_fraction(fraction: float, names: OptionNames) -> None:
+    if not 0.0 <= fraction < 1.0:
+        raise UserError(
+            f"The validation fraction must be at least 0 and below 1, got {fraction:g}.",
+            where=names("validation-fraction"),
+            remedy="0.01 holds out one document in a hundred.",
+        )
 
 
 def _lacking_note(vocabulary: Vocabulary) -> str:

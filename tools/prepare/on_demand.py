@@ -25,6 +25,7 @@ from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs
 from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.option_names import CONFIG
+from tools.prepare.options import PrepareOptions
 from tools.prepare.pieces import InputFile
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.special_tokens import TEXT, SpecialTokens
@@ -147,22 +148,18 @@ def _is_raw(path: str, config: Config) -> bool:
 
 def _open(config: Config, path: str, output: Path) -> Job:
     text = config.data.text
-    return open_job(
-        [path],
-        tokenizer_source(config),
-        str(output),
+    options = PrepareOptions(
         format=text.format,
         field=text.field,
         documents=text.documents,
         validation_fraction=text.validation_fraction,
         on_bad_document=text.on_bad_document,
         delimiter=text.delimiter,
-        names=CONFIG,
-        excluded=_own_folders(config),
         special_in_text=text.special_in_text,
         word_starts=text.word_starts or (None if config.objective.scheme == "token" else "tokenizer"),
         sentence_starts=text.sentence_starts or (None if config.objective.pair is None else "rules"),
     )
+    return open_job([path], tokenizer_source(config), str(output), options, CONFIG, _own_folders(config))
 
 
 def _own_folders(config: Config) -> list[Path]:

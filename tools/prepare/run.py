@@ -25,6 +25,7 @@ from tools.prepare.finalize import collect_records, remove_work_folder, total_lo
 from tools.prepare.hints import input_notes
 from tools.prepare.job import Job, open_job
 from tools.prepare.locks import locked, locked_units
+from tools.prepare.options import PrepareOptions
 from tools.prepare.plan import Unit
 from tools.prepare.pool import run_units
 from tools.prepare.progress import ReadProgress
@@ -59,8 +60,8 @@ def prepare(
     console: Console | None = None,
     **options: Any,
 ) -> PrepareSummary:
-    """Tokenize text into shards: `open_job`, which names the options and their errors, and `prepare_job`."""
-    return prepare_job(open_job(inputs, tokenizer, output, **options), workers, console)
+    """Tokenize text into shards: `open_job`, with `PrepareOptions` by name, and `prepare_job`."""
+    return prepare_job(open_job(inputs, tokenizer, output, PrepareOptions(**options)), workers, console)
 
 
 def prepare_job(job: Job, workers: int | None = None, console: Console | None = None) -> PrepareSummary:
