@@ -45,9 +45,9 @@ app.add_typer(checkpoint_app, name="checkpoint", help="List the checkpoints of a
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from trainer.runtime.versions import installed_version
 
-        print(f"maskwright {version('maskwright')}")
+        print(f"maskwright {installed_version('maskwright') or '(run from a folder, not installed)'}")
         raise typer.Exit
 
 

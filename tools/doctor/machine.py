@@ -42,6 +42,9 @@ def versions() -> dict[str, str]:
 def check_versions() -> list[Line]:
     """Check the versions against what maskwright needs, and against what was tested together (constraints.txt)."""
     found = versions()
+    if "maskwright" not in found:  # and nothing says which versions it needs
+        finding = "runs from a folder, and is not installed"
+        return [Line("fail", "maskwright", finding, "make setup, or pip install -c constraints.txt -e .")]
     lines = [
         Line("ok", "maskwright", found["maskwright"]),
         Line("ok", "python", f"{found['python']} on {platform.system()} {platform.release()}"),

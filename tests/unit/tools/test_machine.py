@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from tools.bench.step import default_steps
-from tools.doctor.machine import check_compilers
+from tools.doctor.machine import check_compilers, check_versions
 from tools.machine import compile_obstacle, describe_machine, machine_line
+from trainer.runtime.versions import installed_version
 
 
 @pytest.fixture
@@ -85,3 +88,14 @@ def test_steps_on_a_gpu_are_timed_when_its_clocks_have_settled(
     """Gpu A7."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert default_steps() == steps
+
+
+def test_a_copy_that_runs_from_its_folder_is_told_so(whole: Path) -> None:
+    installed_version.cache_clear()  # `whole` hides what pip knows
+    try:
+        (line,) = check_versions()
+        shown = CliRunner().invoke(app, ["--version"])
+    finally:
+        installed_version.cache_clear()
+    assert (line.state, line.name) == ("fail", "maskwright") and "make setup" in line.remedy
+    assert (shown.exit_code, shown.output) == (0, "maskwright (run from a folder, not installed)\n")
