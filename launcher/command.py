@@ -183,6 +183,15 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+def parse_size(text: str) -> int:
+    """Read `500MB`, `1.5 GB` or `10G` as bytes, by powers of a thousand."""
+    bare = text.strip().removesuffix("B").removesuffix("b").strip()
+    try:
+        return parse_count(bare)
+    except typer.BadParameter:
+        raise typer.BadParameter(f"'{text}' is no size such as 500MB or 10GB.") from None
+
+
 ConfigSource = Annotated[
     str,
     typer.Argument(

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launcher.command import MOST_LOCAL_RANKS, Command, Group
+from launcher.command import MOST_LOCAL_RANKS, Command, Group, parse_size
 from launcher.console import make_console
+from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,24 +56,69 @@ OnBadDocument = Annotated[
 ]
 
 
+TokenizerOutput = Annotated[str, typer.Option("--output", metavar="DIR", help="The tokenizer folder to write.")]
+TokenizerKind = Annotated[
+    Literal["bytelevel-bpe", "wordpiece", "unigram", "character"] | None,
+    typer.Option(
+        "--type",
+        help="bytelevel-bpe as RoBERTa, wordpiece as BERT, unigram as XLM-RoBERTa; character: each character "
+        "a token, blanks and line ends too.",
+        show_default="bytelevel-bpe",
+    ),
+]
+Like = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="TOKENIZER",
+        help="In place of --type: a tokenizer, folder or hub name; its kind, the way it cuts text and its special "
+        "tokens are taken over, its pieces of words are learnt anew.",
+        show_default=False,
+    ),
+]
+VocabularySize = Annotated[
+    int | None,
+    typer.Option(
+        "--vocab-size",
+        metavar="N",
+        min=1,
+        help="Tokens, special ones included.",
+        show_default="50265; with --from as many as that has",
+    ),
+]
+Cased = Annotated[
+    bool, typer.Option("--cased", help="wordpiece: keep capitals and accents (the other types always do).")
+]
+MoreSpecialTokens = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--special-token",
+        metavar="TOKEN",
+        help="One more special token, which stands for itself wherever a text has it. May be given several times.",
+        show_default=False,
+    ),
+]
+Sample = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        help="Read about so much of the files, such as 500MB or 10GB, from all over them.",
+        show_default="all",
+    ),
+]
+
+
 @tokenizer_app.command("train", cls=Command)
 def tokenizer_train(
     inputs: Inputs,
-    output: Annotated[str, typer.Option("--output", metavar="DIR", help="The tokenizer folder to write.")],
-    kind: Annotated[
-        Literal["bytelevel-bpe", "wordpiece", "unigram", "character"],
-        typer.Option(
-            "--type",
-            help="bytelevel-bpe as RoBERTa, wordpiece as BERT, unigram as XLM-RoBERTa; character: each character "
-            "a token, blanks and line ends too.",
-        ),
-    ] = "bytelevel-bpe",
-    vocabulary_size: Annotated[
-        int, typer.Option("--vocab-size", metavar="N", min=1, help="Tokens, special ones included.")
-    ] = 50_265,
-    cased: Annotated[
-        bool, typer.Option("--cased", help="wordpiece: keep capitals and accents (the other types always do).")
-    ] = False,
+    output: TokenizerOutput,
+    kind: TokenizerKind = None,
+    like: Like = None,
+    vocabulary_size: VocabularySize = None,
+    cased: Cased = False,
+    special_tokens: MoreSpecialTokens = None,
+    sample: Sample = None,
     format: Format = "auto",
     field: TextField = "text",
     delimiter: Delimiter = None,
@@ -86,22 +132,71 @@ def tokenizer_train(
       maskwright tokenizer train --input texts/*.txt --output tokenizer --vocab-size 32000
       maskwright tokenizer train --input dump.jsonl --field body --type wordpiece --cased --output tokenizer
       maskwright tokenizer train --input novel.txt --documents file --type character --output tokenizer
+      maskwright tokenizer train --input corpus/ --sample 10GB --from FacebookAI/roberta-base --output tokenizer
     """
+    if like is not None and (kind is not None or cased):
+        given = "--cased" if kind is None else f"--type {kind}"
+        raise UserError(
+            f"With --from the kind of tokenizer is settled: {given} does nothing.",
+            where=given,
+            remedy="Leave out one of the two.",
+        )
+
     from tools.tokenizer import train_tokenizer
+    from tools.training_text import ReadOptions
 
     train_tokenizer(
         inputs,
         output,
-        kind,
+        kind or "bytelevel-bpe",
         vocabulary_size,
         make_console(),
         cased=cased,
-        format=format,
-        field=field,
-        documents=documents,
-        delimiter=delimiter,
-        on_bad_document=on_bad_document,
+        source=like,
+        special_tokens=special_tokens or (),
+        reading=ReadOptions(format, field, documents, delimiter, on_bad_document, sample),
     )
+
+
+@tokenizer_app.command("extend", cls=Command)
+def tokenizer_extend(
+    source: Annotated[
+        str, typer.Option("--from", metavar="MODEL", help="A folder or hub name of a model, or of its tokenizer.")
+    ],
+    inputs: Inputs,
+    add: Annotated[int, typer.Option(metavar="N", min=1, max=1_000_000, help="How many words to add.")],
+    output: TokenizerOutput,
+    words: Annotated[
+        str,
+        typer.Option(
+            metavar="S",
+            help="What a word is: what the tokenizer takes for one (tokenizer), or for text without blanks by Chinese "
+            "word segmentation (jieba), a list (phrases:FILE), or a function of yours (module:function, text -> "
+            "offsets in characters).",
+        ),
+    ] = "tokenizer",
+    sample: Sample = None,
+    format: Format = "auto",
+    field: TextField = "text",
+    delimiter: Delimiter = None,
+    documents: Documents = None,
+    on_bad_document: OnBadDocument = "stop",
+) -> None:
+    """Add words of a text that a tokenizer tears apart most often, and show tokens a word before and after.
+
+    Old tokens keep their ids. Train on with the model, and the new folder as model.tokenizer: it gets rows for the new
+    words, each of which starts at the mean of the rows of its old pieces.
+
+    \b
+    Examples:
+      maskwright tokenizer extend --from google-bert/bert-base-uncased --input papers/ --add 2000 --output tokenizer
+      maskwright tokenizer extend --from bert-chinese --input texts/ --add 5000 --words jieba --output tokenizer
+    """
+    from tools.extend_tokenizer import extend_tokenizer
+    from tools.training_text import ReadOptions
+
+    reading = ReadOptions(format, field, documents, delimiter, on_bad_document, sample)
+    extend_tokenizer(source, inputs, output, add, make_console(), words=words, reading=reading)
 
 
 TokenizerFolder = Annotated[str, typer.Option(metavar="DIR", help="The tokenizer folder.")]

@@ -1,4 +1,4 @@
-"""The tokenizer of a causal model: a text is left open, so that the model goes on where it ends."""
+"""Tokenizers with another backend: of a causal model, where a text is left open so that the model goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def left_open(tokenizer: Any, begins: bool) -> Any:
         begins: whether training put a begin token before each document; else none is put before a text.
     """
     from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
 
     if tokenizer("a").input_ids[-1] not in {tokenizer.eos_token_id, tokenizer.sep_token_id}:
         return tokenizer
@@ -27,7 +26,17 @@ def left_open(tokenizer: Any, begins: bool) -> Any:
         pair=[*first, "$A", "$B:1"],
         special_tokens=[(token, backend.token_to_id(token)) for token in first],
     )
-    # A new one, because classes such as RobertaTokenizer make their own template whenever they are loaded.
+    return with_backend(tokenizer, backend)
+
+
+def with_backend(tokenizer: Any, backend: Any) -> Any:
+    """Make a tokenizer with another backend, a `tokenizers.Tokenizer`, and the roles and settings of `tokenizer`.
+
+    It is of the general class, because classes such as RobertaTokenizer make parts of the backend anew whenever they
+    are loaded.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,

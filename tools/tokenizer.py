@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,16 +20,9 @@ from tokenizers.normalizers import Normalizer
 
 from tools.characters import Alphabet, character_tokenizer
 from tools.interruptible import run_interruptibly
-from tools.prepare.csv_rows import check_delimiter
-from tools.prepare.hints import input_notes
-from tools.prepare.inputs import find_inputs, resolve_documents
-from tools.prepare.job import check_on_bad_document
-from tools.prepare.option_names import COMMAND_LINE
-from tools.prepare.pieces import TextSettings
-from tools.prepare.plan import plan_units
-from tools.prepare.progress import ReadProgress
-from tools.prepare.summary import describe_refused, say
-from tools.training_text import LONGEST_WORD, TrainingText
+from tools.prepare.summary import say
+from tools.training_text import ReadOptions, TrainingText, opened_text
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import sync_folder, unique_name
 from trainer.runtime.paths import new_folder
@@ -40,6 +33,7 @@ if TYPE_CHECKING:
 
 KINDS = ("bytelevel-bpe", "wordpiece", "unigram", "character")
 MODEL_MAX_LENGTH = 512
+USUAL_SIZE = 50_265  # RoBERTa's
 LARGEST_VOCABULARY = 1 << 22  # the trainers take memory for each token that is asked for, found or not
 _SPECIAL_TOKENS = {
     "bytelevel-bpe": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
@@ -58,15 +52,13 @@ def train_tokenizer(
     inputs: Sequence[str],
     output: str | Path,
     kind: str = "bytelevel-bpe",
-    vocabulary_size: int = 50_265,
+    vocabulary_size: int | None = None,
     console: Console | None = None,
     *,
     cased: bool = False,
-    format: str = "auto",
-    field: str = "text",
-    documents: str | None = None,
-    delimiter: str | None = None,
-    on_bad_document: str = "stop",
+    source: str | None = None,
+    special_tokens: Sequence[str] = (),
+    reading: ReadOptions = ReadOptions(),  # noqa: B008 - it is frozen
 ) -> Path:
     """Train a tokenizer on the same inputs that `prepare` reads, and save it for AutoTokenizer.from_pretrained.
 
@@ -80,9 +72,13 @@ def train_tokenizer(
     the scores differ in the fourth digit from run to run. Words of more than LONGEST_WORD characters are cut.
 
     Args:
-        vocabulary_size: number of tokens, the five special ones included; fewer when the text supports no more.
+        vocabulary_size: number of tokens, special ones included; fewer when the text supports no more. Default
+            USUAL_SIZE, or that of `source`.
         cased: of wordpiece: keep capitals and accents, as the cased BERT.
-        format, field, documents, delimiter, on_bad_document: how the input is read, as in `open_job`.
+        source: a tokenizer, folder or hub name, whose kind, way to cut text and special tokens are taken over, in the
+            place of `kind` and `cased`; its pieces of words are learnt anew.
+        special_tokens: more special tokens, which stand for themselves wherever a text has them.
+        reading: how the input is read.
 
     Returns:
         the folder written.
@@ -92,34 +88,51 @@ def train_tokenizer(
             a mistake in how the input is to be read.
     """
     console = console or Console(markup=False)
-    _check(kind, vocabulary_size, cased)
-    folder = new_folder(output)
-    check_on_bad_document(on_bad_document, COMMAND_LINE)
-    found = find_inputs(inputs, format, COMMAND_LINE, [folder])
-    documents = resolve_documents(documents, found.format)
-    delimiter = check_delimiter(delimiter, found.format, COMMAND_LINE)
-    for line in input_notes(found, documents, COMMAND_LINE):
-        say(console, line)
-    with tempfile.TemporaryDirectory() as scratch, ReadProgress(console, "Reading", found.size) as progress:
-        reading = TextSettings(found.format, documents, field, scratch, delimiter, on_bad_document)
-        pieces = [piece for unit in plan_units(found, documents) for piece in unit.pieces]
-        text = TrainingText(pieces, reading, progress)
-        tokenizer, note = run_interruptibly(
-            lambda cancel: _train(kind, cased, vocabulary_size, text.until(cancel)), text.tick
-        )
-    _say_what_was_lost(text, console)
+    like = load_tokenizer(source, "--from") if source is not None else None
+    size = vocabulary_size or (len(like) if like else USUAL_SIZE)
+    if like is None:
+        _check(kind, size, cased)
+    special = _more_special_tokens(special_tokens, like.all_special_tokens if like else _SPECIAL_TOKENS[kind])
+    folder, size = new_folder(output), size - len(special)
+
+    def learn(cancel: Event) -> tuple[PreTrainedTokenizerFast, str]:
+        given = text.until(cancel)
+        return _train_like(like, size, given) if like else _train(kind, cased, size, given)
+
+    with opened_text(inputs, reading, folder, console) as text:
+        tokenizer, note = run_interruptibly(learn, text.tick)
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": special})  # type: ignore[arg-type]
     if note:
         say(console, note)
-    _save(_wrap(tokenizer, kind), folder)
-    say(console, f"Wrote the tokenizer ({kind}, {tokenizer.get_vocab_size():,} tokens) to {folder}")
+    save_tokenizer(tokenizer, folder)
+    say(console, f"Wrote the tokenizer ({source or kind}, {len(tokenizer):,} tokens) to {folder}")
     return folder
 
 
-def _say_what_was_lost(text: TrainingText, console: Console) -> None:
-    if text.cut_words:
-        say(console, f"Note: {text.cut_words:,} words of more than {LONGEST_WORD:,} characters were cut.")
-    if text.losses.refused:
-        say(console, f"Left out: {describe_refused(text.losses.refused)}.")
+def _more_special_tokens(names: Sequence[str], taken: Sequence[str]) -> list[AddedToken]:
+    """Check special tokens that the user asks for, beside those that are `taken`."""
+    for number, name in enumerate(names):
+        if not name.strip() or name in taken or name in names[:number]:
+            raise UserError(
+                f"'{name}' is a special token already." if name.strip() else "A special token is empty.",
+                where=f"--special-token '{name}'",
+                remedy="Leave it out.",
+            )
+    return [AddedToken(name, normalized=False, special=True) for name in names]
+
+
+def _train_like(
+    like: PreTrainedTokenizerFast, vocabulary_size: int, text: TrainingText
+) -> tuple[PreTrainedTokenizerFast, str]:
+    """Train a tokenizer that cuts text as another does; return it with what there is to say of its size."""
+    tokenizer = like.train_new_from_iterator(text.texts(), vocabulary_size, show_progress=False)
+    reached = len(tokenizer)
+    return tokenizer, "" if reached >= vocabulary_size else _smaller(reached, vocabulary_size)
+
+
+def _smaller(reached: int, wanted: int) -> str:
+    return f"Note: this text supports {reached:,} tokens, not {wanted:,}; more text gives more."
 
 
 def _check(kind: str, vocabulary_size: int, cased: bool) -> None:
@@ -145,15 +158,14 @@ def _check(kind: str, vocabulary_size: int, cased: bool) -> None:
         )
 
 
-def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> tuple[Tokenizer, str]:
+def _train(kind: str, cased: bool, vocabulary_size: int, text: TrainingText) -> tuple[PreTrainedTokenizerFast, str]:
     """Train a tokenizer; return it with what there is to say of its size, which may be nothing."""
     if kind == "character":
-        return _train_characters(vocabulary_size, text)
+        tokenizer, note = _train_characters(vocabulary_size, text)
+        return _wrap(tokenizer, kind), note
     tokenizer = _train_pieces(kind, cased, vocabulary_size, text)
     reached = tokenizer.get_vocab_size()
-    if reached >= vocabulary_size:
-        return tokenizer, ""
-    return tokenizer, f"Note: this text supports {reached:,} tokens, not {vocabulary_size:,}; more text gives more."
+    return _wrap(tokenizer, kind), "" if reached >= vocabulary_size else _smaller(reached, vocabulary_size)
 
 
 def _train_characters(vocabulary_size: int, text: TrainingText) -> tuple[Tokenizer, str]:
@@ -289,7 +301,7 @@ def _wrap(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write to a temporary folder of its own, then rename: the output is whole or not there, and of one writer."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = unique_name(folder)

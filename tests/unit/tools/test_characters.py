@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tools.tokenizer import train_tokenizer
+from tools.training_text import ReadOptions
 from trainer.errors import UserError
 
 TEXT = "Emma  Woodhouse,\thandsome , clever .\n\n\n  “It's 今天天气很好。” 😀 e\u0301 don 't\u3000\u200b!\n "
@@ -26,9 +27,10 @@ def train(text: str, folder: Path, size: int = 50_265, **options) -> tuple[PreTr
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_bytes(text.encode())
     said = io.StringIO()
-    options = {"documents": "file", **options}
+    cased, reading = options.pop("cased", False), ReadOptions(**{"documents": "file", **options})
     console = Console(file=said, width=200, markup=False)
-    output = train_tokenizer([str(folder / "text.txt")], folder / "tokenizer", "character", size, console, **options)
+    inputs = [str(folder / "text.txt")]
+    output = train_tokenizer(inputs, folder / "tokenizer", "character", size, console, cased=cased, reading=reading)
     return AutoTokenizer.from_pretrained(str(output)), said.getvalue()
 
 

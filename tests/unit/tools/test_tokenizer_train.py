@@ -19,17 +19,27 @@ from tools.prepare.inputs import find_inputs
 from tools.prepare.pieces import TextSettings
 from tools.prepare.plan import plan_units
 from tools.prepare.progress import ReadProgress
-from tools.tokenizer import _save, _wrap, train_tokenizer
-from tools.training_text import LONGEST_WORD, TrainingText
+from tools.tokenizer import _wrap, save_tokenizer, train_tokenizer
+from tools.training_text import LONGEST_WORD, ReadOptions, TrainingText
 from trainer.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 
 
-def train(source: Path, output: Path, kind: str = "bytelevel-bpe", size: int = 300, **options) -> str:
-    """Train, and return what was said."""
+def train(
+    source: Path, output: Path, kind: str = "bytelevel-bpe", size: int = 300, cased: bool = False, **options
+) -> str:
+    """Train, and return what was said; the options are of `ReadOptions`."""
     said = io.StringIO()
-    train_tokenizer([str(source)], output, kind, size, Console(file=said, width=200, markup=False), **options)
+    train_tokenizer(
+        [str(source)],
+        output,
+        kind,
+        size,
+        Console(file=said, width=200, markup=False),
+        cased=cased,
+        reading=ReadOptions(**options),
+    )
     return said.getvalue()
 
 
@@ -120,7 +130,7 @@ def test_of_two_that_write_one_folder_the_second_says_so_and_mixes_nothing(tmp_p
     before = (tmp_path / "t" / "tokenizer.json").read_bytes()
     other = AutoTokenizer.from_pretrained(tmp_path / "t").backend_tokenizer
     with pytest.raises(UserError, match="Another process has written to") as refused:
-        _save(_wrap(other, "bytelevel-bpe"), tmp_path / "t")
+        save_tokenizer(_wrap(other, "bytelevel-bpe"), tmp_path / "t")
     assert "--output" in refused.value.where
     assert (tmp_path / "t" / "tokenizer.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "t.txt"]
