@@ -8,6 +8,7 @@ import typer
 
 from launcher.command import AsJson, Command, Group, console_of_results, parse_count, write_result
 from launcher.console import make_console
+from launcher.text_commands import Delimiter, Format, OnBadDocument, TextField, Workers
 from trainer.errors import EXIT_FINISHED, EXIT_UNEXPECTED, UserError
 
 data_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
@@ -95,6 +96,47 @@ def data_import(
         special_inside=special_inside,
         console=make_console(),
     )
+
+
+@data_app.command("select", cls=Command)
+def data_select(
+    inputs: Annotated[
+        list[str], typer.Option("--from", metavar="PATH...", help="The large corpus: files, folders, globs.")
+    ],
+    like: Annotated[list[str], typer.Option(metavar="PATH...", help="The small text that it is to be like.")],
+    output: Annotated[str, typer.Option(metavar="DIR", help="The folder of JSON lines to write.")],
+    share: Annotated[
+        float | None,
+        typer.Option(metavar="F", min=1e-9, max=1.0, help="Share of the documents to choose.", show_default=False),
+    ] = None,
+    document_count: Annotated[
+        int | None, typer.Option("--documents", metavar="N", min=1, help="Or how many.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    workers: Workers = None,
+    format: Format = "auto",
+    field: TextField = "text",
+    delimiter: Delimiter = None,
+    on_bad_document: OnBadDocument = "stop",
+    as_json: AsJson = False,
+) -> None:
+    """Choose the documents of a large corpus that resemble a small one, for training on a domain.
+
+    By hashed n-gram importance (DSIR, arXiv:2302.03169): documents whose words and pairs of words are likelier in
+    --like than in --from. The corpus is read three times, by all cores.
+
+    \b
+    Examples:
+      maskwright data select --from general/ --like task.txt --share 0.05 --output chosen
+      maskwright data select --from 'web/*.jsonl.zst' --field body --like papers/ --documents 1000000 --output chosen
+    """
+    from tools.select.run import Selection, select_documents
+    from tools.training_text import ReadOptions
+
+    reading = ReadOptions(format, field, None, delimiter, on_bad_document)
+    selection = Selection(share, document_count, seed)
+    report = select_documents(inputs, like, output, selection, make_console(), workers=workers, reading=reading)
+    write_result(report, as_json)
 
 
 DataFolder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `maskwright prepare` wrote.")]

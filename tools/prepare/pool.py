@@ -37,7 +37,7 @@ def run_units(
         MaskwrightError: what a worker raised, unchanged, or when a worker was killed.
         Exception: anything else that a worker raised, with its traceback as a note.
     """
-    context: Any = _context()
+    context: Any = worker_context(work.__module__)
     waiting = list(reversed(units))
     processes: dict[Connection, Any] = {}
     current: dict[Connection, Unit] = {}
@@ -77,14 +77,14 @@ def run_units(
         _end(list(processes.values()))
 
 
-def _context() -> BaseContext:
-    """Have workers forked from one process that has the imports behind it.
+def worker_context(module: str) -> BaseContext:
+    """Have workers forked from one process that has imported a module, which has what they run.
 
     A forked child of this process, which may have torch's or tokenizers' threads, could hang on a lock that it
     inherited. New interpreters would each read the same thousand files, at once, on a cluster from one file system.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    context.set_forkserver_preload([module])
     try:
         forkserver.ensure_running()
     except OSError:  # its socket lies in TMPDIR, whose path may be longer than a socket's may be

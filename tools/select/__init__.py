@@ -1,0 +1,1 @@
+"""Choosing from a large corpus the documents that resemble a small one."""
