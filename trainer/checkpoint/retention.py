@@ -119,4 +119,6 @@ def too_little_space(run_dir: Path, records: Records) -> str:
 
 def estimated_bytes(records: Records) -> int:
     """Estimate the bytes that a checkpoint of this run should take."""
-    return checkpoint_bytes(records.model["parameters"], records.layout["stage"], records.layout["precision"])
+    frozen = records.model.get("frozen", 0)
+    trained = records.model["parameters"] - frozen
+    return checkpoint_bytes(trained, records.layout["stage"], records.layout["precision"], frozen)
