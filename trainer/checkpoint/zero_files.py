@@ -56,11 +56,11 @@ class FragmentPlace:
 class _Opened:
     """The content of one optimizer file: its flat tensors, by kind, and the updates that each has had.
 
-    Moments of a run without a step are missing.
+    Moments and updates are missing of a run without a step and, at stage 0, of what never had a gradient.
     """
 
     flats: list[dict[str, torch.Tensor]]
-    steps: list[float]
+    steps: list[float | None]
     loss_scaler: LossScalerState | None = None
 
 
@@ -155,13 +155,18 @@ class ZeroFiles:
     @cached_property
     @_explained
     def updates(self) -> dict[str, float]:
-        """How many updates each trained parameter has had: fewer than others, where it was frozen before."""
+        """How many updates each trained parameter has had: fewer than others, where it was frozen before.
+
+        What never had a gradient counts as those that were updated most.
+        """
         if self.stage == 1:  # a flat tensor is a group, of which rank 0 may hold a part only
             groups = self._model_state["param_shapes"]
             flats = {name: number for number, group in enumerate(groups) for name in group}
         else:
             flats = {place.name: place.flat for place in self.index(0)}
-        return {name: self._open(0).steps[flat] for name, flat in flats.items()}
+        steps = self._open(0).steps
+        most = max((step for step in steps if step is not None), default=0.0)
+        return {name: most if (step := steps[flat]) is None else step for name, flat in flats.items()}
 
     @_explained
     def index(self, rank: int) -> list[FragmentPlace]:
@@ -261,7 +266,7 @@ class ZeroFiles:
         moments = [states.get(number, {}) for number in numbers]
         return _Opened(
             [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
-            [float(moment.get("step", 0.0)) for moment in moments],
+            [float(moment["step"]) if moment else None for moment in moments],
         )
 
     def _read_flats(self, rank: int) -> _Opened:
@@ -271,7 +276,7 @@ class ZeroFiles:
         moments = [states.get(number, {}) for number in range(len(weights))]
         return _Opened(
             [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
-            [float(moment.get("step", 0.0)) for moment in moments],
+            [float(moment["step"]) if moment else None for moment in moments],
             saved.get("loss_scaler"),
         )
 
