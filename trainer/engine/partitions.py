@@ -46,7 +46,7 @@ class Partitions:
         self, module: torch.nn.Module, optimizer: Any, stage: int, rank: int, frozen: Collection[str] = ()
     ) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._frozen = [parameter for name, parameter in module.named_parameters() if name in frozen]
+        self._frozen: list[Any] = [parameter for name, parameter in module.named_parameters() if name in frozen]
         self._optimizer = optimizer
         self._stage = stage
         self._rank = rank
@@ -103,7 +103,7 @@ class Partitions:
         partitions = "fp32_groups_flat_partition" if bf16_optimizer else "single_partition_of_fp32_groups"
         return list(getattr(self._optimizer, partitions))
 
-    def _groups(self) -> list[Sequence[torch.Tensor]]:
+    def _groups(self) -> list[Sequence[Any]]:
         """List the parameters that each of the tensors holds."""
         if self._stage == 0:
             return [[parameter] for parameter in self._masters()]
