@@ -68,7 +68,7 @@ def save_all(configs: dict[Layout, Config]) -> list[float]:
     """Run each layout to the step that is saved, and REFERENCE to its end; returns the losses of that one."""
     for ranks, layouts in itertools.groupby(sorted(configs), key=lambda layout: layout.ranks):
         group = list(layouts)
-        _run_in_turn(ranks, [configs[layout] for layout in group], [layout != REFERENCE for layout in group])
+        run_in_turn(ranks, [configs[layout] for layout in group], [layout != REFERENCE for layout in group])
     return losses(Path(configs[REFERENCE].run.dir))
 
 
@@ -84,7 +84,7 @@ def resume_all(
         configs[before, after] = layout_config(workspace, run_dir, after, **sections)
     by_ranks = sorted(configs, key=lambda pair: pair[1].ranks)
     for ranks, group in itertools.groupby(by_ranks, key=lambda pair: pair[1].ranks):
-        _run_in_turn(ranks, [configs[pair] for pair in group])
+        run_in_turn(ranks, [configs[pair] for pair in group])
     found = {}
     for pair, config in configs.items():
         lines = [line for line in read_metrics(Path(config.run.dir) / "metrics.jsonl") if "train/loss" in line]
@@ -93,7 +93,8 @@ def resume_all(
     return found
 
 
-def _run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] = ()) -> None:
+def run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] = ()) -> None:
+    """Train each config on so many ranks, one after the other; where it says so, no further than to SAVED_STEP."""
     codes = run_ranks(_train_all, ranks, configs, stopped)
     assert codes == [EXIT_FINISHED] * ranks, codes
 

@@ -85,6 +85,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
         ("objective", card.settings(config["objective"], manifest.state["tokens"])),
         ("sequence length", _seq_len(manifest)),
         ("attention", _attention(config)),
+        *_frozen(config, manifest),
         ("batch", _batch(config)),
         (
             "optimizer",
@@ -133,6 +134,14 @@ def _attention(config: dict[str, Any]) -> str:
             "as one input (the comparison of logits at the conversion was with such inputs)"
         )
     return "over whole blocks, across the borders of the documents in them"
+
+
+def _frozen(config: dict[str, Any], manifest: CheckpointManifest) -> list[tuple[str, str]]:
+    """Say what the start that saved the checkpoint has not trained; no row where it has trained all."""
+    if not (count := manifest.model.get("frozen", 0)):
+        return []
+    patterns = ", ".join(f"`{pattern}`" for pattern in config["model"]["frozen"])
+    return [("frozen", f"{patterns}: {count:,} of {manifest.model['parameters']:,} parameters")]
 
 
 def _curve(lines: list[dict[str, Any]], card: ObjectiveCard, evaluations: list[dict[str, Any]]) -> str:

@@ -14,8 +14,8 @@ from trainer.checkpoint.contents import prove_causal, prove_repeatable, read_pro
 from trainer.checkpoint.find import checkpoints_folder, choose_checkpoint
 from trainer.checkpoint.identity import run_identity
 from trainer.checkpoint.manifest import CheckpointManifest, Records, read_checkpoint_manifest
-from trainer.checkpoint.restore import restore
-from trainer.checkpoint.resume import check_place, check_resumable, describe_layout
+from trainer.checkpoint.restore import read_updates, restore
+from trainer.checkpoint.resume import check_place, check_resumable, describe_frozen_change, describe_layout
 from trainer.checkpoint.retention import prepare_folder
 from trainer.checkpoint.run_folder import check_replaceable, settle
 from trainer.checkpoint.save import Saver
@@ -157,7 +157,7 @@ def _train(run: Run, inputs: Inputs) -> int:
         lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed, family_of(config)),
     )
     records = run_identity(inputs, built, world)
-    _check_start(run, inputs, start, records)
+    _check_start(run, inputs, start, records, built)
     _begin(run, inputs, built, start)
 
     meter = _meter(inputs, built, world)  # before the engine, as the records are
@@ -165,7 +165,7 @@ def _train(run: Run, inputs: Inputs) -> int:
     backend = resolve_attention_backend(config, built.model.config, micro_size, world, run.say, keep=not run.is_dry)
     criterion = make_criterion(config, resolve_loss_kernel(config, inputs.vocabulary.size, world, run.say))
     with preferring(backend, world.device):
-        engine = _engine(inputs, built, world, run.say)
+        engine = _engine(inputs, built, world, run.say, start.checkpoint)
         limits = Limits.of(config.watchdog)
         distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
         if start.checkpoint:
@@ -188,14 +188,19 @@ def _choose(run: Run) -> StartPoint:
     return StartPoint(checkpoint, manifest, TrainState(**manifest.state) if manifest else TrainState())
 
 
-def _check_start(run: Run, inputs: Inputs, start: StartPoint, records: Records) -> None:
-    """Refuse a checkpoint of another run, and say what is spread anew."""
-    if start.checkpoint is None or start.manifest is None:
+def _check_start(run: Run, inputs: Inputs, start: StartPoint, records: Records, built: BuiltModel) -> None:
+    """Refuse a checkpoint of another run, and say what is spread anew, frozen or no longer so."""
+    checkpoint = start.checkpoint
+    if checkpoint is None or start.manifest is None:
         return
-    check_place(run.folder, start.checkpoint)
-    check_resumable(start.checkpoint, start.manifest, records, inputs.data_order(with_shards=True))
+    check_place(run.folder, checkpoint)
+    check_resumable(checkpoint, start.manifest, records, inputs.data_order(with_shards=True))
     if change := describe_layout(start.manifest.layout, records.layout):
         run.say(f"resuming in another layout: {change}, step {start.state.step:,}")
+    sizes = {name: parameter.numel() for name, parameter in built.model.named_parameters()}
+    line = distributed.run_on_all_ranks(run.world, lambda: describe_frozen_change(checkpoint, sizes, built.frozen))
+    if line:
+        run.say(f"frozen: {line}")
 
 
 def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: StartPoint) -> None:
@@ -280,8 +285,11 @@ def _straggler_watch(loop: Loop) -> StragglerWatch | None:
     return StragglerWatch(settings.straggler_minutes * 60, settings.straggler_ratio, nodes, time.monotonic())
 
 
-def _engine(inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str], None]) -> TrainingEngine:
-    engine = TrainingEngine(built, inputs.ds_config, inputs.config.optimizer, world)
+def _engine(
+    inputs: Inputs, built: BuiltModel, world: World, say: Callable[[str], None], checkpoint: Path | None
+) -> TrainingEngine:
+    updates = read_updates(checkpoint, world) if checkpoint else {}
+    engine = TrainingEngine(built, inputs.ds_config, inputs.config.optimizer, world, updates)
     if engine.document_attention is not None:
         say(engine.document_attention.note)
     if inputs.config.model.compile:

@@ -36,6 +36,7 @@ class EngineLayout:
     gradient_accumulation_dtype: str | None = None
     model: str = "roberta-base"
     objective: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
 
     def preset(self) -> dict[str, Any]:
         preset = load_preset(f"zero{self.stage}")
@@ -44,7 +45,12 @@ class EngineLayout:
     def config(self, **overrides: int) -> Config:
         raw = {
             "run": {"dir": "unused"},
-            "model": {"preset": self.model, "tokenizer": "unused", "overrides": overrides},
+            "model": {
+                "preset": self.model,
+                "tokenizer": "unused",
+                "overrides": overrides,
+                "frozen": list(self.frozen),
+            },
             "objective": self.objective,
             "data": {"train": "unused", "seq_len": SEQ_LEN},
             "batch": {"global_size": 1},

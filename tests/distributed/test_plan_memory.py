@@ -53,6 +53,16 @@ OBJECTIVES = [
     EngineLayout(1, "fp32", 1, 4, model="bert-base", objective={"pair": {"task": "nsp"}}),
 ]
 
+ENCODER = ("roberta.encoder.*",)
+FROZEN = {
+    1: [EngineLayout(0, "fp32", 1, 3, frozen=ENCODER), EngineLayout(1, "bf16", 2, frozen=ENCODER)],
+    2: [
+        EngineLayout(1, "fp32", 2, 2, frozen=ENCODER),
+        EngineLayout(2, "bf16", 1, 2, frozen=("roberta.embeddings.*",)),
+        EngineLayout(3, "fp32", 1, 2, frozen=ENCODER),
+    ],
+}
+
 
 def _status(name: str) -> int:
     """Bytes, from the kernel's account of this process."""
@@ -88,10 +98,16 @@ def _measure(result: Path, layouts: list[EngineLayout]) -> int:
     return 0
 
 
-CASES = [(1, LAYOUTS[1]), (2, LAYOUTS[2]), (1, OBJECTIVES)]
+CASES = {
+    "1 rank": (1, LAYOUTS[1]),
+    "2 ranks": (2, LAYOUTS[2]),
+    "objectives": (1, OBJECTIVES),
+    "frozen, 1 rank": (1, FROZEN[1]),
+    "frozen, 2 ranks": (2, FROZEN[2]),
+}
 
 
-@pytest.mark.parametrize(("ranks", "layouts"), CASES, ids=["1 rank", "2 ranks", "objectives"])
+@pytest.mark.parametrize(("ranks", "layouts"), CASES.values(), ids=CASES)
 def test_the_modelled_memory_is_within_15_percent_of_the_measured(
     ranks: int, layouts: list[EngineLayout], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,8 @@ LAYOUTS = [
     EngineLayout(2, "bf16", accumulation=1, changes={"reduce_bucket_size": 100_000}),
     EngineLayout(3, "fp32", accumulation=1),
     EngineLayout(3, "bf16", accumulation=2),
+    EngineLayout(1, "fp32", accumulation=2, frozen=("roberta.encoder.*",)),
+    EngineLayout(3, "fp32", accumulation=2, frozen=("roberta.encoder.*",)),
 ]
 # How a ring moves a collective: which of its two tensors counts, and how often.
 _ALL_REDUCE, _ONCE = 2, 1
@@ -79,8 +81,8 @@ def _count(result: Path) -> int:
 def test_the_wire_bytes_are_those_of_the_collectives(tmp_path: Path) -> None:
     assert run_ranks(_count, RANKS, tmp_path / "counts.json") == [0, 0]
     for layout, counted in zip(LAYOUTS, json.loads((tmp_path / "counts.json").read_text()), strict=True):
-        sizes = layout.estimate(**MODEL).parameter_sizes
-        wire = plan_traffic(ZeroSettings.of(layout.preset()), sizes, layout.accumulation, layout.precision)
+        model, zero = layout.estimate(**MODEL), ZeroSettings.of(layout.preset())
+        wire = plan_traffic(zero, model.parameter_sizes, layout.accumulation, layout.precision, model.frozen_sizes)
         # Beside them go a norm, an overflow flag and some padding.
         assert wire.elements * WEIGHT_BYTES[layout.precision] == pytest.approx(counted, rel=1e-3), layout
         assert wire.sent_bytes(RANKS) == pytest.approx(counted / 2, rel=1e-3)

@@ -81,6 +81,28 @@ def test_the_plan_of_a_run_is_what_the_run_turns_out_to_be(workspace: Path, tmp_
     assert json.loads((tmp_path / "run" / "deepspeed.json").read_text()) == found["deepspeed"]
 
 
+@pytest.mark.parametrize("preset", ["zero0", "zero1", "zero3"])
+def test_frozen_weights_are_counted_as_the_run_has_them(preset: str, workspace: Path, tmp_path: Path) -> None:
+    frozen = own_config(workspace, tmp_path, deepspeed=preset)
+    frozen = frozen.model_copy(update={"model": frozen.model.model_copy(update={"frozen": ["roberta.encoder.*"]})})
+    whole = plan_json(write_config(own_config(workspace, tmp_path, deepspeed=preset), tmp_path / "whole.yaml"))
+    found = plan_json(write_config(frozen, tmp_path / "my.yaml"))
+    assert train(frozen) == EXIT_FINISHED
+    (checkpoint,) = candidates(tmp_path / "run")
+    assert checkpoint.manifest is not None
+    for key in ("parameters", "frozen"):
+        assert checkpoint.manifest.model[key] == found["model"][key]
+    assert found["model"]["parameters"] == whole["model"]["parameters"] and whole["model"]["frozen"] == 0
+    assert found["checkpoint"]["bytes"] == pytest.approx(checkpoint.manifest.bytes, rel=0.05)
+    assert found["checkpoint"]["bytes"] < whole["checkpoint"]["bytes"]
+    assert 2 / 3 < found["model"]["flops_per_token"] / whole["model"]["flops_per_token"] < 1
+    saved = 12 * found["model"]["frozen"] - (0 if preset in ("zero1", "zero3") else 4 * found["model"]["frozen"])
+    ours, theirs = (plan["chosen"]["memory_bytes"]["optimizer"] for plan in (found, whole))
+    assert theirs - ours == saved
+    page = maskwright("plan", tmp_path / "my.yaml").stdout
+    assert f"{found['model']['frozen']:,} of them" in " ".join(page.split())
+
+
 def test_the_flops_are_those_that_torch_counts(workspace: Path, tmp_path: Path) -> None:
     import torch
 

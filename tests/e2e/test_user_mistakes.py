@@ -59,6 +59,26 @@ def test_an_unknown_preset(override: str, words: tuple[str, ...], config: Config
     assert_one_card(maskwright("validate", config(), override), EXIT_USER_MISTAKE, *words)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        (
+            "bert.encoder.*",
+            ("has a name like 'bert.encoder.*'", "where:  model.frozen=bert.encoder.*", "roberta.encoder."),
+        ),
+        ("*", ("All weights of RobertaForMaskedLM are frozen", "model.frozen=", "roberta.encoder.layer.*")),
+    ],
+    ids=["nothing", "everything"],
+)
+def test_a_pattern_of_frozen_weights_that_names_nothing_or_everything(
+    pattern: str, words: tuple[str, ...], config: ConfigWriter, tmp_path: Path
+) -> None:
+    path = config(model={"frozen": [pattern]})
+    for command in ("validate", "plan", "train"):
+        assert_one_card(maskwright(command, path), EXIT_USER_MISTAKE, *words)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_batch_that_does_not_divide(config: ConfigWriter) -> None:
     arguments = ("batch.global_size=10", "batch.micro_size=4", "--nproc-per-node", "2")
     words = ("batch.global_size 10 does not divide", "on 2 ranks", "Set batch.global_size to 8 or 16, or", "[1, 5]")

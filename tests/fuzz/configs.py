@@ -179,6 +179,7 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "resilience.max_loss_ratio": [None, 1.5],
         "model.document_attention": [True, False],
         "model.activation_checkpointing": [True, False],
+        "model.frozen": [[], ["roberta.encoder.*"], ["*.bias"], ["roberta.*"], ["nosuch.*"], ["*"], ["[", "*r*"]],
         "model.attention_backend": ["auto", "math", "efficient"],
         "model.overrides.hidden_size": [16, 32, 33, 64],
         "model.overrides.num_attention_heads": [1, 2, 3],

@@ -25,6 +25,7 @@ from trainer.data.batch import RANKS
 from trainer.model.build import constant_inputs
 from trainer.model.classes import CAUSAL, PERMUTED, model_class
 from trainer.model.forward import Forward
+from trainer.model.frozen import freeze
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
 from trainer.model.prediction_head import install
 from trainer.sizing.flops import flops_per_token
@@ -42,6 +43,44 @@ def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
         model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
     counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-12)
+
+
+LOWER = "the first layer and what is below"
+FREEZES: dict[str, list[str]] = {
+    "all but the head": ["bert.*"],
+    "the layers": ["bert.encoder.*"],
+    LOWER: ["bert.embeddings.*", "bert.encoder.layer.0.*"],
+    "the last layer": ["bert.encoder.layer.1.*"],
+    "all matrices of the layers": ["bert.encoder.*.weight"],
+    "the embedding, and so the decoder": ["cls.predictions.decoder.weight"],
+}
+
+
+@pytest.mark.parametrize("name", FREEZES)
+def test_of_frozen_weights_what_autograd_does_is_counted(name, tmp_path):
+    """Forward and backward as the counter sees them; but key and value of the lowest layer count as if above query."""
+    input_ids, index, *_ = masked_batch()
+    model = tiny_model(tmp_path, "bert")
+    freeze(model, FREEZES[name])
+    positions = install(model)
+    with sdpa_kernel(SDPBackend.MATH), positions.select(index), FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu"))).logits
+        logits.sum().backward()
+    counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    above_query = 2 * 2 * model.config.hidden_size**2 * BLOCKS * SEQ_LEN if name == LOWER else 0
+    assert counted == pytest.approx(counter.get_total_flops() + above_query, rel=1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "gpt2", "albert", "roberta"])
+def test_a_frozen_encoder_with_a_trained_embedding_takes_two_thirds_and_its_attention_all(model_type, tmp_path):
+    model = tiny_model(tmp_path, model_type)
+    matrices = flops_per_token(model, 0.0, 0.0)
+    attention = flops_per_token(model, SEQ_LEN, 0.0) - matrices
+    layers = {"modernbert": "model.layers.*", "gpt2": "transformer.h.*", "roberta": "roberta.encoder.*"}
+    freeze(model, [layers.get(model_type, "albert.encoder.*")])
+    frozen = flops_per_token(model, 0.0, 0.0)
+    assert frozen == pytest.approx(2 / 3 * matrices, rel=1e-12)
+    assert flops_per_token(model, SEQ_LEN, 0.0) - frozen == pytest.approx(attention, rel=1e-12)
 
 
 def test_xlnet_is_counted_without_the_product_that_chooses_positions(tmp_path):

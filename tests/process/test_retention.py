@@ -129,12 +129,15 @@ def test_the_first_save_is_measured_against_the_model_and_later_ones_against_the
     assert re.fullmatch(numbers, problem), problem
     write_checkpoint(tmp_path, 1)
     assert too_little_space(tmp_path, huge) == "", "what the last one took is known, and better than an estimate"
+    frozen = replace(RECORDS, model={"parameters": 10**15, "frozen": 10**14})
+    assert too_little_space(tmp_path, frozen), "but it says nothing of one whose state is larger or smaller"
 
 
 @pytest.mark.parametrize(("stage", "precision", "expected"), [(0, "fp32", 12), (1, "fp32", 16), (2, "bf16", 14)])
 def test_bytes_a_parameter(stage: int, precision: str, expected: int) -> None:
     records = replace(RECORDS, model={"parameters": 7}, layout={"stage": stage, "precision": precision})
     assert estimated_bytes(records) == 7 * expected
+    assert estimated_bytes(replace(records, model={"parameters": 7, "frozen": 3})) == 4 * expected + 3 * 4
 
 
 def test_a_checkpoint_saved_while_steps_were_skipped_pushes_no_other_out(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ class Layouts:
         config = self.config
         accumulation = config.batch.global_size // (micro_size * world_size)
         memory = self.estimate.memory(micro_size, world_size, accumulation, zero)
-        wire = plan_traffic(zero, self.estimate.parameter_sizes, accumulation, config.train.precision)
+        estimate = self.estimate
+        wire = plan_traffic(zero, estimate.parameter_sizes, accumulation, config.train.precision, estimate.frozen_sizes)
         return Layout(
             world_size=world_size,
             zero=zero,

@@ -67,7 +67,9 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     config, facts, batch = plan.facts.config, plan.facts, plan.facts.plan
     chosen, estimate = plan.chosen, plan.estimate
     options = plan.options
-    model = f"{type(estimate.model).__name__}, {estimate.parameters:,} parameters"
+    model = f"{type(estimate.model).__name__}, {estimate.parameters + estimate.frozen:,} parameters"
+    if estimate.frozen:
+        model += f", {estimate.frozen:,} of them frozen"
     auto = (
         f" (auto: the largest that fits on {plan.device.name}, modelled)" if config.batch.micro_size == "auto" else ""
     )
@@ -128,8 +130,8 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
         (
             "wire",
             f"each {plan.unit} sends {_bytes(sent)} a step: {chosen.wire.elements / plan.estimate.parameters:.3g} × "
-            f"the parameters × {chosen.wire.bytes_per_element} bytes × (ranks − 1) / ranks "
-            f"({'exact' if chosen.wire.is_exact else 'modelled'})",
+            f"the {'trained ' if plan.estimate.frozen else ''}parameters × {chosen.wire.bytes_per_element} bytes × "
+            f"(ranks − 1) / ranks ({'exact' if chosen.wire.is_exact else 'modelled'})",
         ),
         (
             "checkpoint",
@@ -264,7 +266,8 @@ def to_json(plan: RunPlan) -> str:
         },
         "model": {
             "class": type(plan.estimate.model).__name__,
-            "parameters": plan.estimate.parameters,
+            "parameters": plan.estimate.parameters + plan.estimate.frozen,
+            "frozen": plan.estimate.frozen,
             "flops_per_token": plan.flops_per_token,
             "basis": "exact",
         },

@@ -44,20 +44,28 @@ class Wire:
         return self.elements * self.bytes_per_element * (world_size - 1) / world_size
 
 
-def plan_traffic(zero: ZeroSettings, parameter_sizes: Sequence[int], accumulation: int, precision: str) -> Wire:
+def plan_traffic(
+    zero: ZeroSettings,
+    parameter_sizes: Sequence[int],
+    accumulation: int,
+    precision: str,
+    frozen_sizes: Sequence[int] = (),
+) -> Wire:
     """Compute the traffic of a step in training's steady state.
 
     Args:
-        parameter_sizes: elements of each parameter.
+        parameter_sizes: elements of each trained parameter.
+        frozen_sizes: of each other one, which stage 3 gathers as well.
     """
-    total = sum(parameter_sizes)
+    total, every = sum(parameter_sizes), sum(parameter_sizes) + sum(frozen_sizes)
     if zero.stage == 3:
-        small = sum(size for size in parameter_sizes if size <= zero.param_persistence_threshold)
-        large = total - small
-        again = min(large, max(0, total - zero.max_reuse_distance // 2))
+        sizes = (*parameter_sizes, *frozen_sizes)
+        small = sum(size for size in sizes if size <= zero.param_persistence_threshold)
+        large = every - small
+        again = min(large, max(0, every - zero.max_reuse_distance // 2))
         gradients, weights = accumulation * total, accumulation * (large + again) + small
     else:
         gradients = 2 * total * (accumulation if zero.stage == 2 else 1)
         weights = total if zero.stage else 0
-    is_exact = zero.stage < 3 or total <= zero.max_reuse_distance // 2
+    is_exact = zero.stage < 3 or every <= zero.max_reuse_distance // 2
     return Wire(gradients, weights, WEIGHT_BYTES[precision], is_exact)

@@ -1,4 +1,4 @@
-"""What makes a checkpoint self-contained: model config, tokenizer, run config, and a probe of the logits.
+"""What makes a checkpoint self-contained: model config, tokenizer, run config, frozen weights, a probe of the logits.
 
 The probe is a block of the training data with the logits that the training engine itself gives for it. The
 conversion must reproduce them, which proves that what comes out is what was trained.
@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, RUN_CONFIG
+from trainer.checkpoint.manifest import FROZEN, MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config.file import dump_config
 from trainer.data.batch import Batch
 from trainer.data.blocks import Blocks
@@ -118,6 +118,9 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
         save_probe(probe, folder)
         give_usual_mode(folder / PROBE)
+        if engine.frozen:
+            save_file(engine.frozen, folder / FROZEN)
+            give_usual_mode(folder / FROZEN)
 
     return write
 

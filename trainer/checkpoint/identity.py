@@ -53,8 +53,11 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
 
 
 def _model_summary(built: BuiltModel) -> dict[str, Any]:
+    sizes = {name: parameter.numel() for name, parameter in built.model.named_parameters()}
+    frozen = {"frozen": sum(sizes[name] for name in built.frozen)} if built.frozen else {}
     return {
         "class": type(built.model).__name__,
         "type": built.model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
+        "parameters": sum(sizes.values()),
+        **frozen,
     }

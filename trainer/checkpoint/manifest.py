@@ -29,6 +29,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "huggingface"  # config.json and tokenizer, inside the checkpoint
 PROBE = "probe.safetensors"
+FROZEN = "frozen.safetensors"  # weights that are not trained, in fp32; none where all are
 RUN_CONFIG = "config.yaml"  # of the start that saved it
 HASH_THREADS = 4
 _SHOWN_CHARACTERS = 60
@@ -42,7 +43,7 @@ class Records:
         layout: world_size, stage, precision: what DeepSpeed's files are shaped by.
         identity: what must not change silently over a resume: tokenizer, model, objective, seed, length.
         data_order: what decides which tokens sample t holds; it must not change for the samples consumed.
-        model: a description for people (class, type, parameters).
+        model: a description for people (class, type, parameters, and of these frozen, if any are).
     """
 
     layout: dict[str, Any]

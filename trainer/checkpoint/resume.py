@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.manifest import CheckpointManifest, Records
+from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import ObjectiveConfig
 from trainer.data.order.compare import order_differences
 from trainer.errors import UserError
@@ -50,6 +52,29 @@ def describe_layout(saved: dict[str, Any], current: dict[str, Any]) -> str:
         empty when ranks, stage and precision are what they were.
     """
     return "" if saved == current else f"{_layout(saved)} → {_layout(current)}"
+
+
+def describe_frozen_change(folder: Path, sizes: Mapping[str, int], frozen: Collection[str]) -> str:
+    """Say which weights begin to train with a resume, and which no longer do; empty where they are the same.
+
+    Args:
+        sizes: elements of each parameter.
+        frozen: names of those that are frozen from here on.
+
+    Raises:
+        DamagedError: when the checkpoint's own cannot be read.
+    """
+    before = ZeroFiles(folder, places=()).frozen.keys()
+    changes = (
+        ([name for name in before if name not in frozen], "begin to train, with fresh moments"),
+        ([name for name in frozen if name not in before], "are kept as they are from here on"),
+    )
+    lines = [
+        f"{len(names):,} weights of {sum(sizes.get(name, 0) for name in names):,} parameters {what}"
+        for names, what in changes
+        if names
+    ]
+    return "; ".join(lines)
 
 
 def _layout(layout: dict[str, Any]) -> str:

@@ -106,9 +106,12 @@ def prepare_folder(run_dir: Path) -> list[str]:
 def too_little_space(run_dir: Path, records: Records) -> str:
     """Compare the free space with what a checkpoint takes; empty when it fits.
 
-    That is the size of the newest checkpoint, or, of the first one, what the model says.
+    That is the size of the newest checkpoint, or, of the first one and where other weights are frozen, what the model
+    says.
     """
-    sizes = [candidate.manifest.bytes for candidate in candidates(run_dir) if candidate.manifest is not None]
+    frozen = records.model.get("frozen", 0)
+    newest = next((found.manifest for found in candidates(run_dir) if found.manifest is not None), None)
+    sizes = [newest.bytes] if newest is not None and newest.model.get("frozen", 0) == frozen else []
     free = shutil.disk_usage(run_dir).free
     needed = sizes[0] if sizes else estimated_bytes(records)
     if free >= needed:
@@ -119,4 +122,6 @@ def too_little_space(run_dir: Path, records: Records) -> str:
 
 def estimated_bytes(records: Records) -> int:
     """Estimate the bytes that a checkpoint of this run should take."""
-    return checkpoint_bytes(records.model["parameters"], records.layout["stage"], records.layout["precision"])
+    frozen = records.model.get("frozen", 0)
+    trained = records.model["parameters"] - frozen
+    return checkpoint_bytes(trained, records.layout["stage"], records.layout["precision"], frozen)

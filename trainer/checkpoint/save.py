@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder
 from trainer.checkpoint.manifest import (
+    FROZEN,
     MODEL_FOLDER,
     PROBE,
     RUN_CONFIG,
@@ -265,8 +266,8 @@ class Saver:
 def _record(folder: Path) -> Files:
     """Sync and hash what rank 0 wrote besides DeepSpeed's files, which other ranks may be writing now."""
     found = {}
-    for path in (folder / RUN_CONFIG, folder / PROBE, *sorted((folder / MODEL_FOLDER).rglob("*"))):
-        if path.is_dir():
+    for path in (folder / RUN_CONFIG, folder / PROBE, folder / FROZEN, *sorted((folder / MODEL_FOLDER).rglob("*"))):
+        if not path.is_file():
             continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())

@@ -7,6 +7,8 @@ without running anything that may be in them (`safe_load`).
     stage 0     one file, parameters whole
     stage 1, 2  a file a rank; DeepSpeed records the places, and a parameter's fragments lie in the order of the ranks
     stage 3     a file a rank; each parameter is cut evenly, the last part padded
+
+Weights that were not trained are in none of these; they lie whole, in fp32, in a file of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from trainer.checkpoint.manifest import FROZEN
 from trainer.checkpoint.safe_load import LossScalerState, load_without_code
 from trainer.engine.partitions import MOMENTS, PARAMETER_NAMES, WEIGHT
 from trainer.errors import DamagedError
@@ -49,10 +54,13 @@ class FragmentPlace:
 
 @dataclass(frozen=True)
 class _Opened:
-    """The content of one optimizer file: its flat tensors, by kind; moments of a run without a step are missing."""
+    """The content of one optimizer file: its flat tensors, by kind, and the updates that each has had.
+
+    Moments and updates are missing of a run without a step and, at stage 0, of what never had a gradient.
+    """
 
     flats: list[dict[str, torch.Tensor]]
-    steps: list[float]
+    steps: list[float | None]
     loss_scaler: LossScalerState | None = None
 
 
@@ -100,9 +108,22 @@ class ZeroFiles:
         return max(1, len(self._optimizer_files))
 
     @cached_property
-    @_explained
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each trained parameter."""
+        """The shape of each parameter, trained or frozen."""
+        return {**self.trained, **{name: weight.shape for name, weight in self.frozen.items()}}
+
+    @cached_property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The parameters that were not trained, fp32, mapped from their file."""
+        try:
+            return load_file(self.folder / FROZEN) if (self.folder / FROZEN).exists() else {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._unreadable(f"{FROZEN}: {error}") from error
+
+    @cached_property
+    @_explained
+    def trained(self) -> dict[str, torch.Size]:
+        """The shape of each trained parameter, in the order of the files."""
         if self.stage == 0:
             names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
             return {name: self._model_state["module"][name].shape for name in names}
@@ -127,17 +148,32 @@ class ZeroFiles:
         return {name: self._model_state[name] for name in ("global_steps", "global_samples", "skipped_steps")}
 
     @property
-    @_explained
     def adam_step(self) -> float:
         """Number of updates that AdamW has made; 0 when there was none."""
-        return max(self._open(0).steps, default=0.0)
+        return max(self.updates.values(), default=0.0)
+
+    @cached_property
+    @_explained
+    def updates(self) -> dict[str, float]:
+        """How many updates each trained parameter has had: fewer than others, where it was frozen before.
+
+        What never had a gradient counts as those that were updated most.
+        """
+        if self.stage == 1:  # a flat tensor is a group, of which rank 0 may hold a part only
+            groups = self._model_state["param_shapes"]
+            flats = {name: number for number, group in enumerate(groups) for name in group}
+        else:
+            flats = {place.name: place.flat for place in self.index(0)}
+        steps = self._open(0).steps
+        most = max((step for step in steps if step is not None), default=0.0)
+        return {name: most if (step := steps[flat]) is None else step for name, flat in flats.items()}
 
     @_explained
     def index(self, rank: int) -> list[FragmentPlace]:
         """Find where fragments lie in a rank's file; `begin` of stages 1 and 2 is found when all are put together."""
         if self.stage == 0:
             names = [name for group in self._model_state[PARAMETER_NAMES] for name in group]
-            return [FragmentPlace(name, 0, 0, flat, 0, self.shapes[name].numel()) for flat, name in enumerate(names)]
+            return [FragmentPlace(name, 0, 0, flat, 0, self.trained[name].numel()) for flat, name in enumerate(names)]
         if self.stage == 3:
             return self._index_even_parts(rank)
         mappings = self._load(self._optimizer_files[rank])["optimizer_state_dict"]["param_slice_mappings"]
@@ -158,6 +194,9 @@ class ZeroFiles:
         end = begin + target.numel()
         if name not in self.shapes or end > self.shapes[name].numel():
             raise self._unreadable(f"it holds no {name} of at least {end:,} elements")
+        if name in self.frozen:
+            target.copy_(self.frozen[name].view(-1)[begin:end]) if kind == WEIGHT else target.zero_()
+            return
         for place in self._places[name]:
             first, last = max(begin, place.begin), min(end, place.begin + place.length)
             if first >= last:
@@ -184,7 +223,7 @@ class ZeroFiles:
         before.append(place)
 
     def _check_complete(self) -> None:
-        for name, shape in self.shapes.items():
+        for name, shape in self.trained.items():
             length = sum(place.length for place in self._places.get(name, ()))
             if length != shape.numel():
                 raise self._unreadable(f"{length:,} of {shape.numel():,} elements of {name} are there")
@@ -192,7 +231,7 @@ class ZeroFiles:
     def _index_even_parts(self, rank: int) -> list[FragmentPlace]:
         places, flat, start = [], 0, 0
         lengths = [weights[WEIGHT].numel() for weights in self._open(rank).flats]
-        for name, shape in self.shapes.items():
+        for name, shape in self.trained.items():
             part = -(-shape.numel() // self.ranks)
             if start + part > lengths[flat]:
                 flat, start = flat + 1, 0
@@ -221,13 +260,13 @@ class ZeroFiles:
         return self._opened[rank]
 
     def _read_parameters(self) -> _Opened:
-        states, numbers = self._model_state["optimizer"]["state"], range(len(self.shapes))
-        names = list(self.shapes)
+        states, numbers = self._model_state["optimizer"]["state"], range(len(self.trained))
+        names = list(self.trained)
         weights = [self._model_state["module"][name] for name in names]
         moments = [states.get(number, {}) for number in numbers]
         return _Opened(
             [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
-            [float(moment["step"]) for moment in moments if moment],
+            [float(moment["step"]) if moment else None for moment in moments],
         )
 
     def _read_flats(self, rank: int) -> _Opened:
@@ -237,7 +276,7 @@ class ZeroFiles:
         moments = [states.get(number, {}) for number in range(len(weights))]
         return _Opened(
             [_flat_tensors(weight, moment) for weight, moment in zip(weights, moments, strict=True)],
-            [float(moment["step"]) for moment in moments if moment],
+            [float(moment["step"]) if moment else None for moment in moments],
             saved.get("loss_scaler"),
         )
 

@@ -89,6 +89,10 @@ class ModelConfig(Section):
     several kernels, which are timed at the first step, for minutes; reduce-overhead: with CUDA graphs, which launch a
     small model's kernels faster; for batches without accumulation, with a number for batch.micro_size and no
     offload."""
+    frozen: list[Line] = Field(default_factory=list)
+    """Weights that are kept as they are: patterns on their names, as of a shell, such as "bert.encoder.*". They have no
+    gradients and no optimizer state, and lie in fp32 in each checkpoint, whatever the precision. A resume may change
+    them: what begins to train starts with fresh moments."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 

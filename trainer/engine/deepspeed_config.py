@@ -142,7 +142,8 @@ _SECTIONS: Mapping[str, Mapping[str, Any]] = {
         "use_gds": bool,
     },
 }
-QUANTIZED_KEYS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+_QUANTIZED_FROZEN = "zero_quantized_nontrainable_weights"
+QUANTIZED_KEYS = ("zero_quantized_weights", _QUANTIZED_FROZEN, "zero_quantized_gradients")
 """Of zero_optimization: what has kernels on GPUs only."""
 
 
@@ -233,7 +234,7 @@ def zero_stage(preset: dict[str, Any]) -> int:
 
 
 def check_precision(config: Config, preset: dict[str, Any]) -> None:
-    """Refuse half precision at stage 0.
+    """Refuse half precision at stage 0, and weights that are to stay as they are in 8 bits.
 
     DeepSpeed 0.19.8 runs it through optimizers of its own whose losses are off (docs/decisions.md has the figures),
     and with fp32 gradient accumulation not at all. Stage 1 on one rank is the same computation, done right.
@@ -244,6 +245,12 @@ def check_precision(config: Config, preset: dict[str, Any]) -> None:
             f"DeepSpeed's {precision} at ZeRO stage 0 gives other losses than fp32 and than the other stages.",
             where=f"deepspeed={config.deepspeed}, train.precision={precision}",
             remedy="Set deepspeed: zero1 (on one rank it costs nothing), or train.precision: fp32.",
+        )
+    if config.model.frozen and preset["zero_optimization"].get(_QUANTIZED_FROZEN):
+        raise UserError(
+            f"{_QUANTIZED_FROZEN} keeps frozen weights in 8 bits, and model.frozen keeps them as they are.",
+            where=f"deepspeed={config.deepspeed}: zero_optimization.{_QUANTIZED_FROZEN}",
+            remedy="Remove it.",
         )
 
 

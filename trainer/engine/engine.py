@@ -10,7 +10,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,25 @@ class TrainingEngine:
 
     Attributes:
         network: runs the model.
+        frozen: on rank 0, the parameters that are kept as they are, by name: fp32, on the CPU, in their shapes.
     """
 
-    def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
+    def __init__(
+        self,
+        built: BuiltModel,
+        ds_config: dict[str, Any],
+        optimizer: OptimizerConfig,
+        world: World,
+        updates: Mapping[str, float] | None = None,
+    ) -> None:
+        """Wrap a model; every rank calls it.
+
+        Args:
+            updates: as for `build_optimizer`.
+
+        Raises:
+            UserError: for what this device cannot do.
+        """
         self.world = world
         self.stage: int = ds_config["zero_optimization"]["stage"]
         accelerator = get_accelerator()
@@ -104,7 +120,11 @@ class TrainingEngine:
         self.network = Forward(model, world.device, built.document_attention)
         if world.device.type == "cpu":
             use_host_dropout(model)
-        adamw = build_optimizer(model, optimizer)
+        # As they are before DeepSpeed rounds or partitions them: no copy, what they were is only not let go of.
+        weights = dict(model.named_parameters())
+        self.frozen = {name: weights[name].detach() for name in built.frozen if world.is_main}
+        self._frozen_names = frozenset(built.frozen)
+        adamw = build_optimizer(model, optimizer, updates)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
         self.network.call = self._engine
@@ -230,7 +250,13 @@ class TrainingEngine:
         self._host_buffers.take_back()
         self._capturing.snapshot = snapshot = Snapshot(self._host_buffers if detached else None)
         state = {PARAMETER_NAMES: self._parameter_names()} if self.stage == 0 else {}
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=bool(self._frozen_names),  # `frozen` has them, unrounded
+        )
         self._capturing.snapshot = Snapshot()
         return snapshot
 
@@ -244,7 +270,7 @@ class TrainingEngine:
     @property
     def partitions(self) -> Partitions:
         """This rank's share of master weights and optimizer state."""
-        return Partitions(self.module, self._engine.optimizer, self.stage, self.world.rank)
+        return Partitions(self.module, self._engine.optimizer, self.stage, self.world.rank, self._frozen_names)
 
     def set_progress(
         self, buffers: dict[str, torch.Tensor], counters: dict[str, int], loss_scaler: dict[str, Any]

@@ -7,7 +7,7 @@ All of these are fragments: consecutive elements of a flattened parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,14 @@ class Partitions:
 
     Args:
         optimizer: DeepSpeed's wrapper, or at stage 0 torch's AdamW itself.
+        frozen: names of the parameters that are kept as they are, which the optimizer does not know.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: Any, stage: int, rank: int) -> None:
+    def __init__(
+        self, module: torch.nn.Module, optimizer: Any, stage: int, rank: int, frozen: Collection[str] = ()
+    ) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._frozen: list[Any] = [parameter for name, parameter in module.named_parameters() if name in frozen]
         self._optimizer = optimizer
         self._stage = stage
         self._rank = rank
@@ -56,10 +60,22 @@ class Partitions:
         else:
             yield from self._cut_groups()
 
-    def set_step(self, step: float) -> None:
-        """Set the number of updates that AdamW corrects its moments' bias for."""
-        for tensor in self.steps():
-            tensor.fill_(step)
+    def frozen_fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank holds of the frozen parameters: their weight alone, in the training precision."""
+        for parameter in self._frozen:
+            name = self._names[id(parameter)]
+            if self._stage < 3:
+                yield Fragment(name, 0, {WEIGHT: parameter.detach().view(-1)})
+            elif length := self._part_length(parameter):
+                yield Fragment(name, self._part_begin(parameter), {WEIGHT: parameter.ds_tensor.view(-1)[:length]})
+
+    def set_updates(self, updates: Mapping[str, float]) -> None:
+        """Set by parameter the number of updates that AdamW corrects its moments' bias for; of no name it is nought.
+
+        What is updated as one tensor has had the same number (`build_optimizer`).
+        """
+        for tensor, parameters in zip(self.steps(), self._groups(), strict=True):
+            tensor.fill_(max(updates.get(self._names[id(parameter)], 0.0) for parameter in parameters))
 
     def steps(self) -> list[torch.Tensor]:
         """Return AdamW's own counts of updates, one for each tensor that it updates: fp32 []."""
@@ -87,6 +103,14 @@ class Partitions:
         partitions = "fp32_groups_flat_partition" if bf16_optimizer else "single_partition_of_fp32_groups"
         return list(getattr(self._optimizer, partitions))
 
+    def _groups(self) -> list[Sequence[Any]]:
+        """List the parameters that each of the tensors holds."""
+        if self._stage == 0:
+            return [[parameter] for parameter in self._masters()]
+        if self._stage == 3:
+            return list(self._optimizer.fp16_groups)
+        return list(getattr(self._optimizer, "bf16_groups", None) or self._optimizer.bit16_groups)
+
     def _state(self, master: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return AdamW's state of a tensor; where there is none yet, make it as its first step does."""
         adamw = self._optimizer if self._stage == 0 else self._optimizer.optimizer
@@ -102,8 +126,7 @@ class Partitions:
             yield Fragment(self._names[id(parameter)], 0, {kind: view.view(-1) for kind, view in views.items()})
 
     def _cut_groups(self) -> Iterator[Fragment]:
-        masters, bf16_groups = self._masters(), getattr(self._optimizer, "bf16_groups", None)
-        for master, group in zip(masters, bf16_groups or self._optimizer.bit16_groups, strict=True):
+        for master, group in zip(self._masters(), self._groups(), strict=True):
             for parameter in group:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # else other ranks have all of it
@@ -111,14 +134,21 @@ class Partitions:
                     yield self._slice(self._names[id(parameter)], begin, master, place.start, place.numel)
 
     def _even_parts(self) -> Iterator[Fragment]:
-        for master, group in zip(self._masters(), self._optimizer.fp16_groups, strict=True):
+        for master, group in zip(self._masters(), self._groups(), strict=True):
             start = 0
             for parameter in group:
-                part = parameter.partition_numel()
-                begin = min(self._rank * part, parameter.ds_numel)
-                if length := min(part, parameter.ds_numel - begin):
-                    yield self._slice(self._names[id(parameter)], begin, master, start, length)
-                start += part
+                if length := self._part_length(parameter):
+                    name = self._names[id(parameter)]
+                    yield self._slice(name, self._part_begin(parameter), master, start, length)
+                start += parameter.partition_numel()
+
+    def _part_begin(self, parameter: Any) -> int:
+        """Find the first element of this rank's part of a parameter of stage 3; past its end, where it has none."""
+        return min(self._rank * parameter.partition_numel(), parameter.ds_numel)
+
+    def _part_length(self, parameter: Any) -> int:
+        """Count the elements of this rank's part, without what pads it."""
+        return min(parameter.partition_numel(), parameter.ds_numel - self._part_begin(parameter))
 
     def _slice(self, name: str, begin: int, master: torch.Tensor, start: int, length: int) -> Fragment:
         tensors = {WEIGHT: master.detach(), **{kind: self._state(master)[kind] for kind in MOMENTS}}

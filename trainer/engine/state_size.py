@@ -6,10 +6,14 @@ OPTIMIZER_BYTES = 12  # a parameter: AdamW's two moments and the master weight, 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def checkpoint_bytes(parameters: int, stage: int, precision: str) -> int:
+def checkpoint_bytes(parameters: int, stage: int, precision: str, frozen: int = 0) -> int:
     """Count the bytes of a checkpoint's weights and optimizer state, without what little is added to them.
 
     At stages 1 and 2 the weights in the training precision lie beside the optimizer's own; at stage 0 those are one,
     and at stage 3 DeepSpeed stores the optimizer's alone.
+
+    Args:
+        parameters: that are trained.
+        frozen: further ones, which lie there in fp32.
     """
-    return parameters * (OPTIMIZER_BYTES + (WEIGHT_BYTES[precision] if stage in (1, 2) else 0))
+    return parameters * (OPTIMIZER_BYTES + (WEIGHT_BYTES[precision] if stage in (1, 2) else 0)) + 4 * frozen

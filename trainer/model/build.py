@@ -16,6 +16,7 @@ from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
 from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
+from trainer.model.frozen import describe_frozen, freeze
 from trainer.model.hf_config import (
     attention_of,
     build_config,
@@ -44,12 +45,14 @@ class BuiltModel:
         notes: lines for the user: what differs from what they may expect.
         says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the model was built from,
             which the weights may have corrected.
+        frozen: names of the parameters that `model.frozen` keeps as they are, in their order in the model.
     """
 
     model: PreTrainedModel
     document_attention: bool
     notes: tuple[str, ...]
     says_tied: bool | None = None
+    frozen: tuple[str, ...] = ()
 
 
 def build_model(
@@ -64,8 +67,8 @@ def build_model(
         family: as for `build_config`.
 
     Raises:
-        UserError: as `build_config`, when a checkpoint cannot be read or lacks weights of the encoder, and when what
-            is trained could not be converted.
+        UserError: as `build_config` and `freeze`, when a checkpoint cannot be read or lacks weights of the encoder, and
+            when what is trained could not be converted.
         DamagedError: when a checkpoint holds values that are not finite.
     """
     config = build_config(settings, vocabulary, seq_len, family)
@@ -82,6 +85,8 @@ def build_model(
     _learn_padding(model, vocabulary, notes)
     prove_convertible(model)
     _refuse_not_finite(model, settings.from_pretrained)
+    frozen = freeze(model, settings.frozen)
+    notes.extend(describe_frozen(model, frozen))
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     name = type(model).__name__
@@ -93,7 +98,9 @@ def build_model(
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
     # Earlier versions did not correct it, and tied again what grew.
     says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
-    return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied)
+    if grown and not model.get_input_embeddings().weight.requires_grad:
+        notes.append("frozen: the embedding, so that the rows of new tokens stay near the mean, where they start")
+    return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied, frozen)
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:

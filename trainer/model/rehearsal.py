@@ -14,6 +14,7 @@ from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
 from trainer.model.classes import FAMILIES, MASKED, PERMUTED
+from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
 from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
@@ -50,10 +51,12 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
         if vocabulary_rows(model) < vocabulary.size:
             grow_vocabulary(model, vocabulary.size)
     prove_convertible(model)
+    freeze(model, settings.frozen)
     install(model)
     lengths = sorted(set(seq_lens))
     if not all(_one_block(model, settings, seq_len, where) for seq_len in lengths) and _is_small(model):
         with_values = stock_model(model.config, "cpu")
+        freeze(with_values, settings.frozen)
         for seq_len in lengths:
             _one_block(with_values, settings, seq_len, where)
 
@@ -137,7 +140,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
         False on meta, for a class that looks at values (Longformer, Reformer).
 
     Raises:
-        UserError: when the class cannot, or gives logits of another shape.
+        UserError: when the class cannot, gives logits of another shape, or they depend on frozen weights alone.
     """
     device = model.device
     input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
@@ -146,7 +149,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
         order = torch.arange(seq_len, device=device)
         arguments |= predicting_in_order(order[None], order, model.dtype)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(bool(settings.frozen)):
             output = model.train()(input_ids=input_ids, **arguments)
     except Exception as error:
         message = " ".join(str(error).split())
@@ -164,6 +167,13 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             f"{type(model).__name__} gives logits of shape {shape} for {seq_len} tokens, and not {expected}.",
             where="data.seq_len",
             remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+        )
+    tensors = [value for value in output.values() if isinstance(value, torch.Tensor)]
+    if settings.frozen and not any(tensor.requires_grad for tensor in tensors):
+        raise UserError(
+            f"No logit of {type(model).__name__} depends on a weight that is not frozen: there is nothing to learn.",
+            where=f"model.frozen={settings.frozen}",
+            remedy="Freeze less: a part that leads to logits has to be trained.",
         )
     return True
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from itertools import takewhile
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,6 +39,11 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     the stream that predicts at all positions, and so it is counted; the one-hot matrix by which it chooses some of
     them is not, as no look-up is. Weights may be on the meta device or partitioned: only their declared sizes are read.
 
+    Frozen weights (`model.frozen`) have no gradient: of a matrix that is frozen two thirds remain, forward and the
+    gradient of its input, and below the lowest weight that is trained, where no gradient arrives, one third. A trained
+    matrix there takes two thirds. Which weights lie below is told by the order of the modules, so that key and value of
+    the lowest layer count as if they stood on the query; of shared layers (ALBERT) each application counts as the last.
+
     Args:
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
             attention, `Inputs.attended_tokens`; of a causal model half of that.
@@ -46,6 +53,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
+    attention *= _attention_share(model)
     if config.model_type == "xlnet":
         attention *= 4  # two streams, and scores of positions, of which there are two a token, beside those of contents
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
@@ -64,32 +72,75 @@ def block_flops(model: PreTrainedModel) -> float:
     return 3.0 * _matmul_flops(model)[2]
 
 
-def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Count FLOPs forward in matrices: of a position in the encoder and in the head, and what a block takes once."""
+def _matmul_flops(model: PreTrainedModel) -> tuple[float, float, float]:
+    """Count a third of the training FLOPs in matrices: those of the forward pass, where all weights are trained.
+
+    Returns:
+        Of a position in the encoder, of one in the head, and what a block takes once.
+    """
     applications = _shared_layer_applications(model)
-    encoder_matmuls = head_matmuls = pair_matmuls = 0
+    encoder_matmuls = head_matmuls = pair_matmuls = 0.0
     has_pairs = any(name.rpartition(".")[2] in _PAIR_HEADS for name, _ in model.named_modules())
     encoder_modules = set(model.base_model.modules())
-    for name, module in model.named_modules():
+    active = getattr(model.config, "num_experts_per_tok", None)
+    for name, module, share in _shares(model):
+        if isinstance(module, XLNetRelativeAttention):  # its matrices are bare parameters
+            matrix = 2 * module.d_model * module.n_head * module.d_head
+            encoder_matmuls += 6 * matrix * share  # q, k, v, o, and r at two positions a token
+            feed_forward = 4 * module.d_model * model.config.d_inner
+            head_matmuls += (2 * matrix + feed_forward) * share  # q, o and both of the feed-forward
+        elif active is not None:
+            # The matrices of all experts of a layer are one bare parameter; a token passes through some of them.
+            experts = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+            encoder_matmuls += sum(2 * each.numel() * active // len(each) for each in experts) * share
         if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
             continue
-        flops = 2 * math.prod(_declared_shape(module))
+        flops = 2 * math.prod(_declared_shape(module)) * share
         if not {_POOLER, *_PAIR_HEADS}.isdisjoint(name.split(".")):
             pair_matmuls += flops * has_pairs
         elif module in encoder_modules:
             encoder_matmuls += flops * applications.get(name, 1)
         else:
             head_matmuls += flops
-    if (active := getattr(model.config, "num_experts_per_tok", None)) is not None:
-        # The matrices of all experts of a layer are one bare parameter; a token passes through some of them.
-        experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
-        encoder_matmuls += sum(2 * each.numel() * active // len(each) for each in experts)
-    for module in encoder_modules:
-        if isinstance(module, XLNetRelativeAttention):  # its matrices are bare parameters
-            matrix = 2 * module.d_model * module.n_head * module.d_head
-            encoder_matmuls += 6 * matrix  # q, k, v, o, and r at two positions a token
-            head_matmuls += 2 * matrix + 4 * module.d_model * model.config.d_inner  # q, o and both of the feed-forward
     return encoder_matmuls, head_matmuls, pair_matmuls
+
+
+def _shares(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, float]]:
+    """Yield each module with its name and the share of three passes that its own matrices take.
+
+    Those are the forward pass, the gradient of the input, if a weight below is trained, and that of the matrices.
+    """
+    arrives = all(parameter.requires_grad for parameter in model.parameters())  # then the embedding's is below all
+    for name, module in _from_below(model):
+        own = list(module.parameters(recurse=False))
+        matrices = [parameter.requires_grad for parameter in own if parameter.ndim > 1]
+        yield name, module, (1 + arrives + any(matrices)) / 3
+        arrives = arrives or any(parameter.requires_grad for parameter in own)
+
+
+def _attention_share(model: PreTrainedModel) -> float:
+    """Compute the share of the products of attention that is done: a third in a layer where no gradient arrives."""
+    count = getattr(model.config, "num_hidden_layers", None)
+    lists = (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+    layers = next((found for found in lists if len(found) == count), None)
+    if not layers:  # ALBERT's, which are applied several times
+        return 1.0
+    inside = set(layers[0].modules())
+    below = takewhile(lambda found: found[1] not in inside, _from_below(model))
+    arrives = any(parameter.requires_grad for _, module in below for parameter in module.parameters(recurse=False))
+    reached = 0
+    for layer in layers:
+        own = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+        reached += arrives or any(trained for name, trained in own.items() if "att" in name)
+        arrives = arrives or any(own.values())
+    return (len(layers) + 2 * reached) / (3 * len(layers))
+
+
+def _from_below(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules in the order of a forward pass, which is that of their making; each after its parts."""
+    for part, child in module.named_children():
+        yield from _from_below(child, f"{name}.{part}" if name else part)
+    yield name, module
 
 
 def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:

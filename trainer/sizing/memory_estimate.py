@@ -10,6 +10,7 @@ from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config
 from trainer.model.rehearsal import rehearse
 from trainer.objectives.registry import family_of, make_criterion, make_samples
@@ -27,7 +28,7 @@ class MemoryEstimate:
         seq_len: tokens a block; None for those of `data.seq_len`.
 
     Raises:
-        UserError: as `build_config`.
+        UserError: as `build_config` and `freeze`.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class MemoryEstimate:
         self.device_type: DeviceType = device_type
         self._vocabulary = vocabulary
         self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        self.frozen_sizes = [sizes[name] for name in freeze(self.model, config.model.frozen)]
         self.seq_len = seq_len or config.data.seq_len
         self.samples = make_samples(config, vocabulary, self.seq_len)
         self.head_rows = self.samples.head_rows
@@ -57,7 +60,13 @@ class MemoryEstimate:
 
     @property
     def parameters(self) -> int:
+        """Elements of all trained parameters."""
         return sum(self.parameter_sizes)
+
+    @property
+    def frozen(self) -> int:
+        """Elements of all parameters that `model.frozen` names."""
+        return sum(self.frozen_sizes)
 
     def step(self, micro_size: int) -> TracedStep:
         """Trace a forward and backward pass of a micro-batch."""
@@ -91,6 +100,7 @@ class MemoryEstimate:
                 zero or self.zero,
                 self.step(micro_size),
                 on_cpu=self.device_type == "cpu",
+                frozen=self.frozen,
             )
         except Exception as error:
             # A card where the model cannot compute a block, or none without values; else the fault is ours.

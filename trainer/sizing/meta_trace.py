@@ -110,7 +110,8 @@ class TracedStep:
 
     @cached_property
     def _freeing(self) -> _Trace:
-        hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in self._model.parameters()]
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        hooks = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in trained]
         trace = self._traced()
         for hook in hooks:
             hook.remove()

@@ -106,6 +106,8 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     for key in ("attention_backend", "kernels"):
         if model[key] == "auto":  # records that are older than the key have none
             del model[key]
+    if not model["frozen"]:  # nor this one
+        del model["frozen"]
     return {
         "ranks": world_size,
         "device": device,

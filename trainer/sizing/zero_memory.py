@@ -11,6 +11,9 @@ precision:
 | 2 | bN | 12P | bP, twice while they accumulate | as at stage 1 |
 | 3 | bP, and bN gathered | 12P | bP | as at stage 1; no weights are gathered |
 
+Frozen weights, F of them, take bF at stages 0 to 2, and bF / w and bF gathered at stage 3. Rank 0 keeps 4F in the
+host's memory; in fp32 at stages 0 to 2 on CPU those are the weights themselves.
+
 Beside these, buckets: what is reduced at stages 1 to 3, and at stage 3 what weights arrive in.
 
 The activations of a pass come from `trainer.sizing.meta_trace`.
@@ -135,13 +138,15 @@ def rank_memory(
     zero: ZeroSettings,
     passes: PassPeaks,
     on_cpu: bool = False,
+    frozen: int = 0,
 ) -> RankMemory:
-    """Compute the memory of a rank.
+    """Compute the memory of a rank, of rank 0 where they differ.
 
     Args:
         parameters: elements of all trained parameters, tied ones once.
         accumulation: micro-batches a step.
         on_cpu: memory that is allocated and not yet written takes no room there, so a bucket grows as gradients come.
+        frozen: elements of all parameters that have neither gradient nor optimizer state.
     """
     share, weight = -(-parameters // world_size), WEIGHT_BYTES[train.precision]
     adds_in_fp32 = train.gradient_accumulation_dtype == "fp32"
@@ -164,8 +169,17 @@ def rank_memory(
     elif zero.stage == 2:
         memory = _stage_2(sizes, passes, accumulates, on_cpu, twice=accumulates and not adds_in_fp32)
     else:
-        memory = _stage_3(sizes, passes, weight * min(parameters, zero.prefetch_bucket_size))
-    return _with_offload(memory, zero, share, weight)
+        memory = _stage_3(sizes, passes, weight * min(parameters + frozen, zero.prefetch_bucket_size))
+    frozen_share = -(-frozen // world_size)
+    if zero.stage == 3:  # gathered in a pass as well, and not in an update
+        gathered = weight * frozen
+        weights = memory.weights + gathered + weight * frozen_share
+        memory = replace(memory, weights=weights, update=memory.update - gathered)
+    else:
+        memory = replace(memory, weights=memory.weights + weight * frozen)
+    memory = _with_offload(memory, zero, share, share + frozen_share, weight)
+    unrounded = 4 * frozen if on_cpu and (weight < 4 or zero.stage == 3) else 0
+    return replace(memory, weights=memory.weights + unrounded, update=memory.update + unrounded)
 
 
 def _stage_0(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int) -> RankMemory:
@@ -238,15 +252,20 @@ def _stage_3(sizes: _Bytes, passes: PassPeaks, arriving: int) -> RankMemory:
     )
 
 
-def _with_offload(memory: RankMemory, zero: ZeroSettings, part: int, weight: int) -> RankMemory:
-    """Move what is offloaded to the host; `memory.update` is made the total there."""
+def _with_offload(memory: RankMemory, zero: ZeroSettings, part: int, weights_part: int, weight: int) -> RankMemory:
+    """Move what is offloaded to the host; `memory.update` is made the total there.
+
+    Args:
+        part: elements of the trained weights that are this rank's.
+        weights_part: of all weights.
+    """
     optimizer, gradients, weights, host, update = memory.optimizer, memory.gradients, memory.weights, 0, memory.update
     if zero.offloads_optimizer:
         # DeepSpeed keeps there, beside the state, its gradients in fp32 and what the new weights are copied from.
         host += optimizer + (4 + weight) * part
         optimizer, gradients, update = 0, 0, 0
     if zero.offloads_weights:
-        host, weights = host + weight * part, weights - weight * part
+        host, weights = host + weight * weights_part, weights - weight * weights_part
     return replace(
         memory,
         optimizer=optimizer,
