@@ -13,7 +13,7 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.classes import FAMILIES, MASKED, PERMUTED
+from trainer.model.classes import MASKED, PERMUTED, is_in
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
 from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
@@ -142,7 +142,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
     device = model.device
     input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
     arguments = constant_inputs(model, seq_len, device)
-    if model.config.model_type in FAMILIES[PERMUTED].classes:
+    if is_in(model.config, PERMUTED):
         order = torch.arange(seq_len, device=device)
         arguments |= predicting_in_order(order[None], order, model.dtype)
     try:
