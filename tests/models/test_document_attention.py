@@ -20,6 +20,7 @@ from trainer.model.build import build_model, constant_inputs
 from trainer.model.classes import model_class
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.model_code import SHIPPED
 
 CPU = torch.device("cpu")
 BLOCKS, SEQ_LEN = 3, 24
@@ -28,7 +29,7 @@ LENGTHS = [
     [7, 1, 1, 12, 3],
     [1, 22, 1],
 ]  # of the documents of each block; 12 and 22 outgrow the local window of 4
-MODELS = sorted(DOCUMENT_ATTENTION_MODELS)
+MODELS = sorted({*DOCUMENT_ATTENTION_MODELS, *SHIPPED})  # those that ship have a block mask in both ways
 
 
 def varlen_by_definition(

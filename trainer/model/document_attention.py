@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer.model.causal_attention import FULL, LOCAL, has_kinds_of_layers, local_window
-from trainer.model.classes import CAUSAL, is_in, model_class
+from trainer.model.classes import CAUSAL, is_in
 from trainer.model.hf_config import attention_dropout_of, head_width_of, position_offset
 from trainer.model.model_code import is_stock
 
@@ -49,7 +49,7 @@ class DocumentAttention:
         # A class whose positions are distances alone takes none.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._has_kinds, self._window = has_kinds_of_layers(model.config), local_window(model.config)
-        obstacle = _obstacle_to_varlen(model.config, next(model.parameters()).dtype, device)
+        obstacle = _own_attention(model) or _obstacle_to_varlen(model.config, next(model.parameters()).dtype, device)
         self._varlen = obstacle is None
         way = f"a block mask ({obstacle})" if obstacle else "variable-length flash attention"
         self.note = f"attention: by {way}"
@@ -98,11 +98,16 @@ def block_masks(
     return same, same & (distance < window if causal else distance.abs() <= window)
 
 
+def _own_attention(model: PreTrainedModel) -> str | None:
+    """Say that a model computes its attention itself; None where it leaves that to the registry of transformers."""
+    if is_stock(type(model)) or model._supports_attention_backend:
+        return None
+    return f"{type(model).__name__} computes its attention itself"
+
+
 def _obstacle_to_varlen(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     """Say why variable-length flash attention cannot be used, or return None when it can."""
     head_width, dropout = head_width_of(config), attention_dropout_of(config)
-    if not is_stock(type(config)) and not model_class(config)._supports_attention_backend:
-        return "the model's own code computes its attention itself"
     if device.type != "cuda":
         return "no GPU"
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):

@@ -81,7 +81,7 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
     where, fields = found.where, found.fields
     overrides = _checked_overrides(settings, found.config_class, fields)
     if settings.from_pretrained is None:
-        fields = {**fields, **_token_fields(found.config_class, vocabulary, family)}
+        fields = {**fields, **_token_fields(found, vocabulary, family)}
     config = _make_config(found, {**fields, **overrides}, settings, family)
     try:
         _check_sizes(config, where)
@@ -192,7 +192,7 @@ def _checked_overrides(
     return overrides
 
 
-def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, family: str) -> dict[str, int | None]:
+def _token_fields(found: Architecture, vocabulary: Vocabulary, family: str) -> dict[str, int | None]:
     ids: dict[str, int | None] = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad_id,
@@ -202,7 +202,8 @@ def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, 
         "sep_token_id": vocabulary.end_id,
         "mask_token_id": vocabulary.mask_id,
     }
-    fields = vars(config_class())
+    # A class with code of its own may take what its config.json has in any name.
+    fields = {*vars(found.config_class()), *(found.fields if found.code is not None else ())}
     return {name: value for name, value in ids.items() if name in fields}
 
 
