@@ -184,7 +184,7 @@ def test_gradients_are_those_of_the_documents_alone(model_type, checkpointing, w
         assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "modernbert"])
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "modernbert", "nezha"])
 def test_one_graph_serves_every_border(model_type, tmp_path):
     model = lively_model(tmp_path, model_type)
     packed = Packed(model)

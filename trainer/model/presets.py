@@ -7,7 +7,7 @@ BERT, arXiv:1810.04805, section 3; ALBERT, arXiv:1909.11942, table 1, without dr
 version 2 of google-research/albert; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
 smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
 XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory;
-NEZHA, arXiv:1909.00204, section 4 (of the size of BERT's base), with the distances of its published configuration.
+NEZHA, arXiv:1909.00204 (its base has the sizes of BERT's), with the distances of its published configuration.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """
 

@@ -50,7 +50,7 @@ class NezhaConfig(PretrainedConfig):
 def relative_positions(reach: int, width: int, like: torch.Tensor) -> torch.Tensor:
     """Make the paper's vectors of the distances -reach … reach: [2·reach + 1, width], dtype and device as `like`'s.
 
-    Element 2k is sin(distance / 10000^(2k/width)), element 2k + 1 the cosine (section 3.1 of the paper). They are
+    Element 2k is sin(distance / 10000^(2k/width)), element 2k + 1 the cosine. They are
     computed in each pass and are no buffer: what is no state is neither saved, nor rounded, nor bound to a length.
     """
     distance = torch.arange(-reach, reach + 1, device=like.device, dtype=torch.float32)
@@ -59,31 +59,41 @@ def relative_positions(reach: int, width: int, like: torch.Tensor) -> torch.Tens
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(like.dtype)
 
 
-def from_distances(values: torch.Tensor) -> torch.Tensor:
-    """Give each pair of tokens the value of its distance: [.., S, 2r + 1] → [.., S, S], of query i and key j.
+def spread(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Give each pair of tokens the value of its distance: [.., S, 2r + 1] → [.., S, S], of query i and key j."""
+    return values.gather(-1, index.expand(*values.shape[:-1], -1))
 
-    The value is that of j - i, and of ±r beyond it. Rows that are one shorter than they are written shift by one from
-    each row to the next: a view, where an index would be as large as the scores and add up in any order on a GPU.
+
+def collect(weights: torch.Tensor, reach: int) -> torch.Tensor:
+    """Add up what each query gives to the keys at each distance: [.., S, S] → [.., S, 2·reach + 1].
+
+    The diagonals become columns where rows are read one longer than they are. Sums, and not a scatter: that adds one
+    after the other, in half precision and on GPUs in any order, and most tokens are farther apart than the reach.
     """
-    length, reach = values.shape[-2], values.shape[-1] // 2
-    before = values[..., :1].expand(*values.shape[:-1], length - reach)
-    after = values[..., -1:].expand(*values.shape[:-1], length + 1 - reach)
-    rows = torch.cat((before, values, after), dim=-1)  # distances -S … S + 1
-    return rows.flatten(-2)[..., length:].unflatten(-1, (length, 2 * length + 1))[..., :length]
-
-
-def to_distances(weights: torch.Tensor, reach: int) -> torch.Tensor:
-    """Add up what each query gives to the keys at each distance: [.., S, S] → [.., S, 2·reach + 1], the way back."""
     length = weights.shape[-1]
-    rows = functional.pad(weights, (0, length + 1)).flatten(-2)
-    rows = functional.pad(rows, (length, 0)).unflatten(-1, (length, 2 * length + 2))
-    first, last = length - reach, length + reach
-    before, after = rows[..., : first + 1].sum(-1, keepdim=True), rows[..., last:].sum(-1, keepdim=True)
-    return torch.cat((before, rows[..., first + 1 : last], after), dim=-1)
+    row = length + 2 * reach + 1
+    rows = functional.pad(weights, (reach, reach, 0, 1)).flatten(-2)[..., : length * row].unflatten(-1, (length, row))
+    before, after = weights.tril(-reach).sum(-1, keepdim=True), weights.triu(reach).sum(-1, keepdim=True)
+    return torch.cat((before, rows[..., 1 : 2 * reach], after), dim=-1)
+
+
+class ByDistance(torch.autograd.Function):
+    """`spread`, or `collect` where that is asked for: each is the gradient of the other."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor, index: torch.Tensor, reach: int, collects: bool) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.reach, ctx.collects = reach, collects
+        return collect(values, reach) if collects else spread(values, index)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (index,) = ctx.saved_tensors
+        return spread(gradient, index) if ctx.collects else collect(gradient, ctx.reach), None, None, None
 
 
 class NezhaSelfAttention(nn.Module):
-    """Equations 4 and 5 of the paper: a vector of the distance is added to each key and to each value.
+    """Attention of the paper: a vector of the distance is added to each key and to each value.
 
     No such vector is made for a pair of tokens: queries meet the 2r + 1 of them, and so do summed probabilities.
     """
@@ -94,15 +104,16 @@ class NezhaSelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden: torch.Tensor, visible: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden, visible, table, index) -> torch.Tensor:
         projections = (self.query(hidden), self.key(hidden), self.value(hidden))
         query, key, value = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in projections)
         query = query / math.sqrt(query.shape[-1])
-        scores = query @ key.transpose(-1, -2) + from_distances(query @ table.T)
+        reach = table.shape[0] // 2
+        scores = query @ key.transpose(-1, -2) + ByDistance.apply(query @ table.T, index, reach, False)
         if visible is not None:
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         probabilities = self.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype))
-        context = probabilities @ value + to_distances(probabilities, table.shape[0] // 2) @ table
+        context = probabilities @ value + ByDistance.apply(probabilities, index, reach, True) @ table
         return context.transpose(1, 2).flatten(2)
 
 
@@ -128,8 +139,8 @@ class NezhaLayer(GradientCheckpointingLayer):
         self.output = NezhaResidual(config, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden: torch.Tensor, visible: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor:
-        hidden = self.attention["output"](self.attention["self"](hidden, visible, table), hidden)
+    def forward(self, hidden, visible, table, index) -> torch.Tensor:
+        hidden = self.attention["output"](self.attention["self"](hidden, visible, table, index), hidden)
         return self.output(self.activation(self.intermediate["dense"](hidden)), hidden)
 
 
@@ -163,10 +174,13 @@ class NezhaModel(PreTrainedModel):
         types = input_ids.new_zeros(1, 1) if token_type_ids is None else token_type_ids
         hidden = self.embeddings["word_embeddings"](input_ids) + self.embeddings["token_type_embeddings"](types)
         hidden = self.dropout(self.embeddings["LayerNorm"](hidden))
-        reach = min(self.config.max_relative_position, max(1, input_ids.shape[1] - 1))
-        table = relative_positions(reach, self.config.hidden_size // self.config.num_attention_heads, hidden)
+        length, heads = input_ids.shape[1], self.config.num_attention_heads
+        reach = min(self.config.max_relative_position, max(1, length - 1))  # there are no others
+        place = torch.arange(length, device=input_ids.device)
+        index = (place - place[:, None]).clamp(-reach, reach) + reach  # of the distance j - i, [S, S]
+        table = relative_positions(reach, self.config.hidden_size // heads, hidden)
         for layer in self.encoder["layer"]:
-            hidden = layer(hidden, visible, table)
+            hidden = layer(hidden, visible, table, index)
         return BaseModelOutput(last_hidden_state=hidden)
 
 
