@@ -76,10 +76,16 @@ def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
                 remedy=f"Choose one of {', '.join(PRESETS)}, or give model.config.",
             )
         return "model.preset", dict(PRESETS[settings.preset])
-    if settings.config is not None:
-        return "model.config", read_source(settings.config, "model.config", settings.code)[0]
-    assert settings.from_pretrained is not None
-    return "model.from_pretrained", read_source(settings.from_pretrained, "model.from_pretrained", settings.code)[0]
+    source = settings.config or settings.from_pretrained
+    where = "model.config" if settings.config is not None else "model.from_pretrained"
+    assert source is not None, "the schema says so"
+    if settings.code and not is_local(source):
+        raise UserError(
+            f"'{source}' is no folder on this machine, and code is run from a folder alone.",
+            where=where,
+            remedy=f"Download it, look at its code, and give its folder: `hf download {source} --local-dir DIR`.",
+        )
+    return where, read_source(source, where, settings.code)[0]
 
 
 def _code(settings: ModelConfig, where: str, fields: Mapping[str, Any]) -> ModelCode | None:
@@ -91,12 +97,6 @@ def _code(settings: ModelConfig, where: str, fields: Mapping[str, Any]) -> Model
     if settings.code:
         source = settings.config or settings.from_pretrained
         assert source is not None, "the schema says so"
-        if not is_local(source):
-            raise UserError(
-                f"'{source}' is no folder on this machine, and code is run from a folder alone.",
-                where=where,
-                remedy=f"Download it, look at its code, and give its folder: `hf download {source} --local-dir DIR`.",
-            )
         path = real_path(user_path(source, where))
         return read_code(path if path.is_dir() else path.parent, where, fields)
     model_type = fields["model_type"]
@@ -124,14 +124,14 @@ def _own_class(code: ModelCode, fields: Mapping[str, Any], family: str) -> type[
     except Exception as error:
         raise UserError(
             f"{config_class.__name__}() cannot be made without arguments, as transformers makes it: {error}",
-            where=f"{code.where}: {place_of(error, code) or code.folder}",
+            where=f"{code.where}: {place_of(error, code) or code.file_of(AUTO_CONFIG)}",
             remedy="Give all of its arguments defaults.",
         ) from error
     if config_class.model_type != fields["model_type"]:
         raise UserError(
             f"{config_class.__name__} is of model type '{config_class.model_type}', its config.json of "
             f"'{fields['model_type']}'.",
-            where=f"{code.where}: {code.folder}",
+            where=f"{code.where}: {code.file_of(AUTO_CONFIG)}",
             remedy="Give both the same model_type.",
         )
     return config_class

@@ -102,13 +102,16 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
             remedy="Set model.activation_checkpointing=false and, for less memory, a smaller batch.micro_size.",
         )
     if settings.document_attention and not keeps_documents(config):
+        others = f"train one of {', '.join(DOCUMENT_ATTENTION_MODELS.values())}"
+        declare = "set maskwright_documents = True in a class that takes an attention_mask [B, 1, S, S]"
         raise UserError(
             f"{type(skeleton).__name__} cannot keep its attention within documents.",
             where="model.document_attention",
-            remedy="Set model.document_attention=false (and data.samples=stream), or train one of "
-            f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
+            remedy="Set model.document_attention=false (and data.samples=stream), or "
+            f"{others if found.code is None else declare}.",
         )
     _refuse_what_cannot_be_proven(config, where)
+    _check_head(skeleton, where)
     if family == PAIRED:
         check_pair_fields(config, where)
     _check_seq_len(skeleton, seq_len, settings)
@@ -260,9 +263,10 @@ def _set_override(name: str) -> str:
 
 def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> PreTrainedModel:
     """Build the model on the meta device: shapes and class, no storage."""
+    kind = model_class(config)
     try:
         with torch.device("meta"):
-            return model_class(config)._from_config(config, attn_implementation=attention_of(config))
+            return kind._from_config(config, attn_implementation=attention_of(config))
     except Exception as error:  # a class checks its config as it likes: ValueError, AssertionError, KeyError, ...
         remedy = "Correct the model's config or model.overrides."
         positions = getattr(config, "max_position_embeddings", None)
@@ -320,6 +324,17 @@ def _refuse_what_cannot_be_proven(config: PretrainedConfig, where: str) -> None:
             where="model.overrides.attn_layers",
             remedy="Give it local attention only (attn_layers of 'local'), or train a model of another type.",
         )
+
+
+def _check_head(model: PreTrainedModel, where: str) -> None:
+    head = getattr(model, "maskwright_head", None)
+    if head is None or is_stock(type(model)) or head in dict(model.named_modules()):
+        return
+    raise UserError(
+        f"{type(model).__name__} has no submodule '{head}', which its maskwright_head names.",
+        where=where,
+        remedy="Name the submodule that first receives the encoder's output, or leave maskwright_head out.",
+    )
 
 
 def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:

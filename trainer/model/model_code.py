@@ -72,6 +72,10 @@ class ModelCode:
         reference = self.auto_map.get(auto_class)
         return None if reference is None else reference.rpartition(".")[2]
 
+    def file_of(self, auto_class: str) -> Path:
+        """Give the file of the class that `auto_class` of transformers loads."""
+        return self.folder / f"{self.auto_map[auto_class].partition('.')[0]}.py"
+
     def load(self, auto_class: str) -> Any:
         """Import the class that `auto_class` of transformers loads, which runs the code.
 
@@ -84,7 +88,7 @@ class ModelCode:
         except (Exception, SystemExit) as error:  # whatever the code does when it is imported
             raise UserError(
                 f"The model's own code cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}",
-                where=f"{self.where}: {place_of(error, self) or self.folder / f'{module}.py'}",
+                where=f"{self.where}: {place_of(error, self) or self.file_of(auto_class)}",
                 remedy="Correct it, or install what it needs. Of the modules beside it those are found that it imports "
                 "as `from .module import name`, the form that transformers follows.",
             ) from error
@@ -99,8 +103,9 @@ class ModelCode:
         return found
 
     def _install(self) -> str:
-        """Make the package of these bytes importable, under a name that no others have."""
-        package = _PACKAGE + bytes_hash(repr(sorted(self.files.items())).encode())
+        """Make a package of these bytes importable, under a name that no others have."""
+        all_of_it = (str(self.folder), sorted(self.auto_map.items()), sorted(self.files.items()))
+        package = _PACKAGE + bytes_hash(repr(all_of_it).encode())
         if package not in _known:
             module = ModuleType(package)
             module.__path__ = []
