@@ -65,6 +65,10 @@ def test_the_wheel_holds_what_ships(python: Path) -> None:
         assert shipped == source
     recipes = {path.name for path in (packages / "trainer" / "recipes").iterdir()}
     assert recipes == {path.name for path in (ROOT / "trainer" / "recipes").iterdir()}
+    for encoder in (ROOT / "trainer" / "model" / "encoders").iterdir():
+        for path in encoder.iterdir():
+            if path.is_file():
+                assert (packages / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     assert not [path for path in packages.iterdir() if path.name in ("tests", "slurm", "ds_configs", "docs")]
     (metadata,) = packages.glob("maskwright-*.dist-info/METADATA")
     assert {"Author: The maskwright authors", "License-Expression: MIT"} <= set(metadata.read_text().splitlines())
