@@ -292,8 +292,9 @@ def _modules_of_its_own() -> Iterator[None]:
 
     Its usual place is shared by all processes of a user, which write there without a lock, and may be read-only.
     """
-    from transformers import dynamic_module_utils as modules
+    from transformers import dynamic_module_utils
 
+    modules: Any = dynamic_module_utils
     usual, path = modules.HF_MODULES_CACHE, list(sys.path)
     with tempfile.TemporaryDirectory(prefix="maskwright-modules-") as folder:
         modules.HF_MODULES_CACHE = folder

@@ -138,9 +138,10 @@ def _own_class(code: ModelCode, fields: Mapping[str, Any], family: str) -> type[
 
 
 def _refuse_parts(config_class: type[PretrainedConfig], where: str) -> None:
-    if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
+    parts: Any = config_class.sub_configs
+    if parts and not hasattr(config_class(), "vocab_size"):
         raise UserError(
-            f"'{config_class.model_type}' is a model of several parts ({', '.join(config_class.sub_configs)}), and "
+            f"'{config_class.model_type}' is a model of several parts ({', '.join(parts)}), and "
             "only encoders of text are trained here.",
             where=where,
             remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",

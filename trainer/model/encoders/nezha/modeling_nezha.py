@@ -87,8 +87,8 @@ class ByDistance(torch.autograd.Function):
         return collect(values, reach) if collects else spread(values, index)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (index,) = ctx.saved_tensors
+    def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,), (index,) = gradients, ctx.saved_tensors
         return spread(gradient, index) if ctx.collects else collect(gradient, ctx.reach), None, None, None
 
 
@@ -152,7 +152,7 @@ class NezhaModel(PreTrainedModel):
 
     config_class, base_model_prefix, supports_gradient_checkpointing = NezhaConfig, "nezha", True
     _input_embed_layer = "word_embeddings"
-    _keys_to_ignore_on_load_unexpected = (r"positions_encoding$",)  # sinusoids that the former class saved
+    _keys_to_ignore_on_load_unexpected = [r"positions_encoding$"]  # noqa: RUF012  # sinusoids of the former class
 
     def __init__(self, config: NezhaConfig):
         super().__init__(config)
@@ -179,7 +179,7 @@ class NezhaModel(PreTrainedModel):
         place = torch.arange(length, device=input_ids.device)
         index = (place - place[:, None]).clamp(-reach, reach) + reach  # of the distance j - i, [S, S]
         table = relative_positions(reach, self.config.hidden_size // heads, hidden)
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder["layer"].children():
             hidden = layer(hidden, visible, table, index)
         return BaseModelOutput(last_hidden_state=hidden)
 
@@ -215,10 +215,10 @@ class NezhaForMaskedLM(PreTrainedModel):
         self.cls = nn.ModuleDict({"predictions": NezhaPredictions(config)})
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self):
         return self.cls["predictions"].decoder
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings):
         self.cls["predictions"].decoder = new_embeddings
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, labels=None) -> MaskedLMOutput:
