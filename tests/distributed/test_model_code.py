@@ -205,5 +205,5 @@ def test_a_head_that_looks_at_other_positions_is_not_restricted(
     config = config_of(workspace, tmp_path / "run", write_code(tmp_path / "bag", modeling))
     assert run_ranks(train_with_a_head_of_all_positions, 2, config) == [EXIT_USER_MISTAKE] * 2
     said = capfd.readouterr().out
-    assert "The head of BagForMaskedLM gives other logits for some positions than for all" in said
+    assert "The head of BagForMaskedLM gives a position other logits when others are predicted" in said
     assert not list(checkpoints_folder(tmp_path / "run").glob("step-*"))

@@ -171,27 +171,34 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
 
 
 def prove_head(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
-    """Compare the logits of the restricted head with those of the whole one, where a model's own code names the head.
+    """Predict some positions twice, among others each time, where a model's own code names the head that is restricted.
 
-    A collective. Whoever loads the converted model computes the whole one.
+    A collective. Whoever loads the converted model computes the head at all positions. The shapes are those of
+    training, so that nothing is compiled for it.
 
     Raises:
-        UserError: when they differ, as those of a head do that looks at other positions.
+        UserError: when their logits differ, as those of a head do that looks at other positions.
     """
     declared = head_module(engine.module)
     if declared is None or is_stock(type(engine.module)):
         return
-    batch = inputs.objective.plain(Blocks(block))
-    index = (_evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index).to(engine.device)
+    batch = inputs.objective.plain(Blocks(np.repeat(block, inputs.plan.micro_size, axis=0)))
+    index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
+    rows, seq_len = batch.inputs["input_ids"].shape
+    places = index.view(rows, -1)
+    if places.shape[1] < 2:  # there are no others
+        return
+    others = places.clone()
+    others[:, ::2] += torch.where(places[:, ::2] % seq_len == seq_len - 1, -1, 1)
     with engine.evaluating():
         moved = batch.to(engine.device).inputs
-        restricted = engine.network(moved, index).logits
-        whole = engine.network(moved, None).logits[index]
-    difference, scale = worst_difference([restricted], [whole])
+        found = [engine.network(moved, each.flatten().to(engine.device)).logits for each in (places, others.flip(1))]
+    first, second = (logits.unflatten(0, places.shape) for logits in found)
+    difference, scale = worst_difference([second.flip(1)[:, 1::2]], [first[:, 1::2]])
     if not difference <= PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * scale:
         raise UserError(
-            f"The head of {type(engine.module).__name__} gives other logits for some positions than for all: they "
-            f"differ by {difference:.3g} (largest logit {scale:.3g}).",
+            f"The head of {type(engine.module).__name__} gives a position other logits when others are predicted with "
+            f"it: they differ by {difference:.3g} (largest logit {scale:.3g}).",
             where=f"model.code, maskwright_head = '{declared}'",
             remedy="Name the submodule that first receives the encoder's output and works on each position alone, or "
             "leave maskwright_head out.",
