@@ -17,7 +17,7 @@ from tests.commands import assert_one_card, maskwright
 from tests.own_code import CONFIGURATION, MODELING, leaves_a_marker, write_code
 from tests.ranks import losses, metrics, run_ranks, tiny_config, write_config
 from trainer.checkpoint.find import checkpoints_folder
-from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, read_checkpoint_manifest
+from trainer.checkpoint.manifest import MODEL_FOLDER, PROBE, read_checkpoint_manifest, write_manifest
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.model.model_code import SHIPPED
@@ -85,7 +85,7 @@ def test_each_checkpoint_holds_the_code_and_its_hashes(trained: Path) -> None:
 def test_it_converts_when_asked_to_run_the_code_and_plain_transformers_loads_it(
     trained: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    (trained / "marker").unlink()
+    (trained / "marker").unlink(missing_ok=True)
     refused = maskwright("convert", trained / "run", "--output", tmp_path / "model")
     assert_one_card(refused, EXIT_USER_MISTAKE, "has code of its own, and none of it is run unasked", "add --code")
     assert not (trained / "marker").exists() and not (tmp_path / "model").exists()
@@ -111,6 +111,18 @@ def test_it_converts_when_asked_to_run_the_code_and_plain_transformers_loads_it(
     settings = ("model.config=null", f"model.from_pretrained={tmp_path / 'model'}", f"run.dir={tmp_path / 'next'}")
     again = maskwright("train", trained / "my.yaml", *settings, "schedule.warmup_steps=2", "train.steps=4")
     assert again.returncode == EXIT_FINISHED, again.stdout + again.stderr
+
+
+def test_a_checkpoint_that_does_not_say_that_it_has_code_runs_none(trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints_folder(trained / "run") / "step-00000006", tmp_path / "step-00000006"))
+    manifest = read_checkpoint_manifest(folder)
+    for name in [name for name in manifest.identity if name.startswith("model.code ")]:
+        del manifest.identity[name]
+    write_manifest(folder, manifest)
+    (trained / "marker").unlink(missing_ok=True)
+    refused = maskwright("convert", folder, "--output", tmp_path / "model")
+    assert_one_card(refused, EXIT_USER_MISTAKE, "has code of its own, and none of it is run unasked")
+    assert not (trained / "marker").exists()
 
 
 def test_a_resume_uses_the_code_that_it_began_with_or_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
