@@ -238,6 +238,7 @@ class _Jobs:
         settings = [
             assign("run_dir", str(self.run_dir)),
             assign("output", str(self.model)),
+            assign("options", ["--code"] if self.config.model.code else []),
             *self._common_settings(),
         ]
         comment = (f"Written by `maskwright submit --convert` for {self.run_dir}.",)

@@ -71,6 +71,12 @@ CASES: Mapping[str, ObjectiveCase] = MappingProxyType(
         "mlm by words": ObjectiveCase({"name": "mlm", "scheme": "word"}),
         "mlm by spans": ObjectiveCase({"name": "mlm", "scheme": "span", "replace_by": "unit"}),
         "mlm, documents": ObjectiveCase({"name": "mlm"}, sections={"data": {"samples": "documents"}}),
+        "mlm by words, documents, code of its own": ObjectiveCase(
+            {"name": "mlm", "scheme": "word"},
+            preset="nezha-base",
+            sizes={**_BERT, "max_relative_position": 5},
+            sections={"data": {"samples": "documents"}},
+        ),
         "mlm and nsp": ObjectiveCase({"name": "mlm", "pair": {"task": "nsp"}}, preset="bert-base"),
         "mlm and sop": ObjectiveCase(
             {"name": "mlm", "scheme": "ngram", "pair": {"task": "sop", "weight": 0.5}},

@@ -10,6 +10,7 @@ from trainer.config import ModelConfig
 from trainer.data.tokenizer import Vocabulary
 from trainer.model.build import build_model
 from trainer.model.classes import CAUSAL, MASKED, PERMUTED
+from trainer.model.model_code import SHIPPED
 from trainer.model.prediction_head import HEAD_MODULES, PROJECTIONS
 
 VOCABULARY_SIZE, BLOCKS, SEQ_LEN, PREDICTIONS = 200, 3, 24, 4
@@ -36,6 +37,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
     "eurobert": {**_BERT_LIKE, "num_key_value_heads": 2},
     "modernbert": {**_BERT_LIKE, "num_hidden_layers": 4, "local_attention": 8},
+    "nezha": {**_BERT_LIKE, **_DROPOUT_FREE, "max_relative_position": 5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_PDROP_FREE},
     "gpt_neox": {**_BERT_LIKE, **_DROPOUT_FREE},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, **_PDROP_FREE},
@@ -89,7 +91,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
     "xmod": {**_BERT_LIKE, "languages": ["en_XX"], "default_language": "en_XX"},
 }
-ARCHITECTURES = sorted(HEAD_MODULES.keys() - PROJECTIONS.keys())
+ARCHITECTURES = sorted((HEAD_MODULES.keys() - PROJECTIONS.keys()) | SHIPPED.keys())
 CAUSAL_ARCHITECTURES = sorted(PROJECTIONS)
 
 

@@ -15,11 +15,13 @@ import os
 import re
 import shutil
 import socket
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -28,11 +30,16 @@ from tools.model_card import write_model_card
 from tools.open_tokenizer import left_open
 from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe, worst_difference
 from trainer.checkpoint.find import locate
+from trainer.checkpoint.identity import has_own_code
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
 from trainer.runtime.paths import new_folder
+from trainer.runtime.user_files import read_json
+
+if TYPE_CHECKING:
+    from trainer.model.model_code import ModelCode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,11 +55,16 @@ class Conversion:
     difference_after_reload: float
 
 
-def convert(source: str, output: str, dtype: str, max_shard_size: str, console: Console) -> Conversion:
+def convert(
+    source: str, output: str, dtype: str, max_shard_size: str, console: Console, run_code: bool = False
+) -> Conversion:
     """Convert a run's newest whole checkpoint, or the one given.
 
+    Args:
+        run_code: run the code of its own that the checkpoint's model may have.
+
     Raises:
-        UserError: no such checkpoint, unknown dtype, or an output folder that is not empty.
+        UserError: no such checkpoint, unknown dtype, an output folder that is not empty, or code that may not be run.
         DamagedError: the checkpoint is damaged, or the logits do not agree.
     """
     _check_arguments(dtype, max_shard_size)
@@ -60,7 +72,8 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     _remove_leftovers(target)
-    model = _load_into_stock_class(folder, manifest)
+    code = _code(folder, manifest, run_code)
+    model = _load_into_stock_class(folder, code)
     probe = read_probe(folder).for_cpu()
     from_training = _compare_with_training(model, probe, folder)
     name, before = type(model).__name__, _outputs(model, probe)
@@ -71,15 +84,21 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
         temporary.mkdir(parents=True)
         with _full_disk_explained(target):
             _write(model.to(DTYPES[dtype]), folder, manifest, temporary, max_shard_size)
-            write_model_card(temporary, folder, manifest, dtype)
+            if code is not None:
+                code.write(temporary)
+            write_model_card(temporary, folder, manifest, dtype, has_code=code is not None)
         del model  # what is compared from here on is a model read back: there need not be two in memory
-        after_reload = _compare_after_reload(temporary, auto_class, DTYPES[dtype], probe, before)
+        with _modules_of_its_own():
+            after_reload = _compare_after_reload(
+                temporary, auto_class, DTYPES[dtype], probe, before, has_code=code is not None
+            )
         with _full_disk_explained(target):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    console.print(f"wrote {target}: {name}, load it with {auto_class}.from_pretrained", markup=False)
+    loader = f"{auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
+    console.print(f"wrote {target}: {name}, load it with {loader}", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
 
 
@@ -134,15 +153,37 @@ def _check_arguments(dtype: str, max_shard_size: str) -> None:
         raise UserError(f"Unknown dtype '{dtype}'.", where=f"--dtype {dtype}", remedy=f"One of {', '.join(DTYPES)}.")
 
 
-def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
-    """Load the checkpoint's fp32 weights strictly into the stock model, in evaluation mode."""
-    from transformers import AutoConfig
+def _code(folder: Path, manifest: CheckpointManifest, may_run: bool) -> ModelCode | None:
+    """Read the code of the checkpoint's model: that which the run began with, or maskwright's own of today.
 
-    from trainer.model.stock import stock_model, untie_if_trained_apart
+    Raises:
+        UserError: when it may not be run; nothing of it was.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from trainer.model.model_code import SHIPPED, read_code, shipped_code
+
+    fields = read_json(folder / MODEL_FOLDER / "config.json")
+    model_type = fields.get("model_type")
+    is_unknown = "auto_map" in fields and model_type not in {*CONFIG_MAPPING, *SHIPPED}
+    if not (is_unknown or has_own_code(manifest)):
+        return shipped_code(model_type)
+    if not may_run:
+        raise UserError(
+            f"The model of this checkpoint, a '{model_type}', has code of its own, and none of it is run unasked.",
+            where=str(folder / MODEL_FOLDER),
+            remedy="If it is the code that you trained with, or you trust it, add --code.",
+        )
+    return read_code(folder / MODEL_FOLDER, "--code", fields)
+
+
+def _load_into_stock_class(folder: Path, code: ModelCode | None) -> Any:
+    """Load the checkpoint's fp32 weights strictly into the stock model, in evaluation mode."""
+    from trainer.model.stock import read_config, stock_model, untie_if_trained_apart
 
     with _quiet():
         files = ZeroFiles(folder)
-        config = AutoConfig.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
+        config = read_config(folder / MODEL_FOLDER, code)
         untie_if_trained_apart(config, files.shapes)  # a run that an earlier version began did not
         model = stock_model(config, "cpu")
     _fill(model, files)
@@ -227,11 +268,11 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path, whole_documents:
     """Write the tokenizer, no longer than the model's positions; with WordPiece a vocab.txt, which older code reads."""
     from transformers import AutoTokenizer
 
-    from trainer.model.classes import CAUSAL, FAMILIES
+    from trainer.model.classes import CAUSAL, is_in
     from trainer.model.hf_config import position_offset, position_table
 
     tokenizer = AutoTokenizer.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
-    if model.config.model_type in FAMILIES[CAUSAL].classes:
+    if is_in(model.config, CAUSAL):
         tokenizer = left_open(tokenizer, begins=whole_documents)
     table = position_table(model)
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -245,15 +286,40 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path, whole_documents:
         pieces.save(str(temporary))
 
 
+@contextlib.contextmanager
+def _modules_of_its_own() -> Iterator[None]:
+    """Let transformers keep its copies of models' own code in a folder of this conversion alone, for so long.
+
+    Its usual place is shared by all processes of a user, which write there without a lock, and may be read-only.
+    """
+    from transformers import dynamic_module_utils
+
+    modules: Any = dynamic_module_utils
+    usual, path = modules.HF_MODULES_CACHE, list(sys.path)
+    with tempfile.TemporaryDirectory(prefix="maskwright-modules-") as folder:
+        modules.HF_MODULES_CACHE = folder
+        try:
+            yield
+        finally:
+            modules.HF_MODULES_CACHE, sys.path[:] = usual, path
+            for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+                del sys.modules[name]
+
+
 def _compare_after_reload(
-    temporary: Path, auto_class: str, dtype: torch.dtype, probe: Probe, before: list[torch.Tensor]
+    temporary: Path,
+    auto_class: str,
+    dtype: torch.dtype,
+    probe: Probe,
+    before: list[torch.Tensor],
+    has_code: bool,
 ) -> float:
     """Load back with plain transformers; returns the largest difference from the logits before the cast."""
     import transformers
 
     with _quiet():
         loaded, report = getattr(transformers, auto_class).from_pretrained(
-            temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+            temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=has_code
         )
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:

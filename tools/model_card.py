@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from trainer.tracking.jsonl import read_metrics
 CURVE_POINTS = 12
 
 
-def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str) -> None:
+def write_model_card(
+    folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str, has_code: bool = False
+) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
@@ -37,13 +40,18 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
         f"# {name}",
         _summary(manifest, card, dtype, evaluations),
-        f"```python\n{card.use}\n```",
+        f"```python\n{_use(card, has_code)}\n```",
         _data(config, manifest) if config else "",
         _training(config, card, manifest) if config else "",
         _curve(lines, card, evaluations),
         _versions(manifest),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _use(card: ObjectiveCard, has_code: bool) -> str:
+    """Write how the model is used; one with code of its own has to be told that it may be run."""
+    return re.sub(r'("PATH_OF_THIS_FOLDER")(?=\))', r"\1, trust_remote_code=True", card.use) if has_code else card.use
 
 
 def _summary(manifest: CheckpointManifest, card: ObjectiveCard, dtype: str, evaluations: list[dict[str, Any]]) -> str:

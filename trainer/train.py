@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from trainer.checkpoint.begun import as_begun
-from trainer.checkpoint.contents import prove_causal, prove_repeatable, read_probe_block, take_contents
+from trainer.checkpoint.contents import prove_causal, prove_head, prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.find import checkpoints_folder, choose_checkpoint
 from trainer.checkpoint.identity import run_identity
 from trainer.checkpoint.manifest import CheckpointManifest, Records, read_checkpoint_manifest
@@ -332,6 +332,7 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
     world = run.world
     block = distributed.run_on_all_ranks(world, lambda: read_probe_block(inputs))
     distributed.run_on_all_ranks(world, lambda: prove_repeatable(engine, inputs, block))
+    distributed.run_on_all_ranks(world, lambda: prove_head(engine, inputs, block))
     if family_of(inputs.config) == CAUSAL:
         distributed.run_on_all_ranks(world, lambda: prove_causal(engine, inputs, block))
     saver = Saver(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
     proven = convert(str(tmp_path / "one"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
     assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
     auto_class = getattr(transformers, FAMILIES[family_of(config_of(name, "one"))].auto_class)
-    _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True)
+    has_code = "auto_map" in json.loads((tmp_path / "model" / "config.json").read_text())
+    _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True, trust_remote_code=has_code)
     assert not any(report.values())
 
     for stage in ("zero0", "zero2"):

@@ -61,10 +61,11 @@ def test_whatever_a_rank_reads_for_itself_is_compared(
         shutil.copytree(workspace / "data", folder / "data")
         (folder / "model").mkdir()
         (folder / "model" / "model.safetensors").write_bytes(bytes(40 << 20))
+        (folder / "model" / "modeling.py").write_text("import torch\n")
         shutil.copy("ds_configs/zero1.json", folder / "stage.json")
     empty.mkdir()
     config = tiny_config(workspace, tmp_path / "run", deepspeed="stage.json").model_dump(mode="json")
-    config["model"] |= {"tokenizer": "tokenizer", "preset": None, "from_pretrained": "./model"}
+    config["model"] |= {"tokenizer": "tokenizer", "preset": None, "from_pretrained": "./model", "code": True}
     config["data"]["train"] = [{"path": "data"}]
     usual = Start(here, config)
 
@@ -94,6 +95,7 @@ def test_whatever_a_rank_reads_for_itself_is_compared(
         "model.from_pretrained=./model: model.safetensors is": with_file(
             "model/model.safetensors", bytes([1] * (1 << 20))
         ),
+        "model.from_pretrained=./model: modeling.py is": with_file("model/modeling.py", b"#"),
         "data data (train) is": with_file("data/train/manifest.json", b"#"),
     }
     stage = cases["deepspeed=stage.json.zero_optimization.stage is 1 on"].folder / "stage.json"

@@ -65,6 +65,10 @@ def test_the_wheel_holds_what_ships(python: Path) -> None:
         assert shipped == source
     recipes = {path.name for path in (packages / "trainer" / "recipes").iterdir()}
     assert recipes == {path.name for path in (ROOT / "trainer" / "recipes").iterdir()}
+    for encoder in (ROOT / "trainer" / "model" / "encoders").iterdir():
+        for path in encoder.iterdir():
+            if path.is_file():
+                assert (packages / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     assert not [path for path in packages.iterdir() if path.name in ("tests", "slurm", "ds_configs", "docs")]
     (metadata,) = packages.glob("maskwright-*.dist-info/METADATA")
     assert {"Author: The maskwright authors", "License-Expression: MIT"} <= set(metadata.read_text().splitlines())
@@ -88,6 +92,7 @@ def test_it_works_in_a_folder_whose_files_have_the_names_of_modules(
     assert "#SBATCH" in run(
         [maskwright, "submit", "my.yaml", "--nodes", "1", "--gpus-per-node", "2", "--dry-run"], tmp_path
     )
+    run([maskwright, "validate", "my.yaml", "model.preset=nezha-base"], tmp_path)  # whose code is no module of ours
     said = run([maskwright, "train", "my.yaml", "--nproc-per-node", "2"], tmp_path)
     assert "step 3/3" in said and "finished: 3 steps" in said
     assert (checkpoints_folder(tmp_path / "run") / "step-00000003" / "manifest.json").is_file()

@@ -36,6 +36,13 @@ ROBERTA = {
     "max_position_embeddings": 130,
     **WITHOUT_DROPOUT,
 }
+NEZHA = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "max_relative_position": 16,
+}
 MODERNBERT = {
     "hidden_size": 128,
     "num_hidden_layers": 3,

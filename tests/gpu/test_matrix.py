@@ -7,24 +7,27 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.runs import MARKS, MODERNBERT, losses_of, only_on_a_gpu, trained, write_run
+from tests.gpu.runs import MARKS, MODERNBERT, NEZHA, losses_of, only_on_a_gpu, trained, write_run
 
 pytestmark = MARKS
 HALF = 0.05  # nats: of a loss near 6, what bf16 and fp16 may be off by in 12 steps
 EXACT = 5e-3  # fp32, summed in another order
 DOCUMENTS = {"document_attention": True}
 MODERN = {"preset": "modernbert-base", "overrides": MODERNBERT}
+OWN_CODE = {"preset": "nezha-base", "overrides": NEZHA}
 FP32, FP16 = {"precision": "fp32"}, {"precision": "fp16"}
 REFERENCES: dict[str, dict[str, Any]] = {
     "plain": {"train": FP32},
     "documents": {"train": FP32, "model": DOCUMENTS},
     "modernbert": {"train": FP32, "model": {**MODERN, **DOCUMENTS}},
+    "nezha": {"train": FP32, "model": {**OWN_CODE, **DOCUMENTS}},
 }
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "fp32": ("plain", EXACT, {"train": FP32}),
     "fp32, ZeRO-0": ("plain", EXACT, {"train": FP32, "deepspeed": "zero0"}),
     "fp32, documents by a mask": ("documents", EXACT, {"train": FP32, "model": DOCUMENTS}),
     "fp32, ModernBERT's windows": ("modernbert", EXACT, {"train": FP32, "model": {**MODERN, **DOCUMENTS}}),
+    "fp32, NEZHA's distances": ("nezha", EXACT, {"train": FP32, "model": {**OWN_CODE, **DOCUMENTS}}),
     "fp32, torch's kernels": ("plain", EXACT, {"train": FP32, "model": {"kernels": "torch"}}),
     "fp32, in one micro-batch": ("plain", EXACT, {"train": FP32, "batch": {"micro_size": 16}}),
     "bf16": ("plain", HALF, {}),
@@ -35,6 +38,8 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "bf16, checkpointing": ("plain", HALF, {"model": {"activation_checkpointing": True}}),
     "bf16, documents": ("documents", HALF, {"model": DOCUMENTS}),
     "bf16, ModernBERT's windows": ("modernbert", HALF, {"model": {**MODERN, **DOCUMENTS}}),
+    "bf16, NEZHA's distances": ("nezha", HALF, {"model": {**OWN_CODE, **DOCUMENTS}}),
+    "bf16, NEZHA compiled": ("nezha", HALF, {"model": {"compile": True, **OWN_CODE, **DOCUMENTS}}),
     "bf16, compiled": ("plain", HALF, {"model": {"compile": True}}),
     "bf16, compiled documents": ("documents", HALF, {"model": {"compile": True, **DOCUMENTS}}),
     "bf16, deterministic": ("plain", HALF, {"train": {"deterministic": True}}),

@@ -20,6 +20,7 @@ from trainer.model.build import build_model, constant_inputs
 from trainer.model.classes import model_class
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS, build_config
+from trainer.model.model_code import SHIPPED
 
 CPU = torch.device("cpu")
 BLOCKS, SEQ_LEN = 3, 24
@@ -28,7 +29,7 @@ LENGTHS = [
     [7, 1, 1, 12, 3],
     [1, 22, 1],
 ]  # of the documents of each block; 12 and 22 outgrow the local window of 4
-MODELS = sorted(DOCUMENT_ATTENTION_MODELS)
+MODELS = sorted({*DOCUMENT_ATTENTION_MODELS, *SHIPPED})  # those that ship have a block mask in both ways
 
 
 def varlen_by_definition(
@@ -183,7 +184,7 @@ def test_gradients_are_those_of_the_documents_alone(model_type, checkpointing, w
         assert (found[name] - expected[name]).abs().max() < 1e-5 * largest, name
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "modernbert"])
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "modernbert", "nezha"])
 def test_one_graph_serves_every_border(model_type, tmp_path):
     model = lively_model(tmp_path, model_type)
     packed = Packed(model)

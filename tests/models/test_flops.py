@@ -33,7 +33,7 @@ from trainer.sizing.peak_flops import datasheet_peak, device_peak, matmul_peak_f
 from trainer.tracking.metrics import ThroughputMeter, as_json
 
 
-@pytest.mark.parametrize("model_type", [*ARCHITECTURES, *CAUSAL_ARCHITECTURES])
+@pytest.mark.parametrize("model_type", [*(name for name in ARCHITECTURES if name != "nezha"), *CAUSAL_ARCHITECTURES])
 def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
     input_ids, index, *_ = masked_batch()
     model = tiny_model(tmp_path, model_type)
@@ -81,6 +81,18 @@ def test_a_frozen_encoder_with_a_trained_embedding_takes_two_thirds_and_its_atte
     frozen = flops_per_token(model, 0.0, 0.0)
     assert frozen == pytest.approx(2 / 3 * matrices, rel=1e-12)
     assert flops_per_token(model, SEQ_LEN, 0.0) - frozen == pytest.approx(attention, rel=1e-12)
+
+
+@pytest.mark.parametrize("seq_len", [4, SEQ_LEN])
+def test_nezhas_vectors_of_distances_have_no_gradient_to_compute(seq_len, tmp_path):
+    model = tiny_model(tmp_path, "nezha")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=masked_batch()[0][:, :seq_len])
+    config = model.config
+    distances = 2 * min(config.max_relative_position, seq_len - 1) + 1
+    relative = 4 * distances * config.hidden_size * config.num_hidden_layers * BLOCKS * seq_len
+    counted = flops_per_token(model, seq_len, 1.0) * BLOCKS * seq_len
+    assert counted == pytest.approx(3 * counter.get_total_flops() - relative, rel=1e-12)
 
 
 def test_xlnet_is_counted_without_the_product_that_chooses_positions(tmp_path):

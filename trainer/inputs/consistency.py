@@ -128,6 +128,8 @@ def _model_files(config: Config) -> dict[str, str]:
         if name and is_local(name):
             path = user_path(name, key)
             files = [path] if path.is_file() else [file for kind in _MODEL_FILES for file in sorted(path.glob(kind))]
+            if config.model.code and key != "model.tokenizer":
+                files += sorted((path.parent if path.is_file() else path).glob("*.py"))
             found |= {f"{key}={name}: {file.name}": _identity(file) for file in files} or {f"{key}={name}": "missing"}
     return found
 

@@ -78,7 +78,7 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
     unused = sorted(report["unexpected_keys"])
     encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and not _of_pooler(key)]
     if encoder:
-        prefix = _wrapper(encoder, unused)
+        prefix, other = _wrapper(encoder, unused), _other_prefix(encoder, unused)
         raise UserError(
             f"'{source}' lacks {len(encoder)} weights of the encoder of {name}: {listed(encoder, _LISTED)}."
             + (f" Its weights' names begin with '{prefix}', which a wrapper has put there." if prefix else "")
@@ -86,6 +86,9 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
             where=where,
             remedy=f"Save them without it, with `name.removeprefix('{prefix}')` for each name."
             if prefix
+            else f"If it is this architecture, save its weights with `name.replace('{other}.', "
+            f"'{model.base_model_prefix}.', 1)` for each name."
+            if other
             else "Give a checkpoint of this architecture; its config.json and its weights may not belong together.",
         )
     notes = []
@@ -103,6 +106,15 @@ def _of_pooler(key: str) -> bool:
 
 def _mismatches(report: Mapping[str, Any]) -> list[tuple[str, torch.Size, torch.Size]]:
     return sorted(report["mismatched_keys"], key=lambda entry: entry[0])
+
+
+def _other_prefix(missing: Sequence[str], unused: Sequence[str]) -> str:
+    """Find what stands in the unused names where the missing ones have the encoder's own name: NEZHA's may say bert."""
+    held = set(unused)
+    for prefix in sorted({name.partition(".")[0] for name in unused}):
+        if all(f"{prefix}.{name.partition('.')[2]}" in held for name in missing):
+            return prefix
+    return ""
 
 
 def _wrapper(missing: Sequence[str], unused: Sequence[str]) -> str:

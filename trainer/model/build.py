@@ -24,7 +24,8 @@ from trainer.model.hf_config import (
     position_table,
     vocabulary_rows,
 )
-from trainer.model.prediction_head import HEAD_MODULES
+from trainer.model.model_code import is_stock
+from trainer.model.prediction_head import head_module
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.runtime.paths import is_local, user_path
 
@@ -92,9 +93,10 @@ def build_model(
     name = type(model).__name__
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
-    if config.model_type not in HEAD_MODULES and family != PERMUTED:
+    if head_module(model) is None and family != PERMUTED:
         skipped = "hold a part of them at a time" if family == CAUSAL else "skip the unmasked ones"
-        notes.append(f"head: {name} computes the logits of all positions; only known classes {skipped}")
+        others = "only known classes" if is_stock(type(model)) else "classes with a `maskwright_head`"
+        notes.append(f"head: {name} computes the logits of all positions; {others} {skipped}")
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
     # Earlier versions did not correct it, and tied again what grew.
     says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
@@ -110,14 +112,15 @@ def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) 
     gather. Given one row, the class broadcasts it: each table is looked up, and its gradient scattered, once a
     batch and not once a block. A packed block has no padding, so no attention_mask is ever passed (it would cost a
     host synchronisation and the flash kernel). Rotary classes make their own positions, a single row as well; a
-    class that is not known here gets nothing and does as always.
+    class that is not known here, or has code of its own, gets nothing and does as always.
 
     Returns:
         position_ids (from the class's offset) and token_type_ids (zeros), int64 [1, seq_len], each if the class
         takes it. Of a causal class that no keys and values are to be kept.
     """
     inputs: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    if model.config.model_type not in HEAD_MODULES or position_table(model) is None:
+    is_known = is_stock(type(model)) and head_module(model) is not None
+    if not is_known or position_table(model) is None:
         return inputs
     offset = position_offset(model)
     inputs |= {"position_ids": torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)}

@@ -15,7 +15,8 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trainer.model.prediction_head import PROJECTIONS
+from trainer.model.model_code import is_stock
+from trainer.model.prediction_head import projection_of
 
 FULL, LOCAL = "full_attention", "sliding_attention"
 # In transformers' registry of attention functions, and in that of masks not: so a class makes none.
@@ -24,18 +25,22 @@ _WITHOUT_MASK = "causal_sdpa"
 
 def has_kinds_of_layers(config: PretrainedConfig) -> bool:
     """Tell whether a class takes one mask for its full and one for its local layers, by their names."""
+    if not is_stock(type(config)):
+        return False
     return bool(getattr(config, "layer_types", None)) or config.model_type == "modernbert"
 
 
 def local_window(config: PretrainedConfig) -> int | None:
     """Find the window of a model's local layers, None where it has none."""
+    if not has_kinds_of_layers(config):
+        return None
     kinds = getattr(config, "layer_types", None) or ()
     return config.sliding_window if LOCAL in kinds or config.model_type == "modernbert" else None
 
 
 def use_causal_sdpa(model: PreTrainedModel) -> None:
     """Let a known causal class rely on sdpa's causal way; other classes, and those with kinds of layers, stay."""
-    if model.config.model_type in PROJECTIONS and not has_kinds_of_layers(model.config):
+    if projection_of(model) is not None and not has_kinds_of_layers(model.config):
         model.set_attn_implementation(_WITHOUT_MASK)
 
 
@@ -52,7 +57,7 @@ def positions_run_through() -> Iterator[None]:
 
 def causal_masks(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:
     """Make the argument `attention_mask` of a known causal class with kinds of layers; nothing for others."""
-    if model.config.model_type not in PROJECTIONS or not has_kinds_of_layers(model.config):
+    if projection_of(model) is None or not has_kinds_of_layers(model.config):
         return {}
     window = local_window(model.config)
     place = torch.arange(seq_len, device=device)

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainer.errors import UserError
+from trainer.model.model_code import code_of
 
 MASKED, PAIRED, CAUSAL, PERMUTED = "masked", "paired", "causal", "permuted"
 # transformers gives these a causal class, and attention to both sides unless they are told otherwise.
@@ -80,8 +81,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def choose_class(config: PretrainedConfig, family: str) -> None:
-    """Write into a config which class of the family is meant; its type has one."""
-    config.architectures = [FAMILIES[family].classes[config.model_type]]
+    """Write into a config which class of the family is meant; its type, or its own code, has one."""
+    code = code_of(config)
+    name = FAMILIES[family].classes[config.model_type] if code is None else code.class_name(FAMILIES[family].auto_class)
+    assert name is not None
+    config.architectures = [name]
 
 
 def check_pair_fields(config: PretrainedConfig, where: str) -> None:
@@ -100,8 +104,20 @@ def check_pair_fields(config: PretrainedConfig, where: str) -> None:
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """Return the class that a config names: one that `choose_class` chose, or that a checkpoint has recorded."""
-    return getattr(transformers, _name_of(config))
+    """Return the class that a config names: one that `choose_class` chose, or that a checkpoint has recorded.
+
+    Raises:
+        UserError: as `ModelCode.load`, for a class that is in a folder of its own.
+    """
+    code = code_of(config)
+    return getattr(transformers, _name_of(config)) if code is None else code.load(auto_class_of(config))
+
+
+def is_in(config: PretrainedConfig, family: str) -> bool:
+    """Tell whether a config is of a type that the family has."""
+    if code_of(config) is None:
+        return config.model_type in FAMILIES[family].classes
+    return family in (MASKED, CAUSAL) and auto_class_of(config) == FAMILIES[family].auto_class
 
 
 def _name_of(config: PretrainedConfig) -> str:
@@ -112,8 +128,12 @@ def _name_of(config: PretrainedConfig) -> str:
 
 def auto_class_of(config: PretrainedConfig) -> str:
     """Name what of transformers loads the class that a config names."""
-    name = _name_of(config)
-    return next(family.auto_class for family in FAMILIES.values() if name in family.classes.values())
+    name, code = _name_of(config), code_of(config)
+    return next(
+        family.auto_class
+        for family in FAMILIES.values()
+        if (name in family.classes.values() if code is None else name == code.class_name(family.auto_class))
+    )
 
 
 def attended_tokens(seq_len: int, family: str) -> float:

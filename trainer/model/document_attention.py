@@ -11,6 +11,7 @@ GPUs in half precision) computes none of them.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from trainer.model.causal_attention import FULL, LOCAL, has_kinds_of_layers, local_window
-from trainer.model.classes import CAUSAL, FAMILIES
+from trainer.model.classes import CAUSAL, is_in
 from trainer.model.hf_config import attention_dropout_of, head_width_of, position_offset
+from trainer.model.model_code import is_stock
 
 if TYPE_CHECKING:
     from trainer.data.batch import Documents
@@ -33,7 +35,7 @@ class DocumentAttention:
     """The forward arguments that keep the attention of one model within documents.
 
     Args:
-        model: of a class in `hf_config.DOCUMENT_ATTENTION_MODELS`, in the precision it will train in. Where
+        model: of a class for which `hf_config.keeps_documents` holds, in the precision it will train in. Where
             variable-length attention can be used, the model is switched to it.
         device: where it will run.
 
@@ -43,9 +45,11 @@ class DocumentAttention:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self._offset = position_offset(model)
-        self._causal = model.config.model_type in FAMILIES[CAUSAL].classes
+        self._causal = is_in(model.config, CAUSAL)
+        # A class whose positions are distances alone takes none.
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._has_kinds, self._window = has_kinds_of_layers(model.config), local_window(model.config)
-        obstacle = _obstacle_to_varlen(model.config, next(model.parameters()).dtype, device)
+        obstacle = _own_attention(model) or _obstacle_to_varlen(model.config, next(model.parameters()).dtype, device)
         self._varlen = obstacle is None
         way = f"a block mask ({obstacle})" if obstacle else "variable-length flash attention"
         self.note = f"attention: by {way}"
@@ -54,7 +58,9 @@ class DocumentAttention:
 
     def inputs(self, documents: Documents) -> dict[str, Any]:
         """Make the arguments of a stock masked-LM class for a batch with these documents, on the batch's device."""
-        arguments: dict[str, Any] = {"position_ids": documents.positions + self._offset}
+        arguments: dict[str, Any] = {}
+        if self._takes_positions:
+            arguments["position_ids"] = documents.positions + self._offset
         if self._varlen:
             seq_len = documents.positions.shape[1]
             arguments |= {f"cu_seq_lens_{side}": documents.cu_seqlens for side in ("q", "k")}
@@ -90,6 +96,13 @@ def block_masks(
     if window is None:
         return same, None
     return same, same & (distance < window if causal else distance.abs() <= window)
+
+
+def _own_attention(model: PreTrainedModel) -> str | None:
+    """Say that a model computes its attention itself; None where it leaves that to the registry of transformers."""
+    if is_stock(type(model)) or model._supports_attention_backend:
+        return None
+    return f"{type(model).__name__} computes its attention itself"
 
 
 def _obstacle_to_varlen(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -11,22 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
-from trainer.model.classes import (
-    CAUSAL,
-    FAMILIES,
-    MASKED,
-    PAIRED,
-    PERMUTED,
-    check_pair_fields,
-    choose_class,
-    model_class,
-)
-from trainer.model.presets import PRESETS
-from trainer.model.source import read_source
+from trainer.model.architecture import Architecture, find_architecture
+from trainer.model.classes import CAUSAL, FAMILIES, MASKED, PAIRED, check_pair_fields, choose_class, model_class
+from trainer.model.model_code import code_of, is_stock, place_of
 from trainer.model.two_streams import refuse_one_sided
 
 if TYPE_CHECKING:
@@ -66,11 +57,6 @@ DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
     "xlm-roberta": "XLM-RoBERTa",
 }
 """`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
-_OBJECTIVES_OF = {
-    "objective.name=mlm": MASKED,
-    "objective.name=clm": CAUSAL,
-    "objective.name=plm": PERMUTED,
-}
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
 _MOST_LAYERS, _LARGEST_SIZE = 1024, 2**24  # beyond what anybody trains; without a cap a slip builds modules for hours
@@ -91,12 +77,12 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
             activation checkpointing or document attention where it is asked for, and a seq_len beyond the model's
             positions.
     """
-    where, fields = _source(settings)
-    config_class = _config_class(fields, where, family)
-    overrides = _checked_overrides(settings, config_class, fields)
+    found = find_architecture(settings, family)
+    where, fields = found.where, found.fields
+    overrides = _checked_overrides(settings, found.config_class, fields)
     if settings.from_pretrained is None:
-        fields = {**fields, **_token_fields(config_class, vocabulary, family)}
-    config = _make_config(config_class, {**fields, **overrides}, settings, where, family)
+        fields = {**fields, **_token_fields(found, vocabulary, family)}
+    config = _make_config(found, {**fields, **overrides}, settings, family)
     try:
         _check_sizes(config, where)
     except (TypeError, RuntimeError) as error:  # transformers has an error of its own for such fields
@@ -108,25 +94,35 @@ def build_config(settings: ModelConfig, vocabulary: Vocabulary, seq_len: int, fa
     refuse_one_sided(config, where)
     skeleton = _skeleton(config, vocabulary, where)
     if settings.from_pretrained is not None:
-        _refuse_shape_changes(settings, config_class, fields, overrides, vocabulary, family)
+        _refuse_shape_changes(settings, found, overrides, vocabulary, family)
     if settings.activation_checkpointing and not skeleton.supports_gradient_checkpointing:
         raise UserError(
             f"{type(skeleton).__name__} does not support activation checkpointing.",
             where="model.activation_checkpointing",
             remedy="Set model.activation_checkpointing=false and, for less memory, a smaller batch.micro_size.",
         )
-    if settings.document_attention and config.model_type not in DOCUMENT_ATTENTION_MODELS:
+    if settings.document_attention and not keeps_documents(config):
+        others = f"train one of {', '.join(DOCUMENT_ATTENTION_MODELS.values())}"
+        declare = "set maskwright_documents = True in a class that takes an attention_mask [B, 1, S, S]"
         raise UserError(
             f"{type(skeleton).__name__} cannot keep its attention within documents.",
             where="model.document_attention",
-            remedy="Set model.document_attention=false (and data.samples=stream), or train one of "
-            f"{', '.join(DOCUMENT_ATTENTION_MODELS.values())}.",
+            remedy="Set model.document_attention=false (and data.samples=stream), or "
+            f"{others if found.code is None else declare}.",
         )
     _refuse_what_cannot_be_proven(config, where)
+    _check_head(skeleton, where)
     if family == PAIRED:
         check_pair_fields(config, where)
     _check_seq_len(skeleton, seq_len, settings)
     return config
+
+
+def keeps_documents(config: PretrainedConfig) -> bool:
+    """Tell whether attention can be kept within documents; a class with code of its own says so itself."""
+    if not is_stock(type(config)):
+        return bool(getattr(model_class(config), "maskwright_documents", False))
+    return config.model_type in DOCUMENT_ATTENTION_MODELS
 
 
 def attention_of(config: PretrainedConfig) -> str:
@@ -177,54 +173,6 @@ def position_offset(model: PreTrainedModel) -> int:
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
-def _source(settings: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Find the config key that names the architecture, and the fields found there."""
-    if settings.preset is not None:
-        if settings.preset not in PRESETS:
-            raise UserError(
-                f"No preset '{settings.preset}'.{nearest(settings.preset, list(PRESETS))}",
-                where="model.preset",
-                remedy=f"Choose one of {', '.join(PRESETS)}, or give model.config.",
-            )
-        return "model.preset", dict(PRESETS[settings.preset])
-    if settings.config is not None:
-        return "model.config", read_source(settings.config, "model.config")[0]
-    assert settings.from_pretrained is not None
-    return "model.from_pretrained", read_source(settings.from_pretrained, "model.from_pretrained")[0]
-
-
-def _config_class(fields: Mapping[str, Any], where: str, family: str) -> type[PretrainedConfig]:
-    model_type = fields["model_type"]
-    known = list(CONFIG_MAPPING)
-    if model_type not in known:
-        raise UserError(
-            f"Model type '{model_type}' is not known to the installed transformers.{nearest(model_type, known)}",
-            where=where,
-            remedy="Correct model_type, or install a version of transformers that has it.",
-        )
-    config_class: Any = CONFIG_MAPPING[model_type]
-    excluded = ("is_encoder_decoder",) if family == CAUSAL else ("is_decoder", "is_encoder_decoder")
-    is_other = any({**vars(config_class()), **fields}.get(name) for name in excluded)
-    if config_class.sub_configs and not hasattr(config_class(), "vocab_size"):
-        raise UserError(
-            f"'{model_type}' is a model of several parts ({', '.join(config_class.sub_configs)}), and only encoders of "
-            "text are trained here.",
-            where=where,
-            remedy="Train its text encoder alone, with model.config or model.from_pretrained of that.",
-        )
-    if model_type not in FAMILIES[family].classes or is_other:
-        fits = [name for name, other in _OBJECTIVES_OF.items() if model_type in FAMILIES[other].classes]
-        if family == PAIRED:
-            fits = ["objective.pair=null" if name == "objective.name=mlm" else name for name in fits]
-        raise UserError(
-            f"'{model_type}', as configured, is no {FAMILIES[family].kind}.",
-            where=where,
-            remedy=f"Choose a model type such as {FAMILIES[family].examples}"
-            + (f", or train this one with {' or '.join(fits)}." if fits and not is_other else "."),
-        )
-    return config_class
-
-
 def _checked_overrides(
     settings: ModelConfig, config_class: type[PretrainedConfig], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -247,7 +195,7 @@ def _checked_overrides(
     return overrides
 
 
-def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, family: str) -> dict[str, int | None]:
+def _token_fields(found: Architecture, vocabulary: Vocabulary, family: str) -> dict[str, int | None]:
     ids: dict[str, int | None] = {
         "vocab_size": vocabulary.size,
         "pad_token_id": vocabulary.pad_id,
@@ -257,23 +205,24 @@ def _token_fields(config_class: type[PretrainedConfig], vocabulary: Vocabulary, 
         "sep_token_id": vocabulary.end_id,
         "mask_token_id": vocabulary.mask_id,
     }
-    fields = vars(config_class())
+    # A class with code of its own may take what its config.json has in any name.
+    fields = {*vars(found.config_class()), *(found.fields if found.code is not None else ())}
     return {name: value for name, value in ids.items() if name in fields}
 
 
-def _make_config(
-    config_class: type[PretrainedConfig], fields: dict[str, Any], settings: ModelConfig, where: str, family: str
-) -> PretrainedConfig:
+def _make_config(found: Architecture, fields: dict[str, Any], settings: ModelConfig, family: str) -> PretrainedConfig:
     try:
-        config = config_class.from_dict(fields)
+        config = found.config_class.from_dict(fields)
     except Exception as error:  # StrictDataclassError, ValueError, TypeError, KeyError: each class has its own checks
         message = " ".join(str(error).split())
         guilty = next((name for name in settings.overrides if f"'{name}'" in message), None)
         raise UserError(
-            f"Not a {config_class.__name__}: {message}",
-            where=f"model.overrides.{guilty}" if guilty else where,
+            f"Not a {found.config_class.__name__}: {message}",
+            where=f"model.overrides.{guilty}" if guilty else found.where,
             remedy="Correct the value.",
         ) from None
+    if found.code is not None:
+        config.auto_map = dict(found.code.auto_map)
     choose_class(config, family)
     for name in ("sparse_prediction", *(("use_cache",) if family != CAUSAL else ())):  # generation wants its cache
         if hasattr(config, name):
@@ -314,9 +263,10 @@ def _set_override(name: str) -> str:
 
 def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> PreTrainedModel:
     """Build the model on the meta device: shapes and class, no storage."""
+    kind = model_class(config)
     try:
         with torch.device("meta"):
-            return model_class(config)._from_config(config, attn_implementation=attention_of(config))
+            return kind._from_config(config, attn_implementation=attention_of(config))
     except Exception as error:  # a class checks its config as it likes: ValueError, AssertionError, KeyError, ...
         remedy = "Correct the model's config or model.overrides."
         positions = getattr(config, "max_position_embeddings", None)
@@ -325,24 +275,20 @@ def _skeleton(config: PretrainedConfig, vocabulary: Vocabulary, where: str) -> P
                 f"The padding token has id {vocabulary.pad_id}, and this class counts its {positions} positions from "
                 "there: use a tokenizer whose special tokens come first."
             )
+        own = place_of(error, code_of(config))
         raise UserError(
             f"{type(config).__name__} does not describe a model that can be built: {type(error).__name__}: {error}",
-            where=where,
+            where=f"{where}: {own}" if own else where,
             remedy=remedy,
         ) from None
 
 
 def _refuse_shape_changes(
-    settings: ModelConfig,
-    config_class: type[PretrainedConfig],
-    fields: dict[str, Any],
-    overrides: Mapping[str, Any],
-    vocabulary: Vocabulary,
-    family: str,
+    settings: ModelConfig, found: Architecture, overrides: Mapping[str, Any], vocabulary: Vocabulary, family: str
 ) -> None:
     def shapes(change: Mapping[str, Any]) -> dict[str, Any]:
-        config = _make_config(config_class, {**fields, **change}, settings, "model.from_pretrained", family)
-        model = _skeleton(config, vocabulary, "model.from_pretrained")
+        config = _make_config(found, {**found.fields, **change}, settings, family)
+        model = _skeleton(config, vocabulary, found.where)
         own = [getattr(config, name, None) for name in _SHAPE_FIELDS]
         return {"fields": own, **{name: tensor.shape for name, tensor in model.state_dict().items()}}
 
@@ -378,6 +324,17 @@ def _refuse_what_cannot_be_proven(config: PretrainedConfig, where: str) -> None:
             where="model.overrides.attn_layers",
             remedy="Give it local attention only (attn_layers of 'local'), or train a model of another type.",
         )
+
+
+def _check_head(model: PreTrainedModel, where: str) -> None:
+    head = getattr(model, "maskwright_head", None)
+    if head is None or is_stock(type(model)) or head in dict(model.named_modules()):
+        return
+    raise UserError(
+        f"{type(model).__name__} has no submodule '{head}', which its maskwright_head names.",
+        where=where,
+        remedy="Name the submodule that first receives the encoder's output, or leave maskwright_head out.",
+    )
 
 
 def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:

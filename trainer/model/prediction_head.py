@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from trainer.data.batch import Score
+from trainer.model.model_code import is_stock
 
 HEAD_MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -118,6 +119,22 @@ class PredictionHead:
         projection.forward = forward
 
 
+def head_module(model: PreTrainedModel) -> str | None:
+    """Name the submodule that first receives the encoder's output; None where it is not known.
+
+    A class with code of its own says it in an attribute `maskwright_head`: what it names must work on each position
+    alone, and get the encoder's output as its first argument.
+    """
+    if is_stock(type(model)):
+        return HEAD_MODULES.get(model.config.model_type)
+    return getattr(model, "maskwright_head", None)
+
+
+def projection_of(model: PreTrainedModel) -> str | None:
+    """Name the submodule whose output a known causal class returns as logits; None for any other class."""
+    return PROJECTIONS.get(model.config.model_type) if is_stock(type(model)) else None
+
+
 def vocabulary_logits(output: Any) -> torch.Tensor:
     """Return the logits of the vocabulary, under whichever of its names a stock class has put them out."""
     found = getattr(output, "prediction_logits", None)
@@ -136,7 +153,7 @@ def install(model: PreTrainedModel) -> PredictionHead:
     A forward pre-hook, not a new forward: it composes with DeepSpeed's hooks that gather a ZeRO-3 partition, and
     torch.compile traces through it in one graph. Install before the model is compiled.
     """
-    name, projection = HEAD_MODULES.get(model.config.model_type), PROJECTIONS.get(model.config.model_type)
+    name, projection = head_module(model), projection_of(model)
     head = PredictionHead(in_head=name is not None, scores=projection is not None)
     if name is not None:
         model.get_submodule(name).register_forward_pre_hook(head.keep_selected)

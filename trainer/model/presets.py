@@ -6,7 +6,8 @@ Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids
 BERT, arXiv:1810.04805, section 3; ALBERT, arXiv:1909.11942, table 1, without dropout but before the head for pairs, as
 version 2 of google-research/albert; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
 smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
-XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory.
+XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory;
+NEZHA, arXiv:1909.00204 (its base has the sizes of BERT's), with the distances of its published configuration.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """
 
@@ -76,6 +77,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "layer_norm_eps": 1e-12,
             "attn_type": "bi",
             "mem_len": None,
+        },
+        "nezha-base": {
+            "model_type": "nezha",
+            **_BERT,
+            **_BASE,
+            "max_position_embeddings": 512,
+            "max_relative_position": 64,
+            "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12,
         },
         "modernbert-base": {
             "model_type": "modernbert",

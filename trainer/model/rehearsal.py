@@ -13,9 +13,10 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.classes import FAMILIES, MASKED, PERMUTED
+from trainer.model.classes import MASKED, PERMUTED, is_in
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
+from trainer.model.model_code import code_of, place_of
 from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.two_streams import predicting_in_order
@@ -145,7 +146,7 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
     device = model.device
     input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
     arguments = constant_inputs(model, seq_len, device)
-    if model.config.model_type in FAMILIES[PERMUTED].classes:
+    if is_in(model.config, PERMUTED):
         order = torch.arange(seq_len, device=device)
         arguments |= predicting_in_order(order[None], order, model.dtype)
     try:
@@ -155,10 +156,10 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
         message = " ".join(str(error).split())
         if device.type == _META and (isinstance(error, NotImplementedError) or "meta" in message):
             return False
-        name = _guilty_field(model.config, message)
+        name, own = _guilty_field(model.config, message), place_of(error, code_of(model.config))
         raise UserError(
             f"{type(model).__name__} cannot compute a block of {seq_len} tokens: {message}",
-            where=_place(name, settings, where) if name else where,
+            where=f"{where}: {own}" if own else _place(name, settings, where) if name else where,
             remedy="Correct it in the model's config or model.overrides, or set another data.seq_len.",
         ) from None
     shape, expected = list(vocabulary_logits(output).shape), [1, seq_len, vocabulary_rows(model)]

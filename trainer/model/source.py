@@ -51,7 +51,7 @@ def check_source(source: str) -> None:
     refuse_lfs_pointers(folder)
 
 
-def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
+def read_source(source: str, where: str, own_code: bool = False) -> tuple[dict[str, Any], str]:
     """Read the fields of a model's config, of which `model_type` is one of transformers' if the folder tells it.
 
     Where a checkpoint's config names no type, or one that its weights are not of, their names decide: Chinese BERTs
@@ -60,6 +60,7 @@ def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
     Args:
         source: a file, a folder, or a name on the hub.
         where: the config key that gives it.
+        own_code: whether its own code says what it is, so that the names of weights decide nothing.
 
     Returns:
         The fields, and a line for the user on what was decided; empty when all is as it should be.
@@ -78,7 +79,8 @@ def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
         raise _no_config(source, where, "it is no JSON object")
     fields = {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
     declared = fields.get("model_type")
-    weights = _known_weights(source) if where == _WHERE else None
+    own_code = own_code or (isinstance(fields.get("auto_map"), dict) and declared not in CONFIG_MAPPING)
+    weights = _known_weights(source) if where == _WHERE and not own_code else None
     decided = _type_of_weights(source, fields, weights) if weights else None
     if decided is not None:
         said = f"{path.name if path else _CONFIG} says '{declared}'" if declared else "its config names none"
@@ -92,7 +94,9 @@ def read_source(source: str, where: str) -> tuple[dict[str, Any], str]:
 
 def source_note(settings: ModelConfig) -> str:
     """Return the line of `read_source` on a model to continue from; empty when there is nothing to say."""
-    return read_source(settings.from_pretrained, _WHERE)[1] if settings.from_pretrained is not None else ""
+    if settings.from_pretrained is None:
+        return ""
+    return read_source(settings.from_pretrained, _WHERE, settings.code)[1]
 
 
 def _config_file(source: str, where: str) -> Path | None:

@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.errors import UserError
 from trainer.model.classes import model_class
+from trainer.model.model_code import AUTO_CONFIG, ModelCode, code_of
 from trainer.runtime.plain_text import listed
 
 # What a saved config may say otherwise without another model following from it.
@@ -120,7 +122,14 @@ def first_not_finite(model: torch.nn.Module) -> str | None:
 def _saved_and_read(config: PretrainedConfig) -> PretrainedConfig:
     with tempfile.TemporaryDirectory(prefix="maskwright-config-") as folder:
         config.save_pretrained(folder)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return read_config(folder, code_of(config))
+
+
+def read_config(folder: str | Path, code: ModelCode | None) -> PretrainedConfig:
+    """Read the config in a folder by its class, which `code` has; None stands for transformers."""
+    if code is not None:
+        return code.load(AUTO_CONFIG).from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _differing(one: PretrainedConfig, other: PretrainedConfig) -> list[str]:

@@ -56,6 +56,11 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     attention *= _attention_share(model)
     if config.model_type == "xlnet":
         attention *= 4  # two streams, and scores of positions, of which there are two a token, beside those of contents
+    if reach := getattr(config, "max_relative_position", 0):
+        # NEZHA's queries meet a vector of each distance, and so do the probabilities that were summed up by it. These
+        # vectors have no gradient: the backward pass takes as much as the forward pass, not twice that.
+        distances = min(2 * reach + 1, 2 * attended_tokens - 1)
+        attention += 4 * distances * config.hidden_size * config.num_hidden_layers * 2 / 3
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 
 
