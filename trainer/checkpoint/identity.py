@@ -9,12 +9,15 @@ from trainer.checkpoint.manifest import Records
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
+from trainer.model.teacher import TeacherModel
 from trainer.runtime.distributed import World
 
 
-def run_identity(inputs: Inputs, built: BuiltModel, world: World) -> Records:
+def run_identity(inputs: Inputs, built: BuiltModel, world: World, teacher: TeacherModel | None) -> Records:
     """Make the records of this start, before the engine: at ZeRO stage 3 that leaves no weight in the module."""
-    return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
+    taught = {} if teacher is None else {"teacher": teacher.identity}
+    identity = {**_identity(inputs, built), **taught}
+    return Records(_layout(inputs, world), identity, inputs.data_order(), _model_summary(built))
 
 
 def _layout(inputs: Inputs, world: World) -> dict[str, Any]:

@@ -66,6 +66,7 @@ DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
     "xlm-roberta": "XLM-RoBERTa",
 }
 """`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # as classes call it
 _OBJECTIVES_OF = {
     "objective.name=mlm": MASKED,
     "objective.name=clm": CAUSAL,
@@ -154,9 +155,8 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
-    """Read the dropout of the attention's probabilities, which classes have under three names."""
-    names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-    return next((value for name in names if (value := getattr(config, name, None))), 0.0)
+    """Read the dropout of the attention's probabilities."""
+    return next((value for name in ATTENTION_DROPOUTS if (value := getattr(config, name, None))), 0.0)
 
 
 def position_table(model: PreTrainedModel) -> nn.Embedding | None:

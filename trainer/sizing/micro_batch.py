@@ -106,7 +106,11 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     for key in ("attention_backend", "kernels"):
         if model[key] == "auto":  # records that are older than the key have none
             del model[key]
+    if model["layers_from"] is None:
+        del model["layers_from"]
+    teacher = config.objective.teacher
     return {
+        **({} if teacher is None else {"teacher": teacher.model_dump(mode="json")}),
         "ranks": world_size,
         "device": device,
         "sizes": micro_sizes(config.data, config.batch, world_size),
