@@ -37,7 +37,7 @@ def teacher(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(workspace: Path, run_dir: Path, teacher: str, **sections: Any) -> Config:
-    settings = {"model": teacher, **sections.pop("teacher", {})}
+    settings = {"model": teacher, **sections.pop("settings", {})}
     own = {"objective": {"teacher": settings}, "checkpoint": {"every_steps": 4, "keep_last": 9}, "train": {"steps": 8}}
     return tiny_config(workspace, run_dir, **{**own, **sections})
 
@@ -83,7 +83,7 @@ def plain_losses(config: Config, steps: int) -> list[float]:
 
 
 def test_a_loop_of_plain_torch_gives_the_same_losses(workspace: Path, teacher: str, tmp_path: Path) -> None:
-    sections = {"teacher": {"positions": "all"}, "train": {"steps": 20}, "optimizer": {"lr": 2.0e-3}}
+    sections = {"settings": {"positions": "all"}, "train": {"steps": 20}, "optimizer": {"lr": 2.0e-3}}
     config = config_of(workspace, tmp_path / "run", teacher, **sections)
     assert train(config, 2) == EXIT_FINISHED
     found = losses(tmp_path / "run")
@@ -145,7 +145,7 @@ def test_a_moved_teacher_goes_on_and_another_one_is_refused(
     assert f"the teacher was {teacher} (weights {identity['teacher']}), now {other} (weights " in said
     assert train(tiny_config(workspace, tmp_path / "run"), 2) == EXIT_USER_MISTAKE
     assert "objective.teacher was {" in capfd.readouterr().out
-    hotter = config_of(workspace, tmp_path / "run", teacher, teacher={"temperature": 3.0})
+    hotter = config_of(workspace, tmp_path / "run", teacher, settings={"temperature": 3.0})
     assert train(hotter, 2) == EXIT_USER_MISTAKE
 
 
