@@ -4,9 +4,9 @@ The vocabulary size and the special ids are not here: they come from the tokeniz
 
 Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
 BERT, arXiv:1810.04805, section 3; ALBERT, arXiv:1909.11942, table 1, without dropout but before the head for pairs, as
-version 2 of google-research/albert; DistilBERT, arXiv:1910.01108, section 3, and distilbert.json among transformers'
-research projects; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
-smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
+version 2 of google-research/albert; DistilBERT, arXiv:1910.01108, section 3, with learnt positions as in the published
+distilbert-base-uncased; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its smallest), and
+a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
 XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """

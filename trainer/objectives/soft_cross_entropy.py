@@ -27,7 +27,7 @@ class _SoftCrossEntropies(torch.autograd.Function):
         known = targets.shape[1]
         expected, log_sums_of_targets = _softmax(targets, temperature)
         # Σ p · (log p − log q), the logarithms as logits less their sums: log p alone would be −∞ where p underflows.
-        differences = (targets.float() - logits[:, :known].float()).div_(temperature)
+        differences = _copied(targets).sub_(logits[:, :known]).div_(temperature)
         means = differences.mul_(expected).sum(dim=1)
         del differences
         probabilities, log_sums = _softmax(logits, temperature)
@@ -45,7 +45,12 @@ class _SoftCrossEntropies(torch.autograd.Function):
 
 def _softmax(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute softmax(logits / T) and the logarithm of its denominator: fp32 [n, V] and [n]."""
-    scaled = logits.float() / temperature
+    scaled = _copied(logits).div_(temperature)
     largest = scaled.max(dim=1, keepdim=True).values
     sums = scaled.sub_(largest).exp_().sum(dim=1, keepdim=True)
     return scaled.div_(sums), (largest + sums.log()).squeeze(1)
+
+
+def _copied(logits: torch.Tensor) -> torch.Tensor:
+    """Copy to fp32, so that what is computed of them needs no second matrix."""
+    return logits.to(torch.float32, copy=True)
