@@ -212,6 +212,8 @@ def test_validate_and_plan_say_and_refuse_what_a_start_does(workspace: Path, tea
     path = write_config(config_of(workspace, tmp_path / "run", teacher), tmp_path / "c.yaml")
     done = maskwright("validate", path)
     assert done.returncode == 0 and f"teacher: {teacher}, RobertaForMaskedLM" in done.stdout
+    done = maskwright("plan", path)
+    assert done.returncode == 0 and "GiB of the weights are the teacher's" in " ".join(done.stdout.split())
     small = make_teacher(
         tmp_path / "small", str(workspace / "tokenizer"), "roberta-base", {**TWO_LAYERS, "hidden_size": 16}
     )

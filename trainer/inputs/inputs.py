@@ -61,7 +61,7 @@ class Inputs:
     objectives: tuple[Samples, ...]
     """Of each phase."""
     notes: tuple[str, ...]
-    """How the model to continue from, and the tokenizer, differ from what their files say."""
+    """Who teaches, and how the model to continue from, and the tokenizer, differ from what their files say."""
 
     @property
     def objective(self) -> Samples:
