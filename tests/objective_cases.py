@@ -29,6 +29,7 @@ class ObjectiveCase:
         preset: of the model, made tiny by `sizes`.
         dropouts: fields of the model's config that are dropouts.
         sections: others of the config.
+        teacher: sizes of the teacher, of the preset, where the objective has one.
     """
 
     objective: Mapping[str, Any]
@@ -36,6 +37,7 @@ class ObjectiveCase:
     sizes: Mapping[str, Any] = field(default_factory=lambda: _BERT)
     dropouts: tuple[str, ...] = _ENCODER_DROPOUT
     sections: Mapping[str, Any] = field(default_factory=dict)
+    teacher: Mapping[str, Any] | None = None
 
     def raw(self, tokenizer: str, data: str, run_dir: str, dropout: float = 0.0, **sections: Any) -> dict[str, Any]:
         """Write a config of a dozen steps; `sections` are merged over it."""
@@ -85,6 +87,21 @@ CASES: Mapping[str, ObjectiveCase] = MappingProxyType(
         ),
         "clm": ObjectiveCase({"name": "clm"}, "gpt2", _GPT2, _PDROPS),
         "clm, documents": ObjectiveCase({"name": "clm"}, "gpt2", _GPT2, _PDROPS, {"data": {"samples": "documents"}}),
+        "mlm, taught": ObjectiveCase(
+            {"name": "mlm", "scheme": "span", "teacher": {"model": "unused"}}, teacher={**_BERT, "num_hidden_layers": 2}
+        ),
+        "mlm, taught at all tokens": ObjectiveCase(
+            {"name": "mlm", "teacher": {"model": "unused", "positions": "all", "temperature": 3.0}},
+            sections={"data": {"samples": "documents"}},
+            teacher={**_BERT, "num_hidden_layers": 2},
+        ),
+        "clm, taught": ObjectiveCase(
+            {"name": "clm", "teacher": {"model": "unused", "cosine": 0.0}},
+            "gpt2",
+            _GPT2,
+            _PDROPS,
+            teacher={**_GPT2, "n_embd": 48, "n_layer": 2},
+        ),
         "plm": ObjectiveCase(
             {"name": "plm", "mask_ratio": 0.17, "scheme": "ngram"},
             "xlnet-base",

@@ -68,7 +68,9 @@ class Evaluator:
         values: dict[str, float] = {}
         for term in self.criterion.terms:
             found = tallies[term.name]
-            values |= {f"eval/{term.name}/loss": found.mean, f"eval/{term.name}/accuracy": found.accuracy}
+            values[f"eval/{term.name}/loss"] = found.mean
+            if term.has_answers:
+                values[f"eval/{term.name}/accuracy"] = found.accuracy
             if term.one_a_block:
                 values[f"eval/{term.name}/ignored"] = 1.0 - found.labels / self.samples
         return values

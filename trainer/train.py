@@ -35,6 +35,7 @@ from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
 from trainer.model.classes import CAUSAL
+from trainer.model.teacher import TeacherModel, load_teacher
 from trainer.objectives.objective import Criterion
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.run import Run, opened
@@ -44,7 +45,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
-from trainer.sizing.flops import block_flops, flops_per_token, head_flops
+from trainer.sizing.flops import FORWARD_SHARE, block_flops, flops_per_token, head_flops
 from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
@@ -156,14 +157,18 @@ def _train(run: Run, inputs: Inputs) -> int:
         world,
         lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed, family_of(config)),
     )
-    records = run_identity(inputs, built, world)
+    teacher = distributed.run_on_all_ranks(
+        world, lambda: load_teacher(config, inputs.vocabulary, family_of(config), world.device)
+    )
+    records = run_identity(inputs, built, world, teacher)
     _check_start(run, inputs, start, records, built)
     _begin(run, inputs, built, start)
 
-    meter = _meter(inputs, built, world)  # before the engine, as the records are
+    meter = _meter(inputs, built, teacher, world)  # before the engine, as the records are
     micro_size = inputs.plan.micro_size
     backend = resolve_attention_backend(config, built.model.config, micro_size, world, run.say, keep=not run.is_dry)
-    criterion = make_criterion(config, resolve_loss_kernel(config, inputs.vocabulary.size, world, run.say))
+    kernel = resolve_loss_kernel(config, inputs.vocabulary.size, world, run.say)
+    criterion = make_criterion(config, kernel, teacher)
     with preferring(backend, world.device):
         engine = _engine(inputs, built, world, run.say, start.checkpoint)
         limits = Limits.of(config.watchdog)
@@ -360,12 +365,18 @@ def _decision(run: Run, start: StartPoint) -> str:
     return f"run {name}: starting afresh ({why})"
 
 
-def _meter(inputs: Inputs, built: BuiltModel, world: World) -> ThroughputMeter:
+def _meter(inputs: Inputs, built: BuiltModel, teacher: TeacherModel | None, world: World) -> ThroughputMeter:
     flops = [
         flops_per_token(built.model, attended, prediction_ratio=0.0) + block_flops(built.model) / phase.seq_len
         for attended, phase in zip(inputs.attended_tokens, inputs.order.phases, strict=True)
     ]
     of_head = head_flops(built.model)
+    if teacher is not None:
+        flops = [
+            each + FORWARD_SHARE * flops_per_token(teacher.model, attended, prediction_ratio=0.0)
+            for each, attended in zip(flops, inputs.attended_tokens, strict=True)
+        ]
+        of_head += FORWARD_SHARE * head_flops(teacher.model)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     counted = ", then ".join(f"{each:.4g}" for each in flops)
     logger.info(

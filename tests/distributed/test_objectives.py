@@ -14,6 +14,7 @@ from rich.console import Console
 from tests.objective_cases import CASES
 from tests.preparing import prepare_text
 from tests.ranks import losses, train
+from tests.teachers import make_teacher
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
@@ -34,9 +35,27 @@ def marked(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(prepare_text(workspace / "text.txt", workspace, folder / "data", **marks))
 
 
+@pytest.fixture(scope="module")
+def teacher_of(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes the teacher of a case, once."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def make(name: str) -> str:
+        case = CASES[name]
+        assert case.teacher is not None
+        family = family_of(case.config("unused", "unused", "unused"))
+        if not (folder / name).exists():
+            make_teacher(folder / name, str(workspace / "tokenizer"), case.preset, case.teacher, family)
+        return str(folder / name)
+
+    return make
+
+
 @pytest.fixture
-def config_of(workspace: Path, marked: str, tmp_path: Path) -> Any:
+def config_of(workspace: Path, marked: str, teacher_of: Any, tmp_path: Path) -> Any:
     def make(case: str, run: str, dropout: float = 0.0, **sections: Any) -> Config:
+        if CASES[case].teacher is not None:
+            sections["objective"] = {"teacher": {**CASES[case].objective["teacher"], "model": teacher_of(case)}}
         return CASES[case].config(str(workspace / "tokenizer"), marked, str(tmp_path / run), dropout, **sections)
 
     return make

@@ -62,11 +62,14 @@ def test_whatever_a_rank_reads_for_itself_is_compared(
         (folder / "model").mkdir()
         (folder / "model" / "model.safetensors").write_bytes(bytes(40 << 20))
         (folder / "model" / "modeling.py").write_text("import torch\n")
+        (folder / "teacher").mkdir()
+        (folder / "teacher" / "model.safetensors").write_bytes(bytes(1 << 10))
         shutil.copy("ds_configs/zero1.json", folder / "stage.json")
     empty.mkdir()
     config = tiny_config(workspace, tmp_path / "run", deepspeed="stage.json").model_dump(mode="json")
     config["model"] |= {"tokenizer": "tokenizer", "preset": None, "from_pretrained": "./model", "code": True}
     config["data"]["train"] = [{"path": "data"}]
+    config["objective"]["teacher"] = {"model": "./teacher"}
     usual = Start(here, config)
 
     def with_file(name: str, change: bytes) -> Start:
@@ -96,6 +99,7 @@ def test_whatever_a_rank_reads_for_itself_is_compared(
             "model/model.safetensors", bytes([1] * (1 << 20))
         ),
         "model.from_pretrained=./model: modeling.py is": with_file("model/modeling.py", b"#"),
+        "objective.teacher.model=./teacher: model.safetensors is": with_file("teacher/model.safetensors", b"#"),
         "data data (train) is": with_file("data/train/manifest.json", b"#"),
     }
     stage = cases["deepspeed=stage.json.zero_optimization.stage is 1 on"].folder / "stage.json"

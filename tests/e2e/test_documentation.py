@@ -14,6 +14,7 @@ import yaml
 
 from launcher.cli import app
 from launcher.console import make_console
+from tests.teachers import make_teacher
 from tools.prepare import prepare
 from trainer.config.file import load_config, recipe_names
 from trainer.inputs.inputs import open_inputs
@@ -140,19 +141,40 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("roberta-large", (1, 8, 64)),
         ("bert-wwm-chinese", (1, 8, 16)),
         ("spanbert-base", (1, 8)),
+        ("distilbert", (1, 8, 16)),
     ],
 )
-def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path, words: Path) -> None:
+def test_every_recipe_validates(
+    name: str, ranks: tuple[int, ...], workspace: Path, words: Path, tmp_path: Path
+) -> None:
     assert name in recipe_names()
     own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={words}", f"data.validation={words}"]
     if load_config(name).model.from_pretrained is not None:  # a name on the hub
         own.append("model.preset=bert-base")
+    if load_config(name).objective.teacher is not None:  # another one
+        own += with_tiny_teacher(tmp_path / "teacher", str(workspace / "tokenizer"))
     config = load_config(name, own)
     for world_size in ranks:
         plan = open_inputs(config, world_size).plan
         assert plan.micro_size * plan.accumulation * world_size == config.batch.global_size
 
 
+def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
+    """Overrides for a recipe with a BERT for its teacher; its layers are numbered as those of the published one."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    make_teacher(folder, tokenizer, "bert-base", sizes)
+    model = ["model.overrides={dim: 32, n_heads: 2, hidden_dim: 64}", f"model.layers_from.model={folder}"]
+    return [*model, f"objective.teacher.model={folder}"]
+
+
 def test_no_recipe_is_left_out_above() -> None:
-    names = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
+    names = [
+        "bert-wwm-chinese",
+        "demo",
+        "distilbert",
+        "roberta-base",
+        "roberta-base-fast",
+        "roberta-large",
+        "spanbert-base",
+    ]
     assert recipe_names() == names

@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from tests.objective_cases import CASES
 from tests.ranks import tiny_config
+from tests.teachers import make_teacher
 from trainer.config import Config
+from trainer.objectives.registry import family_of
 
 INTEGERS = (0, -1, 1, 2, 3, 7, 12, 2**31, 2**48, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**32, 10**1000)
 FLOATS = (
@@ -145,6 +147,7 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "objective.name": ["mlm", "clm", "plm"],
         "objective.scheme": ["token", "word", "span"],
         "objective.pair": [None, {"task": "nsp"}, {"task": "sop", "weight": pick((0.1, 3))}, {"task": "so"}],
+        "objective.teacher": [None, {"model": str(workspace / "tokenizer")}, {"model": "nosuch", "positions": "all"}],
         "objective.mask_ratio": [
             0.001, 0.15, 0.5, 0.99,
             [{"from_tokens": tokens, "ratio": pick((0.01, 0.3, 0.9))} for tokens in (0, *boundaries)],
@@ -177,6 +180,7 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "eval.samples": [1, 16, 10**6],
         "resilience.on_divergence": ["stop", "rollback"],
         "resilience.max_loss_ratio": [None, 1.5],
+        "model.layers_from": [None, {"model": str(workspace), "layers": [0]}, {"model": "nosuch", "layers": []}],
         "model.document_attention": [True, False],
         "model.activation_checkpointing": [True, False],
         "model.frozen": [[], ["roberta.encoder.*"], ["*.bias"], ["roberta.*"], ["nosuch.*"], ["*"], ["[", "*r*"]],
@@ -309,6 +313,10 @@ def random_config(seed: int, workspace: Path, folder: Path) -> list[str]:
     if generator.random() < 0.3:
         case = generator.choice(list(CASES.values()))
         whole = case.raw(raw["model"]["tokenizer"], raw["data"]["train"], raw["run"]["dir"])
+        if case.teacher is not None:
+            family = family_of(case.config("unused", "unused", "unused"))
+            there = make_teacher(folder / "teacher", raw["model"]["tokenizer"], case.preset, case.teacher, family)
+            whole["objective"]["teacher"] = {**whole["objective"]["teacher"], "model": there}
         raw |= {name: whole[name] for name in ("objective", "model")}
     for path, value in plausible(generator, workspace).items():
         put(raw, path, value)

@@ -50,6 +50,7 @@ def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
         ("roberta-large", 50_265, 355_412_057),
         ("bert-base", 30_522, 109_514_298),
         ("albert-base", 30_000, 11_221_680),
+        ("distilbert", 30_522, 66_985_530),
         ("modernbert-base", 50_368, 149_655_232),
         ("gpt2", 50_257, 124_439_808),
         ("gpt2-small-char", 100, 10_784_256),
@@ -64,8 +65,8 @@ def test_presets_have_the_published_size(name, vocabulary_size, parameters):
 
 
 def test_every_preset_is_checked_above():
-    encoders = {"roberta-base", "roberta-large", "bert-base", "albert-base", "modernbert-base", "nezha-base"}
-    assert set(PRESETS) == {*encoders, "gpt2", "gpt2-small-char", "xlnet-base"}
+    berts = {"roberta-base", "roberta-large", "bert-base", "albert-base", "distilbert"}
+    assert set(PRESETS) == {*berts, "modernbert-base", "nezha-base", "gpt2", "gpt2-small-char", "xlnet-base"}
 
 
 def test_modernbert_preset_alternates_global_and_local_attention():

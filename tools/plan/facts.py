@@ -15,6 +15,7 @@ from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.inputs import open_inputs
 from trainer.model.classes import attended_tokens
 from trainer.model.source import load_vocabulary, source_note
+from trainer.model.teacher import check_same_ids
 from trainer.objectives.registry import family_of, view_of
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
 from trainer.schedule.phases import lay_out
@@ -98,10 +99,14 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
 def _vocabulary(config: Config, size: int | None, unknown: list[str]) -> Vocabulary:
     if size is None:
         try:
-            return load_vocabulary(config)
+            vocabulary = load_vocabulary(config)
         except UserError as error:
             unknown.append(f"tokenizer: {error.problem} A vocabulary of {USUAL_VOCABULARY:,} is taken (--vocab-size)")
             size = USUAL_VOCABULARY
+        else:
+            note = check_same_ids(config) if config.objective.teacher is not None else None
+            unknown += [note] if note is not None else []
+            return vocabulary
     return Vocabulary(size, 0, 2, 2, size - 1, 1, (0, 1, 2, 3, size - 1), sha256="")
 
 

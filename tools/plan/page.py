@@ -201,8 +201,10 @@ def _memory_table(plan: RunPlan) -> Table:
     usable, whole = plan.device.usable_bytes / GIB, plan.device.memory_bytes / GIB
     host = plan.chosen.memory.host
     offloaded = f"; {host / GIB:.2f} GiB of each rank's state in host memory" if host else ""
+    teacher = plan.estimate.teacher
+    taught = f" {teacher.weight_bytes / GIB:.2f} GiB of the weights are the teacher's." if teacher is not None else ""
     table.caption = (
-        f"  * as configured; micro-batch {plan.chosen.micro_size}. Modelled, without torch.compile. "
+        f"  * as configured; micro-batch {plan.chosen.micro_size}. Modelled, without torch.compile.{taught} "
         f"Usable: {usable:.1f} of {whole:.1f} GiB{offloaded}."
     )
     table.caption_justify = "left"

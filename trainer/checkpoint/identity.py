@@ -10,14 +10,17 @@ from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
 from trainer.model.model_code import code_of
+from trainer.model.teacher import TeacherModel
 from trainer.runtime.distributed import World
 
 _CODE = "model.code "  # before the names of files
 
 
-def run_identity(inputs: Inputs, built: BuiltModel, world: World) -> Records:
+def run_identity(inputs: Inputs, built: BuiltModel, world: World, teacher: TeacherModel | None) -> Records:
     """Make the records of this start, before the engine: at ZeRO stage 3 that leaves no weight in the module."""
-    return Records(_layout(inputs, world), _identity(inputs, built), inputs.data_order(), _model_summary(built))
+    taught = {} if teacher is None else {"teacher": teacher.identity}
+    identity = {**_identity(inputs, built), **taught}
+    return Records(_layout(inputs, world), identity, inputs.data_order(), _model_summary(built))
 
 
 def has_own_code(manifest: CheckpointManifest) -> bool:

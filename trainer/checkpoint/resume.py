@@ -35,6 +35,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
     saved_order = {**ratio, **_with_shards(folder, manifest.data_order)}
     differences = [
         *_differences(_without_stages(manifest.identity), _without_stages(current.identity)),
+        *_teachers(manifest.identity, current.identity),
         *order_differences(saved_order, data_order, manifest.state["samples"]),
     ]
     if differences:
@@ -108,12 +109,27 @@ def recorded_objective(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_stages(identity: dict[str, Any]) -> dict[str, Any]:
-    """Spread the objective over names of its own, without what may change in the course of a run."""
+    """Spread the objective over names of its own, without what may change in the course of a run.
+
+    A teacher may move to another place. Its weights are compared by `_teachers`.
+    """
+    identity = {name: value for name, value in identity.items() if name != "teacher"}
     if not isinstance(identity.get("objective"), dict):  # what is no section at all differs, and is refused
         return identity
     objective = {f"objective.{key}": value for key, value in recorded_objective(identity).items()}
     del objective["objective.mask_ratio"]
+    if isinstance(teacher := objective["objective.teacher"], dict):
+        objective["objective.teacher"] = {key: value for key, value in teacher.items() if key != "model"}
     return {**{name: value for name, value in identity.items() if name != "objective"}, **objective}
+
+
+def _teachers(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Say which teachers two runs have, if each has one and their weights differ."""
+    if None in (teachers := [identity.get("teacher") for identity in (saved, current)]) or teachers[0] == teachers[1]:
+        return []
+    places = [(recorded_objective(identity)["teacher"] or {}).get("model") for identity in (saved, current)]
+    before, now = (f"{place} (weights {teacher})" for place, teacher in zip(places, teachers, strict=True))
+    return [f"the teacher was {before}, now {now}"]
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a run is asked to do: its sections (`schema`), and how they are read (`file`)."""
 
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
-from trainer.config.objective import MaskRatioStage, ObjectiveConfig, PairConfig
+from trainer.config.layers import LayersFromConfig
+from trainer.config.objective import MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -32,6 +33,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "LayersFromConfig",
     "LoggingConfig",
     "MaskRatioStage",
     "ModelConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "StageConfig",
+    "TeacherConfig",
     "TextConfig",
     "TrainConfig",
     "WarmupConfig",

@@ -156,8 +156,10 @@ def _drop_alternatives(raw: dict[str, Any], section: str, names: Sequence[str], 
         return
     for name in names:
         place.pop(name, None)
-    if chosen.get("from_pretrained") is not None and isinstance(place.get("tokenizer"), _OfRecipe):
-        del place["tokenizer"]
+    if chosen.get("from_pretrained") is not None:
+        place.pop("layers_from", None)  # of a model that begins with nothing else
+        if isinstance(place.get("tokenizer"), _OfRecipe):
+            del place["tokenizer"]
 
 
 def _merge_into(target: dict[str, Any], child: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.config.base import Fraction, Line, NaturalInt, PositiveFloat, Section
+from trainer.config.base import Fraction, Line, NaturalInt, NonNegativeFloat, PositiveFloat, Section
 
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -32,6 +32,7 @@ _NAMES = ("mlm", "clm", "plm")
 _USED_BY = {
     **dict.fromkeys(("mask_ratio", "scheme", "lengths"), ("mlm", "plm")),
     **dict.fromkeys(("replace_by", "replace_mask", "replace_random", "pair"), ("mlm",)),
+    "teacher": ("mlm", "clm"),
 }
 """Key → the objectives that read it."""
 
@@ -45,6 +46,24 @@ class PairConfig(Section):
     sentences that `prepare --sentence-starts` marks."""
     weight: PositiveFloat = 1.0
     """Weight of the mean loss of the pairs beside that of the masked tokens."""
+
+
+class TeacherConfig(Section):
+    model: Line
+    """A Hugging Face checkpoint folder or hub name, of a class of the same kind and with the run's tokenizer. It is not
+    trained, and no part of a checkpoint; its weights belong to a run, wherever they lie."""
+    temperature: PositiveFloat = 2.0
+    """Both models' logits are divided by it for the soft targets."""
+    soft: PositiveFloat = 5.0
+    """Weight of the soft targets: the mean of temperature² · KL(teacher, student) over the positions below."""
+    hard: NonNegativeFloat = 2.0
+    """Weight of the loss without a teacher, over the labels of the text; 0 leaves it out."""
+    cosine: NonNegativeFloat = 1.0
+    """Weight of 1 − the cosine between both models' last hidden states, over all tokens; 0 leaves it out, and then the
+    teacher may be of another width."""
+    positions: Literal["predicted", "all"] = "predicted"
+    """Where the soft targets are compared: at the predicted positions, or at all tokens, as DistilBERT was trained,
+    which computes all logits of both models. With clm all positions are predicted."""
 
 
 class ObjectiveConfig(Section):
@@ -79,6 +98,8 @@ class ObjectiveConfig(Section):
     pair: PairConfig | None = None
     """Beside masked tokens, pairs of segments are told, `[CLS] A [SEP] B [SEP]` a block; for albert, bert, ernie and
     megatron-bert."""
+    teacher: TeacherConfig | None = None
+    """Learn from a trained model as well (distillation: DistilBERT, arXiv:1910.01108); with mlm and clm."""
 
     @property
     def mask_ratios(self) -> list[tuple[int, float]]:
@@ -96,6 +117,12 @@ class ObjectiveConfig(Section):
                 and getattr(self, key) != type(self).model_fields[key].default
             ):
                 raise ValueError(f"{key} does nothing with name {self.name}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def a_teacher_knows_no_pairs(self) -> Self:
+        if self.teacher is not None and self.pair is not None:
+            raise ValueError("with teacher cannot have pair, which a teacher does not tell: set pair=null")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,8 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         "model.tokenizer": model.tokenizer,
         "model.config": model.config,
         "model.from_pretrained": model.from_pretrained,
+        "model.layers_from.model": model.layers_from and model.layers_from.model,
+        "objective.teacher.model": config.objective.teacher and config.objective.teacher.model,
         "data.validation": data.validation,
         **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
     }

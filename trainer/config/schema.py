@@ -29,6 +29,7 @@ from trainer.config.base import (
     Sequences,
 )
 from trainer.config.data import DataConfig
+from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.runtime.paths import user_path
 
@@ -60,7 +61,7 @@ def _compile_mode(value: Any) -> Any:
 
 class ModelConfig(Section):
     preset: Line | None = None
-    """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, albert-base,
+    """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, albert-base, distilbert,
     modernbert-base, nezha-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm."""
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
@@ -69,6 +70,8 @@ class ModelConfig(Section):
     model type, or one that the weights are not of, their names decide."""
     tokenizer: Line | None = None
     """Tokenizer folder. Default: the one inside `from_pretrained`, which also takes the place of a recipe's."""
+    layers_from: LayersFromConfig | None = None
+    """With preset or config: begin with some layers of a trained model, as DistilBERT does, and not at random."""
     overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
     code: bool = False
@@ -107,6 +110,8 @@ class ModelConfig(Section):
             raise ValueError(
                 f"needs exactly one of preset, config, from_pretrained; got {' and '.join(given) if given else 'none'}"
             )
+        if self.layers_from is not None and self.from_pretrained is not None:
+            raise ValueError("has both from_pretrained and layers_from, which is for a preset or config: leave one out")
         if self.tokenizer is None and self.from_pretrained is None:
             raise ValueError("tokenizer is needed: the folder that `maskwright tokenizer train` wrote")
         if self.code and self.preset is not None:

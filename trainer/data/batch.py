@@ -39,13 +39,13 @@ class Score(NamedTuple):
     """What is wanted in the place of logits.
 
     Attributes:
-        function: (logits [n, V], labels [n]) → [n, c] in fp32, each row of its own row alone. The same object for a
-            whole run, or a compiled model is compiled anew.
-        labels: [N], for the rows in their order.
+        function: (logits [n, V], rows …) → [n, c] in fp32, each row of its own rows alone. The same object for a whole
+            run, or a compiled model is compiled anew.
+        rows: what the function is given beside the logits, such as labels: each [N, …], for the rows in their order.
     """
 
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    labels: torch.Tensor
+    function: Callable[..., torch.Tensor]
+    rows: tuple[torch.Tensor, ...]
 
 
 @dataclass

@@ -95,7 +95,7 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
     """Collect what is known once the inputs are open: prepared text and names on the hub have become files by then."""
     config, vocabulary = inputs.config, inputs.vocabulary
     sources = zip(config.data.train, inputs.sources, strict=True)
-    names = {"model.tokenizer": tokenizer_source(config), "model.from_pretrained": config.model.from_pretrained}
+    names = {**_models(config), "model.tokenizer": tokenizer_source(config)}
     return {
         "tokenizer": {"sha256": vocabulary.sha256, "size": vocabulary.size, "special ids": vocabulary.special_ids},
         "fingerprints": [f"{settings.path} {source.fingerprint}" for settings, source in sources],
@@ -117,14 +117,21 @@ def _sources_hash() -> str:
     return digest.hexdigest()
 
 
+def _models(config: Config) -> dict[str, str | None]:
+    """List what the config reads weights from, by its keys."""
+    layers, teacher = config.model.layers_from, config.objective.teacher
+    return {
+        "model.from_pretrained": config.model.from_pretrained,
+        "model.layers_from.model": layers.model if layers is not None else None,
+        "objective.teacher.model": teacher.model if teacher is not None else None,
+    }
+
+
 def _model_files(config: Config) -> dict[str, str]:
     """List the local files behind the keys of the model and its tokenizer, with size and hash."""
     found: dict[str, str] = {}
-    for key, name in (
-        ("model.tokenizer", config.model.tokenizer),
-        ("model.config", config.model.config),
-        ("model.from_pretrained", config.model.from_pretrained),
-    ):
+    model = config.model
+    for key, name in {"model.tokenizer": model.tokenizer, "model.config": model.config, **_models(config)}.items():
         if name and is_local(name):
             path = user_path(name, key)
             files = [path] if path.is_file() else [file for kind in _MODEL_FILES for file in sorted(path.glob(kind))]

@@ -32,6 +32,7 @@ from trainer.engine.deepspeed_config import check_precision, compose, load_prese
 from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
 from trainer.inputs.summary import describe_rows, summarize_run
+from trainer.inputs.teacher import describe_teacher
 from trainer.model.classes import CAUSAL, attended_tokens
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
@@ -60,7 +61,7 @@ class Inputs:
     objectives: tuple[Samples, ...]
     """Of each phase."""
     notes: tuple[str, ...]
-    """How the model to continue from, and the tokenizer, differ from what their files say."""
+    """Who teaches, and how the model to continue from, and the tokenizer, differ from what their files say."""
 
     @property
     def objective(self) -> Samples:
@@ -239,12 +240,14 @@ class _Base:
         folder, tokenizer = open_tokenizer(config)
         vocabulary = read_vocabulary(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
+        taught = []
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
             rehearse(config.model, vocabulary, lengths, family_of(config))
+            taught = describe_teacher(config, vocabulary, lengths)
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
-        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))
+        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*taught, *notes))
 
 
 def _arrange(
@@ -298,8 +301,9 @@ def _token_marks(objective: Samples) -> tuple[str, ...]:
 
 def _tokenizer_note(config: Config, tokenizer: Any) -> str:
     """Say how many tokens changed ids: each starts from the embedding of another one, which must not happen unseen."""
-    source = config.model.from_pretrained
-    if source is None or config.model.tokenizer in (None, source):
+    model = config.model
+    source = model.layers_from.model if model.layers_from is not None else model.from_pretrained
+    if source is None or model.tokenizer in (None, source):
         return ""
     try:
         before, now = load_tokenizer(source).get_vocab(), tokenizer.get_vocab()

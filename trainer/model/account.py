@@ -19,11 +19,14 @@ from trainer.runtime.plain_text import listed
 _LISTED = 6
 
 
-def account_for_weights(config: PretrainedConfig, source: str, shapes: Mapping[str, torch.Size] | None) -> list[str]:
+def account_for_weights(
+    config: PretrainedConfig, source: str, shapes: Mapping[str, torch.Size] | None, whole: bool = False
+) -> list[str]:
     """Find what loading them into the class of a config will say; nothing for None, which are not known.
 
     Args:
         shapes: as `weight_shapes` gives them. One number stands for all of a weight, so that they take no memory.
+        whole: as for `account_for_keys`.
 
     Returns:
         Lines for the user, as `account_for_keys`.
@@ -39,7 +42,7 @@ def account_for_weights(config: PretrainedConfig, source: str, shapes: Mapping[s
         untied = copy.deepcopy(config)
         untied.tie_word_embeddings = False
         model, report = _load_without_data(untied, shapes)
-    return account_for_keys(model, source, report)
+    return account_for_keys(model, source, report, whole)
 
 
 def _load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size]) -> tuple[PreTrainedModel, Any]:
@@ -55,8 +58,11 @@ def _load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size
         )
 
 
-def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, Any]) -> list[str]:
+def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, Any], whole: bool = False) -> list[str]:
     """Judge the report of `from_pretrained`.
+
+    Args:
+        whole: whether a head that starts at random is refused as well.
 
     Returns:
         Lines for the user: what starts at random, what is not used.
@@ -90,6 +96,12 @@ def account_for_keys(model: PreTrainedModel, source: str, report: Mapping[str, A
             f"'{model.base_model_prefix}.', 1)` for each name."
             if other
             else "Give a checkpoint of this architecture; its config.json and its weights may not belong together.",
+        )
+    if missing and whole:
+        raise UserError(
+            f"'{source}' has no weights for {listed(missing, _LISTED)}: they would be drawn at random.",
+            where=where,
+            remedy=f"Give a checkpoint of {name} with its head.",
         )
     notes = []
     if missing:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from trainer.model.hf_config import (
     position_table,
     vocabulary_rows,
 )
+from trainer.model.layers import copy_layers
 from trainer.model.model_code import is_stock
 from trainer.model.prediction_head import head_module
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
@@ -78,6 +80,10 @@ def build_model(
     with _seeded(seed):
         if settings.from_pretrained is None:
             model = model_class(config)._from_config(config, dtype=torch.float32, attn_implementation=attention)
+            if settings.layers_from is not None:
+                notes.extend(
+                    copy_layers(model, settings.layers_from, partial(_source_of_layers, vocabulary, seed, family))
+                )
         else:
             model = _load(settings.from_pretrained, config, attention, notes)
             _correct_ties(model, notes)
@@ -103,6 +109,13 @@ def build_model(
     if grown and not model.get_input_embeddings().weight.requires_grad:
         notes.append("frozen: the embedding, so that the rows of new tokens stay near the mean, where they start")
     return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied, frozen)
+
+
+def _source_of_layers(
+    vocabulary: Vocabulary, seed: int, family: str, settings: ModelConfig
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    built = build_model(settings, vocabulary, 1, seed, family)
+    return built.model, built.notes
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Forward:
         prediction_index: torch.Tensor | None,
         documents: Documents | None = None,
         score: Score | None = None,
+        with_states: bool = False,
     ) -> Any:
         """Run the model on B blocks of S tokens.
 
@@ -58,10 +59,11 @@ class Forward:
             prediction_index: int64 [n], flat positions into B·S; None for all of them. With ranks as many a block.
             documents: attention stays within them; without, each block is one sequence.
             score: what is wanted in the place of logits.
+            with_states: whether the states that the head is given are wanted as well, of a model whose head is known.
 
         Returns:
             The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; and its
-            `pair_logits` [B, 2], None of a class without a head for pairs.
+            `pair_logits` [B, 2], None of a class without a head for pairs; and `states` [B, S, H] if they are wanted.
 
         Raises:
             UserError: when a model whose head is not known gives logits of other positions than it was given.
@@ -77,8 +79,9 @@ class Forward:
             assert prediction_index is not None
             arguments |= predicting_in_order(arguments.pop(RANKS), prediction_index, self.model.dtype)
             prediction_index = None  # the model's logits are there alone
-        with self._head.select(prediction_index, score):
+        with self._head.select(prediction_index, score, with_states):
             output = self.call(**arguments)
+            output.states = self._head.states
         output.pair_logits = pair_logits(output)
         if score is not None and self._head.scores:
             return output
@@ -91,5 +94,5 @@ class Forward:
                 remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
             )
         logits = self._head.rows(logits, prediction_index)
-        output.logits = logits if score is None else score.function(logits, score.labels)
+        output.logits = logits if score is None else score.function(logits, *score.rows)
         return output

@@ -57,6 +57,7 @@ DOCUMENT_ATTENTION_MODELS: Mapping[str, str] = {
     "xlm-roberta": "XLM-RoBERTa",
 }
 """`config.model_type` → name, of the classes that `document_attention` can keep within documents."""
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")  # as classes call it
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")
 _MOST_LAYERS, _LARGEST_SIZE = 1024, 2**24  # beyond what anybody trains; without a cap a slip builds modules for hours
@@ -150,9 +151,8 @@ def vocabulary_rows(model: PreTrainedModel) -> int:
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
-    """Read the dropout of the attention's probabilities, which classes have under three names."""
-    names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-    return next((value for name in names if (value := getattr(config, name, None))), 0.0)
+    """Read the dropout of the attention's probabilities."""
+    return next((value for name in ATTENTION_DROPOUTS if (value := getattr(config, name, None))), 0.0)
 
 
 def position_table(model: PreTrainedModel) -> nn.Embedding | None:

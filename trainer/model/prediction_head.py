@@ -75,24 +75,33 @@ class PredictionHead:
         in_head: True when the head itself is restricted; False for a class whose head is not known here, which
             computes all logits.
         scores: True when the model returns scores in the place of logits, if they are asked for.
+        states: [B, S, H], the encoder's output, which the head is given; inside `select`, where they are to be kept.
     """
 
     def __init__(self, in_head: bool, scores: bool) -> None:
         self.in_head, self.scores = in_head, scores
         self._index: torch.Tensor | None = None
         self._score: Score | None = None
+        self._keeps = False
+        self.states: torch.Tensor | None = None
 
     @contextmanager
-    def select(self, prediction_index: torch.Tensor | None, score: Score | None = None) -> Iterator[None]:
+    def select(
+        self, prediction_index: torch.Tensor | None, score: Score | None = None, keep_states: bool = False
+    ) -> Iterator[None]:
         """Restrict forward passes inside the `with` to `prediction_index`: int64 [N], flat positions into B·S.
 
         None does not restrict them.
+
+        Args:
+            keep_states: leave the encoder's output in `states`; not `output_hidden_states`, which keeps every layer's.
         """
-        self._index, self._score = prediction_index, score if self.scores else None
+        self._index, self._score, self._keeps = prediction_index, score if self.scores else None, keep_states
         try:
             yield
         finally:
-            self._index = self._score = None
+            self._index = self._score = self.states = None
+            self._keeps = False
 
     def rows(self, logits: torch.Tensor, prediction_index: torch.Tensor | None) -> torch.Tensor:
         """Return the logits [N, V] at the selected positions, from what a forward pass inside `select` returned."""
@@ -102,9 +111,11 @@ class PredictionHead:
 
     def keep_selected(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Cut encoder output [B, S, H] to its selected rows [N, H]; the forward pre-hook of the head."""
+        hidden, *others = args
+        if self._keeps:
+            self.states = hidden
         if self._index is None:
             return None
-        hidden, *others = args
         return (_rows(hidden, self._index), *others)
 
     def score_in(self, projection: nn.Linear) -> None:
@@ -169,14 +180,14 @@ def _in_pieces(
 ) -> torch.Tensor:
     """Project [N, H] to logits and score them, so many rows at a time that LOGITS_AT_ONCE hold their logits."""
 
-    def of_rows(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return score.function(project(rows), labels)
+    def of_rows(rows: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
+        return score.function(project(rows), *beside)
 
     pieces = -(-len(hidden) * vocabulary_size // LOGITS_AT_ONCE)
     if pieces == 1:
-        return of_rows(hidden, score.labels)
+        return of_rows(hidden, *score.rows)
     size = -(-len(hidden) // pieces)
-    parts = zip(hidden.split(size), score.labels.split(size), strict=True)
+    parts = zip(hidden.split(size), *(rows.split(size) for rows in score.rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([of_rows(*part) for part in parts])
     # Nothing in a head is drawn at random, and to look the generator's state up would wait for the device.

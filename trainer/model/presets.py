@@ -4,8 +4,9 @@ The vocabulary size and the special ids are not here: they come from the tokeniz
 
 Sources: RoBERTa, arXiv:1907.11692, table 9 (514 positions, because position ids start after the padding id);
 BERT, arXiv:1810.04805, section 3; ALBERT, arXiv:1909.11942, table 1, without dropout but before the head for pairs, as
-version 2 of google-research/albert; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its
-smallest), and a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
+version 2 of google-research/albert; DistilBERT, arXiv:1910.01108, section 3, with learnt positions as in the published
+distilbert-base-uncased; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its smallest), and
+a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
 XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory;
 NEZHA, arXiv:1909.00204 (its base has the sizes of BERT's), with the distances of its published configuration.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
@@ -62,6 +63,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_position_embeddings": 512,
             "type_vocab_size": 2,
             "layer_norm_eps": 1e-12,
+        },
+        "distilbert": {
+            "model_type": "distilbert",
+            "dim": 768,
+            "n_layers": 6,
+            "n_heads": 12,
+            "hidden_dim": 3072,
+            "activation": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "initializer_range": 0.02,
+            "max_position_embeddings": 512,
+            "sinusoidal_pos_embds": False,
         },
         "gpt2": {**_GPT2, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
         "gpt2-small-char": {**_GPT2, "n_positions": 256, "n_embd": 384, "n_layer": 6, "n_head": 6},

@@ -16,6 +16,7 @@ from trainer.model.build import constant_inputs, grow_vocabulary
 from trainer.model.classes import MASKED, PERMUTED, is_in
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
+from trainer.model.layers import check_layers
 from trainer.model.model_code import code_of, place_of
 from trainer.model.prediction_head import install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
@@ -51,6 +52,8 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
         account_for_weights(config, settings.from_pretrained, weight_shapes(settings.from_pretrained))
         if vocabulary_rows(model) < vocabulary.size:
             grow_vocabulary(model, vocabulary.size)
+    if settings.layers_from is not None:
+        check_layers(model, settings.layers_from, vocabulary, family)
     prove_convertible(model)
     freeze(model, settings.frozen)
     install(model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.config import Config, ModelConfig
 from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
-from trainer.errors import UserError
+from trainer.errors import MaskwrightError, UserError
 from trainer.model.account import account_for_weights
 from trainer.model.classes import FAMILIES, MASKED, choose_class
 from trainer.model.weight_files import refuse_lfs_pointers, weight_shapes
@@ -24,6 +25,23 @@ from trainer.runtime.user_files import read_json
 _WHERE = "model.from_pretrained"
 _CONFIG = "config.json"
 _STEP_FOLDER = re.compile(r"step-\d+$")
+
+
+@contextmanager
+def cards_for(key: str, of: str) -> Iterator[None]:
+    """Let cards of what is read as `model.from_pretrained` name another key, and whose weights it is about.
+
+    Args:
+        of: such as "The teacher".
+    """
+    try:
+        yield
+    except MaskwrightError as error:
+        error.problem = f"{of}: {error.problem}"
+        error.where, error.remedy = (text.replace(_WHERE, key) for text in (error.where, error.remedy))
+        if "model.overrides" in error.remedy:  # which are the trained model's
+            error.remedy = f"Correct config.json there, or give another {key}."
+        raise
 
 
 def check_source(source: str) -> None:

@@ -71,6 +71,16 @@ def frame_tokens(tokens: np.ndarray, vocabulary: Vocabulary) -> NDArray[np.int64
     return framed
 
 
+def row_lengths(blocks: Blocks) -> NDArray[np.int64]:
+    """Count what rows of whole documents show but for the padding at the end: int64 [B].
+
+    That is a begin and an end token for each document beside its text, without the separators between them.
+    """
+    assert blocks.lengths is not None
+    first = blocks.starts[DOCUMENT_STARTS] & (np.arange(blocks.tokens.shape[1]) < blocks.lengths[:, None])
+    return blocks.lengths + first.sum(axis=1) + 1
+
+
 def frame_documents(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
     """Frame rows of whole documents, [B, S − 1]: each document is between a begin and an end token, then comes padding.
 
@@ -89,7 +99,7 @@ def frame_documents(blocks: Blocks, vocabulary: Vocabulary) -> Framed:
 
     row_of, place_of = np.nonzero(first)
     begin = place_of + number[row_of, place_of] - 1
-    end = blocks.lengths + number[np.arange(rows), blocks.lengths - 1]  # of the last document of each row
+    end = row_lengths(blocks) - 1  # of the last document of each row
     later = place_of > 0
     tokens[row_of[later], begin[later] - 1] = vocabulary.end_id  # where the separator was
     tokens[row_of, begin] = vocabulary.begin_id

@@ -38,7 +38,7 @@ class LanguageModelLoss:
 
     def run(self, network: Network, batch: Batch) -> Any:
         """Run a batch through the network, scores in the place of logits; see `of_tokens`."""
-        score = Score(self._score, batch.labels[self.terms[0].name])
+        score = Score(self.score, (batch.labels[self.terms[0].name],))
         return network(batch.inputs, batch.prediction_index, batch.documents, score)
 
     def of_tokens(self, output: Any) -> dict[str, Predicted]:
@@ -56,7 +56,7 @@ class LanguageModelLoss:
         name, what = self._accuracy
         return f"perplexity {values['eval/perplexity']:.2f}  {what} {values[name]:.2%}"
 
-    def _score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def score(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the losses [n, 1] or, in evaluations, losses and guesses [n, 2]: ids are exact in fp32 up to 2^24."""
         if torch.is_grad_enabled():
             return self._kernel(logits, labels).unsqueeze(1)

@@ -28,20 +28,25 @@ class Network(Protocol):
         prediction_index: torch.Tensor | None,
         documents: Documents | None = None,
         score: Score | None = None,
+        with_states: bool = False,
     ) -> Any:
         """Return the model's output for the inputs of a batch, its `logits` [n, V] or, with `score`, [n, c].
 
-        Of a class with a head for pairs it has `pair_logits` [B, 2] as well.
+        Of a class with a head for pairs it has `pair_logits` [B, 2] as well, and `states` [B, S, H] if they are wanted.
         """
         ...
 
 
 class Term(NamedTuple):
-    """A part of the loss, with the labels of this name; `one_a_block` where each block has one, that may be ignored."""
+    """A part of the loss, with the labels of this name; `one_a_block` where each block has one, that may be ignored.
+
+    `has_answers` is False of a distance, for which nothing is right or wrong: its labels say only where it counts.
+    """
 
     name: str
     weight: float
     one_a_block: bool = False
+    has_answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Predicted:
     Attributes:
         losses: fp32 [B·n], nats; 0 where a label is ignored.
         guesses: int64 [B·n], the class of each label that the model predicts; None while gradients are computed
-            (`torch.is_grad_enabled()`), because only evaluations ask.
+            (`torch.is_grad_enabled()`), because only evaluations ask, and of a term without answers.
     """
 
     losses: torch.Tensor
@@ -136,7 +141,7 @@ def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
     predicted, rows = criterion.predict(network, batch), []
     for term in criterion.terms:
         labels, found = batch.labels[term.name], predicted[term.name]
-        right = (found.guesses == labels).sum()
+        right = (found.guesses == labels).sum() if term.has_answers else torch.zeros((), device=labels.device)
         count = (labels != IGNORED_LABEL).sum()
         rows.append(torch.stack([found.losses.sum().double(), right.double(), count.double()]))
     return torch.stack(rows)

@@ -11,7 +11,7 @@ from trainer.data.batch import Samples
 from trainer.data.blocks import View, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError, nearest
-from trainer.objectives import clm, mlm, pairs, plm
+from trainer.objectives import clm, mlm, pairs, plm, teacher
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
@@ -125,7 +125,9 @@ def card_of(settings: Mapping[str, Any]) -> ObjectiveCard:
     Raises:
         UserError: as `find_objective`.
     """
-    card, pair = find_objective(settings["name"]).card, settings.get("pair")
+    card, pair, taught = find_objective(settings["name"]).card, settings.get("pair"), settings.get("teacher")
+    if taught is not None:
+        return teacher.taught_card(card, taught)
     return card if pair is None else pairs.card_of(card, pair["task"])
 
 
@@ -156,13 +158,25 @@ def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluatin
     Raises:
         UserError: as `find_objective`.
     """
-    return find_objective(config.objective.name).samples(config, vocabulary, seq_len, evaluating)
+    samples = find_objective(config.objective.name).samples(config, vocabulary, seq_len, evaluating)
+    if (settings := config.objective.teacher) is None:
+        return samples
+    return teacher.TaughtSamples(
+        samples, config.objective.name, settings
+    )  # a term of language has its objective's name
 
 
-def make_criterion(config: Config, kernel: CrossEntropies = cross_entropies) -> Criterion:
+def make_criterion(
+    config: Config, kernel: CrossEntropies = cross_entropies, taught_by: teacher.Teacher | None = None
+) -> Criterion:
     """Make the loss of a run.
 
     Args:
         kernel: what computes cross-entropies in training.
+        taught_by: the teacher, where the config has one; None if only the terms of the loss are asked for.
     """
-    return find_objective(config.objective.name).criterion(config, kernel)
+    criterion = find_objective(config.objective.name).criterion(config, kernel)
+    if (settings := config.objective.teacher) is None:
+        return criterion
+    assert isinstance(criterion, LanguageModelLoss)
+    return teacher.TaughtLoss(settings, criterion, taught_by)

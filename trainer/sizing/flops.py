@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.model.hf_config import head_width_of, heads_of
 
+FORWARD_SHARE = 1 / 3
+"""Of training FLOPs, those of the forward pass: all that a teacher computes."""
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
 _POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
 

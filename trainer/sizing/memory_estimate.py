@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +14,10 @@ from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config
 from trainer.model.rehearsal import rehearse
+from trainer.model.teacher import TeacherModel, teacher_config
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.sizing.made_up import made_up_batch
-from trainer.sizing.meta_trace import DeviceType, StepTracer, TracedStep, meta_model
+from trainer.sizing.meta_trace import META, DeviceType, StepTracer, TracedStep, meta_model
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
 
@@ -49,9 +51,18 @@ class MemoryEstimate:
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         self.frozen_sizes = [sizes[name] for name in freeze(self.model, config.model.frozen)]
         self.seq_len = seq_len or config.data.seq_len
+        self.teacher = self._taught_by()
         self.samples = make_samples(config, vocabulary, self.seq_len)
         self.head_rows = self.samples.head_rows
         self._traced: dict[int, TracedStep] = {}
+
+    def _taught_by(self) -> TeacherModel | None:
+        """Build the teacher without storage, where there is one."""
+        if self.config.objective.teacher is None:
+            return None
+        config = teacher_config(self.config, self._vocabulary, family_of(self.config))
+        model = meta_model(config, COMPUTE_DTYPES[self.config.train.precision])
+        return TeacherModel(model, META, self.config.model.document_attention)
 
     @cached_property
     def parameter_sizes(self) -> list[int]:
@@ -76,7 +87,7 @@ class MemoryEstimate:
                 self._tracer = StepTracer(
                     self.model,
                     self.device_type,
-                    make_criterion(self.config),
+                    make_criterion(self.config, taught_by=self.teacher),
                     settings.document_attention,
                     settings.activation_checkpointing,
                 )
@@ -92,7 +103,7 @@ class MemoryEstimate:
             UserError: as `rehearse`, for a model that cannot compute a block, and for one that cannot without values.
         """
         try:
-            return rank_memory(
+            memory = rank_memory(
                 self.parameters,
                 world_size,
                 accumulation,
@@ -102,6 +113,8 @@ class MemoryEstimate:
                 on_cpu=self.device_type == "cpu",
                 frozen=self.frozen,
             )
+            teacher = 0 if self.teacher is None else self.teacher.weight_bytes  # whole on each rank, at any stage
+            return replace(memory, weights=memory.weights + teacher, update=memory.update + teacher)
         except Exception as error:
             # A card where the model cannot compute a block, or none without values; else the fault is ours.
             rehearse(

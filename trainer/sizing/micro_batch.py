@@ -100,15 +100,18 @@ def longest_blocks(config: Config) -> int:
     return max(config.data.seq_len, *own) if own else config.data.seq_len
 
 
+_NEWER_KEYS = {"attention_backend": "auto", "kernels": "auto", "frozen": [], "layers_from": None, "code": False}
+
+
 def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any]:
     """Collect all that the memory of a rank depends on beside the micro-batch."""
     model = config.model.model_dump(mode="json")
-    for key in ("attention_backend", "kernels"):
-        if model[key] == "auto":  # records that are older than the key have none
+    for key, default in _NEWER_KEYS.items():
+        if model[key] == default:  # records that are older than the key have none
             del model[key]
-    if not model["frozen"]:  # nor this one
-        del model["frozen"]
+    teacher = config.objective.teacher
     return {
+        **({} if teacher is None else {"teacher": teacher.model_dump(mode="json")}),
         "ranks": world_size,
         "device": device,
         "sizes": micro_sizes(config.data, config.batch, world_size),

@@ -16,6 +16,7 @@ from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.model.attention_backend import preferring
 from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
+from trainer.model.teacher import load_teacher
 from trainer.objectives.objective import Criterion, loss_sums
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime import distributed
@@ -53,7 +54,10 @@ def largest_by_trial(
     usual = "flash" if config.train.deterministic else None
     try:
         with preferring(usual if wanted == "auto" else wanted, world.device):
-            criterion = make_criterion(config, resolve_loss_kernel(config, vocabulary.size, world))
+            teacher = distributed.run_on_all_ranks(
+                world, lambda: load_teacher(config, vocabulary, family_of(config), world.device)
+            )
+            criterion = make_criterion(config, resolve_loss_kernel(config, vocabulary.size, world), teacher)
             largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[first:], criterion)
             if largest is None and first:
                 largest = _try_in_turn(config, vocabulary, world, seq_len, sizes[:first], criterion)

@@ -43,7 +43,8 @@ BATCH_METRICS = {
     "batch/seq_len": "tokens a sequence of the step",
 }
 TERM_METRICS = {
-    "train/loss/TERM": "mean loss of one term (mlm, nsp, sop) over its labels in the step's global batch, nats",
+    "train/loss/TERM": "mean loss of one term (mlm, clm, nsp, sop, soft, cosine) over its labels in the step's global "
+    "batch, nats; cosine: 1 − the cosine",
     "train/ignored/TERM": "of pairs (nsp, sop): share of the step's blocks without one, which have no label",
 }
 SOURCE_METRICS = {
@@ -59,8 +60,10 @@ EVALUATION_METRICS = {
     "eval/accuracy": "share of tokens predicted right; with objective.name clm",
 }
 TERM_EVALUATION_METRICS = {
-    "eval/TERM/loss": "mean loss of one term (mlm, nsp, sop) over its labels, nats",
-    "eval/TERM/accuracy": "share of its labels predicted right",
+    "eval/TERM/loss": "mean loss of one term (mlm, clm, nsp, sop, soft, cosine) over its labels, nats; cosine: 1 − the "
+    "cosine",
+    "eval/TERM/accuracy": "share of its labels predicted right; soft: share of positions where model and teacher find "
+    "the same token likeliest; not of cosine",
     "eval/TERM/ignored": "of pairs (nsp, sop): share of the validation blocks without one, which have no label",
 }
 EVENT_METRICS = {

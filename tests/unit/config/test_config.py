@@ -104,6 +104,15 @@ def test_a_key_that_has_moved_is_named_with_its_new_place() -> None:
         ({"objective": {"lengths": [1.0]}}, "objective", "lengths does nothing with scheme token"),
         ({"objective": {"scheme": "span", "lengths": [0, 0.0]}}, "objective", "lengths needs a share above 0"),
         ({"objective": {"replace_by": "unit"}}, "objective", "replace_by=unit does nothing with scheme token"),
+        ({"objective": {"teacher": {"model": "a", "soft": 0}}}, "objective.teacher.soft", "greater than 0, got 0"),
+        ({"objective": {"teacher": {"model": "a"}, "pair": {"task": "nsp"}}}, "objective", "cannot have pair"),
+        ({"objective": {"name": "plm", "teacher": {"model": "a"}}}, "objective", "teacher does nothing with name plm"),
+        ({"model": {"layers_from": {"model": "a", "layers": []}}}, "model.layers_from.layers", "at least 1 item"),
+        (
+            {"model": {"preset": None, "from_pretrained": "a", "layers_from": {"model": "a", "layers": [0]}}},
+            "model",
+            "has both from_pretrained and layers_from",
+        ),
         ({"optimizer": {"lr": -1}}, "optimizer.lr", "greater than 0, got -1"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1", "missing"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas.1", "less than 1, got 1.0"),
@@ -321,6 +330,15 @@ def test_a_model_replaces_the_parents_choice_and_keeps_the_rest(given: str, tmp_
         chosen = config.model.model_dump(include={"preset", "config", "from_pretrained"}, exclude_none=True)
         assert chosen == {given: "other"}
         assert (config.model.tokenizer, config.model.overrides) == ("tokenizer", {"hidden_size": 32})
+
+
+def test_a_checkpoint_takes_the_place_of_the_layers_that_a_parent_begins_with(tmp_path: Path):
+    write(tmp_path, "base.yaml", with_(model={"layers_from": {"model": "a", "layers": [0, 2]}}))
+    child = write(tmp_path, "child.yaml", "extends: base.yaml\nmodel: {from_pretrained: other}\n")
+    for config in (load_config(child), load_config(tmp_path / "base.yaml", ["model.from_pretrained=other"])):
+        assert (config.model.from_pretrained, config.model.layers_from) == ("other", None)
+    child = write(tmp_path, "child.yaml", "extends: base.yaml\nmodel: {preset: bert-base}\n")
+    assert load_config(child).model.layers_from is not None
 
 
 def test_two_lengths_in_one_file_are_refused_also_over_a_parent(tmp_path: Path):
