@@ -2,7 +2,7 @@
 
 Three comparisons stand between the checkpoint and "done": the weights give the logits that the training engine
 recorded; the written folder, loaded back by plain transformers, has no missing or unexpected weight; and it gives
-the same logits as the weights that went in. The folder appears only when all hold.
+the same logits as the weights that went in. The folder appears only when all hold, for each model in it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ from rich.console import Console
 
 from tools.model_card import write_model_card
 from tools.open_tokenizer import left_open
-from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe, worst_difference
+from trainer.checkpoint.contents import (
+    PROBE_TOLERANCE,
+    Probe,
+    export_names,
+    probe_folder,
+    read_probe,
+    worst_difference,
+)
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
+from trainer.model.classes import MAIN
 from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
 from trainer.runtime.paths import new_folder
 
@@ -60,27 +68,58 @@ def convert(source: str, output: str, dtype: str, max_shard_size: str, console: 
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     _remove_leftovers(target)
-    model = _load_into_stock_class(folder, manifest)
-    probe = read_probe(folder).for_cpu()
-    from_training = _compare_with_training(model, probe, folder)
-    name, before = type(model).__name__, _outputs(model, probe)
-    auto_class = _auto_class(model)
-    _check_space(target, model, DTYPES[dtype])
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
-        with _full_disk_explained(target):
-            _write(model.to(DTYPES[dtype]), folder, manifest, temporary, max_shard_size)
-            write_model_card(temporary, folder, manifest, dtype)
-        del model  # what is compared from here on is a model read back: there need not be two in memory
-        after_reload = _compare_after_reload(temporary, auto_class, DTYPES[dtype], probe, before)
+        found = {
+            name: _convert_model(folder, manifest, name, target, temporary, dtype, max_shard_size)
+            for name in export_names(folder)
+        }
         with _full_disk_explained(target):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    from_training = max(each.difference_from_training for each in found.values())
+    after_reload = max(each.difference_after_reload for each in found.values())
     console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    console.print(f"wrote {target}: {name}, load it with {auto_class}.from_pretrained", markup=False)
+    for name, each in found.items():
+        wrote = f"wrote {target / name}: {each.class_name}, load it with {each.auto_class}.from_pretrained"
+        console.print(wrote, markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """One model that was written; as `Conversion`."""
+
+    class_name: str
+    auto_class: str
+    difference_from_training: float
+    difference_after_reload: float
+
+
+def _convert_model(
+    folder: Path, manifest: CheckpointManifest, name: str, target: Path, temporary: Path, dtype: str, shard_size: str
+) -> _Converted:
+    """Load, compare, write and read back one model of a checkpoint.
+
+    Args:
+        name: of `export_names`.
+    """
+    model = _load_into_stock_class(folder, manifest, name)
+    probe = read_probe(probe_folder(folder, name)).for_cpu()
+    from_training = _compare_with_training(model, probe, folder)
+    class_name, before = type(model).__name__, _outputs(model, probe)
+    auto_class, output = _auto_class(model), temporary / name
+    _check_space(target, model, DTYPES[dtype])
+    with _full_disk_explained(target):
+        output.mkdir(exist_ok=True)
+        _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        write_model_card(output, folder, manifest, f"`{class_name}` ({parameters:,} parameters, {dtype})")
+    del model  # what is compared from here on is a model read back: there need not be two in memory
+    after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before)
+    return _Converted(class_name, auto_class, from_training, after_reload)
 
 
 def _temporary_prefix(target: Path) -> str:
@@ -134,15 +173,15 @@ def _check_arguments(dtype: str, max_shard_size: str) -> None:
         raise UserError(f"Unknown dtype '{dtype}'.", where=f"--dtype {dtype}", remedy=f"One of {', '.join(DTYPES)}.")
 
 
-def _load_into_stock_class(folder: Path, manifest: CheckpointManifest) -> Any:
-    """Load the checkpoint's fp32 weights strictly into the stock model, in evaluation mode."""
+def _load_into_stock_class(folder: Path, manifest: CheckpointManifest, name: str = MAIN) -> Any:
+    """Load the checkpoint's fp32 weights strictly into the stock model of this name, in evaluation mode."""
     from transformers import AutoConfig
 
     from trainer.model.stock import stock_model, untie_if_trained_apart
 
     with _quiet():
         files = ZeroFiles(folder)
-        config = AutoConfig.from_pretrained(folder / MODEL_FOLDER, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder / MODEL_FOLDER / name, trust_remote_code=False)
         untie_if_trained_apart(config, files.shapes)  # a run that an earlier version began did not
         model = stock_model(config, "cpu")
     _fill(model, files)
@@ -293,9 +332,11 @@ def _quiet() -> Iterator[None]:
 
 def _publish(temporary: Path, target: Path) -> None:
     """Make the finished folder durable, and give it its name."""
-    for path in temporary.iterdir():
-        give_usual_mode(path)
-    sync_files(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            give_usual_mode(path)
+    for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
+        sync_files(folder)
     if target.is_dir():  # empty: checked at the start
         target.rmdir()
     os.replace(temporary, target)

@@ -23,8 +23,12 @@ from trainer.tracking.jsonl import read_metrics
 CURVE_POINTS = 12
 
 
-def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str) -> None:
-    """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
+def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, model: str) -> None:
+    """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions.
+
+    Args:
+        model: its class, number of parameters and dtype, in a line.
+    """
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
@@ -36,7 +40,7 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
         f"# {name}",
-        _summary(manifest, card, dtype, evaluations),
+        _summary(manifest, card, model, evaluations),
         f"```python\n{card.use}\n```",
         _data(config, manifest) if config else "",
         _training(config, card, manifest) if config else "",
@@ -46,12 +50,12 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def _summary(manifest: CheckpointManifest, card: ObjectiveCard, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+def _summary(manifest: CheckpointManifest, card: ObjectiveCard, model: str, evaluations: list[dict[str, Any]]) -> str:
     state = TrainState(**manifest.state)
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in recorded_phases(manifest.data_order)]
     tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
     rows = [
-        ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
+        ("class", model),
         ("steps", f"{manifest.step:,}"),
         ("tokens seen", f"{tokens:,}"),
     ]

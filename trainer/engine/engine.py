@@ -76,10 +76,11 @@ def _in_steps(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TrainingEngine:
-    """A model under DeepSpeed: forward, backward, step, save.
+    """A module under DeepSpeed: forward, backward, step, save.
 
     Attributes:
-        network: runs the model.
+        network: runs the module.
+        exports: the stock models in it, as in `BuiltModel`.
     """
 
     def __init__(self, built: BuiltModel, ds_config: dict[str, Any], optimizer: OptimizerConfig, world: World) -> None:
@@ -100,19 +101,20 @@ class TrainingEngine:
                 where=f"deepspeed: zero_optimization.{quantized[0]}",
                 remedy="Remove it, or train on GPUs.",
             )
-        model = built.model
-        self.network = Forward(model, world.device, built.document_attention)
+        module = built.module
+        self.network = Forward(built.model, world.device, built.document_attention)
         if world.device.type == "cpu":
-            use_host_dropout(model)
-        adamw = build_optimizer(model, optimizer)
+            for model in built.exports.values():
+                use_host_dropout(model)
+        adamw = build_optimizer(module, optimizer)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
-        self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=ds_config)[0]
         self.network.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             patch_zero_optimizer(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
-        self.module = model
+        self.module, self.exports = module, built.exports
         self.device = world.device
         self.document_attention = self.network.document_attention
         self._capturing = CapturingCheckpointEngine()

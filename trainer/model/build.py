@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
+from trainer.model.classes import CAUSAL, MAIN, MASKED, PERMUTED, model_class
 from trainer.model.hf_config import (
     attention_of,
     build_config,
@@ -36,20 +36,28 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model ready to be trained.
+    """What is ready to be trained, and the stock models in it.
 
     Attributes:
-        model: an instance of a stock transformers class, fp32, on the CPU, in training mode.
-        document_attention: whether its attention is to be kept within documents.
+        module: what DeepSpeed trains, fp32, on the CPU, in training mode. A single model is its own module.
+        exports: the models that a conversion gives, each of a stock transformers class, by the name of their folder
+            within the converted one; MAIN is that folder itself.
+        document_attention: whether attention is to be kept within documents.
         notes: lines for the user: what differs from what they may expect.
-        says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the model was built from,
-            which the weights may have corrected.
+        says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the main model was built
+            from, which the weights may have corrected.
     """
 
-    model: PreTrainedModel
+    module: nn.Module
+    exports: Mapping[str, PreTrainedModel]
     document_attention: bool
     notes: tuple[str, ...]
     says_tied: bool | None = None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The main one of the exports."""
+        return self.exports[MAIN]
 
 
 def build_model(
@@ -93,7 +101,7 @@ def build_model(
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
     # Earlier versions did not correct it, and tied again what grew.
     says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
-    return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied)
+    return BuiltModel(model.train(), {MAIN: model}, settings.document_attention, tuple(notes), says_tied)
 
 
 def constant_inputs(model: PreTrainedModel, seq_len: int, device: torch.device) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from transformers.models.auto.modeling_auto import (
 from trainer.errors import UserError
 
 MASKED, PAIRED, CAUSAL, PERMUTED = "masked", "paired", "causal", "permuted"
+MAIN = ""
+"""Of the models that a run trains, the one that bears its name."""
 # transformers gives these a causal class, and attention to both sides unless they are told otherwise.
 _NOT_CAUSAL = {"bert-generation", "xlm", "xlnet"}
 

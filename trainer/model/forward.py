@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,24 @@ from trainer.data.batch import RANKS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
+from trainer.model.classes import MAIN
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install, pair_logits, vocabulary_logits
 from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
+
+
+class Pass(NamedTuple):
+    """What one of the models that a run trains was given, and what it has made of that.
+
+    Attributes:
+        inputs: as for `Forward`.
+        logits: [n, c] at the positions that were asked for.
+        pair_logits: [B, 2] of a class with a head for pairs.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    pair_logits: torch.Tensor | None
 
 
 class Forward:
@@ -43,6 +58,11 @@ class Forward:
             masks = causal_masks(self.model, seq_len, self.device)
             self._constants[seq_len] = {**constant_inputs(self.model, seq_len, self.device), **masks}
         return self._constants[seq_len]
+
+    def passes(self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor) -> dict[str, Pass]:
+        """Run what is trained once, and tell of each model in it, by `BuiltModel.exports`, what it has computed."""
+        output = self(inputs, prediction_index)
+        return {MAIN: Pass(dict(inputs), output.logits, output.pair_logits)}
 
     def __call__(
         self,
