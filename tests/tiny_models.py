@@ -25,6 +25,8 @@ _BERT_LIKE = {
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "albert": {**_BERT_LIKE, **_DROPOUT_FREE, "num_hidden_layers": 5, "num_hidden_groups": 2, "embedding_size": 16},
+    "deberta-v2": {**_BERT_LIKE, **_DROPOUT_FREE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "electra": {**_BERT_LIKE, **_DROPOUT_FREE, "embedding_size": 16},
     "distilbert": {
         "dim": 32,
         "n_layers": 2,

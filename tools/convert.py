@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from trainer.checkpoint.contents import (
 )
 from trainer.checkpoint.find import locate
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
+from trainer.checkpoint.resume import recorded_objective
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
 from trainer.model.classes import MAIN
@@ -116,7 +117,7 @@ def _convert_model(
         output.mkdir(exist_ok=True)
         _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        write_model_card(output, folder, manifest, f"`{class_name}` ({parameters:,} parameters, {dtype})")
+        write_model_card(output, folder, manifest, f"`{class_name}` ({parameters:,} parameters, {dtype})", name)
     del model  # what is compared from here on is a model read back: there need not be two in memory
     after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before)
     return _Converted(class_name, auto_class, from_training, after_reload)
@@ -182,9 +183,10 @@ def _load_into_stock_class(folder: Path, manifest: CheckpointManifest, name: str
     with _quiet():
         files = ZeroFiles(folder)
         config = AutoConfig.from_pretrained(folder / MODEL_FOLDER / name, trust_remote_code=False)
-        untie_if_trained_apart(config, files.shapes)  # a run that an earlier version began did not
+        weights = _weights_of(files, config, name, manifest)
+        untie_if_trained_apart(config, weights.names)  # a run that an earlier version began did not
         model = stock_model(config, "cpu")
-    _fill(model, files)
+    _fill(model, weights)
     not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if not_finite:
         raise DamagedError(
@@ -202,7 +204,47 @@ def _auto_class(model: Any) -> str:
     return auto_class_of(model.config)
 
 
-def _fill(model: Any, files: ZeroFiles) -> None:
+@dataclass(frozen=True)
+class _Weights:
+    """What a checkpoint holds of one model.
+
+    Attributes:
+        names, buffers: by the names in the model, those in the files.
+        added: names of the model's weights that another one of the files is to be added to.
+    """
+
+    files: ZeroFiles
+    names: Mapping[str, str]
+    buffers: Mapping[str, str]
+    added: Mapping[str, str]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a weight, fp32, in its shape."""
+        weight = self.files.read_weight(self.names[name])
+        return weight + self.files.read_weight(self.added[name]) if name in self.added else weight
+
+
+def _weights_of(files: ZeroFiles, config: Any, export: str, manifest: CheckpointManifest) -> _Weights:
+    """Find the weights of one of the models of a checkpoint."""
+    from trainer.model.classes import GENERATOR
+    from trainer.model.replaced_tokens import DISENTANGLED, trained_names
+    from trainer.model.stock import stock_model
+
+    if len(export_names(files.folder)) == 1:
+        names, buffers = ({name: name for name in found} for found in (files.shapes, files.buffers))
+        return _Weights(files, names, buffers, {})
+    skeleton = stock_model(config, "meta")
+    embeddings = f"{skeleton.base_model_prefix}.embeddings."
+    names, buffers = (trained_names(export, found, embeddings) for found in (files.shapes, files.buffers))
+    added = {}
+    if export == MAIN and recorded_objective(manifest.identity)["generator"]["share"] == DISENTANGLED:
+        tables = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+        name = tables[id(skeleton.get_input_embeddings().weight)]
+        added[name] = trained_names(GENERATOR, files.shapes, embeddings)[name]
+    return _Weights(files, names, buffers, added)
+
+
+def _fill(model: Any, weights: _Weights) -> None:
     """Copy parameters and buffers into the model, each of which must be there and no other.
 
     Parameters that a class computes itself and freezes (RoFormer's sinusoidal positions) are in no checkpoint, and stay
@@ -214,23 +256,23 @@ def _fill(model: Any, files: ZeroFiles) -> None:
     from trainer.model.stock import origins
 
     parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-    found = origins(model, files.shapes)
+    found = origins(model, weights.names)
     differ = (
         sorted(name for name in parameters.keys() - found.keys() if parameters[name].requires_grad)
-        + sorted(files.shapes.keys() - parameters.keys())
-        + sorted(files.buffers.keys() - buffers.keys())
+        + sorted(weights.names.keys() - parameters.keys())
+        + sorted(weights.buffers.keys() - buffers.keys())
     )
     if differ:
         raise DamagedError(
             f"The checkpoint's weights are not those of {type(model).__name__}: {', '.join(differ[:5])}.",
-            where=str(files.folder),
+            where=str(weights.files.folder),
             remedy="Convert with the transformers version that the checkpoint's manifest names.",
         )
     for name, parameter in model.named_parameters():
         if name in found:
-            parameter.data.copy_(files.read_weight(found[name]))
-    for name, value in files.buffers.items():
-        buffers[name].copy_(value)
+            parameter.data.copy_(weights.read(found[name]))
+    for name, in_files in weights.buffers.items():
+        buffers[name].copy_(weights.files.buffers[in_files])
 
 
 def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:

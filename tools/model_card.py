@@ -13,6 +13,7 @@ from trainer.checkpoint.resume import recorded_objective
 from trainer.config import BatchConfig, DataConfig
 from trainer.data.order.compare import recorded_phases
 from trainer.data.order.mixture import mixture_order
+from trainer.model.classes import GENERATOR, MAIN
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.registry import card_of
 from trainer.runtime.paths import real_path
@@ -23,11 +24,14 @@ from trainer.tracking.jsonl import read_metrics
 CURVE_POINTS = 12
 
 
-def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifest, model: str) -> None:
+def write_model_card(
+    folder: Path, checkpoint: Path, manifest: CheckpointManifest, model: str, export: str = MAIN
+) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions.
 
     Args:
         model: its class, number of parameters and dtype, in a line.
+        export: which of the models that were trained it is, of `trainer.checkpoint.contents.export_names`.
     """
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
@@ -35,11 +39,11 @@ def write_model_card(folder: Path, checkpoint: Path, manifest: CheckpointManifes
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
     evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
-    card = card_of(recorded_objective(manifest.identity))
+    card = card_of(recorded_objective(manifest.identity), of_generator=export == GENERATOR)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
-        f"# {name}",
+        f"# {' '.join(filter(None, (name, export)))}",
         _summary(manifest, card, model, evaluations),
         f"```python\n{card.use}\n```",
         _data(config, manifest) if config else "",

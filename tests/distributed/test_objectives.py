@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from rich.console import Console
+from transformers import AutoConfig
 
 from tests.objective_cases import CASES
 from tests.preparing import prepare_text
@@ -16,8 +17,7 @@ from tests.ranks import losses, train
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
-from trainer.model.classes import FAMILIES
-from trainer.objectives.registry import family_of
+from trainer.model.classes import auto_class_of
 
 OTHER_LAYOUT: dict[str, Any] = {
     "deepspeed": "zero3",
@@ -59,7 +59,7 @@ def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
     assert clean[-1] < clean[0], "it learns"
     proven = convert(str(tmp_path / "one"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
     assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
-    auto_class = getattr(transformers, FAMILIES[family_of(config_of(name, "one"))].auto_class)
+    auto_class = getattr(transformers, auto_class_of(AutoConfig.from_pretrained(tmp_path / "model")))
     _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values())
 

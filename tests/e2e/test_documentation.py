@@ -140,6 +140,8 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("roberta-large", (1, 8, 64)),
         ("bert-wwm-chinese", (1, 8, 16)),
         ("spanbert-base", (1, 8)),
+        ("electra-small", (1, 8)),
+        ("deberta-v3-base", (1, 8, 16)),
     ],
 )
 def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Path, words: Path) -> None:
@@ -154,5 +156,5 @@ def test_every_recipe_validates(name: str, ranks: tuple[int, ...], workspace: Pa
 
 
 def test_no_recipe_is_left_out_above() -> None:
-    names = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
-    assert recipe_names() == names
+    by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
+    assert recipe_names() == sorted([*by_masks, "deberta-v3-base", "electra-small"])

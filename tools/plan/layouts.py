@@ -10,7 +10,7 @@ from tools.plan.wire import Wire, plan_traffic
 from trainer.engine.deepspeed_config import load_preset, zero_stage
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.schedule.batch_plan import micro_sizes
-from trainer.sizing.flops import block_flops, flops_per_token
+from trainer.sizing.flops import prediction_flops, step_flops
 from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings
 
@@ -77,9 +77,9 @@ class Layouts:
 
     @cached_property
     def flops_per_token(self) -> float:
-        model, seq_len = self.estimate.model, self.config.data.seq_len
-        a_token = flops_per_token(model, self._attended_tokens, self.estimate.head_rows / seq_len)
-        return a_token + block_flops(model) / seq_len
+        models, seq_len = self.estimate.models, self.config.data.seq_len
+        of_heads = self.estimate.head_rows / seq_len * prediction_flops(models)
+        return step_flops(models, self._attended_tokens, seq_len) + of_heads
 
     @cached_property
     def stages(self) -> dict[int, ZeroSettings]:

@@ -67,7 +67,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     config, facts, batch = plan.facts.config, plan.facts, plan.facts.plan
     chosen, estimate = plan.chosen, plan.estimate
     options = plan.options
-    model = f"{type(estimate.model).__name__}, {estimate.parameters:,} parameters"
+    model = f"{estimate.class_name}, {estimate.parameters:,} parameters"
     auto = (
         f" (auto: the largest that fits on {plan.device.name}, modelled)" if config.batch.micro_size == "auto" else ""
     )
@@ -263,7 +263,7 @@ def to_json(plan: RunPlan) -> str:
             "basis": "exact",
         },
         "model": {
-            "class": type(plan.estimate.model).__name__,
+            "class": plan.estimate.class_name,
             "parameters": plan.estimate.parameters,
             "flops_per_token": plan.flops_per_token,
             "basis": "exact",

@@ -43,10 +43,18 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         **attention,
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, *configs])[:16]}",
-        "objective": inputs.config.objective.model_dump(),
+        "objective": _objective(inputs),
         "seed": inputs.config.run.seed,
         "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
     }
+
+
+def _objective(inputs: Inputs) -> dict[str, Any]:
+    """Dump the section; of a generator what its config does not say, and a resume does not read weights anew."""
+    section = inputs.config.objective.model_dump()
+    if section["generator"] is not None:
+        section["generator"] = {name: section["generator"][name] for name in ("share", "weight")}
+    return section
 
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run is asked to do: its sections (`schema`), and how they are read (`file`)."""
 
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
-from trainer.config.objective import MaskRatioStage, ObjectiveConfig, PairConfig
+from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -32,6 +32,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "GeneratorConfig",
     "LoggingConfig",
     "MaskRatioStage",
     "ModelConfig",

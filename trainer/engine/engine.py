@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
-from trainer.model.forward import Forward
+from trainer.model.trained import forward_of
 from trainer.runtime.distributed import World
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
@@ -102,7 +102,7 @@ class TrainingEngine:
                 remedy="Remove it, or train on GPUs.",
             )
         module = built.module
-        self.network = Forward(built.model, world.device, built.document_attention)
+        self.network = forward_of(module, world.device, built.document_attention)
         if world.device.type == "cpu":
             for model in built.exports.values():
                 use_host_dropout(model)

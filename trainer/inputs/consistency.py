@@ -32,6 +32,7 @@ from trainer.runtime.versions import installed_version
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _PACKAGES = ("launcher", "tools", "trainer")
+_GENERATOR = "objective.generator.from_pretrained"
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")
 _WHOLE_BYTES = 32 << 20  # a file up to this size is hashed as a whole, of a larger one some parts are
 _PART_BYTES, _PARTS = 64 << 10, 64
@@ -95,7 +96,11 @@ def facts_of_inputs(inputs: Inputs) -> dict[str, Any]:
     """Collect what is known once the inputs are open: prepared text and names on the hub have become files by then."""
     config, vocabulary = inputs.config, inputs.vocabulary
     sources = zip(config.data.train, inputs.sources, strict=True)
-    names = {"model.tokenizer": tokenizer_source(config), "model.from_pretrained": config.model.from_pretrained}
+    names = {
+        "model.tokenizer": tokenizer_source(config),
+        "model.from_pretrained": config.model.from_pretrained,
+        _GENERATOR: _generator_source(config),
+    }
     return {
         "tokenizer": {"sha256": vocabulary.sha256, "size": vocabulary.size, "special ids": vocabulary.special_ids},
         "fingerprints": [f"{settings.path} {source.fingerprint}" for settings, source in sources],
@@ -117,6 +122,11 @@ def _sources_hash() -> str:
     return digest.hexdigest()
 
 
+def _generator_source(config: Config) -> str | None:
+    generator = config.objective.generator
+    return None if generator is None else generator.from_pretrained
+
+
 def _model_files(config: Config) -> dict[str, str]:
     """List the local files behind the keys of the model and its tokenizer, with size and hash."""
     found: dict[str, str] = {}
@@ -124,6 +134,7 @@ def _model_files(config: Config) -> dict[str, str]:
         ("model.tokenizer", config.model.tokenizer),
         ("model.config", config.model.config),
         ("model.from_pretrained", config.model.from_pretrained),
+        (_GENERATOR, _generator_source(config)),
     ):
         if name and is_local(name):
             path = user_path(name, key)

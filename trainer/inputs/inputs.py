@@ -33,8 +33,8 @@ from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.model.classes import CAUSAL, attended_tokens
-from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
+from trainer.model.trained import rehearse_trained
 from trainer.objectives.registry import family_of, make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
@@ -241,7 +241,7 @@ class _Base:
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
-            rehearse(config.model, vocabulary, lengths, family_of(config))
+            rehearse_trained(config, vocabulary, lengths, family_of(config))
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, tuple(notes))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.classes import CAUSAL, MAIN, MASKED, PERMUTED, model_class
+from trainer.model.classes import CAUSAL, DETECTING, MAIN, MASKED, PERMUTED, model_class
 from trainer.model.hf_config import (
     attention_of,
     build_config,
@@ -95,7 +95,7 @@ def build_model(
     name = type(model).__name__
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
-    if config.model_type not in HEAD_MODULES and family != PERMUTED:
+    if config.model_type not in HEAD_MODULES and family not in (PERMUTED, DETECTING):
         skipped = "hold a part of them at a time" if family == CAUSAL else "skip the unmasked ones"
         notes.append(f"head: {name} computes the logits of all positions; only known classes {skipped}")
     grown = model.config.get_text_config().vocab_size != config.get_text_config().vocab_size
@@ -262,6 +262,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
         UserError: when the class cannot grow.
     """
     decoder = model.get_output_embeddings()
+    _refuse_other_decoder(model, decoder, size)
     old_biases = {name: bias.detach().clone() for name, bias in _output_biases(model, decoder)}
     if model.device.type == "meta":  # there is nothing to take a mean of
         for kind in ("embeddings_weights", "lm_head_weights", "lm_head_bias"):
@@ -270,16 +271,27 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     try:
         model.resize_token_embeddings(size, **({"mean_resizing": True} if takes_mean else {}))
     except Exception as error:  # NotImplementedError, AttributeError, ...: each class has its own way
-        raise UserError(
-            f"{type(model).__name__} cannot be given the rows for a vocabulary of {size:,} tokens, more than its "
-            f"{vocabulary_rows(model):,} ({type(error).__name__}: {' '.join(str(error).split())}).",
-            where="model.tokenizer",
-            remedy="Use the checkpoint's own tokenizer, without further tokens, or train a model of another type.",
-        ) from error
+        raise _cannot_grow(model, size, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     for name, bias in _output_biases(model, model.get_output_embeddings()):
         old = old_biases[name]
         bias.data = torch.cat([old, old.mean().expand(size - len(old))])
     model.tie_weights()
+
+
+def _refuse_other_decoder(model: PreTrainedModel, decoder: nn.Module | None, size: int) -> None:
+    """Refuse a class that names another matrix its decoder, as DebertaV2 without `legacy`: that would be resized."""
+    rows = len(weight) if isinstance(weight := getattr(decoder, "weight", None), torch.Tensor) else None
+    if rows is not None and rows != vocabulary_rows(model):
+        raise _cannot_grow(model, size, f"what it calls its output embeddings has {rows:,} rows")
+
+
+def _cannot_grow(model: PreTrainedModel, size: int, why: str) -> UserError:
+    return UserError(
+        f"{type(model).__name__} cannot be given the rows for a vocabulary of {size:,} tokens, more than its "
+        f"{vocabulary_rows(model):,} ({why}).",
+        where="model.tokenizer",
+        remedy="Use the checkpoint's own tokenizer, without further tokens, or train a model of another type.",
+    )
 
 
 def _output_biases(model: PreTrainedModel, decoder: nn.Module | None) -> list[tuple[str, nn.Parameter]]:

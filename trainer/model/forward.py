@@ -12,7 +12,7 @@ from trainer.data.batch import RANKS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
-from trainer.model.classes import MAIN
+from trainer.model.classes import MAIN, is_detector
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install, pair_logits, vocabulary_logits
 from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
@@ -43,7 +43,7 @@ class Forward:
         self.model, self.device = model, device
         self.call: Callable[..., Any] = model
         self.document_attention = DocumentAttention(model, device) if document_attention else None
-        self._head = install(model)
+        self._head, self._detects = install(model), is_detector(model.config)
         if self.document_attention is None:
             use_causal_sdpa(model)
         keep_positions_in_dtype(model)
@@ -80,8 +80,9 @@ class Forward:
             score: what is wanted in the place of logits.
 
         Returns:
-            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; and its
-            `pair_logits` [B, 2], None of a class without a head for pairs.
+            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; of a model
+            that tells which tokens were replaced [n, 1]. And its `pair_logits` [B, 2], None of a class without a head
+            for pairs.
 
         Raises:
             UserError: when a model whose head is not known gives logits of other positions than it was given.
@@ -103,6 +104,8 @@ class Forward:
         if score is not None and self._head.scores:
             return output
         logits = vocabulary_logits(output)
+        if self._detects:
+            logits = logits.unsqueeze(-1) if logits.ndim == input_ids.ndim else logits
         shape = logits.shape[:2]
         if not (self._head.in_head or in_order) and shape != input_ids.shape:  # Perceiver's are of all its positions
             raise UserError(

@@ -22,13 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from trainer.data.batch import Score
+from trainer.model.classes import is_detector
 
 HEAD_MODULES: Mapping[str, str] = MappingProxyType(
     {
         "albert": "predictions",
         "bert": "cls",
         "camembert": "lm_head",
+        "deberta-v2": "cls",
         "distilbert": "vocab_transform",
+        "electra": "generator_predictions",
         "ernie": "cls",
         "esm": "lm_head",
         "eurobert": "lm_head",
@@ -44,7 +47,7 @@ HEAD_MODULES: Mapping[str, str] = MappingProxyType(
         "xlm-roberta": "lm_head",
     }
 )
-"""`config.model_type` → the submodule of its class that is first to receive the encoder's output."""
+"""`config.model_type` → the submodule of its masked or causal class that is first to receive the encoder's output."""
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gpt2": "lm_head",
@@ -136,7 +139,7 @@ def install(model: PreTrainedModel) -> PredictionHead:
     A forward pre-hook, not a new forward: it composes with DeepSpeed's hooks that gather a ZeRO-3 partition, and
     torch.compile traces through it in one graph. Install before the model is compiled.
     """
-    name, projection = HEAD_MODULES.get(model.config.model_type), PROJECTIONS.get(model.config.model_type)
+    name, projection = _head_of(model), PROJECTIONS.get(model.config.model_type)
     head = PredictionHead(in_head=name is not None, scores=projection is not None)
     if name is not None:
         model.get_submodule(name).register_forward_pre_hook(head.keep_selected)
@@ -145,6 +148,14 @@ def install(model: PreTrainedModel) -> PredictionHead:
         assert isinstance(last, nn.Linear)
         head.score_in(last)
     return head
+
+
+def _head_of(model: PreTrainedModel) -> str | None:
+    if is_detector(model.config):
+        return None  # it tells something of each position
+    if model.config.model_type == "deberta-v2" and not model.config.legacy:
+        return "lm_predictions"
+    return HEAD_MODULES.get(model.config.model_type)
 
 
 def _in_pieces(

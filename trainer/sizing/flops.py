@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
+from trainer.model.classes import is_detector
 from trainer.model.hf_config import head_width_of, heads_of
 
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
@@ -62,6 +64,25 @@ def block_flops(model: PreTrainedModel) -> float:
     Of a class without a head for pairs 0: its pooler, if it has one, leads to no loss.
     """
     return 3.0 * _matmul_flops(model)[2]
+
+
+def step_flops(models: Mapping[str, PreTrainedModel], attended_tokens: float, seq_len: int) -> float:
+    """Count training FLOPs a position of all that a run trains, but for heads over the vocabulary.
+
+    Of a model that tells something of each token its head counts here.
+
+    Args:
+        models: as `BuiltModel.exports`.
+    """
+    return sum(
+        flops_per_token(model, attended_tokens, float(is_detector(model.config))) + block_flops(model) / seq_len
+        for model in models.values()
+    )
+
+
+def prediction_flops(models: Mapping[str, PreTrainedModel]) -> float:
+    """Count training FLOPs of the heads over the vocabulary at one predicted position."""
+    return sum(head_flops(model) for model in models.values() if not is_detector(model.config))
 
 
 def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
