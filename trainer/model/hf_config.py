@@ -17,7 +17,6 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest
 from trainer.model.classes import (
     CAUSAL,
-    DETECTING,
     FAMILIES,
     MASKED,
     PAIRED,
@@ -71,7 +70,6 @@ _OBJECTIVES_OF = {
     "objective.name=mlm": MASKED,
     "objective.name=clm": CAUSAL,
     "objective.name=plm": PERMUTED,
-    "objective.name=rtd": DETECTING,
 }
 # Different values leave some or all weight shapes as they are, and still make another model of the same weights.
 _SHAPE_FIELDS = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "num_hidden_groups")

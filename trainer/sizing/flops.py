@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +15,7 @@ from trainer.model.classes import is_detector
 from trainer.model.hf_config import head_width_of, heads_of
 
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
+_OF_POSITIONS = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, once a batch
 _POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
 
 
@@ -39,6 +40,9 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     the stream that predicts at all positions, and so it is counted; the one-hot matrix by which it chooses some of
     them is not, as no look-up is. Weights may be on the meta device or partitioned: only their declared sizes are read.
 
+    DeBERTa's queries and keys meet 2n relative positions too, which takes 4·L·2n·H more where both do. The vectors of
+    positions pass through matrices once a batch, which is not counted.
+
     Args:
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
             attention, `Inputs.attended_tokens`; of a causal model half of that.
@@ -47,6 +51,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     config = model.config
     encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention += _relative_positions(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     if config.model_type == "xlnet":
         attention *= 4  # two streams, and scores of positions, of which there are two a token, beside those of contents
@@ -87,12 +92,13 @@ def prediction_flops(models: Mapping[str, PreTrainedModel]) -> float:
 
 def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
     """Count FLOPs forward in matrices: of a position in the encoder and in the head, and what a block takes once."""
+    not_in_a_step = (*_NOT_IN_A_STEP, *_OF_POSITIONS)
     applications = _shared_layer_applications(model)
     encoder_matmuls = head_matmuls = pair_matmuls = 0
     has_pairs = any(name.rpartition(".")[2] in _PAIR_HEADS for name, _ in model.named_modules())
     encoder_modules = set(model.base_model.modules())
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
+        if not isinstance(module, nn.Linear | Conv1D) or any(part in not_in_a_step for part in name.split(".")):
             continue
         flops = 2 * math.prod(_declared_shape(module))
         if not {_POOLER, *_PAIR_HEADS}.isdisjoint(name.split(".")):
@@ -111,6 +117,17 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[int, int, int]:
             encoder_matmuls += 6 * matrix  # q, k, v, o, and r at two positions a token
             head_matmuls += 2 * matrix + 4 * module.d_model * model.config.d_inner  # q, o and both of the feed-forward
     return encoder_matmuls, head_matmuls, pair_matmuls
+
+
+def _relative_positions(config: PretrainedConfig) -> int:
+    """Count FLOPs forward of a position in a layer of DeBERTa's attention between contents and relative positions."""
+    if config.model_type != "deberta-v2" or not config.relative_attention:
+        return 0
+    reach = config.max_relative_positions
+    reach = config.max_position_embeddings if reach < 1 else reach
+    reach = getattr(config, "position_buckets", -1) if getattr(config, "position_buckets", -1) > 0 else reach
+    kinds = len({"c2p", "p2c"}.intersection(config.pos_att_type or ()))
+    return kinds * 2 * 2 * reach * heads_of(config) * head_width_of(config)
 
 
 def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
