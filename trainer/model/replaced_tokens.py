@@ -151,7 +151,8 @@ def share_embeddings(
         taker.base_model.embeddings = giver.base_model.embeddings
         generator.tie_weights()
     if share == DISENTANGLED:
-        theirs, own = generator.get_input_embeddings(), discriminator.get_input_embeddings()
+        theirs: Any = generator.get_input_embeddings()
+        own: Any = discriminator.get_input_embeddings()
         _refuse_unequal(theirs, own)
         with torch.no_grad():
             if from_discriminator:

@@ -191,7 +191,8 @@ def _embeddings_note(config: Config, models: Mapping[str, PreTrainedModel]) -> l
         _generator(config).from_pretrained,
     ):
         return []
-    one, other = (model.get_input_embeddings().weight for model in (models[MAIN], models[GENERATOR]))
+    tables: list[Any] = [model.get_input_embeddings() for model in models.values()]
+    one, other = (table.weight for table in tables)
     if one.shape == other.shape and torch.equal(one, other):
         return []
     return ["generator: its embeddings and the model's differ in the checkpoints; the generator's are shared"]
