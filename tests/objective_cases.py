@@ -108,5 +108,21 @@ CASES: Mapping[str, ObjectiveCase] = MappingProxyType(
             {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64},
             ("dropout",),
         ),
+        "rtd": ObjectiveCase(
+            {"name": "rtd", "replace_mask": 0.85, "replace_random": 0.0},
+            "electra-small",
+            {**_BERT, "embedding_size": 16},
+        ),
+        "rtd, disentangled": ObjectiveCase(
+            {"name": "rtd", "generator": {"share": "disentangled", "weight": 10.0}},
+            "deberta-v3-base",
+            {**_BERT, "num_hidden_layers": 2},
+        ),
+        "rtd, documents": ObjectiveCase(
+            {"name": "rtd", "scheme": "word", "generator": {"share": "nothing", "overrides": {"hidden_size": 16}}},
+            "bert-base",
+            _BERT,
+            sections={"data": {"samples": "documents"}},
+        ),
     }
 )

@@ -26,6 +26,15 @@ _BERT_LIKE = {
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "albert": {**_BERT_LIKE, **_DROPOUT_FREE, "num_hidden_layers": 5, "num_hidden_groups": 2, "embedding_size": 16},
+    "deberta-v2": {
+        **_BERT_LIKE,
+        **_DROPOUT_FREE,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 4,
+        "max_relative_positions": 8,
+    },
+    "electra": {**_BERT_LIKE, **_DROPOUT_FREE, "embedding_size": 16},
     "distilbert": {
         "dim": 32,
         "n_layers": 2,

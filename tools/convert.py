@@ -2,7 +2,7 @@
 
 Three comparisons stand between the checkpoint and "done": the weights give the logits that the training engine
 recorded; the written folder, loaded back by plain transformers, has no missing or unexpected weight; and it gives
-the same logits as the weights that went in. The folder appears only when all hold.
+the same logits as the weights that went in. The folder appears only when all hold, for each model in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import io
 import os
 import re
 import shutil
@@ -26,17 +25,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from tools.load_model import code_of_checkpoint, load_model, quiet
 from tools.model_card import write_model_card
 from tools.open_tokenizer import left_open
-from trainer.checkpoint.contents import PROBE_TOLERANCE, Probe, read_probe, worst_difference
+from trainer.checkpoint.contents import (
+    PROBE_TOLERANCE,
+    Probe,
+    export_names,
+    probe_folder,
+    read_probe,
+    worst_difference,
+)
 from trainer.checkpoint.find import locate
-from trainer.checkpoint.identity import has_own_code
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
-from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
 from trainer.runtime.paths import new_folder
-from trainer.runtime.user_files import read_json
 
 if TYPE_CHECKING:
     from trainer.model.model_code import ModelCode
@@ -72,34 +76,71 @@ def convert(
     folder, manifest = locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
     _remove_leftovers(target)
-    code = _code(folder, manifest, run_code)
-    model = _load_into_stock_class(folder, code)
-    probe = read_probe(folder).for_cpu()
-    from_training = _compare_with_training(model, probe, folder)
-    name, before = type(model).__name__, _outputs(model, probe)
-    auto_class = _auto_class(model)
-    _check_space(target, model, DTYPES[dtype])
+    code = code_of_checkpoint(folder, manifest, run_code)
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
-        with _full_disk_explained(target):
-            _write(model.to(DTYPES[dtype]), folder, manifest, temporary, max_shard_size)
-            if code is not None:
-                code.write(temporary)
-            write_model_card(temporary, folder, manifest, dtype, has_code=code is not None)
-        del model  # what is compared from here on is a model read back: there need not be two in memory
-        with _modules_of_its_own():
-            after_reload = _compare_after_reload(
-                temporary, auto_class, DTYPES[dtype], probe, before, has_code=code is not None
-            )
+        found = {
+            name: _convert_model(folder, manifest, name, code, target, temporary, dtype, max_shard_size)
+            for name in export_names(folder)
+        }
         with _full_disk_explained(target):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    from_training = max(each.difference_from_training for each in found.values())
+    after_reload = max(each.difference_after_reload for each in found.values())
     console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    loader = f"{auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
-    console.print(f"wrote {target}: {name}, load it with {loader}", markup=False)
+    for name, each in found.items():
+        loader = f"{each.auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
+        console.print(f"wrote {target / name}: {each.class_name}, load it with {loader}", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """One model that was written; as `Conversion`."""
+
+    class_name: str
+    auto_class: str
+    difference_from_training: float
+    difference_after_reload: float
+
+
+def _convert_model(
+    folder: Path,
+    manifest: CheckpointManifest,
+    name: str,
+    code: ModelCode | None,
+    target: Path,
+    temporary: Path,
+    dtype: str,
+    shard_size: str,
+) -> _Converted:
+    """Load, compare, write and read back one model of a checkpoint.
+
+    Args:
+        name: of `export_names`.
+        code: of its class, where that is not one of transformers.
+    """
+    model, has_code = load_model(folder, manifest, code, name), code is not None
+    probe = read_probe(probe_folder(folder, name)).for_cpu()
+    from_training = _compare_with_training(model, probe, folder)
+    class_name, before = type(model).__name__, _outputs(model, probe)
+    auto_class, output = _auto_class(model), temporary / name
+    _check_space(target, model, DTYPES[dtype])
+    with _full_disk_explained(target):
+        output.mkdir(exist_ok=True)
+        _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
+        if code is not None:
+            code.write(output)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        described = f"`{class_name}` ({parameters:,} parameters, {dtype})"
+        write_model_card(output, folder, manifest, described, name, has_code=has_code)
+    del model  # what is compared from here on is a model read back: there need not be two in memory
+    with _modules_of_its_own():
+        after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code=has_code)
+    return _Converted(class_name, auto_class, from_training, after_reload)
 
 
 def _temporary_prefix(target: Path) -> str:
@@ -153,86 +194,10 @@ def _check_arguments(dtype: str, max_shard_size: str) -> None:
         raise UserError(f"Unknown dtype '{dtype}'.", where=f"--dtype {dtype}", remedy=f"One of {', '.join(DTYPES)}.")
 
 
-def _code(folder: Path, manifest: CheckpointManifest, may_run: bool) -> ModelCode | None:
-    """Read the code of the checkpoint's model: that which the run began with, or maskwright's own of today.
-
-    Raises:
-        UserError: when it may not be run; nothing of it was.
-    """
-    from transformers import CONFIG_MAPPING
-
-    from trainer.model.model_code import SHIPPED, read_code, shipped_code
-
-    fields = read_json(folder / MODEL_FOLDER / "config.json")
-    model_type = fields.get("model_type")
-    is_unknown = "auto_map" in fields and model_type not in {*CONFIG_MAPPING, *SHIPPED}
-    if not (is_unknown or has_own_code(manifest)):
-        return shipped_code(model_type)
-    if not may_run:
-        raise UserError(
-            f"The model of this checkpoint, a '{model_type}', has code of its own, and none of it is run unasked.",
-            where=str(folder / MODEL_FOLDER),
-            remedy="If it is the code that you trained with, or you trust it, add --code.",
-        )
-    return read_code(folder / MODEL_FOLDER, "--code", fields)
-
-
-def _load_into_stock_class(folder: Path, code: ModelCode | None) -> Any:
-    """Load the checkpoint's fp32 weights strictly into the stock model, in evaluation mode."""
-    from trainer.model.stock import read_config, stock_model, untie_if_trained_apart
-
-    with _quiet():
-        files = ZeroFiles(folder)
-        config = read_config(folder / MODEL_FOLDER, code)
-        untie_if_trained_apart(config, files.shapes)  # a run that an earlier version began did not
-        model = stock_model(config, "cpu")
-    _fill(model, files)
-    not_finite = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
-    if not_finite:
-        raise DamagedError(
-            f"The checkpoint holds values that are not finite, in {not_finite[0]}"
-            + (f" and {len(not_finite) - 1} more." if len(not_finite) > 1 else "."),
-            where=str(folder),
-            remedy="Convert an earlier checkpoint: `maskwright checkpoint list`.",
-        )
-    return model.eval()
-
-
 def _auto_class(model: Any) -> str:
     from trainer.model.classes import auto_class_of
 
     return auto_class_of(model.config)
-
-
-def _fill(model: Any, files: ZeroFiles) -> None:
-    """Copy parameters and buffers into the model, each of which must be there and no other.
-
-    Parameters that a class computes itself and freezes (RoFormer's sinusoidal positions) are in no checkpoint, and stay
-    as it has computed them.
-
-    Raises:
-        DamagedError: naming those that are too many or too few.
-    """
-    from trainer.model.stock import origins
-
-    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
-    found = origins(model, files.shapes)
-    differ = (
-        sorted(name for name in parameters.keys() - found.keys() if parameters[name].requires_grad)
-        + sorted(files.shapes.keys() - parameters.keys())
-        + sorted(files.buffers.keys() - buffers.keys())
-    )
-    if differ:
-        raise DamagedError(
-            f"The checkpoint's weights are not those of {type(model).__name__}: {', '.join(differ[:5])}.",
-            where=str(files.folder),
-            remedy="Convert with the transformers version that the checkpoint's manifest names.",
-        )
-    for name, parameter in model.named_parameters():
-        if name in found:
-            parameter.data.copy_(files.read_weight(found[name]))
-    for name, value in files.buffers.items():
-        buffers[name].copy_(value)
 
 
 def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
@@ -259,7 +224,7 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
 
 
 def _write(model: Any, folder: Path, manifest: CheckpointManifest, temporary: Path, max_shard_size: str) -> None:
-    with _quiet():
+    with quiet():
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         _write_tokenizer(model, folder, temporary, manifest.data_order.get("samples") == "documents")
 
@@ -317,7 +282,7 @@ def _compare_after_reload(
     """Load back with plain transformers; returns the largest difference from the logits before the cast."""
     import transformers
 
-    with _quiet():
+    with quiet():
         loaded, report = getattr(transformers, auto_class).from_pretrained(
             temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=has_code
         )
@@ -350,18 +315,13 @@ def _outputs(model: Any, probe: Probe) -> list[torch.Tensor]:
     return [logits] if probe.pair_logits is None else [logits, output.pair_logits[: len(probe.pair_logits)]]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' prints and progress bars off the console; errors are exceptions and get through."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def _publish(temporary: Path, target: Path) -> None:
     """Make the finished folder durable, and give it its name."""
-    for path in temporary.iterdir():
-        give_usual_mode(path)
-    sync_files(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            give_usual_mode(path)
+    for folder in (temporary, *(path for path in temporary.iterdir() if path.is_dir())):
+        sync_files(folder)
     if target.is_dir():  # empty: checked at the start
         target.rmdir()
     os.replace(temporary, target)

@@ -14,6 +14,7 @@ from trainer.checkpoint.resume import recorded_objective
 from trainer.config import BatchConfig, DataConfig
 from trainer.data.order.compare import recorded_phases
 from trainer.data.order.mixture import mixture_order
+from trainer.model.classes import GENERATOR, MAIN
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.registry import card_of
 from trainer.runtime.paths import real_path
@@ -25,21 +26,32 @@ CURVE_POINTS = 12
 
 
 def write_model_card(
-    folder: Path, checkpoint: Path, manifest: CheckpointManifest, dtype: str, has_code: bool = False
+    folder: Path,
+    checkpoint: Path,
+    manifest: CheckpointManifest,
+    model: str,
+    export: str = MAIN,
+    has_code: bool = False,
 ) -> None:
-    """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions."""
+    """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions.
+
+    Args:
+        model: its class, number of parameters and dtype, in a line.
+        export: which of the models that were trained it is, of `trainer.checkpoint.contents.export_names`.
+        has_code: whether it has code of its own, which is to be told that it may be run.
+    """
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
     config_path = checkpoint / RUN_CONFIG
     config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.is_file() else None
     evaluations = [line for line in lines if line.get("eval/loss") is not None]
     name = config["run"]["name"] if config else manifest.model["class"]
-    card = card_of(recorded_objective(manifest.identity))
+    card = card_of(recorded_objective(manifest.identity), of_generator=export == GENERATOR)
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
-        f"# {name}",
-        _summary(manifest, card, dtype, evaluations),
+        f"# {' '.join(filter(None, (name, export)))}",
+        _summary(manifest, card, model, evaluations),
         f"```python\n{_use(card, has_code)}\n```",
         _data(config, manifest) if config else "",
         _training(config, card, manifest) if config else "",
@@ -54,12 +66,12 @@ def _use(card: ObjectiveCard, has_code: bool) -> str:
     return re.sub(r'("PATH_OF_THIS_FOLDER")(?=\))', r"\1, trust_remote_code=True", card.use) if has_code else card.use
 
 
-def _summary(manifest: CheckpointManifest, card: ObjectiveCard, dtype: str, evaluations: list[dict[str, Any]]) -> str:
+def _summary(manifest: CheckpointManifest, card: ObjectiveCard, model: str, evaluations: list[dict[str, Any]]) -> str:
     state = TrainState(**manifest.state)
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in recorded_phases(manifest.data_order)]
     tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
     rows = [
-        ("class", f"`{manifest.model['class']}` ({manifest.model['parameters']:,} parameters, {dtype})"),
+        ("class", model),
         ("steps", f"{manifest.step:,}"),
         ("tokens seen", f"{tokens:,}"),
     ]

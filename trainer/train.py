@@ -33,9 +33,10 @@ from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
-from trainer.model.build import COMPUTE_DTYPES, BuiltModel, build_model
+from trainer.model.build import COMPUTE_DTYPES, BuiltModel
 from trainer.model.classes import CAUSAL
 from trainer.model.teacher import TeacherModel, load_teacher
+from trainer.model.trained import build_trained
 from trainer.objectives.objective import Criterion
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.run import Run, opened
@@ -45,7 +46,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
-from trainer.sizing.flops import FORWARD_SHARE, block_flops, flops_per_token, head_flops
+from trainer.sizing.flops import FORWARD_SHARE, flops_per_token, head_flops, prediction_flops, step_flops
 from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
@@ -155,7 +156,7 @@ def _train(run: Run, inputs: Inputs) -> int:
     config, world = inputs.config, run.world
     built = distributed.run_on_all_ranks(
         world,
-        lambda: build_model(config.model, inputs.vocabulary, config.data.seq_len, config.run.seed, family_of(config)),
+        lambda: build_trained(config, inputs.vocabulary, family_of(config)),
     )
     teacher = distributed.run_on_all_ranks(
         world, lambda: load_teacher(config, inputs.vocabulary, family_of(config), world.device)
@@ -367,10 +368,10 @@ def _decision(run: Run, start: StartPoint) -> str:
 
 def _meter(inputs: Inputs, built: BuiltModel, teacher: TeacherModel | None, world: World) -> ThroughputMeter:
     flops = [
-        flops_per_token(built.model, attended, prediction_ratio=0.0) + block_flops(built.model) / phase.seq_len
+        step_flops(built.exports, attended, phase.seq_len)
         for attended, phase in zip(inputs.attended_tokens, inputs.order.phases, strict=True)
     ]
-    of_head = head_flops(built.model)
+    of_head = prediction_flops(built.exports)
     if teacher is not None:
         flops = [
             each + FORWARD_SHARE * flops_per_token(teacher.model, attended, prediction_ratio=0.0)

@@ -12,8 +12,8 @@ from trainer.config.file import parse_config
 from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
-from trainer.model.build import build_model
 from trainer.model.teacher import load_teacher
+from trainer.model.trained import build_trained
 from trainer.objectives.objective import loss_sums
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime.distributed import World
@@ -80,7 +80,7 @@ def steps_of(layout: EngineLayout, world: World, **overrides: int) -> Iterator[C
     criterion = make_criterion(config, taught_by=load_teacher(config, vocabulary(), family_of(config), world.device))
     micro_size, accumulation = layout.micro_size, layout.accumulation
     plan = BatchPlan(micro_size * accumulation * world.size, micro_size, world.size, accumulation, SEQ_LEN, 1)
-    built = build_model(config.model, vocabulary(), SEQ_LEN, seed=0, family=family_of(config))
+    built = build_trained(config, vocabulary(), family_of(config))
     engine = TrainingEngine(built, compose(config, layout.preset(), plan), config.optimizer, world)
     del built
 

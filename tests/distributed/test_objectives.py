@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from rich.console import Console
+from transformers import AutoConfig
 
 from tests.objective_cases import CASES
 from tests.preparing import prepare_text
@@ -18,7 +19,7 @@ from tests.teachers import make_teacher
 from tools.convert import convert
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
-from trainer.model.classes import FAMILIES
+from trainer.model.classes import auto_class_of
 from trainer.objectives.registry import family_of
 
 OTHER_LAYOUT: dict[str, Any] = {
@@ -79,8 +80,9 @@ def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
     assert clean[-1] < clean[0], "it learns"
     proven = convert(str(tmp_path / "one"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
     assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
-    auto_class = getattr(transformers, FAMILIES[family_of(config_of(name, "one"))].auto_class)
     has_code = "auto_map" in json.loads((tmp_path / "model" / "config.json").read_text())
+    loaded = AutoConfig.from_pretrained(tmp_path / "model", trust_remote_code=has_code)
+    auto_class = getattr(transformers, "AutoModelForMaskedLM" if has_code else auto_class_of(loaded))
     _, report = auto_class.from_pretrained(tmp_path / "model", output_loading_info=True, trust_remote_code=has_code)
     assert not any(report.values())
 

@@ -167,11 +167,12 @@ def _converted(run_dir: Path) -> Path:
 
 def _compared(folder: Path, with_probe: Path) -> float:
     """Compare a checkpoint's weights with the probe of another folder."""
-    from tools.convert import _compare_with_training, _load_into_stock_class
+    from tools.convert import _compare_with_training
+    from tools.load_model import load_model
     from trainer.checkpoint.contents import read_probe
     from trainer.checkpoint.manifest import read_checkpoint_manifest
 
-    model = _load_into_stock_class(folder, read_checkpoint_manifest(folder))
+    model = load_model(folder, read_checkpoint_manifest(folder), None)
     return _compare_with_training(model, read_probe(with_probe), folder)
 
 

@@ -34,6 +34,7 @@ _GPT2 = {"n_embd": 384, "n_layer": 5, "n_head": 6, "n_positions": 130}
 _XLNET = {"d_model": 384, "n_layer": 4, "n_head": 6, "d_inner": 1536}
 SIZES = {
     "gpt2": (_GPT2, {**_GPT2, "n_embd": 48, "n_layer": 1}),
+    "electra-base": ({**MODEL, "embedding_size": 384}, {**WARM_UP, "embedding_size": 48}),
     "xlnet-base": (_XLNET, {**_XLNET, "d_model": 48, "n_layer": 1, "d_inner": 96}),
 }
 """Of the model that is measured, and of one that warms up; MODEL and WARM_UP where nothing is said."""
@@ -49,10 +50,13 @@ LAYOUTS = {
         EngineLayout(3, "fp32", accumulation=1, micro_size=2),
     ],
 }
+_DISENTANGLED = {"name": "rtd", "generator": {"share": "disentangled"}}
 OBJECTIVES = [
     EngineLayout(1, "fp32", 1, 8, model="gpt2", objective={"name": "clm"}),
     EngineLayout(1, "fp32", 2, 4, model="xlnet-base", objective={"name": "plm", "mask_ratio": 0.17}),
     EngineLayout(1, "fp32", 1, 4, model="bert-base", objective={"pair": {"task": "nsp"}}),
+    EngineLayout(1, "fp32", 1, 4, model="electra-base", objective={"name": "rtd"}),
+    EngineLayout(0, "fp32", 1, 4, model="deberta-v3-base", objective=_DISENTANGLED),
 ]
 
 ENCODER = ("roberta.encoder.*",)

@@ -144,7 +144,12 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "data.mixture_block": [1, 64, 1000],
         "data.read": ["mmap", "pread"],
         "data.verify_reads": [True, False],
-        "objective.name": ["mlm", "clm", "plm"],
+        "objective.name": ["mlm", "clm", "plm", "rtd"],
+        "objective.generator": [
+            None, {}, {"share": pick(("embeddings", "disentangled", "nothing", "half")), "weight": pick((0, 10, 1e30))},
+            {"overrides": {pick(("hidden_size", "num_hidden_layers", "vocab_size", "no")): pick((0, 1, 16, "x"))}},
+            {"from_pretrained": str(workspace / "data")},
+        ],
         "objective.scheme": ["token", "word", "span"],
         "objective.pair": [None, {"task": "nsp"}, {"task": "sop", "weight": pick((0.1, 3))}, {"task": "so"}],
         "objective.teacher": [None, {"model": str(workspace / "tokenizer")}, {"model": "nosuch", "positions": "all"}],

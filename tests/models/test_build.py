@@ -52,6 +52,9 @@ def meta_model(settings: ModelConfig, vocabulary_size: int, seq_len: int = 512):
         ("albert-base", 30_000, 11_221_680),
         ("distilbert", 30_522, 66_985_530),
         ("modernbert-base", 50_368, 149_655_232),
+        ("electra-small", 30_522, 13_546_682),
+        ("electra-base", 30_522, 109_514_298),
+        ("deberta-v3-base", 128_100, 184_551_780),
         ("gpt2", 50_257, 124_439_808),
         ("gpt2-small-char", 100, 10_784_256),
         ("xlnet-base", 32_000, 116_750_336),
@@ -65,8 +68,9 @@ def test_presets_have_the_published_size(name, vocabulary_size, parameters):
 
 
 def test_every_preset_is_checked_above():
-    berts = {"roberta-base", "roberta-large", "bert-base", "albert-base", "distilbert"}
-    assert set(PRESETS) == {*berts, "modernbert-base", "nezha-base", "gpt2", "gpt2-small-char", "xlnet-base"}
+    berts = {"roberta-base", "roberta-large", "bert-base", "albert-base", "distilbert", "nezha-base"}
+    with_generators = {"electra-small", "electra-base", "deberta-v3-base"}
+    assert set(PRESETS) == {*berts, "modernbert-base", *with_generators, "gpt2", "gpt2-small-char", "xlnet-base"}
 
 
 def test_modernbert_preset_alternates_global_and_local_attention():

@@ -143,7 +143,7 @@ def test_an_evaluation_counts_pairs_told_right(model_type: str, tmp_path: Path) 
         logits = getattr(model(**batch.inputs), LOGITS.get(model_type, "seq_relationship_logits"))
     guesses = logits.argmax(dim=-1)
     batch.labels["nsp"] = torch.tensor([int(guesses[0]), 1 - int(guesses[1]), IGNORED_LABEL])
-    (_, (loss, right, count)) = tally(criterion(), Forward(model, CPU), batch).tolist()
+    (_, (loss, right, count, *_)) = tally(criterion(), Forward(model, CPU), batch).tolist()
     expected = torch.nn.functional.cross_entropy(logits, batch.labels["nsp"], reduction="sum")
     assert (right, count) == (1, 2) and loss == pytest.approx(float(expected), rel=1e-5)
 

@@ -67,7 +67,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     config, facts, batch = plan.facts.config, plan.facts, plan.facts.plan
     chosen, estimate = plan.chosen, plan.estimate
     options = plan.options
-    model = f"{type(estimate.model).__name__}, {estimate.parameters + estimate.frozen:,} parameters"
+    model = f"{estimate.class_name}, {estimate.parameters + estimate.frozen:,} parameters"
     if estimate.frozen:
         model += f", {estimate.frozen:,} of them frozen"
     auto = (
@@ -267,7 +267,7 @@ def to_json(plan: RunPlan) -> str:
             "basis": "exact",
         },
         "model": {
-            "class": type(plan.estimate.model).__name__,
+            "class": plan.estimate.class_name,
             "parameters": plan.estimate.parameters + plan.estimate.frozen,
             "frozen": plan.estimate.frozen,
             "flops_per_token": plan.flops_per_token,

@@ -1,7 +1,7 @@
-"""What makes a checkpoint self-contained: model config, tokenizer, run config, frozen weights, a probe of the logits.
+"""What makes a checkpoint self-contained: model configs, tokenizer, run config, frozen weights, probes of the logits.
 
-The probe is a block of the training data with the logits that the training engine itself gives for it. The
-conversion must reproduce them, which proves that what comes out is what was trained.
+A probe is a block of the training data with the logits that the training engine itself gives for it, one for each model
+that comes out. The conversion must reproduce them, which proves that what comes out is what was trained.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from trainer.engine.engine import TrainingEngine
 from trainer.errors import UserError
 from trainer.inputs.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.classes import MAIN
+from trainer.model.forward import Pass
 from trainer.model.model_code import code_of, is_stock
 from trainer.model.prediction_head import head_module
 from trainer.runtime.files import give_usual_mode
@@ -31,6 +33,7 @@ from trainer.runtime.files import give_usual_mode
 PROBE_ROWS = 8  # logits kept; at a vocabulary of 50,265 a row is 200 kB
 # Largest difference of a logit from what the training engine recorded, relative to the largest logit. Equal kernels
 # give 0; these leave room for another device's order of summation, at the precision that trained.
+_FEW = 2  # logits a row, of a head that is no vocabulary's
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -88,8 +91,9 @@ def worst_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Ten
         where rounding is not, 1 at least.
     """
     worst = (0.0, 0.0, -1.0)
-    for one, other, least in zip(found, expected, (0.0, 1.0), strict=False):
+    for one, other in zip(found, expected, strict=True):
         difference = float((one.float() - other.float()).abs().max())
+        least = 1.0 if other.shape[-1] <= _FEW else 0.0
         scale = max(least, float(other.float().abs().max()))
         ratio = math.inf if math.isnan(difference) else difference / max(scale, 1e-30)
         if ratio > worst[2]:
@@ -109,19 +113,20 @@ def read_probe_block(inputs: Inputs) -> np.ndarray:
 
 
 def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:
-    """Take the probe, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder."""
-    probe = take_probe(engine, inputs, block)
+    """Take the probes, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder."""
+    probes = take_probes(engine, inputs, block)
 
     def write(folder: Path) -> None:
-        config = engine.module.config
-        config.architectures = [type(engine.module).__name__]
-        config.save_pretrained(folder / MODEL_FOLDER)
-        if (code := code_of(config)) is not None:
-            code.write(folder / MODEL_FOLDER)
+        for name, model in engine.exports.items():
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder / MODEL_FOLDER / name)
+            if (code := code_of(model.config)) is not None:
+                code.write(folder / MODEL_FOLDER / name)
         inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")
-        save_probe(probe, folder)
-        give_usual_mode(folder / PROBE)
+        for name, probe in probes.items():
+            save_probe(probe, probe_folder(folder, name))
+            give_usual_mode(probe_folder(folder, name) / PROBE)
         if engine.frozen:
             save_file(engine.frozen, folder / FROZEN)
             give_usual_mode(folder / FROZEN)
@@ -129,17 +134,32 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
     return write
 
 
-def take_probe(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Probe:
-    """Run the probe through the engine; a collective at ZeRO stage 3."""
+def probe_folder(folder: Path, export: str) -> Path:
+    """Find where in a checkpoint the probe of a model lies: beside its config but for that of the main one."""
+    return folder / MODEL_FOLDER / export if export != MAIN else folder
+
+
+def export_names(folder: Path) -> list[str]:
+    """List the names of the models that a checkpoint holds, the main one first."""
+    others = (folder / MODEL_FOLDER).glob("*/config.json")
+    return [MAIN, *sorted(path.parent.name for path in others)]
+
+
+def take_probes(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> dict[str, Probe]:
+    """Run the probe through the engine, and tell of each model what it made of it; a collective at ZeRO stage 3."""
     tokens = np.repeat(block, inputs.plan.micro_size, axis=0)
     batch = inputs.objective.plain(Blocks(tokens))
     index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
     with engine.evaluating():
         moved = batch.to(engine.device)
-        output = engine.network(moved.inputs, index.to(engine.device))
-    rows = output.logits[:PROBE_ROWS].cpu()  # a view would keep all of them
-    pairs = None if output.pair_logits is None else output.pair_logits[:PROBE_ROWS].cpu()
-    return Probe(batch.inputs, index, rows, engine.device.type, pairs)
+        passes = engine.network.passes(moved.inputs, index.to(engine.device))
+    return {name: _probe(found, index, engine.device.type) for name, found in passes.items()}
+
+
+def _probe(found: Pass, index: torch.Tensor, device: str) -> Probe:
+    rows = found.logits[:PROBE_ROWS].cpu()  # a view would keep all of them
+    pairs = None if found.pair_logits is None else found.pair_logits[:PROBE_ROWS].cpu()
+    return Probe({name: value.cpu() for name, value in found.inputs.items()}, index, rows, device, pairs)
 
 
 def _evenly_spread(batch: Batch) -> torch.Tensor:
@@ -155,16 +175,20 @@ def prove_repeatable(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) 
     Raises:
         UserError: when the logits differ, as those of a model that hashes at random do, or are not finite.
     """
-    first, second = (take_probe(engine, inputs, block).outputs for _ in range(2))
-    name = type(engine.module).__name__
+    first, second = (take_probes(engine, inputs, block) for _ in range(2))
+    for name, model in engine.exports.items():
+        _prove_repeated(type(model).__name__, first[name].outputs, second[name].outputs, inputs.config.train.precision)
+
+
+def _prove_repeated(name: str, first: list[torch.Tensor], second: list[torch.Tensor], precision: str) -> None:
     if not all(found.isfinite().all() for found in first):
         raise UserError(
             f"The logits of {name} are not finite (NaN or infinity) before the first step.",
-            where=f"model, train.precision={inputs.config.train.precision}",
+            where=f"model, train.precision={precision}",
             remedy="Correct the model's config (is its layer_norm_eps positive?), or set train.precision=fp32.",
         )
     difference, scale = worst_difference(second, first)
-    if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * scale:
+    if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[precision]] * scale:
         raise UserError(
             f"{name} gives other logits for the same input each time: they differ by {difference:.3g} (largest logit "
             f"{scale:.3g}), so nothing could prove that what is converted is what was trained.",
@@ -182,8 +206,9 @@ def prove_head(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Non
     Raises:
         UserError: when their logits differ, as those of a head do that looks at other positions.
     """
-    declared = head_module(engine.module)
-    if declared is None or is_stock(type(engine.module)):
+    model = engine.exports[MAIN]
+    declared = head_module(model)
+    if declared is None or is_stock(type(model)):
         return
     batch = inputs.objective.plain(Blocks(np.repeat(block, inputs.plan.micro_size, axis=0)))
     index = _evenly_spread(batch) if batch.prediction_index is None else batch.prediction_index
@@ -219,13 +244,13 @@ def prove_causal(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> N
     half = inputs.objective.seq_len // 2
     changed = block.copy()
     changed[:, half:] = np.where(block[:, half:] == inputs.vocabulary.end_id, block.min(), inputs.vocabulary.end_id)
-    first, second = (take_probe(engine, inputs, each) for each in (block, changed))
+    first, second = (take_probes(engine, inputs, each)[MAIN] for each in (block, changed))
     before = first.prediction_index[: len(first.logits)] < half
     difference = float((first.logits - second.logits)[before].float().abs().max())
     if difference > PROBE_TOLERANCE[COMPUTE_DTYPES[inputs.config.train.precision]] * float(first.logits.abs().max()):
         raise UserError(
-            f"{type(engine.module).__name__}, as configured, looks at later tokens: the logits of earlier ones change "
-            f"by {difference:.3g}.",
+            f"{type(engine.exports[MAIN]).__name__}, as configured, looks at later tokens: the logits of earlier ones "
+            f"change by {difference:.3g}.",
             where="model, objective.name=clm",
             remedy="Train a model whose attention is causal, such as gpt2 or llama.",
         )

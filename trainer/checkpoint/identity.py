@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from trainer.checkpoint.manifest import CheckpointManifest, Records
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
+from trainer.model.classes import MAIN
 from trainer.model.model_code import code_of
 from trainer.model.teacher import TeacherModel
 from trainer.runtime.distributed import World
@@ -40,17 +43,11 @@ def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
 
 def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
     """Collect what would change the result in silence if it changed over a resume."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in built.model.state_dict().items()]
-    # Everything the forward pass depends on; the library's version and the dropouts (a training choice) do not count.
-    fields = {
-        name: value
-        for name, value in built.model.config.to_dict().items()
-        if "dropout" not in name
-        and "pdrop" not in name
-        and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
-    }
-    if "tie_word_embeddings" in fields:  # as its source says: earlier versions did not correct it
-        fields["tie_word_embeddings"] = built.says_tied
+    shapes = [(name, list(tensor.shape)) for name, tensor in built.module.state_dict().items()]
+    fields = {name: _fields(model.config) for name, model in built.exports.items()}
+    if "tie_word_embeddings" in fields[MAIN]:  # as its source says: earlier versions did not correct it
+        fields[MAIN]["tie_word_embeddings"] = built.says_tied
+    configs = [json.dumps(each, default=str) for each in fields.values()]
     # Named only where it is on: a checkpoint from before there was such a key is one of a run without it.
     attention = {"document attention": "on"} if inputs.config.model.document_attention else {}
     code = code_of(built.model.config)  # maskwright's own is of its version, which may change, as transformers' classes
@@ -59,15 +56,34 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         **attention,
         **{f"{_CODE}{name}": digest[:16] for name, digest in own_code.items()},
         "tokenizer": inputs.vocabulary.sha256[:16],
-        "model": f"{type(built.model).__name__} {sha256_of([shapes, json.dumps(fields, default=str)])[:16]}",
-        "objective": inputs.config.objective.model_dump(),
+        "model": f"{type(built.model).__name__} {sha256_of([shapes, *configs])[:16]}",
+        "objective": _objective(inputs),
         "seed": inputs.config.run.seed,
         "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
     }
 
 
+def _objective(inputs: Inputs) -> dict[str, Any]:
+    """Dump the section; of a generator what its config does not say, and a resume does not read weights anew."""
+    section = inputs.config.objective.model_dump()
+    if section["generator"] is not None:
+        section["generator"] = {name: section["generator"][name] for name in ("share", "weight")}
+    return section
+
+
+def _fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Collect all that the forward pass depends on: neither the library's version nor dropouts, a training choice."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if "dropout" not in name
+        and "pdrop" not in name
+        and name not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+    }
+
+
 def _model_summary(built: BuiltModel) -> dict[str, Any]:
-    sizes = {name: parameter.numel() for name, parameter in built.model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in built.module.named_parameters()}
     frozen = {"frozen": sum(sizes[name] for name in built.frozen)} if built.frozen else {}
     return {
         "class": type(built.model).__name__,

@@ -2,7 +2,7 @@
 
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
 from trainer.config.layers import LayersFromConfig
-from trainer.config.objective import MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
+from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -33,6 +33,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "GeneratorConfig",
     "LayersFromConfig",
     "LoggingConfig",
     "MaskRatioStage",

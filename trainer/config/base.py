@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from types import UnionType
 from typing import Annotated, Any
@@ -40,6 +41,16 @@ def _one_line(text: str) -> str:
 Line = Annotated[str, AfterValidator(_one_line)]
 """A name or a path."""
 Name = Annotated[Line, Field(max_length=200)]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "Input should be a finite number")
+    return value
+
+
+ModelFields = dict[str, Annotated[Any, AfterValidator(_finite)]]
+"""Fields of a Hugging Face config."""
 
 
 class Section(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.config.base import Fraction, Line, NaturalInt, NonNegativeFloat, PositiveFloat, Section
+from trainer.config.base import Fraction, Line, ModelFields, NaturalInt, NonNegativeFloat, PositiveFloat, Section
 
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -28,11 +28,13 @@ def _kind(value: Any) -> str:
     return STAGES if isinstance(value, list) else NUMBER
 
 
-_NAMES = ("mlm", "clm", "plm")
+_NAMES = ("mlm", "clm", "plm", "rtd")
 _USED_BY = {
-    **dict.fromkeys(("mask_ratio", "scheme", "lengths"), ("mlm", "plm")),
-    **dict.fromkeys(("replace_by", "replace_mask", "replace_random", "pair"), ("mlm",)),
+    **dict.fromkeys(("mask_ratio", "scheme", "lengths"), ("mlm", "plm", "rtd")),
+    **dict.fromkeys(("replace_by", "replace_mask", "replace_random"), ("mlm", "rtd")),
+    "pair": ("mlm",),
     "teacher": ("mlm", "clm"),
+    "generator": ("rtd",),
 }
 """Key → the objectives that read it."""
 
@@ -66,13 +68,33 @@ class TeacherConfig(Section):
     which computes all logits of both models. With clm all positions are predicted."""
 
 
+class GeneratorConfig(Section):
+    overrides: ModelFields = Field(default_factory=dict)
+    """Fields of the generator's Hugging Face config that differ from the model's; with `from_pretrained`, from that
+    checkpoint's. Default, where none is given: of ELECTRA a quarter of the width, the heads and the intermediate size,
+    of others half as many layers."""
+    from_pretrained: Line | None = None
+    """A Hugging Face checkpoint of the model's type whose weights the generator starts from. Default: random weights,
+    with the embeddings of `model.from_pretrained`, if there is one and they are shared."""
+    share: Literal["embeddings", "disentangled", "nothing"] = "embeddings"
+    """What the generator and the model have in common.
+
+    embeddings: all of their embeddings, as ELECTRA (arXiv:2003.10555), which both of their losses train; disentangled:
+    the model reads the generator's table of tokens, and a difference of its own is added, as DeBERTa-v3
+    (arXiv:2111.09543): the generator's loss alone trains the table, the model's the difference, from 0 on."""
+    weight: PositiveFloat = 50.0
+    """Weight of the mean loss of replaced tokens beside that of the generator's masked tokens. 50 is ELECTRA's;
+    microsoft/DeBERTa has 10 for a default."""
+
+
 class ObjectiveConfig(Section):
     name: Line = "mlm"
     """What is learnt.
 
     mlm: masked language modelling (BERT, arXiv:1810.04805; dynamic masks as in RoBERTa, arXiv:1907.11692); clm: causal
     language modelling, as GPT-2, for decoders such as gpt2, llama, opt and modernbert-decoder; plm: permutation
-    language modelling, for xlnet (arXiv:1906.08237)."""
+    language modelling, for xlnet (arXiv:1906.08237); rtd: a generator predicts masked tokens, and the model tells which
+    of the tokens it then reads are not the original ones (ELECTRA, arXiv:2003.10555; DeBERTa-v3, arXiv:2111.09543)."""
     mask_ratio: Annotated[
         Annotated[OpenFraction, Tag(NUMBER)] | Annotated[list[MaskRatioStage], Field(min_length=1), Tag(STAGES)],
         Discriminator(_kind),
@@ -100,6 +122,17 @@ class ObjectiveConfig(Section):
     megatron-bert."""
     teacher: TeacherConfig | None = None
     """Learn from a trained model as well (distillation: DistilBERT, arXiv:1910.01108); with mlm and clm."""
+
+    generator: GeneratorConfig | None = None
+    """With name rtd: the smaller model that proposes tokens, trained along by masked language modelling. Default: its
+    keys' defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def there_is_a_generator(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("name") == "rtd" and raw.get("generator") is None:
+            return {**raw, "generator": {}}
+        return raw
 
     @property
     def mask_ratios(self) -> list[tuple[int, float]]:

@@ -26,7 +26,7 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         UserError: naming the key.
     """
     run_dir = real_path(run_dir)
-    model, data = config.model, config.data
+    model, data, generator = config.model, config.data, config.objective.generator
     named = {
         "deepspeed": config.deepspeed,
         "model.tokenizer": model.tokenizer,
@@ -34,6 +34,7 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         "model.from_pretrained": model.from_pretrained,
         "model.layers_from.model": model.layers_from and model.layers_from.model,
         "objective.teacher.model": config.objective.teacher and config.objective.teacher.model,
+        "objective.generator.from_pretrained": generator.from_pretrained if generator is not None else None,
         "data.validation": data.validation,
         **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
     }

@@ -6,11 +6,10 @@ reads a config from YAML and the command line.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trainer.config.base import (
@@ -18,6 +17,7 @@ from trainer.config.base import (
     Fraction,
     Line,
     Minutes,
+    ModelFields,
     Name,
     NaturalInt,
     NonNegativeFloat,
@@ -43,12 +43,6 @@ class RunConfig(Section):
     """Seeds the weights, the data order, the masks and the dropout."""
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise PydanticCustomError("finite_number", "Input should be a finite number")
-    return value
-
-
 CUDA_GRAPHS = "reduce-overhead"  # torch.compile's name of the mode
 AUTOTUNE = "max-autotune"
 
@@ -62,7 +56,8 @@ def _compile_mode(value: Any) -> Any:
 class ModelConfig(Section):
     preset: Line | None = None
     """A named architecture, initialised at random: roberta-base, roberta-large, bert-base, albert-base, distilbert,
-    modernbert-base, nezha-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm."""
+    modernbert-base, nezha-base; gpt2 and gpt2-small-char with objective.name clm; xlnet-base with plm; electra-small,
+    electra-base and deberta-v3-base, which rtd trains, and mlm as well."""
     config: Line | None = None
     """A Hugging Face config.json (or its folder), initialised at random."""
     from_pretrained: Line | None = None
@@ -72,7 +67,7 @@ class ModelConfig(Section):
     """Tokenizer folder. Default: the one inside `from_pretrained`, which also takes the place of a recipe's."""
     layers_from: LayersFromConfig | None = None
     """With preset or config: begin with some layers of a trained model, as DistilBERT does, and not at random."""
-    overrides: dict[str, Annotated[Any, AfterValidator(_finite)]] = Field(default_factory=dict)
+    overrides: ModelFields = Field(default_factory=dict)
     """Fields of the Hugging Face config to change, such as hidden_size."""
     code: bool = False
     """Run the code that lies in the folder of `config` or `from_pretrained`, of which the `auto_map` of its config.json

@@ -17,6 +17,11 @@ RANKS = "ranks"
 first, and −1 for the others. `trainer.model.two_streams` makes of it what the model's forward takes."""
 
 
+DRAWS = "draws"
+"""Of `Batch.inputs`, fp32 [B, k]: a number in [0, 1) for each prediction of a block, by which a token is drawn of those
+that a generator predicts there; −1 where nothing is predicted."""
+
+
 class Documents(NamedTuple):
     """The documents of B blocks of S tokens, for attention within them.
 
@@ -54,7 +59,7 @@ class Batch:
 
     Attributes:
         inputs: arguments of the model's forward, int64; `input_ids` [B, S] is always there. And `RANKS`, where tokens
-            are predicted one after the other.
+            are predicted one after the other, and `DRAWS`, where some are drawn.
         labels: name of a term of the loss → int64 [B·n], those of a block together; IGNORED_LABEL where nothing counts.
         prediction_index: int64 [B·k], flat positions into B·S, for which logits of the vocabulary are computed; None
             for all of them.

@@ -29,7 +29,7 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
-from trainer.model.forward import Forward
+from trainer.model.trained import forward_of
 from trainer.runtime.distributed import World
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
@@ -76,10 +76,11 @@ def _in_steps(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TrainingEngine:
-    """A model under DeepSpeed: forward, backward, step, save.
+    """A module under DeepSpeed: forward, backward, step, save.
 
     Attributes:
-        network: runs the model.
+        network: runs the module.
+        exports: the stock models in it, as in `BuiltModel`.
         frozen: on rank 0, the parameters that are kept as they are, by name: fp32, on the CPU, in their shapes.
     """
 
@@ -116,23 +117,24 @@ class TrainingEngine:
                 where=f"deepspeed: zero_optimization.{quantized[0]}",
                 remedy="Remove it, or train on GPUs.",
             )
-        model = built.model
-        self.network = Forward(model, world.device, built.document_attention)
+        module = built.module
+        self.network = forward_of(module, world.device, built.document_attention)
         if world.device.type == "cpu":
-            use_host_dropout(model)
+            for model in built.exports.values():
+                use_host_dropout(model)
         # As they are before DeepSpeed rounds or partitions them: no copy, what they were is only not let go of.
-        weights = dict(model.named_parameters())
+        weights = dict(module.named_parameters())
         self.frozen = {name: weights[name].detach() for name in built.frozen if world.is_main}
         self._frozen_names = frozenset(built.frozen)
-        adamw = build_optimizer(model, optimizer, updates)
+        adamw = build_optimizer(module, optimizer, updates)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
-        self._engine: Any = deepspeed.initialize(model=model, optimizer=adamw, config=ds_config)[0]
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=ds_config)[0]
         self.network.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
             patch_zero_optimizer(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
-        self.module = model
+        self.module, self.exports = module, built.exports
         self.device = world.device
         self.document_attention = self.network.document_attention
         self._capturing = CapturingCheckpointEngine()

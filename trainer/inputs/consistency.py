@@ -32,6 +32,7 @@ from trainer.runtime.versions import installed_version
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 _PACKAGES = ("launcher", "tools", "trainer")
+_GENERATOR = "objective.generator.from_pretrained"
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin")
 _WHOLE_BYTES = 32 << 20  # a file up to this size is hashed as a whole, of a larger one some parts are
 _PART_BYTES, _PARTS = 64 << 10, 64
@@ -119,11 +120,12 @@ def _sources_hash() -> str:
 
 def _models(config: Config) -> dict[str, str | None]:
     """List what the config reads weights from, by its keys."""
-    layers, teacher = config.model.layers_from, config.objective.teacher
+    layers, teacher, generator = config.model.layers_from, config.objective.teacher, config.objective.generator
     return {
         "model.from_pretrained": config.model.from_pretrained,
         "model.layers_from.model": layers.model if layers is not None else None,
         "objective.teacher.model": teacher.model if teacher is not None else None,
+        _GENERATOR: generator.from_pretrained if generator is not None else None,
     }
 
 

@@ -34,8 +34,8 @@ from trainer.inputs.pairs import describe_pairs, refuse_single_block
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.inputs.teacher import describe_teacher
 from trainer.model.classes import CAUSAL, attended_tokens
-from trainer.model.rehearsal import rehearse
 from trainer.model.source import open_tokenizer, source_note
+from trainer.model.trained import rehearse_trained
 from trainer.objectives.registry import family_of, make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
@@ -243,7 +243,7 @@ class _Base:
         taught = []
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
-            rehearse(config.model, vocabulary, lengths, family_of(config))
+            rehearse_trained(config, vocabulary, lengths, family_of(config))
             taught = describe_teacher(config, vocabulary, lengths)
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))

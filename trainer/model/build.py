@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import ModelConfig
 from trainer.errors import DamagedError, UserError
 from trainer.model.account import account_for_keys
-from trainer.model.classes import CAUSAL, MASKED, PERMUTED, model_class
+from trainer.model.classes import CAUSAL, DETECTING, MAIN, MASKED, PERMUTED, model_class
 from trainer.model.frozen import describe_frozen, freeze
 from trainer.model.hf_config import (
     attention_of,
@@ -40,22 +40,30 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model ready to be trained.
+    """What is ready to be trained, and the stock models in it.
 
     Attributes:
-        model: an instance of a stock transformers class, fp32, on the CPU, in training mode.
-        document_attention: whether its attention is to be kept within documents.
+        module: what DeepSpeed trains, fp32, on the CPU, in training mode. A single model is its own module.
+        exports: the models that a conversion gives, each of a stock transformers class, by the name of their folder
+            within the converted one; MAIN is that folder itself.
+        document_attention: whether attention is to be kept within documents.
         notes: lines for the user: what differs from what they may expect.
-        says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the model was built from,
-            which the weights may have corrected.
-        frozen: names of the parameters that `model.frozen` keeps as they are, in their order in the model.
+        says_tied: `tie_word_embeddings` as a checkpoint's identity has it: of the config that the main model was built
+            from, which the weights may have corrected.
+        frozen: names of the parameters that `model.frozen` keeps as they are, in their order in the module.
     """
 
-    model: PreTrainedModel
+    module: nn.Module
+    exports: Mapping[str, PreTrainedModel]
     document_attention: bool
     notes: tuple[str, ...]
     says_tied: bool | None = None
     frozen: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The main one of the exports."""
+        return self.exports[MAIN]
 
 
 def build_model(
@@ -99,7 +107,7 @@ def build_model(
     name = type(model).__name__
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")
-    if head_module(model) is None and family != PERMUTED:
+    if head_module(model) is None and family not in (PERMUTED, DETECTING):
         skipped = "hold a part of them at a time" if family == CAUSAL else "skip the unmasked ones"
         others = "only known classes" if is_stock(type(model)) else "classes with a `maskwright_head`"
         notes.append(f"head: {name} computes the logits of all positions; {others} {skipped}")
@@ -108,7 +116,7 @@ def build_model(
     says_tied = getattr(model.config if grown else config, "tie_word_embeddings", None)
     if grown and not model.get_input_embeddings().weight.requires_grad:
         notes.append("frozen: the embedding, so that the rows of new tokens stay near the mean, where they start")
-    return BuiltModel(model.train(), settings.document_attention, tuple(notes), says_tied, frozen)
+    return BuiltModel(model.train(), {MAIN: model}, settings.document_attention, tuple(notes), says_tied, frozen)
 
 
 def _source_of_layers(
@@ -277,6 +285,7 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
         UserError: when the class cannot grow.
     """
     decoder = model.get_output_embeddings()
+    _refuse_other_decoder(model, decoder, size)
     old_biases = {name: bias.detach().clone() for name, bias in _output_biases(model, decoder)}
     if model.device.type == "meta":  # there is nothing to take a mean of
         for kind in ("embeddings_weights", "lm_head_weights", "lm_head_bias"):
@@ -285,16 +294,27 @@ def grow_vocabulary(model: PreTrainedModel, size: int) -> None:
     try:
         model.resize_token_embeddings(size, **({"mean_resizing": True} if takes_mean else {}))
     except Exception as error:  # NotImplementedError, AttributeError, ...: each class has its own way
-        raise UserError(
-            f"{type(model).__name__} cannot be given the rows for a vocabulary of {size:,} tokens, more than its "
-            f"{vocabulary_rows(model):,} ({type(error).__name__}: {' '.join(str(error).split())}).",
-            where="model.tokenizer",
-            remedy="Use the checkpoint's own tokenizer, without further tokens, or train a model of another type.",
-        ) from error
+        raise _cannot_grow(model, size, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     for name, bias in _output_biases(model, model.get_output_embeddings()):
         old = old_biases[name]
         bias.data = torch.cat([old, old.mean().expand(size - len(old))])
     model.tie_weights()
+
+
+def _refuse_other_decoder(model: PreTrainedModel, decoder: nn.Module | None, size: int) -> None:
+    """Refuse a class that names another matrix its decoder, as DebertaV2 without `legacy`: that would be resized."""
+    rows = len(weight) if isinstance(weight := getattr(decoder, "weight", None), torch.Tensor) else None
+    if rows is not None and rows != vocabulary_rows(model):
+        raise _cannot_grow(model, size, f"what it calls its output embeddings has {rows:,} rows")
+
+
+def _cannot_grow(model: PreTrainedModel, size: int, why: str) -> UserError:
+    return UserError(
+        f"{type(model).__name__} cannot be given the rows for a vocabulary of {size:,} tokens, more than its "
+        f"{vocabulary_rows(model):,} ({why}).",
+        where="model.tokenizer",
+        remedy="Use the checkpoint's own tokenizer, without further tokens, or train a model of another type.",
+    )
 
 
 def _output_biases(model: PreTrainedModel, decoder: nn.Module | None) -> list[tuple[str, nn.Parameter]]:

@@ -13,12 +13,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from trainer.errors import UserError
 from trainer.model.model_code import code_of
 
-MASKED, PAIRED, CAUSAL, PERMUTED = "masked", "paired", "causal", "permuted"
+MASKED, PAIRED, CAUSAL, PERMUTED, DETECTING = "masked", "paired", "causal", "permuted", "detecting"
+MAIN = ""
+"""Of the models that a run trains, the one that bears its name."""
+GENERATOR = "generator"
+"""The one that proposes tokens to a model of the family DETECTING; it is of the family MASKED."""
+REPLACED = "replaced"
+"""What the one logit of a model of the family DETECTING is of."""
+_ELECTRA = "ElectraForPreTraining"  # has a head for replaced tokens of its own, and no number of labels
 # transformers gives these a causal class, and attention to both sides unless they are told otherwise.
 _NOT_CAUSAL = {"bert-generation", "xlm", "xlnet"}
 
@@ -75,6 +83,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             "xlnet",
             _only(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ("xlnet",)),
         ),
+        DETECTING: Family(
+            "AutoModelForTokenClassification",
+            "encoder of which transformers has a class that tells something of each token",
+            "electra, deberta-v2 or bert",
+            {
+                **_only(
+                    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+                    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys(),
+                ),
+                "electra": _ELECTRA,
+            },
+        ),
     }
 )
 """By name, which an objective gives."""
@@ -86,6 +106,9 @@ def choose_class(config: PretrainedConfig, family: str) -> None:
     name = FAMILIES[family].classes[config.model_type] if code is None else code.class_name(FAMILIES[family].auto_class)
     assert name is not None
     config.architectures = [name]
+    if family == DETECTING and name != _ELECTRA:
+        config.num_labels = 1
+        config.id2label, config.label2id = {0: REPLACED}, {REPLACED: 0}
 
 
 def check_pair_fields(config: PretrainedConfig, where: str) -> None:
@@ -129,11 +152,18 @@ def _name_of(config: PretrainedConfig) -> str:
 def auto_class_of(config: PretrainedConfig) -> str:
     """Name what of transformers loads the class that a config names."""
     name, code = _name_of(config), code_of(config)
+    if name == _ELECTRA:
+        return "AutoModelForPreTraining"
     return next(
         family.auto_class
         for family in FAMILIES.values()
         if (name in family.classes.values() if code is None else name == code.class_name(family.auto_class))
     )
+
+
+def is_detector(config: PretrainedConfig) -> bool:
+    """Tell whether the class that a config names has one logit a token, which says whether it was replaced."""
+    return _name_of(config) in FAMILIES[DETECTING].classes.values()
 
 
 def attended_tokens(seq_len: int, family: str) -> float:

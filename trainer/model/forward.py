@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +12,24 @@ from trainer.data.batch import RANKS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
+from trainer.model.classes import MAIN, is_detector
 from trainer.model.document_attention import DocumentAttention
 from trainer.model.prediction_head import install, pair_logits, vocabulary_logits
 from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
+
+
+class Pass(NamedTuple):
+    """What one of the models that a run trains was given, and what it has made of that.
+
+    Attributes:
+        inputs: as for `Forward`.
+        logits: [n, c] at the positions that were asked for.
+        pair_logits: [B, 2] of a class with a head for pairs.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    pair_logits: torch.Tensor | None
 
 
 class Forward:
@@ -28,7 +43,7 @@ class Forward:
         self.model, self.device = model, device
         self.call: Callable[..., Any] = model
         self.document_attention = DocumentAttention(model, device) if document_attention else None
-        self._head = install(model)
+        self._head, self._detects = install(model), is_detector(model.config)
         if self.document_attention is None:
             use_causal_sdpa(model)
         keep_positions_in_dtype(model)
@@ -43,6 +58,11 @@ class Forward:
             masks = causal_masks(self.model, seq_len, self.device)
             self._constants[seq_len] = {**constant_inputs(self.model, seq_len, self.device), **masks}
         return self._constants[seq_len]
+
+    def passes(self, inputs: Mapping[str, torch.Tensor], prediction_index: torch.Tensor) -> dict[str, Pass]:
+        """Run what is trained once, and tell of each model in it, by `BuiltModel.exports`, what it has computed."""
+        output = self(inputs, prediction_index)
+        return {MAIN: Pass(dict(inputs), output.logits, output.pair_logits)}
 
     def __call__(
         self,
@@ -62,8 +82,9 @@ class Forward:
             with_states: whether the states that the head is given are wanted as well, of a model whose head is known.
 
         Returns:
-            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; and its
-            `pair_logits` [B, 2], None of a class without a head for pairs; and `states` [B, S, H] if they are wanted.
+            The model's output, its `logits` [n, vocabulary] at these positions or, with `score`, [n, c]; of a model
+            that tells which tokens were replaced [n, 1]. And its `pair_logits` [B, 2], None of a class without a head
+            for pairs; and `states` [B, S, H] if they are wanted.
 
         Raises:
             UserError: when a model whose head is not known gives logits of other positions than it was given.
@@ -86,6 +107,8 @@ class Forward:
         if score is not None and self._head.scores:
             return output
         logits = vocabulary_logits(output)
+        if self._detects:
+            logits = logits.unsqueeze(-1) if logits.ndim == input_ids.ndim else logits
         shape = logits.shape[:2]
         if not (self._head.in_head or in_order) and shape != input_ids.shape:  # Perceiver's are of all its positions
             raise UserError(

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from trainer.errors import UserError
 from trainer.model.stock import tied_to
@@ -16,7 +15,7 @@ from trainer.runtime.plain_text import listed
 _LISTED = 4
 
 
-def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> tuple[str, ...]:
+def freeze(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """Freeze the parameters that a pattern names, as a shell names files; to be done before the engine is made.
 
     A tied parameter has several names, and a pattern for any of them freezes it. What the class itself does not train,
@@ -48,7 +47,7 @@ def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> tuple[str, ...]:
     return frozen
 
 
-def describe_frozen(model: PreTrainedModel, frozen: Collection[str]) -> list[str]:
+def describe_frozen(model: nn.Module, frozen: Collection[str]) -> list[str]:
     """Say how much is frozen, and which of it is known by other names too; nothing where nothing is."""
     if not frozen:
         return []
@@ -76,7 +75,7 @@ def _names_nothing(pattern: str, names: Collection[str], of: str) -> UserError:
     )
 
 
-def _example(model: PreTrainedModel) -> str:
+def _example(model: nn.Module) -> str:
     """Write a pattern for the longest list of modules of the encoder, which its layers are."""
     lists = {
         name: len(list(module.children()))

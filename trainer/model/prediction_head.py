@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from trainer.data.batch import Score
+from trainer.model.classes import is_detector
 from trainer.model.model_code import is_stock
 
 HEAD_MODULES: Mapping[str, str] = MappingProxyType(
@@ -29,7 +30,9 @@ HEAD_MODULES: Mapping[str, str] = MappingProxyType(
         "albert": "predictions",
         "bert": "cls",
         "camembert": "lm_head",
+        "deberta-v2": "cls",
         "distilbert": "vocab_transform",
+        "electra": "generator_predictions",
         "ernie": "cls",
         "esm": "lm_head",
         "eurobert": "lm_head",
@@ -45,7 +48,7 @@ HEAD_MODULES: Mapping[str, str] = MappingProxyType(
         "xlm-roberta": "lm_head",
     }
 )
-"""`config.model_type` → the submodule of its class that is first to receive the encoder's output."""
+"""`config.model_type` → the submodule of its masked or causal class that is first to receive the encoder's output."""
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
     {
         "gpt2": "lm_head",
@@ -136,9 +139,13 @@ def head_module(model: PreTrainedModel) -> str | None:
     A class with code of its own says it in an attribute `maskwright_head`: what it names must work on each position
     alone, and get the encoder's output as its first argument.
     """
-    if is_stock(type(model)):
-        return HEAD_MODULES.get(model.config.model_type)
-    return getattr(model, "maskwright_head", None)
+    if not is_stock(type(model)):
+        return getattr(model, "maskwright_head", None)
+    if is_detector(model.config):
+        return None  # it tells something of each position
+    if model.config.model_type == "deberta-v2" and not model.config.legacy:
+        return "lm_predictions"
+    return HEAD_MODULES.get(model.config.model_type)
 
 
 def projection_of(model: PreTrainedModel) -> str | None:

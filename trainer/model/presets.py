@@ -8,6 +8,8 @@ version 2 of google-research/albert; DistilBERT, arXiv:1910.01108, section 3, wi
 distilbert-base-uncased; ModernBERT, arXiv:2412.13663, table 4; GPT-2, Radford et al. 2019, table 2 (its smallest), and
 a model of characters for a text of some megabytes, of the size that Karpathy's nanoGPT has for one;
 XLNet, arXiv:1906.08237, section 3 (its base has the sizes of BERT's), as published: xlnet-base-cased has no memory;
+ELECTRA, arXiv:2003.10555, table 6 (of its small with the published configuration's width of 256); DeBERTa-v3,
+arXiv:2111.09543, its base, with the published configuration's relative positions (256 buckets) and no others;
 NEZHA, arXiv:1909.00204 (its base has the sizes of BERT's), with the distances of its published configuration.
 Fields the papers leave open (epsilons, biases, initialisation) are those of the published configurations.
 """
@@ -23,6 +25,13 @@ _BERT = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
+}
+_ELECTRA = {
+    "model_type": "electra",
+    **_BERT,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
 }
 _ROBERTA = {**_BERT, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _GPT2 = {
@@ -76,6 +85,30 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "initializer_range": 0.02,
             "max_position_embeddings": 512,
             "sinusoidal_pos_embds": False,
+        },
+        "electra-small": {
+            **_ELECTRA,
+            "embedding_size": 128,
+            "hidden_size": 256,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        },
+        "electra-base": {**_ELECTRA, **_BASE, "embedding_size": 768},
+        "deberta-v3-base": {
+            "model_type": "deberta-v2",
+            **_BERT,
+            **_BASE,
+            "max_position_embeddings": 512,
+            "type_vocab_size": 0,
+            "layer_norm_eps": 1e-7,
+            "relative_attention": True,
+            "max_relative_positions": -1,
+            "position_buckets": 256,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
         },
         "gpt2": {**_GPT2, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
         "gpt2-small-char": {**_GPT2, "n_positions": 256, "n_embd": 384, "n_layer": 6, "n_head": 6},

@@ -13,7 +13,7 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.classes import MASKED, PERMUTED, is_in
+from trainer.model.classes import MASKED, PERMUTED, is_detector, is_in
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
 from trainer.model.layers import check_layers
@@ -31,12 +31,17 @@ _MOST_WITH_VALUES = 2**28
 """Parameters of a model that is built with values for its rehearsal: 1 GiB, for a moment."""
 
 
-def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int], family: str = MASKED) -> None:
+def rehearse(
+    settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[int], family: str = MASKED
+) -> PreTrainedModel:
     """Do on torch's meta device what a start does with a model: load, grow, save and read, one block forward.
 
     Args:
         seq_lens: tokens a block: `data.seq_len`, and those of the phases.
         family: as for `build_config`.
+
+    Returns:
+        the model on that device.
 
     Raises:
         UserError: as `build_config` and `build_model`, and for a config whose class cannot compute a block.
@@ -63,6 +68,7 @@ def rehearse(settings: ModelConfig, vocabulary: Vocabulary, seq_lens: Sequence[i
         freeze(with_values, settings.frozen)
         for seq_len in lengths:
             _one_block(with_values, settings, seq_len, where)
+    return model
 
 
 def _section(settings: ModelConfig) -> str:
@@ -166,6 +172,8 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             remedy="Correct it in the model's config or model.overrides, or set another data.seq_len.",
         ) from None
     shape, expected = list(vocabulary_logits(output).shape), [1, seq_len, vocabulary_rows(model)]
+    if is_detector(model.config):  # of ELECTRA's one logit there is no dimension
+        shape, expected = shape[:2], expected[:2]
     if shape != expected:
         raise UserError(
             f"{type(model).__name__} gives logits of shape {shape} for {seq_len} tokens, and not {expected}.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from trainer.errors import UserError
@@ -30,7 +31,7 @@ def stock_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
     return model
 
 
-def tied_to(model: PreTrainedModel) -> dict[str, str]:
+def tied_to(model: nn.Module) -> dict[str, str]:
     """Map each name of a parameter to the first name of the same parameter: its own, where it is not tied."""
     first: dict[int, str] = {}
     names = model.named_parameters(remove_duplicate=False)

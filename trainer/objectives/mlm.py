@@ -18,7 +18,7 @@ from trainer.data.blocks import DOCUMENT_STARTS, Blocks, View, framed_view
 from trainer.data.documents import length_counts
 from trainer.data.manifest import WORD_STARTS
 from trainer.data.tokenizer import BEGIN, END, Vocabulary, need_tokens
-from trainer.objectives.framing import frame_block, frame_documents
+from trainer.objectives.framing import Framed, frame_block, frame_documents
 from trainer.objectives.masking import Masking, predictions_per_block
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.units import LENGTHS
@@ -34,9 +34,13 @@ _MASKED_AS = {
 
 
 def _described(settings: Mapping[str, Any], tokens: int) -> str:
+    return f"mlm, {share_of_tokens(settings, tokens)} ({shown_instead(settings)}), new masks at each visit"
+
+
+def shown_instead(settings: Mapping[str, Any]) -> str:
+    """Say for a model card what is shown in the place of predicted tokens."""
     mask, drawn = settings["replace_mask"], settings["replace_random"]
-    replaced = f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
-    return f"mlm, {share_of_tokens(settings, tokens)} ({replaced}), new masks at each visit"
+    return f"{mask:.0%} mask, {drawn:.0%} random, {1 - mask - drawn:.0%} kept"
 
 
 def share_of_tokens(settings: Mapping[str, Any], tokens: int) -> str:
@@ -117,10 +121,17 @@ class MaskedSamples:
 
     def make_batch(self, blocks: Blocks, samples: np.ndarray, seed: int) -> Batch:
         """Mask blocks; see `Samples.make_batch`."""
-        framed = self._frame(blocks, self.vocabulary)
+        return self.mask(self.frame(blocks), samples, seed)
+
+    def mask(self, framed: Framed, samples: np.ndarray, seed: int) -> Batch:
+        """Mask blocks that are framed."""
         words = framed.starts.get(WORD_STARTS)
         masked = self.masking.apply(framed.tokens, samples, seed, words, framed.contents)
         return _batch(*masked, framed.starts.get(DOCUMENT_STARTS))
+
+    def frame(self, blocks: Blocks) -> Framed:
+        """Put begin and end tokens where the model is to see them."""
+        return self._frame(blocks, self.vocabulary)
 
     def plain(self, blocks: Blocks) -> Batch:
         """Show blocks as they are; see `Samples.plain`."""
@@ -135,7 +146,7 @@ class MaskedSamples:
 
     def document_starts(self, blocks: Blocks) -> np.ndarray:
         """Find where documents begin; see `Samples.document_starts`."""
-        return self._frame(blocks, self.vocabulary).starts[DOCUMENT_STARTS]
+        return self.frame(blocks).starts[DOCUMENT_STARTS]
 
 
 def _batch(input_ids: np.ndarray, index: np.ndarray, labels: np.ndarray, documents: np.ndarray | None) -> Batch:

@@ -57,18 +57,26 @@ class Predicted:
         losses: fp32 [B·n], nats; 0 where a label is ignored.
         guesses: int64 [B·n], the class of each label that the model predicts; None while gradients are computed
             (`torch.is_grad_enabled()`), because only evaluations ask, and of a term without answers.
+        labels: int64 [B·n], where they follow from what a model has done; default those of the batch, which has as many
+            of them that count.
     """
 
     losses: torch.Tensor
     guesses: torch.Tensor | None
+    labels: torch.Tensor | None = None
 
 
 class Tally(NamedTuple):
-    """Totals of a term over an evaluation: the losses, how many labels were predicted, how many there are."""
+    """Totals of a term over an evaluation: the losses, how many labels were predicted, how many there are.
+
+    And of a term with two classes how many labels are 1, and how many of those that count were predicted to be.
+    """
 
     loss: float
     right: float
     labels: float
+    ones: float = 0.0
+    guessed_ones: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -78,6 +86,21 @@ class Tally(NamedTuple):
     @property
     def accuracy(self) -> float:
         return self.right / self.labels if self.labels else math.nan
+
+    @property
+    def right_ones(self) -> float:
+        """How many labels of 1 were predicted: right = labels − ones − guessed_ones + 2 · right_ones."""
+        return (self.right - self.labels + self.ones + self.guessed_ones) / 2
+
+    @property
+    def precision(self) -> float:
+        """The share of those that were predicted to be 1 which are."""
+        return self.right_ones / self.guessed_ones if self.guessed_ones else math.nan
+
+    @property
+    def recall(self) -> float:
+        """The share of the labels of 1 that were predicted."""
+        return self.right_ones / self.ones if self.ones else math.nan
 
 
 class Criterion(Protocol):
@@ -137,13 +160,17 @@ def share_of_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[fl
 
 @torch.no_grad()
 def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
-    """Score a batch: fp64 [terms, 3], the fields of `Tally`."""
+    """Score a batch: fp64 [terms, 5], the fields of `Tally`."""
     predicted, rows = criterion.predict(network, batch), []
     for term in criterion.terms:
-        labels, found = batch.labels[term.name], predicted[term.name]
-        right = (found.guesses == labels).sum() if term.has_answers else torch.zeros((), device=labels.device)
-        count = (labels != IGNORED_LABEL).sum()
-        rows.append(torch.stack([found.losses.sum().double(), right.double(), count.double()]))
+        found = predicted[term.name]
+        labels = batch.labels[term.name] if found.labels is None else found.labels
+        counted = labels != IGNORED_LABEL
+        none = torch.zeros_like(counted)
+        guesses = found.guesses if term.has_answers else None
+        right, guessed_ones = (none, none) if guesses is None else (guesses == labels, (guesses == 1) & counted)
+        numbers = (found.losses, right, counted, labels == 1, guessed_ones)
+        rows.append(torch.stack([each.sum().double() for each in numbers]))
     return torch.stack(rows)
 
 

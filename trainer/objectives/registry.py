@@ -11,7 +11,7 @@ from trainer.data.batch import Samples
 from trainer.data.blocks import View, framed_view
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError, nearest
-from trainer.objectives import clm, mlm, pairs, plm, teacher
+from trainer.objectives import clm, mlm, pairs, plm, rtd, teacher
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
@@ -47,7 +47,8 @@ def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
     ratios = _ratios(config, evaluating)
     if (pair := config.objective.pair) is not None:
         return pairs.PairedSamples(config.objective, pair, vocabulary, seq_len, ratios)
-    return mlm.MaskedSamples(
+    kind = rtd.ReplacedSamples if config.objective.name == "rtd" else mlm.MaskedSamples
+    return kind(
         config.objective,
         vocabulary,
         seq_len,
@@ -73,6 +74,11 @@ def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evalua
 
 def _permuted_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
     return plm.PermutedSamples(config.objective, vocabulary, seq_len, _ratios(config, evaluating))
+
+
+def _replaced_criterion(config: Config, kernel: CrossEntropies) -> Criterion:
+    assert config.objective.generator is not None, "the section fills it in"
+    return rtd.ReplacedLoss(config.objective.generator, kernel)
 
 
 def _whole_documents(config: Config) -> bool:
@@ -101,6 +107,13 @@ OBJECTIVES: dict[str, Objective] = {
         criterion=lambda config, kernel: LanguageModelLoss(plm.TERM, kernel, plm.ACCURACY),
         card=plm.CARD,
     ),
+    "rtd": Objective(
+        family=lambda config: "detecting",
+        view=_masked_view,
+        samples=_masked_samples,
+        criterion=_replaced_criterion,
+        card=rtd.CARD,
+    ),
 }
 
 
@@ -119,12 +132,17 @@ def find_objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
-def card_of(settings: Mapping[str, Any]) -> ObjectiveCard:
+def card_of(settings: Mapping[str, Any], of_generator: bool = False) -> ObjectiveCard:
     """Return what a model card says of an objective with these settings, the section `objective` of a config.
+
+    Args:
+        of_generator: whether the model is the generator of `rtd`.
 
     Raises:
         UserError: as `find_objective`.
     """
+    if of_generator:
+        return rtd.GENERATOR_CARD
     card, pair, taught = find_objective(settings["name"]).card, settings.get("pair"), settings.get("teacher")
     if taught is not None:
         return teacher.taught_card(card, taught)
@@ -161,9 +179,8 @@ def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluatin
     samples = find_objective(config.objective.name).samples(config, vocabulary, seq_len, evaluating)
     if (settings := config.objective.teacher) is None:
         return samples
-    return teacher.TaughtSamples(
-        samples, config.objective.name, settings
-    )  # a term of language has its objective's name
+    # A term of language has its objective's name.
+    return teacher.TaughtSamples(samples, config.objective.name, settings)
 
 
 def make_criterion(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
+from trainer.model.classes import is_detector
 from trainer.model.hf_config import head_width_of, heads_of
 
 FORWARD_SHARE = 1 / 3
 """Of training FLOPs, those of the forward pass: all that a teacher computes."""
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
+_OF_POSITIONS = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, once a batch
 _POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
 
 
@@ -41,6 +43,9 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     the stream that predicts at all positions, and so it is counted; the one-hot matrix by which it chooses some of
     them is not, as no look-up is. Weights may be on the meta device or partitioned: only their declared sizes are read.
 
+    DeBERTa's queries and keys meet 2n relative positions too, which takes 4·L·2n·H more where both do. The vectors of
+    positions pass through matrices once a batch, which is not counted.
+
     Frozen weights (`model.frozen`) have no gradient: of a matrix that is frozen two thirds remain, forward and the
     gradient of its input, and below the lowest weight that is trained, where no gradient arrives, one third. A trained
     matrix there takes two thirds. Which weights lie below is told by the order of the modules, so that key and value of
@@ -54,6 +59,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     config = model.config
     encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
     attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention += _relative_positions(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     attention *= _attention_share(model)
     if config.model_type == "xlnet":
@@ -79,12 +85,32 @@ def block_flops(model: PreTrainedModel) -> float:
     return 3.0 * _matmul_flops(model)[2]
 
 
+def step_flops(models: Mapping[str, PreTrainedModel], attended_tokens: float, seq_len: int) -> float:
+    """Count training FLOPs a position of all that a run trains, but for heads over the vocabulary.
+
+    Of a model that tells something of each token its head counts here.
+
+    Args:
+        models: as `BuiltModel.exports`.
+    """
+    return sum(
+        flops_per_token(model, attended_tokens, float(is_detector(model.config))) + block_flops(model) / seq_len
+        for model in models.values()
+    )
+
+
+def prediction_flops(models: Mapping[str, PreTrainedModel]) -> float:
+    """Count training FLOPs of the heads over the vocabulary at one predicted position."""
+    return sum(head_flops(model) for model in models.values() if not is_detector(model.config))
+
+
 def _matmul_flops(model: PreTrainedModel) -> tuple[float, float, float]:
     """Count a third of the training FLOPs in matrices: those of the forward pass, where all weights are trained.
 
     Returns:
         Of a position in the encoder, of one in the head, and what a block takes once.
     """
+    not_in_a_step = (*_NOT_IN_A_STEP, *_OF_POSITIONS)
     applications = _shared_layer_applications(model)
     encoder_matmuls = head_matmuls = pair_matmuls = 0.0
     has_pairs = any(name.rpartition(".")[2] in _PAIR_HEADS for name, _ in model.named_modules())
@@ -100,7 +126,7 @@ def _matmul_flops(model: PreTrainedModel) -> tuple[float, float, float]:
             # The matrices of all experts of a layer are one bare parameter; a token passes through some of them.
             experts = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
             encoder_matmuls += sum(2 * each.numel() * active // len(each) for each in experts) * share
-        if not isinstance(module, nn.Linear | Conv1D) or any(part in _NOT_IN_A_STEP for part in name.split(".")):
+        if not isinstance(module, nn.Linear | Conv1D) or any(part in not_in_a_step for part in name.split(".")):
             continue
         flops = 2 * math.prod(_declared_shape(module)) * share
         if not {_POOLER, *_PAIR_HEADS}.isdisjoint(name.split(".")):
@@ -148,6 +174,17 @@ def _from_below(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
     for part, child in module.named_children():
         yield from _from_below(child, f"{name}.{part}" if name else part)
     yield name, module
+
+
+def _relative_positions(config: PretrainedConfig) -> int:
+    """Count FLOPs forward of a position in a layer of DeBERTa's attention between contents and relative positions."""
+    if config.model_type != "deberta-v2" or not config.relative_attention:
+        return 0
+    reach = config.max_relative_positions
+    reach = config.max_position_embeddings if reach < 1 else reach
+    reach = getattr(config, "position_buckets", -1) if getattr(config, "position_buckets", -1) > 0 else reach
+    kinds = len({"c2p", "p2c"}.intersection(config.pos_att_type or ()))
+    return kinds * 2 * 2 * reach * heads_of(config) * head_width_of(config)
 
 
 def _declared_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:

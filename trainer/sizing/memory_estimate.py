@@ -11,10 +11,10 @@ from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
 from trainer.errors import UserError
 from trainer.model.build import COMPUTE_DTYPES
+from trainer.model.classes import MAIN
 from trainer.model.frozen import freeze
-from trainer.model.hf_config import build_config
-from trainer.model.rehearsal import rehearse
 from trainer.model.teacher import TeacherModel, teacher_config
+from trainer.model.trained import model_configs, models_in, put_together, rehearse_trained
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.sizing.made_up import made_up_batch
 from trainer.sizing.meta_trace import META, DeviceType, StepTracer, TracedStep, meta_model
@@ -22,12 +22,15 @@ from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
 
 class MemoryEstimate:
-    """The model of a config on the meta device, and the memory of a rank that trains it.
+    """What a config trains, on the meta device, and the memory of a rank that trains it.
 
     Args:
         preset: of DeepSpeed.
         device_type: where it will be trained.
         seq_len: tokens a block; None for those of `data.seq_len`.
+
+    Attributes:
+        module, models: as `BuiltModel.module` and `exports`.
 
     Raises:
         UserError: as `build_config` and `freeze`.
@@ -41,15 +44,15 @@ class MemoryEstimate:
         device_type: DeviceType,
         seq_len: int | None = None,
     ) -> None:
-        model_config = build_config(config.model, vocabulary, config.data.seq_len, family_of(config))
-        if config.model.from_pretrained is not None:  # it grows to the tokenizer's, as build_model lets it
-            model_config.vocab_size = max(model_config.vocab_size, vocabulary.size)
+        configs = model_configs(config, vocabulary, family_of(config))
         self.config, self.zero = config, ZeroSettings.of(preset)
         self.device_type: DeviceType = device_type
         self._vocabulary = vocabulary
-        self.model = meta_model(model_config, COMPUTE_DTYPES[config.train.precision])
-        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        self.frozen_sizes = [sizes[name] for name in freeze(self.model, config.model.frozen)]
+        dtype = COMPUTE_DTYPES[config.train.precision]
+        self.module = put_together(config, {name: meta_model(each, dtype) for name, each in configs.items()})
+        self.models = models_in(self.module)
+        sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
+        self.frozen_sizes = [sizes[name] for name in freeze(self.module, config.model.frozen)]
         self.seq_len = seq_len or config.data.seq_len
         self.teacher = self._taught_by()
         self.samples = make_samples(config, vocabulary, self.seq_len)
@@ -67,7 +70,12 @@ class MemoryEstimate:
     @cached_property
     def parameter_sizes(self) -> list[int]:
         """Elements of each trained parameter, tied ones once."""
-        return [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @property
+    def class_name(self) -> str:
+        """The class of the main model."""
+        return type(self.models[MAIN]).__name__
 
     @property
     def parameters(self) -> int:
@@ -85,7 +93,7 @@ class MemoryEstimate:
             if not self._traced:
                 settings = self.config.model
                 self._tracer = StepTracer(
-                    self.model,
+                    self.module,
                     self.device_type,
                     make_criterion(self.config, taught_by=self.teacher),
                     settings.document_attention,
@@ -100,7 +108,8 @@ class MemoryEstimate:
         """Estimate the memory of a rank in a steady step; `zero` in place of the preset's settings.
 
         Raises:
-            UserError: as `rehearse`, for a model that cannot compute a block, and for one that cannot without values.
+            UserError: as `rehearse_trained`, for a model that cannot compute a block, and for one that cannot without
+                values.
         """
         try:
             memory = rank_memory(
@@ -117,16 +126,12 @@ class MemoryEstimate:
             return replace(memory, weights=memory.weights + teacher, update=memory.update + teacher)
         except Exception as error:
             # A card where the model cannot compute a block, or none without values; else the fault is ours.
-            rehearse(
-                self.config.model,
-                self._vocabulary,
-                [self.config.data.seq_len, self.seq_len],
-                family_of(self.config),
-            )
+            lengths = [self.config.data.seq_len, self.seq_len]
+            rehearse_trained(self.config, self._vocabulary, lengths, family_of(self.config))
             if not isinstance(error, RuntimeError):
                 raise
             raise UserError(
-                f"The memory of {type(self.model).__name__} cannot be foreseen, because it cannot compute a block "
+                f"The memory of {self.class_name} cannot be foreseen, because it cannot compute a block "
                 f"without values: {error}",
                 where="model",
                 remedy="Set batch.micro_size to a number and try it with `maskwright train --dry-run`.",

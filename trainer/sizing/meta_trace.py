@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,9 +25,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from trainer.data.batch import Batch
 from trainer.model.causal_attention import positions_run_through
-from trainer.model.classes import model_class
-from trainer.model.forward import Forward
+from trainer.model.classes import MAIN, model_class
 from trainer.model.hf_config import attention_of, vocabulary_rows
+from trainer.model.trained import forward_of, models_in
 from trainer.objectives.objective import Criterion, loss_sums
 
 META = torch.device("meta")
@@ -51,7 +52,7 @@ class TracedStep:
         vocabulary_size: rows of the table of tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, one_pass: Callable[[], None], vocabulary_size: int) -> None:
+    def __init__(self, model: nn.Module, one_pass: Callable[[], None], vocabulary_size: int) -> None:
         self._model, self._one_pass, self._vocabulary_size = model, one_pass, vocabulary_size
 
     @property
@@ -131,9 +132,10 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class StepTracer:
-    """Traces micro-batches through a model from `meta_model`.
+    """Traces micro-batches through what is trained.
 
     Args:
+        model: from `meta_model`, or what `put_together` made of several.
         device_type: whose kernels to take where they differ: those of attention and dropout.
         criterion: the loss of a micro-batch.
         document_attention: with the block mask, the larger of the two ways to keep attention within documents.
@@ -141,7 +143,7 @@ class StepTracer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         device_type: DeviceType,
         criterion: Criterion,
         document_attention: bool = False,
@@ -149,11 +151,12 @@ class StepTracer:
     ) -> None:
         self._model = model
         self._device_type: DeviceType = device_type
-        self._forward, self._criterion = Forward(model, META, document_attention), criterion
+        self._forward, self._criterion = forward_of(model, META, document_attention), criterion
         if activation_checkpointing:
             # A backward pass leaves function modes behind, so what it computes again gets its own.
             contexts = {"context_fn": lambda: (nullcontext(), _KernelsOf(device_type))}
-            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+            for each in models_in(model).values():
+                each.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
 
     def trace(self, batch: Batch) -> TracedStep:
         """Describe a micro-batch, of which only the shapes count; it is traced when that is looked at."""
@@ -164,7 +167,7 @@ class StepTracer:
             with _KernelsOf(self._device_type), positions_run_through():
                 loss_sums(self._criterion, self._forward, batch, source_count=1).sum().backward()
 
-        return TracedStep(self._model, one_pass, vocabulary_rows(self._model))
+        return TracedStep(self._model, one_pass, vocabulary_rows(models_in(self._model)[MAIN]))
 
 
 def _drop_gradient(parameter: torch.Tensor) -> None:

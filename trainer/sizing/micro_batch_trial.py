@@ -14,9 +14,9 @@ from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.model.attention_backend import preferring
-from trainer.model.build import build_model
 from trainer.model.compiling import forget_graphs
 from trainer.model.teacher import load_teacher
+from trainer.model.trained import build_trained
 from trainer.objectives.objective import Criterion, loss_sums
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime import distributed
@@ -132,7 +132,7 @@ class _Trial:
         self, config: Config, vocabulary: Vocabulary, world: World, seq_len: int, shapes: int, criterion: Criterion
     ) -> None:
         plan = BatchPlan(_ACCUMULATION * world.size, 1, world.size, _ACCUMULATION, seq_len, total_steps=1)
-        built = build_model(config.model, vocabulary, config.data.seq_len, config.run.seed, family_of(config))
+        built = build_trained(config, vocabulary, family_of(config))
         self.world = world
         self.engine = TrainingEngine(
             built, compose(config, load_preset(config.deepspeed), plan), config.optimizer, world

@@ -43,8 +43,8 @@ BATCH_METRICS = {
     "batch/seq_len": "tokens a sequence of the step",
 }
 TERM_METRICS = {
-    "train/loss/TERM": "mean loss of one term (mlm, clm, nsp, sop, soft, cosine) over its labels in the step's global "
-    "batch, nats; cosine: 1 − the cosine",
+    "train/loss/TERM": "mean loss of one term (mlm, clm, nsp, sop, rtd, soft, cosine) over its labels in the step's "
+    "global batch, nats; cosine: 1 − the cosine",
     "train/ignored/TERM": "of pairs (nsp, sop): share of the step's blocks without one, which have no label",
 }
 SOURCE_METRICS = {
@@ -55,15 +55,19 @@ SOURCE_METRICS = {
 EVALUATION_METRICS = {
     "eval/loss": "mean cross-entropy over the validation blocks, with masks that stay the same, nats; of several terms "
     "the weighted sum of their means",
-    "eval/perplexity": "exp(mean cross-entropy of the predicted tokens), which is exp(eval/loss) where that is all",
-    "eval/masked_accuracy": "share of masked (plm: predicted) tokens told right; with objective.name mlm and plm",
+    "eval/perplexity": "exp(mean cross-entropy of the predicted tokens), which is exp(eval/loss) where that is all; of "
+    "rtd, the generator's",
+    "eval/masked_accuracy": "share of masked (plm: predicted) tokens told right; with objective.name mlm and plm; of "
+    "rtd, the generator's",
     "eval/accuracy": "share of tokens predicted right; with objective.name clm",
 }
 TERM_EVALUATION_METRICS = {
-    "eval/TERM/loss": "mean loss of one term (mlm, clm, nsp, sop, soft, cosine) over its labels, nats; cosine: 1 − the "
-    "cosine",
+    "eval/TERM/loss": "mean loss of one term (mlm, clm, nsp, sop, rtd, soft, cosine) over its labels, nats; cosine: "
+    "1 − the cosine",
     "eval/TERM/accuracy": "share of its labels predicted right; soft: share of positions where model and teacher find "
     "the same token likeliest; not of cosine",
+    "eval/rtd/precision": "of the tokens that are told to be replaced, the share that is; with objective.name rtd",
+    "eval/rtd/recall": "of the replaced tokens, the share that is told; with objective.name rtd",
     "eval/TERM/ignored": "of pairs (nsp, sop): share of the validation blocks without one, which have no label",
 }
 EVENT_METRICS = {
