@@ -14,11 +14,13 @@ HALF = 0.05  # nats: of a loss near 6, what bf16 and fp16 may be off by in 12 st
 EXACT = 5e-3  # fp32, summed in another order
 DOCUMENTS = {"document_attention": True}
 MODERN = {"preset": "modernbert-base", "overrides": MODERNBERT}
+FROZEN = {"frozen": ["roberta.encoder.*"]}
 FP32, FP16 = {"precision": "fp32"}, {"precision": "fp16"}
 REFERENCES: dict[str, dict[str, Any]] = {
     "plain": {"train": FP32},
     "documents": {"train": FP32, "model": DOCUMENTS},
     "modernbert": {"train": FP32, "model": {**MODERN, **DOCUMENTS}},
+    "frozen": {"train": FP32, "model": FROZEN},
 }
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "fp32": ("plain", EXACT, {"train": FP32}),
@@ -37,6 +39,9 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "bf16, ModernBERT's windows": ("modernbert", HALF, {"model": {**MODERN, **DOCUMENTS}}),
     "bf16, compiled": ("plain", HALF, {"model": {"compile": True}}),
     "bf16, compiled documents": ("documents", HALF, {"model": {"compile": True, **DOCUMENTS}}),
+    "bf16, frozen layers": ("frozen", HALF, {"model": FROZEN}),
+    "bf16, frozen layers, ZeRO-3": ("frozen", HALF, {"model": FROZEN, "deepspeed": "zero3"}),
+    "bf16, frozen layers, compiled": ("frozen", HALF, {"model": {"compile": True, **FROZEN}}),
     "bf16, deterministic": ("plain", HALF, {"train": {"deterministic": True}}),
 }
 ON_GPUS_ONLY: dict[str, tuple[str, float, dict[str, Any]]] = {
