@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from rich.console import Console
 from transformers import AutoConfig
@@ -17,9 +18,12 @@ from tests.preparing import prepare_text
 from tests.ranks import losses, train
 from tests.teachers import make_teacher
 from tools.convert import convert
+from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 from trainer.model.classes import auto_class_of
+from trainer.model.source import load_vocabulary
+from trainer.model.trained import build_trained
 from trainer.objectives.registry import family_of
 
 OTHER_LAYOUT: dict[str, Any] = {
@@ -96,6 +100,24 @@ def test_a_run_depends_on_no_layout_and_what_comes_out_is_what_was_trained(
     assert losses_of(two, 2) == found, "the same layout: to the bit"
     lose_the_last(two)
     assert losses_of(config_of(name, "two", deepspeed="zero1")) == pytest.approx(clean, abs=1e-5, rel=0)
+
+
+@every_case
+def test_frozen_layers_keep_every_bit_and_what_comes_out_is_what_was_trained(
+    name: str, config_of: Any, tmp_path: Path
+) -> None:
+    layers = {"gpt2": "transformer.h.*", "xlnet-base": "transformer.layer.*"}.get(CASES[name].preset, "*.encoder.*")
+    config = config_of(name, "run", deepspeed="zero2", train={"precision": "bf16"})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"frozen": [layers]})})
+    found = losses_of(config, 2)
+    assert found[-1] < found[0]
+    built = build_trained(config, load_vocabulary(config), family_of(config))
+    before = {weight: value for weight, value in built.module.named_parameters() if weight in built.frozen}
+    frozen = ZeroFiles(tmp_path / "run" / "checkpoints" / "step-00000008").frozen
+    assert frozen.keys() == before.keys() and len(frozen) > 5
+    assert all(torch.equal(frozen[weight], before[weight]) for weight in frozen)
+    proven = convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", Console(quiet=True))
+    assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
 
 
 @every_case

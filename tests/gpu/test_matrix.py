@@ -15,12 +15,14 @@ EXACT = 5e-3  # fp32, summed in another order
 DOCUMENTS = {"document_attention": True}
 MODERN = {"preset": "modernbert-base", "overrides": MODERNBERT}
 OWN_CODE = {"preset": "nezha-base", "overrides": NEZHA}
+FROZEN = {"frozen": ["roberta.encoder.*"]}
 FP32, FP16 = {"precision": "fp32"}, {"precision": "fp16"}
 REFERENCES: dict[str, dict[str, Any]] = {
     "plain": {"train": FP32},
     "documents": {"train": FP32, "model": DOCUMENTS},
     "modernbert": {"train": FP32, "model": {**MODERN, **DOCUMENTS}},
     "nezha": {"train": FP32, "model": {**OWN_CODE, **DOCUMENTS}},
+    "frozen": {"train": FP32, "model": FROZEN},
 }
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "fp32": ("plain", EXACT, {"train": FP32}),
@@ -42,6 +44,9 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "bf16, NEZHA compiled": ("nezha", HALF, {"model": {"compile": True, **OWN_CODE, **DOCUMENTS}}),
     "bf16, compiled": ("plain", HALF, {"model": {"compile": True}}),
     "bf16, compiled documents": ("documents", HALF, {"model": {"compile": True, **DOCUMENTS}}),
+    "bf16, frozen layers": ("frozen", HALF, {"model": FROZEN}),
+    "bf16, frozen layers, ZeRO-3": ("frozen", HALF, {"model": FROZEN, "deepspeed": "zero3"}),
+    "bf16, frozen layers, compiled": ("frozen", HALF, {"model": {"compile": True, **FROZEN}}),
     "bf16, deterministic": ("plain", HALF, {"train": {"deterministic": True}}),
 }
 ON_GPUS_ONLY: dict[str, tuple[str, float, dict[str, Any]]] = {
