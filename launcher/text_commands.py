@@ -184,8 +184,8 @@ def tokenizer_extend(
 ) -> None:
     """Add words of a text that a tokenizer tears apart most often, and show tokens a word before and after.
 
-    Old tokens keep their ids. Train on with the model, and the new folder as model.tokenizer: it gets rows for the new
-    words, each of which starts at the mean of the rows of its old pieces.
+    Old tokens keep their ids. Train on with the model as model.from_pretrained, and the new folder as model.tokenizer:
+    the model gets rows for the new words, which start at the mean of the old ones.
 
     \b
     Examples:
