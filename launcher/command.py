@@ -195,7 +195,9 @@ def parse_size(text: str) -> int:
 ConfigSource = Annotated[
     str,
     typer.Argument(
-        metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-base-fast, roberta-large."
+        metavar="CONFIG",
+        help="A YAML file, or a recipe: bert-wwm-chinese, deberta-v3-base, demo, distilbert, electra-small, "
+        "roberta-base, roberta-base-fast, roberta-large, spanbert-base.",
     ),
 ]
 Overrides = Annotated[

@@ -6,18 +6,12 @@ from typing import Annotated
 
 import typer
 
-from launcher.command import MOST_LOCAL_RANKS, MOST_RANKS
+from launcher.command import MOST_LOCAL_RANKS, MOST_RANKS, ConfigSource
 from launcher.console import make_console
 
 Text = str | None
 
 
-ConfigToSubmit = Annotated[
-    str,
-    typer.Argument(
-        metavar="CONFIG", help="A YAML file, or a recipe: demo, roberta-base, roberta-base-fast, roberta-large."
-    ),
-]
 OverridesAndSbatch = Annotated[
     list[str] | None,
     typer.Argument(
@@ -68,7 +62,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the job script, a
 
 
 def submit(
-    config: ConfigToSubmit,
+    config: ConfigSource,
     overrides: OverridesAndSbatch = None,
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from launcher.cli import app
 from launcher.console import make_console
@@ -172,3 +173,5 @@ def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
 def test_no_recipe_is_left_out_above() -> None:
     by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
     assert recipe_names() == sorted([*by_masks, "deberta-v3-base", "distilbert", "electra-small"])
+    shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output.split())
+    assert f"or a recipe: {', '.join(recipe_names())}." in shown
