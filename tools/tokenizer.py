@@ -128,7 +128,9 @@ def _train_like(
     """Train a tokenizer that cuts text as another does; return it with what there is to say of its size."""
     tokenizer = like.train_new_from_iterator(text.texts(), vocabulary_size, show_progress=False)
     reached = len(tokenizer)
-    return tokenizer, "" if reached >= vocabulary_size else _smaller(reached, vocabulary_size)
+    if reached > vocabulary_size:
+        return tokenizer, f"Note: characters and special tokens alone are {reached:,} tokens, not {vocabulary_size:,}."
+    return tokenizer, "" if reached == vocabulary_size else _smaller(reached, vocabulary_size)
 
 
 def _smaller(reached: int, wanted: int) -> str:

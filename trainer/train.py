@@ -46,7 +46,7 @@ from trainer.runtime.distributed import World
 from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
-from trainer.sizing.flops import FORWARD_SHARE, flops_per_token, head_flops, prediction_flops, step_flops
+from trainer.sizing.flops import flops_per_token, head_flops, prediction_flops, step_flops
 from trainer.sizing.micro_batch import resolve_micro_size
 from trainer.sizing.micro_batch_trial import largest_by_trial
 from trainer.sizing.peak_flops import device_peak
@@ -203,7 +203,7 @@ def _check_start(run: Run, inputs: Inputs, start: StartPoint, records: Records, 
     check_resumable(checkpoint, start.manifest, records, inputs.data_order(with_shards=True))
     if change := describe_layout(start.manifest.layout, records.layout):
         run.say(f"resuming in another layout: {change}, step {start.state.step:,}")
-    sizes = {name: parameter.numel() for name, parameter in built.model.named_parameters()}
+    sizes = {name: parameter.numel() for name, parameter in built.module.named_parameters()}
     line = distributed.run_on_all_ranks(run.world, lambda: describe_frozen_change(checkpoint, sizes, built.frozen))
     if line:
         run.say(f"frozen: {line}")
@@ -374,10 +374,10 @@ def _meter(inputs: Inputs, built: BuiltModel, teacher: TeacherModel | None, worl
     of_head = prediction_flops(built.exports)
     if teacher is not None:
         flops = [
-            each + FORWARD_SHARE * flops_per_token(teacher.model, attended, prediction_ratio=0.0)
+            each + flops_per_token(teacher.model, attended, prediction_ratio=0.0)
             for each, attended in zip(flops, inputs.attended_tokens, strict=True)
         ]
-        of_head += FORWARD_SHARE * head_flops(teacher.model)
+        of_head += head_flops(teacher.model)
     peak, label = device_peak(world.device, COMPUTE_DTYPES[inputs.config.train.precision])
     counted = ", then ".join(f"{each:.4g}" for each in flops)
     logger.info(

@@ -85,22 +85,22 @@ def test_the_two_commands_of_the_readme_train_the_embeddings_first_and_then_all(
     if model_type == "gpt2":
         config = yaml.safe_dump({**yaml.safe_load(config), "objective": {"name": "clm"}})
     (tmp_path / "more.yaml").write_text(config)
-    assert len(commands) == 2 and "bert.encoder.*" in str(commands[0])
+    assert len(commands) == 2 and "roberta.encoder.*" in str(commands[0])
     assert pattern in (ROOT / "README.md").read_text(), "the pattern of each of these is told there"
 
-    first = maskwright(*(word.replace("bert.encoder.*", pattern) for word in commands[0]), cwd=tmp_path)
+    first = maskwright(*(word.replace("roberta.encoder.*", pattern) for word in commands[0]), cwd=tmp_path)
     assert first.returncode == EXIT_FINISHED, first.stdout + first.stderr
     assert "vocabulary: resized from 500 to 510" in first.stdout and "frozen: " in first.stdout
     second = maskwright(*commands[1], cwd=tmp_path)
     assert second.returncode == EXIT_FINISHED, second.stdout + second.stderr
     assert "resuming from step-00000010" in second.stdout and "begin to train, with fresh moments" in second.stdout
-    found = losses(tmp_path / "runs" / "more")
+    found = losses(tmp_path / "runs" / "first")
     assert len(found) == 20 and found[-1] < found[0]
 
     before, layers = model.state_dict(), pattern.removesuffix("*")
     for step in (10, 20):
         output = tmp_path / f"model-{step}"
-        checkpoint = tmp_path / "runs" / "more" / "checkpoints" / f"step-{step:08d}"
+        checkpoint = tmp_path / "runs" / "first" / "checkpoints" / f"step-{step:08d}"
         proven = convert(str(checkpoint), str(output), "float32", "5GB", Console(quiet=True))
         assert (proven.difference_from_training, proven.difference_after_reload) == (0, 0)
         after = getattr(transformers, type(model).__name__).from_pretrained(output).state_dict()

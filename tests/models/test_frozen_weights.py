@@ -146,4 +146,4 @@ def test_freezing_leaves_the_state_of_the_optimizer_out_of_the_estimate(tmp_path
     ours, theirs = part.memory(2, 1, 1), whole.memory(2, 1, 1)
     assert (theirs.optimizer, ours.optimizer) == (12 * whole.parameters, 12 * part.parameters)
     assert ours.weights == theirs.weights and ours.peak < theirs.peak
-    assert not freeze(part.model, [])
+    assert not freeze(part.module, [])

@@ -120,6 +120,10 @@ def test_rows_beyond_the_tokenizers_are_left_out(tmp_path: Path) -> None:
         ("roberta", "bert", [0, 1], {}, "type 'roberta' cannot begin with layers of one of type 'bert'"),
         ("albert", "albert", [0, 1, 2, 3, 4], {}, "albert's layers share weights"),
         ("distilbert", "roberta", [0, 1], {}, "type 'distilbert' cannot begin"),
+        ("modernbert", "modernbert", [3, 2, 1, 0], {}, "1 weights of the layers have no place in the model"),
+        ("modernbert", "modernbert", [0, 3, 1, 2], {}, "The model's layers are full_attention, sliding_attention"),
+        ("bert", "bert", [0, 1], {"hidden_act": "relu"}, "hidden_act is relu in the model, and gelu in"),
+        ("distilbert", "bert", [0, 1], {"activation": "relu"}, "activation is relu in the model, and gelu in"),
     ],
 )
 def test_what_does_not_fit_is_a_card_without_weights_and_with(

@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.model.build import build_model
 from trainer.model.classes import CAUSAL, MASKED, PAIRED
 from trainer.model.hf_config import build_config
-from trainer.model.model_code import SHIPPED, code_of
+from trainer.model.model_code import SHIPPED, code_of, unused_code
 from trainer.model.prediction_head import install
 from trainer.model.rehearsal import rehearse
 
@@ -227,6 +227,56 @@ def test_an_error_when_it_is_used_is_a_card(old: str, new: str, problem: str, tm
     assert problem in caught.value.problem
     place = caught.value.where.removeprefix(f"model.config: {folder}/")
     assert re.fullmatch(r"configuration_bag\.py|modeling_bag\.py:\d+", place), caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        ("logits", "gives a Tensor, and not an output with `logits`"),
+        ("(logits,)", "gives a tuple, and not an output with `logits`"),
+        ("MaskedLMOutput(logits=None)", "gives no `logits`, and not an output with `logits`"),
+        ("MaskedLMOutput(logits=logits[..., :10])", f"gives logits of shape [1, {SEQ_LEN}, 10]"),
+    ],
+)
+def test_a_forward_pass_without_the_logits_is_a_card(returned: str, problem: str, tmp_path: Path) -> None:
+    usual = "return MaskedLMOutput(logits="
+    line = next(line for line in MODELING.splitlines() if usual in line)
+    given = line.partition(usual)[2].removesuffix(")")
+    indent = line[: len(line) - len(line.lstrip())]
+    folder = write_code(
+        tmp_path / "bag", MODELING.replace(line, f"{indent}logits = {given}\n{indent}return {returned}")
+    )
+    with pytest.raises(UserError) as caught:
+        rehearse(own(folder), vocabulary(), [SEQ_LEN])
+    assert problem in caught.value.problem and caught.value.where == "model.config"
+
+
+@pytest.mark.parametrize("name", ["bag", "bag.table", "unused"])
+def test_a_head_that_is_another_part_of_the_class_is_a_card(name: str, tmp_path: Path) -> None:
+    unused = MODELING.replace("        self.lm_head", "        self.unused = nn.Identity()\n        self.lm_head", 1)
+    folder = write_code(tmp_path / "bag", unused.replace('maskwright_head = "lm_head"', f'maskwright_head = "{name}"'))
+    with pytest.raises(UserError) as caught:
+        rehearse(own(folder), vocabulary(), [SEQ_LEN])
+    assert f"With '{name}' given two positions" in caught.value.problem
+    assert caught.value.where == f"model.config, maskwright_head = '{name}'"
+
+
+def test_code_that_is_not_used_is_said(tmp_path: Path) -> None:
+    same, changed = (shutil.copytree(SHIPPED["nezha"], tmp_path / name) for name in ("same", "changed"))
+    with open(changed / "modeling_nezha.py", "a") as file:
+        file.write("# changed\n")
+    assert unused_code(str(same)) == []
+    assert unused_code(str(changed)) == [
+        f"code: '{changed}' has code of its own, which is not used; maskwright's class of its type is"
+    ]
+    folder = saved(tmp_path, "bert")
+    assert unused_code(str(folder)) == [] == unused_code(None) == unused_code("org/name")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "auto_map": AUTO_MAP}))
+    (folder / "modeling_bag.py").touch()
+    (line,) = unused_code(str(folder))
+    assert "transformers' class" in line
+    assert line in build_model(continued(folder), vocabulary(), SEQ_LEN, 0).notes
 
 
 def test_a_head_that_is_no_part_of_the_class_is_a_card(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from trainer.model.trained import build_trained, models_in, rehearse_trained
 from trainer.objectives.objective import Tally, loss_sums, tally
 from trainer.objectives.rtd import ReplacedLoss, labels_of
 from trainer.sizing.flops import flops_per_token, head_flops, prediction_flops, step_flops
+from trainer.sizing.micro_batch import _is_of, memory_layout
 
 CPU = torch.device("cpu")
 ELECTRA = {
@@ -299,6 +300,43 @@ def test_a_generator_that_begins_at_random_gets_the_models_embeddings(tmp_path: 
         assert generator.generator_lm_head.weight is generator.get_input_embeddings().weight
         ids = torch.arange(VOCABULARY_SIZE)
         assert torch.equal(found.exports[MAIN].get_input_embeddings()(ids), table)
+
+
+@pytest.mark.parametrize("share", ["embeddings", "disentangled", "nothing"])
+def test_layers_of_a_trained_model_come_with_its_embeddings(share: str, tmp_path: Path) -> None:
+    model, _ = save(built(), tmp_path)
+    trained: Any = AutoModelForPreTraining.from_pretrained(model)
+    depth = trained.config.num_hidden_layers
+    source = {"preset": "electra-small", "overrides": SIZES["electra-small"]}
+    layers = {"layers_from": {"model": model, "layers": list(range(depth))}}
+    config = config_of(model={**source, **layers}, generator={"share": share})
+    rehearse_trained(config, vocabulary(), [SEQ_LEN], DETECTING)
+    found: Any = build_trained(config, vocabulary(), DETECTING).exports
+    table, ids = trained.get_input_embeddings().weight, torch.arange(VOCABULARY_SIZE)
+    assert torch.equal(found[MAIN].get_input_embeddings()(ids), table)
+    assert torch.equal(found[GENERATOR].get_input_embeddings().weight, table) is (share != "nothing")
+    positions = "electra.embeddings.position_embeddings.weight"
+    assert torch.equal(found[MAIN].state_dict()[positions], trained.state_dict()[positions])
+
+
+def test_a_micro_batch_that_was_found_is_of_the_objective_and_its_generator() -> None:
+    small, large = (config_of(generator={"overrides": {"num_hidden_layers": count}}) for count in (1, 9))
+    alone = parse_config({**_masked(), "objective": {"name": "mlm"}}, "test")
+    layouts = [memory_layout(config, 1, "cpu") for config in (small, large, alone)]
+    for one in layouts:
+        record = {"layout": one, "micro_size": 4}
+        assert [_is_of(record, other) for other in layouts] == [one == other for other in layouts]
+        older = {name: value for name, value in one.items() if name not in ("objective", "samples")}
+        assert _is_of({"layout": older, "micro_size": 4}, one), "which did not say it"
+
+
+def _masked() -> dict[str, Any]:
+    return {
+        "run": {"dir": "unused"},
+        "model": {"tokenizer": "unused", "preset": "electra-small", "overrides": SIZES["electra-small"]},
+        "data": {"train": "unused", "seq_len": SEQ_LEN},
+        "train": {"steps": 1, "precision": "fp32"},
+    }
 
 
 def test_tables_that_were_trained_apart_differ_by_what_they_differ(tmp_path: Path) -> None:

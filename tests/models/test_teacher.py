@@ -37,7 +37,7 @@ from trainer.model.forward import Forward
 from trainer.model.teacher import check_same_ids, check_teacher, load_teacher, teacher_config
 from trainer.objectives.objective import loss_sums
 from trainer.objectives.registry import make_criterion
-from trainer.sizing.flops import FORWARD_SHARE, flops_per_token
+from trainer.sizing.flops import flops_per_token
 
 CPU = torch.device("cpu")
 
@@ -127,6 +127,19 @@ def test_who_copies_its_teacher_has_nothing_to_learn_of_it(family: str, tmp_path
     assert soft == 0 and cosine == pytest.approx(0, abs=1e-4)
 
 
+def test_a_class_that_names_its_head_teaches_its_states(tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint"
+    model = tiny_model(tmp_path, "nezha")
+    model.save_pretrained(source)
+    config = config_of(tmp_path, "nezha", source)
+    assert config.objective.teacher is not None and config.objective.teacher.cosine
+    check(config)
+    teacher = load_teacher(config, vocabulary(), MASKED, CPU)
+    assert teacher is not None
+    states, _ = teacher({"input_ids": masked_batch()[0]}, masked_batch()[1])
+    assert states is not None and states.shape[-1] == model.config.hidden_size
+
+
 def test_its_dropout_is_off_and_its_tables_of_angles_keep_their_precision(tmp_path: Path) -> None:
     source = saved(tmp_path, "modernbert")
     fields = json.loads((source / "config.json").read_text())
@@ -160,7 +173,7 @@ def test_flops_of_the_teacher_are_those_of_its_forward_pass(tmp_path: Path) -> N
     ids, index, *_ = masked_batch()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         teacher({"input_ids": ids}, index)
-    counted = FORWARD_SHARE * flops_per_token(teacher.model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
+    counted = flops_per_token(teacher.model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 

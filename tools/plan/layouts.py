@@ -10,7 +10,7 @@ from tools.plan.wire import Wire, plan_traffic
 from trainer.engine.deepspeed_config import load_preset, zero_stage
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.schedule.batch_plan import micro_sizes
-from trainer.sizing.flops import FORWARD_SHARE, flops_per_token, prediction_flops, step_flops
+from trainer.sizing.flops import flops_per_token, prediction_flops, step_flops
 from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings
 
@@ -81,7 +81,7 @@ class Layouts:
         predicted = self.estimate.head_rows / seq_len
         a_token = step_flops(models, self._attended_tokens, seq_len) + predicted * prediction_flops(models)
         if teacher is not None:
-            a_token += FORWARD_SHARE * flops_per_token(teacher.model, self._attended_tokens, predicted)
+            a_token += flops_per_token(teacher.model, self._attended_tokens, predicted)
         return a_token
 
     @cached_property

@@ -15,6 +15,8 @@ from trainer.config.base import LARGEST
 from trainer.engine.deepspeed_config import compose, load_preset
 from trainer.engine.state_size import checkpoint_bytes
 from trainer.errors import UserError
+from trainer.model.trained import rehearse_trained
+from trainer.objectives.registry import family_of
 from trainer.schedule.batch_plan import plan_batch
 from trainer.schedule.phases import lay_out, with_micro_size
 from trainer.sizing.memory_estimate import MemoryEstimate
@@ -113,6 +115,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     device = find_device(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
     measured = read_bench(options.bench, precision, device) if options.bench is not None else None
     preset = load_preset(config.deepspeed)
+    rehearse_trained(config, facts.vocabulary, [config.data.seq_len], family_of(config))
     estimate = MemoryEstimate(config, facts.vocabulary, preset, device.kind)
     layouts = Layouts(estimate, device, options.gpus_per_node, facts.attended_tokens, measured)
     best = best_of_each_stage(layouts, world_size)

@@ -54,7 +54,7 @@ class TeacherConfig(Section):
     model: Line
     """A Hugging Face checkpoint folder or hub name, of a class of the same kind and with the run's tokenizer. It is not
     trained, and no part of a checkpoint; its weights belong to a run, wherever they lie."""
-    temperature: PositiveFloat = 2.0
+    temperature: Annotated[float, Field(ge=0.1, le=1000.0)] = 2.0
     """Both models' logits are divided by it for the soft targets."""
     soft: PositiveFloat = 5.0
     """Weight of the soft targets: the mean of temperature² · KL(teacher, student) over the positions below."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from trainer.config import Config
 from trainer.data.tokenizer import Vocabulary
+from trainer.model.model_code import unused_code
 from trainer.model.teacher import check_same_ids, check_teacher
 from trainer.objectives.registry import family_of
 from trainer.objectives.teacher import described
@@ -26,4 +27,4 @@ def describe_teacher(config: Config, vocabulary: Vocabulary, seq_lens: Sequence[
     note = check_same_ids(config)
     who = check_teacher(config, vocabulary, seq_lens, family_of(config))
     line = f"teacher: {teacher.model}, {who}; the loss is {described(teacher.model_dump())}"
-    return [line, *([note] if note else [])]
+    return [line, *([note] if note else []), *unused_code(teacher.model)]

@@ -26,7 +26,7 @@ from trainer.model.hf_config import (
     vocabulary_rows,
 )
 from trainer.model.layers import copy_layers
-from trainer.model.model_code import is_stock
+from trainer.model.model_code import is_stock, unused_code
 from trainer.model.prediction_head import head_module
 from trainer.model.stock import first_not_finite, prove_convertible, untie_if_trained_apart
 from trainer.runtime.paths import is_local, user_path
@@ -104,6 +104,8 @@ def build_model(
     notes.extend(describe_frozen(model, frozen))
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not settings.code:
+        notes.extend(unused_code(settings.config or settings.from_pretrained))
     name = type(model).__name__
     if attention != "sdpa":
         notes.append(f"attention: {name} has no sdpa attention; its {attention} attention is slower")

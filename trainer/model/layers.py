@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +42,12 @@ _BERT_OF_DISTILBERT: Mapping[str, str] = {
     "vocab_projector.": "cls.predictions.decoder.",
 }
 """Parts of the names of DistilBERT's weights → what BERT has there."""
+_USES: Mapping[str, str] = {
+    **{name: name for name in ("hidden_act", "hidden_activation", "activation_function", "norm_eps", "layer_norm_eps")},
+    **{name: name for name in ("layer_norm_epsilon", "rms_norm_eps", "rope_parameters", "local_attention")},
+    "activation": "hidden_act",
+}
+"""Fields of a config that decide what its layers' weights do → what BERT calls them, of a DistilBERT's."""
 
 
 def source_settings(settings: LayersFromConfig) -> ModelConfig:
@@ -96,7 +102,7 @@ def copy_layers(
         own[_POSITIONS] += given[_TYPES][0]
     numbers = ", ".join(map(str, settings.layers))
     return [
-        *(note for note in notes if note.startswith(("checkpoint", "vocabulary"))),
+        *(note for note in notes if note.startswith(("checkpoint", "vocabulary", "code"))),
         f"layers: {numbers} of the {_depth(source.config)} of {settings.model}, and its embeddings, norms and head",
     ]
 
@@ -125,6 +131,13 @@ def _pair_names(model: PreTrainedModel, source: PreTrainedModel, settings: Layer
         of_tokens = there is not None and (*shape[:1], *there[:1]) == rows and shape[1:] == there[1:]
         if there != shape and not of_tokens:
             unlike.append(f"{name} is {list(shape)}, and there it is {'missing' if there is None else list(there)}")
+    unused = _left_over(source, settings, set(pairs.values()))
+    if unused:
+        raise UserError(
+            f"{len(unused)} weights of the layers have no place in the model: {listed(unused, _LISTED)}.",
+            where=f"{KEY}.layers={settings.layers}",
+            remedy="Choose layers that are built as the model's own, in their places.",
+        )
     if unlike:
         raise UserError(
             f"{len(unlike)} weights are not alike in '{settings.model}': {listed(unlike, _LISTED, '; ')}.",
@@ -132,6 +145,12 @@ def _pair_names(model: PreTrainedModel, source: PreTrainedModel, settings: Layer
             remedy="Give model.overrides the sizes of that model, all but the number of layers.",
         )
     return pairs
+
+
+def _left_over(source: PreTrainedModel, settings: LayersFromConfig, used: Collection[str]) -> list[str]:
+    """List the weights of the chosen layers that no weight of the model takes."""
+    chosen = tuple(f"{_path_of_layers(source)}.{number}." for number in settings.layers)
+    return [name for name in source.state_dict() if name.startswith(chosen) and name not in used]
 
 
 def _refuse_other_kind(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> None:
@@ -156,6 +175,7 @@ def _refuse_other_kind(config: PretrainedConfig, source: PretrainedConfig, setti
             where=f"{KEY}.layers",
             remedy="Give as many numbers as it has layers, or set the number of layers in model.overrides.",
         )
+    _refuse_other_use(config, source, settings)
     if heads_of(config) != heads_of(source):
         raise UserError(
             f"The model has {heads_of(config)} attention heads, and that of the layers {heads_of(source)}: the same "
@@ -163,6 +183,28 @@ def _refuse_other_kind(config: PretrainedConfig, source: PretrainedConfig, setti
             where=f"{KEY}.model={settings.model}",
             remedy="Give model.overrides the number of heads of that model.",
         )
+
+
+def _refuse_other_use(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> None:
+    """Refuse fields by which the same weights would compute something else."""
+    ours, theirs = (getattr(each, "layer_types", None) for each in (config, source))
+    if ours and theirs and list(ours) != [theirs[number] for number in settings.layers]:
+        raise UserError(
+            f"The model's layers are {', '.join(ours)}, and those that are taken "
+            f"{', '.join(theirs[number] for number in settings.layers)}.",
+            where=f"{KEY}.layers={settings.layers}",
+            remedy="Choose layers of the same kinds in the same order.",
+        )
+    for name, other in _USES.items():
+        given = getattr(source, other if source.model_type != config.model_type else name, None)
+        own = getattr(config, name, None)
+        if own is not None and given is not None and own != given:
+            raise UserError(
+                f"{name} is {own} in the model, and {given} in '{settings.model}': the same weights would be used "
+                "otherwise.",
+                where=f"{KEY}.model={settings.model}",
+                remedy=f"Set model.overrides.{name}={given}.",
+            )
 
 
 def _is_from_bert(model: PreTrainedModel, source: PreTrainedModel) -> bool:

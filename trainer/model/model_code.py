@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from trainer.errors import UserError
 from trainer.runtime.files import bytes_hash, give_usual_mode, shipped
+from trainer.runtime.paths import is_local, real_path, user_path
 from trainer.runtime.user_files import read_json
 
 AUTO_CONFIG = "AutoConfig"
@@ -148,6 +149,35 @@ def shipped_code(model_type: Any) -> ModelCode | None:
     """Read the code of a type that maskwright brings along; None for any other type."""
     folder = SHIPPED.get(model_type) if isinstance(model_type, str) else None
     return None if folder is None else read_code(folder, "model", read_json(folder / "config.json"))
+
+
+def unused_code(source: str | None) -> list[str]:
+    """Say in a line that a folder has code of its own which is not used; nothing for any other source.
+
+    A folder of a type that transformers or maskwright has is one of a known class, whatever its `auto_map` says; it may
+    be a copy whose code was changed since.
+
+    Args:
+        source: a folder, or the file of a config in it, or a name on the hub.
+    """
+    if source is None or not is_local(source):
+        return []
+    path = real_path(user_path(source, "model"))
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").is_file():
+        return []
+    fields = read_json(folder / "config.json")
+    own = fields.get("auto_map") if isinstance(fields, dict) else None
+    if not isinstance(own, dict) or not list(folder.glob("*.py")):
+        return []
+    known = shipped_code(fields.get("model_type"))
+    try:
+        if known is not None and read_code(folder, "", fields).hashes() == known.hashes():
+            return []
+    except UserError:
+        pass  # it is not used, whatever is wrong with it
+    whose = "transformers'" if known is None else "maskwright's"
+    return [f"code: '{source}' has code of its own, which is not used; {whose} class of its type is"]
 
 
 def read_code(folder: Path, where: str, fields: Mapping[str, Any]) -> ModelCode:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from trainer.config import ModelConfig
 from trainer.errors import UserError
@@ -17,8 +18,8 @@ from trainer.model.classes import MASKED, PERMUTED, is_detector, is_in
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
 from trainer.model.layers import check_layers
-from trainer.model.model_code import code_of, place_of
-from trainer.model.prediction_head import install, vocabulary_logits
+from trainer.model.model_code import code_of, is_stock, place_of
+from trainer.model.prediction_head import PredictionHead, head_module, install, vocabulary_logits
 from trainer.model.stock import prove_convertible, stock_model
 from trainer.model.two_streams import predicting_in_order
 from trainer.model.weight_files import weight_shapes
@@ -61,13 +62,14 @@ def rehearse(
         check_layers(model, settings.layers_from, vocabulary, family)
     prove_convertible(model)
     freeze(model, settings.frozen)
-    install(model)
+    head = install(model)
     lengths = sorted(set(seq_lens))
     if not all(_one_block(model, settings, seq_len, where) for seq_len in lengths) and _is_small(model):
         with_values = stock_model(model.config, "cpu")
         freeze(with_values, settings.frozen)
         for seq_len in lengths:
             _one_block(with_values, settings, seq_len, where)
+    _prove_own_head(model, head, lengths[0], where)
     return model
 
 
@@ -171,14 +173,18 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             where=f"{where}: {own}" if own else _place(name, settings, where) if name else where,
             remedy="Correct it in the model's config or model.overrides, or set another data.seq_len.",
         ) from None
-    shape, expected = list(vocabulary_logits(output).shape), [1, seq_len, vocabulary_rows(model)]
+    logits = _logits_of(model, output, where)
+    shape, expected = list(logits.shape), [1, seq_len, vocabulary_rows(model)]
     if is_detector(model.config):  # of ELECTRA's one logit there is no dimension
         shape, expected = shape[:2], expected[:2]
     if shape != expected:
+        is_length = len(shape) == 3 and shape[1] != seq_len  # as of Perceiver, which has a number of its own
         raise UserError(
             f"{type(model).__name__} gives logits of shape {shape} for {seq_len} tokens, and not {expected}.",
-            where="data.seq_len",
-            remedy=f"Set data.seq_len={shape[1]}, or train a model of another type.",
+            where="data.seq_len" if is_length else where,
+            remedy=f"Set data.seq_len={shape[1]}, or train a model of another type."
+            if is_length
+            else "Let its head give a logit for each token of the vocabulary, at each position.",
         )
     tensors = [value for value in output.values() if isinstance(value, torch.Tensor)]
     if settings.frozen and not any(tensor.requires_grad for tensor in tensors):
@@ -188,6 +194,50 @@ def _one_block(model: PreTrainedModel, settings: ModelConfig, seq_len: int, wher
             remedy="Freeze less: a part that leads to logits has to be trained.",
         )
     return True
+
+
+def _logits_of(model: PreTrainedModel, output: Any, where: str) -> torch.Tensor:
+    """Return the logits of a forward pass, which a class with code of its own may have put elsewhere.
+
+    Raises:
+        UserError: when there are none.
+    """
+    logits = vocabulary_logits(output) if isinstance(output, ModelOutput) else None
+    if isinstance(logits, torch.Tensor):
+        return logits
+    found = "no `logits`" if isinstance(output, ModelOutput) else f"a {type(output).__name__}"
+    raise UserError(
+        f"The forward pass of {type(model).__name__} gives {found}, and not an output with `logits`.",
+        where=where,
+        remedy="Return a transformers.modeling_outputs.MaskedLMOutput(logits=...) from `forward`.",
+    )
+
+
+def _prove_own_head(model: PreTrainedModel, head: PredictionHead, seq_len: int, where: str) -> None:
+    """Compute the logits of two positions of a block, where a class with code of its own names its head.
+
+    Raises:
+        UserError: when that gives anything but their logits.
+    """
+    name = head_module(model)
+    if name is None or is_stock(type(model)):
+        return
+    index = torch.tensor([0, seq_len - 1], device=model.device)
+    found: Any = None
+    try:
+        with torch.no_grad(), head.select(index):
+            input_ids = torch.zeros(1, seq_len, dtype=torch.int64, device=model.device)
+            output = model(input_ids=input_ids, **constant_inputs(model, seq_len, model.device))
+            found = list(head.rows(vocabulary_logits(output), index).shape)
+    except Exception as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if found != [2, vocabulary_rows(model)]:
+        raise UserError(
+            f"With '{name}' given two positions, {type(model).__name__} does not give the logits of two: {found}.",
+            where=f"{where}, maskwright_head = '{name}'",
+            remedy="Name the submodule that first receives the encoder's output and works on each position alone, or "
+            "leave maskwright_head out.",
+        )
 
 
 def _guilty_field(config: PretrainedConfig, message: str) -> str | None:

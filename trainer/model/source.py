@@ -39,7 +39,11 @@ def cards_for(key: str, of: str) -> Iterator[None]:
     except MaskwrightError as error:
         error.problem = f"{of}: {error.problem}"
         error.where, error.remedy = (text.replace(_WHERE, key) for text in (error.where, error.remedy))
-        if "model.overrides" in error.remedy:  # which are the trained model's
+        if "model.code" in error.remedy:
+            error.remedy = (
+                "Only the model that is trained may have code of its own: give one of a class of transformers."
+            )
+        elif "model.overrides" in error.remedy:  # which are the trained model's
             error.remedy = f"Correct config.json there, or give another {key}."
         raise
 

@@ -21,7 +21,7 @@ from trainer.model.account import account_for_weights
 from trainer.model.build import COMPUTE_DTYPES, build_model, fp32_buffers, restore_fp32_buffers
 from trainer.model.forward import Forward
 from trainer.model.hf_config import ATTENTION_DROPOUTS, build_config
-from trainer.model.prediction_head import HEAD_MODULES, PROJECTIONS
+from trainer.model.prediction_head import HEAD_MODULES, PROJECTIONS, head_module
 from trainer.model.rehearsal import rehearse
 from trainer.model.source import cards_for, open_tokenizer
 from trainer.model.stock import stock_model
@@ -192,7 +192,7 @@ def _refuse_random_weights(config: PretrainedConfig, source: str) -> None:
 def _refuse_other_states(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
     """Refuse states that cannot be compared."""
     for config in (student, teacher):
-        if config.model_type not in HEAD_MODULES:
+        if head_module(stock_model(config, "meta")) is None:
             raise UserError(
                 f"Where the last hidden states of '{config.model_type}' are is not known.",
                 where="objective.teacher.cosine",

@@ -108,13 +108,7 @@ def put_together(config: Config, models: Mapping[str, PreTrainedModel]) -> nn.Mo
     if GENERATOR not in models:
         return models[MAIN]
     generator = _generator(config)
-    trained = {MAIN: config.model.from_pretrained, GENERATOR: generator.from_pretrained}
-    return share_embeddings(
-        models[GENERATOR],
-        models[MAIN],
-        generator.share,
-        [name for name, source in trained.items() if source is not None],
-    )
+    return share_embeddings(models[GENERATOR], models[MAIN], generator.share, _trained_before(config))
 
 
 def models_in(module: Any) -> dict[str, PreTrainedModel]:
@@ -126,6 +120,15 @@ def forward_of(module: Any, device: torch.device, document_attention: bool) -> F
     """Make what runs the module, before it is wrapped, partitioned or compiled."""
     kind: Any = ReplacingForward if isinstance(module, GeneratorAndDiscriminator) else Forward
     return kind(module, device, document_attention)
+
+
+def _trained_before(config: Config) -> list[str]:
+    """List the models that begin with weights of others, their embeddings among them."""
+    sources = {
+        MAIN: config.model.from_pretrained or config.model.layers_from,
+        GENERATOR: _generator(config).from_pretrained,
+    }
+    return [name for name, source in sources.items() if source is not None]
 
 
 def _generator(config: Config) -> GeneratorConfig:
@@ -192,10 +195,7 @@ def _refuse_other_type(config: Config, model: PretrainedConfig, generator: Pretr
 
 def _embeddings_note(config: Config, models: Mapping[str, PreTrainedModel]) -> list[str]:
     """Say whose embeddings are given up, where two that were trained apart become one."""
-    if _generator(config).share != "embeddings" or None in (
-        config.model.from_pretrained,
-        _generator(config).from_pretrained,
-    ):
+    if _generator(config).share != "embeddings" or len(_trained_before(config)) < len(models):
         return []
     tables: list[Any] = [model.get_input_embeddings() for model in models.values()]
     one, other = (table.weight for table in tables)

@@ -7,6 +7,7 @@ generator has drawn counts as replaced only if it is another one than the origin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,7 +130,8 @@ class ReplacedLoss(LanguageModelLoss):
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Say how the generator does, and what is found of its tokens; see `Criterion.describe`."""
-        told = "  ".join(f"{name} {values[f'eval/rtd/{name}']:.2%}" for name in ("accuracy", "precision", "recall"))
+        shares = {name: values[f"eval/rtd/{name}"] for name in ("accuracy", "precision", "recall")}
+        told = "  ".join(f"{name} {'–' if math.isnan(share) else f'{share:.2%}'}" for name, share in shares.items())
         return f"generator {super().describe(values)}  replaced tokens: {told}"
 
 

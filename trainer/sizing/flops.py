@@ -15,8 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from trainer.model.classes import is_detector
 from trainer.model.hf_config import head_width_of, heads_of
 
-FORWARD_SHARE = 1 / 3
-"""Of training FLOPs, those of the forward pass: all that a teacher computes."""
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
 _OF_POSITIONS = ("pos_key_proj", "pos_query_proj")  # DeBERTa's, once a batch
 _POOLER, _PAIR_HEADS = "pooler", ("seq_relationship", "sop_classifier")  # for one token a block, and with each other
@@ -50,6 +48,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     gradient of its input, and below the lowest weight that is trained, where no gradient arrives, one third. A trained
     matrix there takes two thirds. Which weights lie below is told by the order of the modules, so that key and value of
     the lowest layer count as if they stood on the query; of shared layers (ALBERT) each application counts as the last.
+    Of a model without any gradient, such as a teacher, the forward pass alone counts.
 
     Args:
         attended_tokens: A, how many tokens a token attends to on average: the length of a block or, with document
@@ -68,7 +67,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
         # NEZHA's queries meet a vector of each distance, and so do the probabilities that were summed up by it. These
         # vectors have no gradient: the backward pass takes as much as the forward pass, not twice that.
         distances = min(2 * reach + 1, 2 * attended_tokens - 1)
-        attention += 4 * distances * config.hidden_size * config.num_hidden_layers * 2 / 3
+        attention += 4 * distances * config.hidden_size * config.num_hidden_layers * (1 + _is_trained(model)) / 3
     return 3.0 * (encoder_matmuls + attention + prediction_ratio * head_matmuls)
 
 
@@ -151,8 +150,14 @@ def _shares(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, float]]:
         arrives = arrives or any(parameter.requires_grad for parameter in own)
 
 
+def _is_trained(model: PreTrainedModel) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def _attention_share(model: PreTrainedModel) -> float:
     """Compute the share of the products of attention that is done: a third in a layer where no gradient arrives."""
+    if not _is_trained(model):
+        return 1 / 3
     count = getattr(model.config, "num_hidden_layers", None)
     lists = (module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
     layers = next((found for found in lists if len(found) == count), None)

@@ -8,7 +8,7 @@ out of memory ends the process, it comes from the memory model, which is within 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def resolve_micro_size(
         return None  # which open_inputs refuses, with the remedy
     layout = memory_layout(config, world.size, world.device_name)
     records = distributed.broadcast_from_main(world, read_records(config) if world.is_main else None)
-    found = next((record for record in records if record["layout"] == layout and record["micro_size"] in sizes), None)
+    found = next((record for record in records if _is_of(record, layout) and record["micro_size"] in sizes), None)
     if found is not None:
         say(f"micro-batch: {found['micro_size']}, as in the first start of this layout ({run_folder(config) / RECORD})")
         return found["micro_size"]
@@ -79,7 +79,7 @@ def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, lis
         return None, []
     for record in reversed(read_records(config)):
         device = record["layout"]["device"]
-        if record["layout"] == memory_layout(config, world_size, device):
+        if _is_of(record, memory_layout(config, world_size, device)):
             return record["micro_size"], [f"micro-batch: {record['micro_size']}, as in the first start on {device}"]
     trial = f"micro-batch: auto, one of {_listed(sizes)}: on GPUs it is found by trial steps when training starts"
     if torch.cuda.is_available():
@@ -109,9 +109,9 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     for key, default in _NEWER_KEYS.items():
         if model[key] == default:  # records that are older than the key have none
             del model[key]
-    teacher = config.objective.teacher
     return {
-        **({} if teacher is None else {"teacher": teacher.model_dump(mode="json")}),
+        "objective": config.objective.model_dump(mode="json", include={"name", "pair", "teacher", "generator"}),
+        "samples": config.data.samples,
         "ranks": world_size,
         "device": device,
         "sizes": micro_sizes(config.data, config.batch, world_size),
@@ -123,6 +123,12 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
         "gradient_accumulation_dtype": config.train.gradient_accumulation_dtype,
         "deepspeed": load_preset(config.deepspeed),
     }
+
+
+def _is_of(record: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
+    """Tell whether a record is of a layout. Older ones do not say of which objective they are: of the run's own."""
+    unsaid = {key: layout[key] for key in ("objective", "samples")}
+    return {**unsaid, **record["layout"]} == layout
 
 
 def read_records(config: Config) -> list[dict[str, Any]]:
