@@ -83,13 +83,13 @@ def lose_the_last(config: Config) -> None:
 
 def train_bert_generation(config: Config) -> int:
     """Runs on each rank: as if nobody had known that the type is not causal by itself."""
-    from trainer.model import classes, hf_config
+    from trainer.model import architecture, classes
     from trainer.train import run
 
     causal = classes.FAMILIES[CAUSAL]
     known = {**causal.classes, "bert-generation": "BertGenerationDecoder"}
     classes.FAMILIES = {**classes.FAMILIES, CAUSAL: replace(causal, classes=known)}
-    hf_config.FAMILIES = classes.FAMILIES
+    architecture.FAMILIES = classes.FAMILIES
     return run(config)
 
 

@@ -169,14 +169,14 @@ def test_what_has_no_weight_is_no_term() -> None:
     loss = TaughtLoss(settings, LanguageModelLoss("mlm"), teacher)
     assert [term.name for term in loss.terms] == ["soft"]
     found = tally(loss, model.network, batch)
-    assert found.tolist() == [[0.0, 5.0, 5.0]], "of itself: no loss, and all five positions agree"
+    assert found.tolist() == [[0.0, 5.0, 5.0, 0.0, 0.0]], "of itself: no loss, and all five positions agree"
 
 
 def test_an_evaluation_says_perplexity_and_agreement() -> None:
     loss = TaughtLoss(TeacherConfig(model="unused"), LanguageModelLoss("mlm"), Toy(1))
     found = tally(loss, Toy(1).network, batch_of("predicted"))
-    assert found[1].tolist() == [0.0, 5.0, 5.0]
-    assert found[2, 0] == pytest.approx(0.0, abs=1e-5) and found[2, 1:].tolist() == [0.0, 21.0]
+    assert found[1].tolist() == [0.0, 5.0, 5.0, 0.0, 0.0]
+    assert found[2, 0] == pytest.approx(0.0, abs=1e-5) and found[2, 1:].tolist() == [0.0, 21.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("positions", ["predicted", "all"])
