@@ -88,10 +88,11 @@ def _lock(folder: Path, world: World, is_dry: bool) -> AbstractContextManager[Ru
 @contextmanager
 def _output(folder: Path, world: World, is_dry: bool) -> Iterator[TextIO]:
     """Write this rank's log in the run folder; a dry run leaves none there, so its log lies in a temporary one."""
-    with tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") as scratch:
+    scratch = tempfile.TemporaryDirectory(prefix="maskwright-dry-run-") if is_dry else nullcontext(str(folder))
+    with scratch as place:
         path, error = Path(), None
         try:
-            path = make_log(Path(scratch) if is_dry else folder, world.rank)
+            path = make_log(Path(place), world.rank)
         except UserError as caught:
             error = caught
         distributed.raise_on_all_ranks(world, error)

@@ -102,7 +102,9 @@ def test_the_files_do_not_depend_on_workers_and_are_read_by_prepare(
 def test_the_command_says_what_it_chose_and_names_mistakes(texts: tuple[Path, set[str]], tmp_path: Path) -> None:
     folder, _ = texts
     paths = ("--from", *map(str, sorted((folder / "corpus").iterdir())), "--like", str(folder / "like.txt"))
-    done = maskwright("data", "select", *paths, "--share", "0.02", "--output", str(tmp_path / "a"), "--json")
+    done = maskwright(
+        "data", "select", *paths, "--share", "0.02", "--output", str(tmp_path / "a"), "--json", fresh=True
+    )
     report = json.loads(done.stdout)
     assert (done.returncode, report["documents"], report["chosen"]) == (0, DOCUMENTS, 60)
     for more, said in (
@@ -110,11 +112,19 @@ def test_the_command_says_what_it_chose_and_names_mistakes(texts: tuple[Path, se
         (("--share", "0.1", "--documents", "3"), "said twice"),
         (("--share", "0.1", "--field", "body"), "body"),
     ):
-        done = maskwright("data", "select", *paths, *more, "--output", str(tmp_path / "b"))
+        done = maskwright("data", "select", *paths, *more, "--output", str(tmp_path / "b"), fresh=True)
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "b").exists()
     (tmp_path / "empty.txt").write_text("\n\n")
     done = maskwright(
-        "data", "select", *paths[:-1], str(tmp_path / "empty.txt"), "--share", "0.1", "--output", str(tmp_path / "b")
+        "data",
+        "select",
+        *paths[:-1],
+        str(tmp_path / "empty.txt"),
+        "--share",
+        "0.1",
+        "--output",
+        str(tmp_path / "b"),
+        fresh=True,
     )
     assert done.returncode == 2 and "--like" in done.stderr
 

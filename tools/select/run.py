@@ -289,7 +289,8 @@ def _each_unit(
                 remedy="If the machine ran out of memory, use fewer --workers.",
             ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for task in tasks:
+                task.cancel()  # those under way end by themselves
             raise
     return [task.result() for task in tasks]
 
