@@ -8,7 +8,6 @@ the same logits as the weights that went in. The folder appears only when all ho
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import re
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from tools.full_disk import full_disk_explained
 from tools.load_model import code_of_checkpoint, load_model, quiet
 from tools.model_card import write_model_card
 from tools.open_tokenizer import left_open
@@ -84,7 +84,7 @@ def convert(
             name: _convert_model(folder, manifest, name, code, target, temporary, dtype, max_shard_size)
             for name in export_names(folder)
         }
-        with _full_disk_explained(target):
+        with full_disk_explained(target, "model"):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,7 +129,7 @@ def _convert_model(
     class_name, before = type(model).__name__, _outputs(model, probe)
     auto_class, output = _auto_class(model), temporary / name
     _check_space(target, model, DTYPES[dtype])
-    with _full_disk_explained(target):
+    with full_disk_explained(target, "model"):
         output.mkdir(exist_ok=True)
         _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
         if code is not None:
@@ -164,24 +164,6 @@ def _check_space(target: Path, model: Any, dtype: torch.dtype) -> None:
             where=f"--output {target}",
             remedy="Free some space, or choose another --output.",
         )
-
-
-@contextlib.contextmanager
-def _full_disk_explained(target: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, SafetensorError)
-        if not full:
-            raise
-        raise UserError(
-            f"The model could not be written: {error}.",
-            where=f"--output {target}",
-            remedy="Free some space and run the same command again; nothing was left behind.",
-        ) from error
 
 
 def _check_arguments(dtype: str, max_shard_size: str) -> None:

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.normalizers import Normalizer
 
 from tools.characters import Alphabet, character_tokenizer
+from tools.full_disk import full_disk_explained
 from tools.interruptible import run_interruptibly
 from tools.prepare.summary import say
 from tools.training_text import ReadOptions, TrainingText, opened_text
@@ -308,7 +309,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = unique_name(folder)
     try:
-        tokenizer.save_pretrained(str(temporary))
+        with full_disk_explained(folder, "tokenizer"):
+            tokenizer.save_pretrained(str(temporary))
         os.replace(temporary, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

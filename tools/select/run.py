@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ import zstandard
 from numpy.typing import NDArray
 from rich.console import Console
 
+from tools.full_disk import full_disk_explained
 from tools.prepare.bad_documents import Losses
 from tools.prepare.csv_rows import check_delimiter
 from tools.prepare.inputs import find_inputs, resolve_documents
@@ -157,7 +159,9 @@ def select_documents(
     check_on_bad_document(reading.on_bad_document, COMMAND_LINE)
     folder = new_folder(output)
     count = workers or len(os.sched_getaffinity(0))
-    pool = ProcessPoolExecutor(count, mp_context=worker_context(__name__))  # type: ignore[arg-type]
+    context: Any = worker_context(__name__)
+    # Ctrl-C reaches the workers as well, and ends them without a word.
+    pool = ProcessPoolExecutor(count, context, signal.signal, (signal.SIGINT, signal.SIG_DFL))
     with tempfile.TemporaryDirectory() as scratch, pool:
         target = _find(like, replace(reading, format="auto", documents=None), scratch, folder, "like")
         corpus = _find(inputs, reading, scratch, folder, "from")
@@ -310,8 +314,9 @@ def _write(
     try:
         paths = [str(temporary / f"part-{unit.number:05}.jsonl.zst") for unit in corpus.units]
         given = list(zip(chosen, paths, strict=True))
-        beginnings = _each_unit(pool, write_chosen, corpus, console, "Writing", given)
-        sync_files(temporary)
+        with full_disk_explained(folder, "selection"):
+            beginnings = _each_unit(pool, write_chosen, corpus, console, "Writing", given)
+            sync_files(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
