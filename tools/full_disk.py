@@ -28,7 +28,7 @@ def full_disk_explained(target: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises plain ones
-        is_full = getattr(error, "errno", None) in _FULL or "os error 28" in str(error)
+        is_full = getattr(error, "errno", None) in _FULL or any(f"(os error {each})" in str(error) for each in _FULL)
         if not (is_full or isinstance(error, SafetensorError)):
             raise
         raise UserError(

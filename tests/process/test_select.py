@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,9 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from tests.commands import maskwright
+from tests.commands import assert_one_card, maskwright
 from tests.preparing import folder_hashes
+from tests.waiting import TIMEOUT_S
 from tools.select.importance import BUCKETS, buckets_of, log_ratios
 from tools.select.run import Selection, choose, select_documents
 from tools.training_text import ReadOptions
@@ -127,6 +131,28 @@ def test_the_command_says_what_it_chose_and_names_mistakes(texts: tuple[Path, se
         fresh=True,
     )
     assert done.returncode == 2 and "--like" in done.stderr
+
+
+def limited(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose files may not grow beyond 3,000 bytes."""
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "launcher", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+    )
+
+
+def test_a_full_disk_is_a_card_and_leaves_nothing(texts: tuple[Path, set[str]], tmp_path: Path) -> None:
+    folder, _ = texts
+    output, corpus = tmp_path / "out", str(folder / "corpus")
+    like = str(folder / "like.txt")
+    selected = limited("data", "select", "--from", corpus, "--like", like, "--share", "0.9", "--output", str(output))
+    assert_one_card(selected, 2, "The selection could not be written", f"--output {output}")
+    trained = limited("tokenizer", "train", "--input", like, "--vocab-size", "900", "--output", str(output))
+    assert_one_card(trained, 2, "The tokenizer could not be written", f"--output {output}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_are_those_of_the_paper_but_for_the_prior() -> None:
