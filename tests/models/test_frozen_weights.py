@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import SEQ_LEN, family_of_type, tiny_model, vocabulary, write_config
-from trainer.config import Config, ModelConfig
+from trainer.config import Config, ModelConfig, ObjectiveConfig
 from trainer.config.file import parse_config
 from trainer.engine.deepspeed_config import check_precision
 from trainer.errors import UserError
@@ -16,7 +16,7 @@ from trainer.model.build import build_model
 from trainer.model.frozen import freeze
 from trainer.model.rehearsal import rehearse
 from trainer.sizing.memory_estimate import MemoryEstimate
-from trainer.sizing.micro_batch import memory_layout
+from trainer.sizing.micro_batch import is_of_layout, memory_layout
 
 LAYERS = {
     "bert": "bert.encoder.*",
@@ -136,6 +136,25 @@ def test_a_micro_batch_found_before_there_were_frozen_weights_holds_without_them
     plain, frozen = (config_of(settings_of(tmp_path, "bert", *given)) for given in ([], ["bert.encoder.*"]))
     assert "frozen" not in memory_layout(plain, 1, "cpu")["model"]
     assert memory_layout(frozen, 1, "cpu")["model"]["frozen"] == ["bert.encoder.*"]
+
+
+def test_a_micro_batch_that_was_found_is_of_the_objective_and_its_generator(tmp_path: Path) -> None:
+    plain = config_of(settings_of(tmp_path, "bert"))
+    sections = [
+        {"name": "mlm"},
+        {"name": "clm"},
+        {"name": "mlm", "teacher": {"model": "one"}},
+        {"name": "rtd", "generator": {"overrides": {"num_hidden_layers": 1}}},
+        {"name": "rtd", "generator": {"overrides": {"num_hidden_layers": 9}}},
+    ]
+    layouts = [
+        memory_layout(plain.model_copy(update={"objective": ObjectiveConfig.model_validate(section)}), 1, "cpu")
+        for section in sections
+    ]
+    for one, section in zip(layouts, sections, strict=True):
+        assert [is_of_layout({"layout": one}, other) for other in layouts] == [one == other for other in layouts]
+        older = {name: value for name, value in one.items() if name not in ("objective", "samples")}
+        assert is_of_layout({"layout": older}, one) == (len(section) == 1), "which did not say it, and had no others"
 
 
 def test_freezing_leaves_the_state_of_the_optimizer_out_of_the_estimate(tmp_path: Path) -> None:

@@ -28,12 +28,10 @@ from trainer.data.blocks import IGNORED_LABEL
 from trainer.errors import UserError
 from trainer.model.classes import DETECTING, GENERATOR, MAIN
 from trainer.model.replaced_tokens import ReplacingForward
-from trainer.model.sampling import sample_tokens
 from trainer.model.trained import build_trained, models_in, rehearse_trained
 from trainer.objectives.objective import Tally, loss_sums, tally
 from trainer.objectives.rtd import ReplacedLoss, labels_of
 from trainer.sizing.flops import flops_per_token, head_flops, prediction_flops, step_flops
-from trainer.sizing.micro_batch import _is_of, memory_layout
 
 CPU = torch.device("cpu")
 ELECTRA = {
@@ -84,43 +82,6 @@ def batch() -> Batch:
     labels[PREDICTIONS - 1], index[PREDICTIONS - 1], draws[0, -1] = IGNORED_LABEL, 0, -1.0  # the first row has one less
     inputs = {"input_ids": input_ids, DRAWS: draws}
     return Batch(inputs, {"mlm": labels, "rtd": torch.zeros(BLOCKS * SEQ_LEN, dtype=torch.int64)}, index)
-
-
-# Drawing
-
-
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(1, 1000, generator=generator)
-    draws = 200_000
-    uniform = torch.rand(draws, generator=generator)
-    found = torch.cat([sample_tokens(logits.expand(len(part), -1), part) for part in uniform.split(5000)])
-    expected = logits[0].double().softmax(dim=0) * draws
-    often = expected > 20
-    counts = torch.bincount(found, minlength=1000).double()
-    chi = (((counts - expected) ** 2 / expected)[often]).sum() / (int(often.sum()) - 1)
-    assert 0.8 < chi < 1.25, "χ² for each degree of freedom"
-    assert counts[~often].sum() == pytest.approx(float(expected[~often].sum()), rel=0.1)
-
-
-@pytest.mark.parametrize("size", [3, 256, 257, 1000])
-def test_the_ends_of_the_unit_interval_are_tokens(size: int) -> None:
-    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(1))
-    last = sample_tokens(logits, torch.full((4,), 1.0 - 2.0**-24))
-    assert sample_tokens(logits, torch.zeros(4)).tolist() == [0] * 4
-    assert (last < size).all() and (last >= size - 3).all()
-    sure = torch.full((4, size), -40.0)
-    sure[range(4), torch.arange(4) % size] = 40.0
-    assert sample_tokens(sure, torch.tensor([0.0, 0.3, 0.9, 0.999])).tolist() == [n % size for n in range(4)]
-
-
-def test_a_row_is_drawn_as_it_is_alone() -> None:
-    logits = 3 * torch.randn(64, 700, generator=torch.Generator().manual_seed(2))
-    uniform = torch.rand(64, generator=torch.Generator().manual_seed(3))
-    together = sample_tokens(logits, uniform)
-    for rows in (1, 3, 16):
-        parts = zip(logits.split(rows), uniform.split(rows), strict=True)
-        assert torch.equal(torch.cat([sample_tokens(*part) for part in parts]), together)
 
 
 # What is computed
@@ -317,26 +278,6 @@ def test_layers_of_a_trained_model_come_with_its_embeddings(share: str, tmp_path
     assert torch.equal(found[GENERATOR].get_input_embeddings().weight, table) is (share != "nothing")
     positions = "electra.embeddings.position_embeddings.weight"
     assert torch.equal(found[MAIN].state_dict()[positions], trained.state_dict()[positions])
-
-
-def test_a_micro_batch_that_was_found_is_of_the_objective_and_its_generator() -> None:
-    small, large = (config_of(generator={"overrides": {"num_hidden_layers": count}}) for count in (1, 9))
-    alone = parse_config({**_masked(), "objective": {"name": "mlm"}}, "test")
-    layouts = [memory_layout(config, 1, "cpu") for config in (small, large, alone)]
-    for one in layouts:
-        record = {"layout": one, "micro_size": 4}
-        assert [_is_of(record, other) for other in layouts] == [one == other for other in layouts]
-        older = {name: value for name, value in one.items() if name not in ("objective", "samples")}
-        assert _is_of({"layout": older, "micro_size": 4}, one), "which did not say it"
-
-
-def _masked() -> dict[str, Any]:
-    return {
-        "run": {"dir": "unused"},
-        "model": {"tokenizer": "unused", "preset": "electra-small", "overrides": SIZES["electra-small"]},
-        "data": {"train": "unused", "seq_len": SEQ_LEN},
-        "train": {"steps": 1, "precision": "fp32"},
-    }
 
 
 def test_tables_that_were_trained_apart_differ_by_what_they_differ(tmp_path: Path) -> None:

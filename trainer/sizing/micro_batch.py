@@ -46,7 +46,7 @@ def resolve_micro_size(
         return None  # which open_inputs refuses, with the remedy
     layout = memory_layout(config, world.size, world.device_name)
     records = distributed.broadcast_from_main(world, read_records(config) if world.is_main else None)
-    found = next((record for record in records if _is_of(record, layout) and record["micro_size"] in sizes), None)
+    found = next((record for record in records if is_of_layout(record, layout) and record["micro_size"] in sizes), None)
     if found is not None:
         say(f"micro-batch: {found['micro_size']}, as in the first start of this layout ({run_folder(config) / RECORD})")
         return found["micro_size"]
@@ -79,7 +79,7 @@ def predict_micro_size(config: Config, world_size: int) -> tuple[int | None, lis
         return None, []
     for record in reversed(read_records(config)):
         device = record["layout"]["device"]
-        if _is_of(record, memory_layout(config, world_size, device)):
+        if is_of_layout(record, memory_layout(config, world_size, device)):
             return record["micro_size"], [f"micro-batch: {record['micro_size']}, as in the first start on {device}"]
     trial = f"micro-batch: auto, one of {_listed(sizes)}: on GPUs it is found by trial steps when training starts"
     if torch.cuda.is_available():
@@ -125,9 +125,14 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     }
 
 
-def _is_of(record: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
-    """Tell whether a record is of a layout. Older ones do not say of which objective they are: of the run's own."""
-    unsaid = {key: layout[key] for key in ("objective", "samples")}
+def is_of_layout(record: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
+    """Tell whether a record is of a layout.
+
+    Older ones do not say of which objective they are. They are of the run's own, if there was such a one then: teachers
+    and generators came later.
+    """
+    is_new = any(layout["objective"][key] is not None for key in ("teacher", "generator"))
+    unsaid = {} if is_new else {key: layout[key] for key in ("objective", "samples")}
     return {**unsaid, **record["layout"]} == layout
 
 
