@@ -24,7 +24,7 @@ from trainer.divergence import DivergenceWatch, make_final_error
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.read_later import read_later
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
-from trainer.evaluate import Evaluator
+from trainer.evaluation.evaluator import Evaluator
 from trainer.liveness.activity import Activity
 from trainer.liveness.rank_timer import RankTimer
 from trainer.liveness.watchdog import Limits

@@ -26,7 +26,7 @@ from trainer.engine.engine import TrainingEngine
 from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
-from trainer.evaluate import Evaluator
+from trainer.evaluation.evaluator import Evaluator
 from trainer.inputs.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.inputs.inputs import Inputs, open_inputs
 from trainer.liveness.stragglers import StragglerWatch

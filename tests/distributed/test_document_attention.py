@@ -21,7 +21,7 @@ from trainer.config import Config
 from trainer.data.blocks import IGNORED_LABEL, Blocks
 from trainer.data.shard_checks import document_starts
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.evaluate import EVALUATION_SEED, Evaluator
+from trainer.evaluation.evaluator import EVALUATION_SEED, Evaluator
 from trainer.inputs.inputs import open_inputs
 from trainer.objectives.registry import make_criterion
 

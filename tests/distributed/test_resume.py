@@ -231,7 +231,7 @@ def test_resume_modes_do_what_they_say_and_say_why(
 
 def stop_in_the_evaluation_at_step_10(config: Config) -> int:
     """Runs on each rank: TERM reaches rank 1 while step 10 is evaluated."""
-    from trainer.evaluate import Evaluator
+    from trainer.evaluation.evaluator import Evaluator
     from trainer.train import run
 
     original = Evaluator.run

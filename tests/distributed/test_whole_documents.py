@@ -22,7 +22,7 @@ from trainer.config import Config
 from trainer.data.block_reader import BlockReader
 from trainer.data.blocks import IGNORED_LABEL
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
-from trainer.evaluate import EVALUATION_SEED, Evaluator
+from trainer.evaluation.evaluator import EVALUATION_SEED, Evaluator
 from trainer.inputs.inputs import open_inputs
 from trainer.objectives.registry import make_criterion
 
