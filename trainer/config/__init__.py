@@ -1,6 +1,8 @@
 """What a run is asked to do: its sections (`schema`), and how they are read (`file`)."""
 
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
+from trainer.config.evaluation import EvalConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
 from trainer.config.schema import (
@@ -8,9 +10,7 @@ from trainer.config.schema import (
     CUDA_GRAPHS,
     DEFAULTS,
     BatchConfig,
-    CheckpointConfig,
     Config,
-    EvalConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,

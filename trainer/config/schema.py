@@ -28,7 +28,9 @@ from trainer.config.base import (
     Section,
     Sequences,
 )
+from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig
+from trainer.config.evaluation import EvalConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.runtime.paths import user_path
@@ -241,21 +243,6 @@ class TrainConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
-    every_steps: PositiveInt | None = 500
-    """Save every so many steps; null saves only at the end and when stopped."""
-    every_minutes: Minutes | None = None
-    """Also save when so many minutes have passed since the last save."""
-    keep_last: PositiveInt = 2
-    """How many of the newest whole checkpoints to keep; two at least, whatever is given, as one may be damaged. The
-    one that this start was resumed from is kept as well."""
-    in_background: Annotated[bool, Field(alias="async")] = False
-    """Copy the state to the host's memory, go on training, and write the files in a thread meanwhile, one save at once.
-    Each rank needs free memory as large as its files."""
-    keep_every_steps: PositiveInt | None = None
-    """Also keep every checkpoint whose step is a multiple of this."""
-
-
 class ResilienceConfig(Section):
     on_divergence: Literal["stop", "rollback"] = "stop"
     """stop ends with exit code 4. rollback loads the last good checkpoint and goes on behind the data seen since."""
@@ -275,13 +262,6 @@ class ResilienceConfig(Section):
     max_idle_starts: PositiveInt | None = 3
     """A SLURM job ends (exit code 1, no requeue) when so many starts of it in a row began at the step where it stands
     again: what it does is lost each time. null goes on for ever."""
-
-
-class EvalConfig(Section):
-    every_steps: PositiveInt | None = 500
-    """Evaluate every so many steps and at the end; null never evaluates."""
-    samples: PositiveInt = 1024
-    """Blocks of validation data an evaluation; always the same ones, with the same masks."""
 
 
 class LoggingConfig(Section):
