@@ -23,6 +23,7 @@ from trainer.inputs.inputs import open_inputs
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
+    ROOT / "README.zh.md",
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("*/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
@@ -82,13 +83,33 @@ def parse(arguments: list[str]) -> list[str]:
 
 def test_every_command_in_the_documents_parses() -> None:
     commands = maskwright_commands()
-    readme = [arguments[0] for document, arguments in commands if document.name == "README.md" and arguments]
+    readme = [arguments[0] for document, arguments in commands if document == ROOT / "README.md"]
     assert {"train", "prepare", "tokenizer", "convert"} <= set(readme), "a first run on one's own text is shown"
     for document, arguments in commands:
         try:
             parse(arguments)
         except BaseException as error:
             raise AssertionError(f"{document.name}: maskwright {shlex.join(arguments)}: {error!r}") from error
+
+
+def test_the_readme_is_short_and_the_chinese_one_shows_the_same_commands() -> None:
+    text = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")}
+    assert len(text["README.md"].splitlines()) <= 150, "details belong behind one of its three doors"
+    english, chinese = ([words for document, words in shell_commands() if document == ROOT / name] for name in text)
+    assert english == chinese and len(english) >= 12
+    linked = {name: set(re.findall(r"\]\(([\w./-]+)\)", words)) for name, words in text.items()}
+    assert linked["README.zh.md"] - {"README.md"} == linked["README.md"] - {"README.zh.md"}
+
+
+def test_every_link_in_the_documents_leads_somewhere() -> None:
+    for document in DOCUMENTS:
+        for link, section in re.findall(r"\]\((?!https?:)([\w./-]*)(#[\w-]+)?\)", document.read_text(encoding="utf-8")):
+            target = (document.parent / link).resolve() if link else document
+            assert target.exists(), f"{document.name}: {link}"
+            if section:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert section[1:] in anchors, f"{document.name}: {link}{section}"
 
 
 def test_a_wrong_command_would_be_seen() -> None:
