@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RoFormerConfig, RoFormerForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
+)
 
 from tests.commands import assert_one_card, maskwright
 from tests.conftest import write_text
-from tests.preparing import read_token_documents
+from tests.preparing import quiet_console, read_token_documents
 from tests.ranks import TINY_ROBERTA, losses, metrics, train
+from tools.convert import convert
 from tools.prepare import prepare
 from tools.validate import validate
 from trainer.config import Config
@@ -92,6 +100,10 @@ def test_one_command_adapts_a_model_to_50_kb_of_text(model: Path, text: Path, tm
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert (resolved["eval"]["every_steps"], resolved["checkpoint"]["every_steps"]) == (10, 10)
     assert (resolved["data"]["validation"], resolved["schedule"]["warmup_steps"]) == ("auto", 6)
+
+    convert(str(run_dir), str(tmp_path / "adapted"), "float32", "5GB", quiet_console())
+    _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapted", output_loading_info=True)
+    assert all("pooler" in name or name.startswith("classifier") for name in report["missing_keys"]), report
 
 
 def test_the_part_is_held_out_the_same_for_any_ranks_and_over_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
