@@ -23,5 +23,5 @@ def validate(config: Config, world_size: int) -> list[str]:
     micro_size, lines = predict_micro_size(config, world_size)
     if not found.estimates:
         return [*open_inputs(config, world_size, folders=found.folders, micro_size=micro_size).describe(), *lines]
-    described = describe_unprepared(config, world_size, found.folders, found.estimates, micro_size)
+    described = describe_unprepared(config, world_size, found.folders, found.estimates, micro_size, found.held_out)
     return [*found.notes, *described, *lines]

@@ -303,8 +303,8 @@ class Loop:
         if self.reporter is not None:
             self.reporter.went_back(folder, moved)
 
-    def _is_due(self, every_steps: int | None) -> bool:
-        return every_steps is not None and self.state.step % every_steps == 0
+    def _is_due(self, every_steps: int | str | None) -> bool:  # a resolved config has no auto left
+        return isinstance(every_steps, int) and self.state.step % every_steps == 0
 
     def _read(
         self, loss_sums: torch.Tensor, counts: list[float], micro_batches: list[Batch], shape: StepShape

@@ -138,6 +138,36 @@ def test_every_config_in_the_documents_is_valid(tmp_path: Path) -> None:
                 raise AssertionError(f"{document.name}: {error}\n{body}") from error
 
 
+RUN_MLM_FLAGS = {
+    *("model_name_or_path", "model_type", "config_overrides", "config_name", "tokenizer_name", "cache_dir"),
+    *("use_fast_tokenizer", "model_revision", "token", "trust_remote_code", "dtype", "low_cpu_mem_usage"),
+    *("dataset_name", "dataset_config_name", "train_file", "validation_file", "overwrite_cache", "streaming"),
+    *("validation_split_percentage", "max_seq_length", "preprocessing_num_workers", "mlm_probability"),
+    *("line_by_line", "pad_to_max_length", "max_train_samples", "max_eval_samples"),
+    *("output_dir", "do_train", "do_eval", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "num_train_epochs", "max_steps", "warmup_ratio", "eval_steps", "save_steps", "save_total_limit"),
+    *("fp16", "bf16", "seed", "resume_from_checkpoint", "report_to"),
+}
+"""Those of the script itself (transformers, examples/pytorch/language-modeling), and those of Trainer in most use."""
+_KEY = re.compile(r"[a-z]+(?:\.[a-z_]+)+|deepspeed")
+
+
+def test_the_table_for_those_who_come_from_run_mlm_has_all_its_flags_and_keys_that_exist(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "adapt.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `--")]
+    assert set(re.findall(r"`--(\w+)`", "".join(flags for flags, _ in rows))) >= RUN_MLM_FLAGS
+    reference = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    found = [text for _, meaning in rows for text in re.findall(r"`([^`]+)`", meaning)]
+    keys = [text for text in found if _KEY.fullmatch(text.partition("=")[0])]
+    assert len(keys) > 40
+    for text in keys:
+        key, is_set, _ = text.partition("=")
+        if is_set:
+            load_config("adapt", [text])
+        else:
+            assert f"| `{key}` |" in reference, text
+
+
 @pytest.fixture(scope="module")
 def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workspace's text with its words marked, in two splits."""
@@ -166,6 +196,8 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("distilbert", (1, 8, 16)),
         ("electra-small", (1, 8)),
         ("deberta-v3-base", (1, 8, 16)),
+        ("adapt", (1, 8, 32)),
+        ("tapt", (1, 8, 32)),
     ],
 )
 def test_every_recipe_validates(
@@ -193,6 +225,6 @@ def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
 
 def test_no_recipe_is_left_out_above() -> None:
     by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
-    assert recipe_names() == sorted([*by_masks, "deberta-v3-base", "distilbert", "electra-small"])
+    assert recipe_names() == sorted([*by_masks, "adapt", "deberta-v3-base", "distilbert", "electra-small", "tapt"])
     shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output.split())
     assert f"or a recipe: {', '.join(recipe_names())}." in shown

@@ -132,7 +132,7 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
     ]  # fmt: skip
     values: dict[str, list[Any]] = {
         "data.train": [sources, sources[:1], data[0], [{"path": data[0]}, {"path": data[0]}]],
-        "data.validation": [data[1], str(workspace / "data"), None],
+        "data.validation": [data[1], str(workspace / "data"), None, "auto"],
         "data.stages": [stages, stages[:1], []],
         "data.phases": [phases, phases[:1], []],
         "data.temperature": [None, 0.5, 1, 2, 100],
@@ -177,11 +177,12 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
             {key: value, "precision": pick(("fp32", "fp32", "bf16"))}
             for key, value in LENGTHS
         ],
+        "train.min_steps": [None, 1, 7],
         "train.precision": ["fp32", "bf16", "fp16"],
         "deepspeed": ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"],
-        "checkpoint.every_steps": [None, 1, 1000],
+        "checkpoint.every_steps": [None, 1, 1000, "auto"],
         "checkpoint.async": [True, False],
-        "eval.every_steps": [None, 1, 10],
+        "eval.every_steps": [None, 1, 10, "auto"],
         "eval.samples": [1, 16, 10**6],
         "resilience.on_divergence": ["stop", "rollback"],
         "resilience.max_loss_ratio": [None, 1.5],

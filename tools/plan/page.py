@@ -89,7 +89,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
     ]
     if facts.steps_known:
         lines.append(("length", _length(facts)))
-        for line in describe_length(facts.config, facts.plan):
+        for line in describe_length(facts.config, facts.plan, max(facts.epochs.values(), default=None)):
             label, _, text = line.partition(": ")
             lines.append((label, text))
     else:

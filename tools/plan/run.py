@@ -171,6 +171,6 @@ def _checkpoint(
         rate = options.storage_gb_s or STORAGE_GB_S
         source = "as given" if options.storage_gb_s else "assumed"
         seconds, basis = size / (rate * 1e9), f"written at {rate:g} GB/s by all ranks together ({source})"
-    every = config.checkpoint.every_steps
-    count = facts.plan.total_steps // every if every and facts.steps_known else 0
+    every = facts.config.checkpoint.every_steps  # of the resolved one
+    count = facts.plan.total_steps // every if isinstance(every, int) and facts.steps_known else 0
     return CheckpointCost(size, seconds, count, basis)

@@ -87,9 +87,9 @@ def find_inputs(
 
 
 def resolve_documents(documents: str | None, format: str, names: OptionNames = COMMAND_LINE) -> str:
-    """Choose what one document is: `documents` when it fits the format, else the format's default."""
+    """Choose what one document is: `documents` when it fits the format, else the format's default; a line is a row."""
     allowed = TEXT_DOCUMENTS if format == "text" else ("row",)
-    if documents is None:
+    if documents is None or (documents == "line" and format != "text"):
         return allowed[0]
     if documents not in allowed:
         raise UserError(

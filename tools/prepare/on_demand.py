@@ -21,6 +21,7 @@ import xxhash
 
 from tools.prepare.encode import Encoder
 from tools.prepare.estimate import Estimate, estimate_output
+from tools.prepare.held_out import choose_fraction
 from tools.prepare.hints import input_notes
 from tools.prepare.inputs import find_inputs
 from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
@@ -59,12 +60,14 @@ class RawText:
 
     Attributes:
         folders: of raw paths that have been prepared.
-        estimates: about how many tokens the others will give.
+        estimates: about how many tokens the others will give for training.
+        held_out: about how many there will be of validation data that are not prepared; None for others.
         notes: a line for each of the others.
     """
 
     folders: dict[str, Path] = field(default_factory=dict)
     estimates: dict[str, int] = field(default_factory=dict)
+    held_out: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -83,7 +86,7 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
     for path in paths:
         job = _shared_job(config, path, world)
         if not _is_prepared(job.output):
-            for note in input_notes(job.inputs, job.documents, job.names):
+            for note in _notes(config, path, job):
                 say(note)
             say(
                 f"preparing {path} ({_size(job)}) on {world.size} rank{'s' if world.size > 1 else ''} into {job.output}"
@@ -110,11 +113,13 @@ def look_up(config: Config) -> RawText:
                 continue
         estimate = _estimate(job)
         found.estimates[path] = round(estimate.tokens * (1 - job.validation_fraction))
+        if path == config.data.validation_path and config.eval.every_steps is not None:
+            found.held_out = round(estimate.tokens * (job.validation_fraction or 1))
         found.notes.append(
             f"{path} is raw text ({_size(job)}, about {estimate.tokens:,.0f} tokens): the first start prepares it into "
             f"{_cache(config)}; until then the numbers are estimates"
         )
-        found.notes += input_notes(job.inputs, job.documents, job.names)
+        found.notes += _notes(config, path, job)
     if (found.folders or found.estimates) and (note := describe_unused(_cache(config), found.folders.values())):
         found.notes.append(note)
     return found
@@ -123,8 +128,8 @@ def look_up(config: Config) -> RawText:
 def raw_paths(config: Config) -> list[str]:
     """List the paths of data.train and data.validation that are raw text, each once."""
     paths = [source.path for source in config.data.train]
-    if config.data.validation is not None and config.eval.every_steps is not None:
-        paths.append(config.data.validation)
+    if config.data.validation_path is not None and config.eval.every_steps is not None:
+        paths.append(config.data.validation_path)
     return [path for path in dict.fromkeys(paths) if _is_raw(path, config)]
 
 
@@ -152,14 +157,30 @@ def _open(config: Config, path: str, output: Path) -> Job:
         format=text.format,
         field=text.field,
         documents=text.documents,
-        validation_fraction=text.validation_fraction,
+        validation_fraction=text.validation_fraction or 0.0,
         on_bad_document=text.on_bad_document,
         delimiter=text.delimiter,
         special_in_text=text.special_in_text,
         word_starts=text.word_starts or (None if config.objective.scheme == "token" else "tokenizer"),
         sentence_starts=text.sentence_starts or (None if config.objective.pair is None else "rules"),
     )
-    return open_job([path], tokenizer_source(config), str(output), options, CONFIG, _own_folders(config))
+    job = open_job([path], tokenizer_source(config), str(output), options, CONFIG, _own_folders(config))
+    return replace(job, validation_fraction=choose_fraction(job)) if _chooses_fraction(config, path) else job
+
+
+def _chooses_fraction(config: Config, path: str) -> bool:
+    """Tell whether the size of the text says how much of it is held out; also while evaluation is turned off, because
+    that must not change what is trained on."""
+    data = config.data
+    return data.holds_out and path == data.validation_path and data.text.validation_fraction is None
+
+
+def _notes(config: Config, path: str, job: Job) -> list[str]:
+    notes = input_notes(job.inputs, job.documents, job.names)
+    if _chooses_fraction(config, path):
+        share = f"{job.validation_fraction:.3g} of its documents"
+        notes.append(f"held out of {path} for evaluation: {share} (data.validation=auto)")
+    return notes
 
 
 def _own_folders(config: Config) -> list[Path]:

@@ -12,7 +12,7 @@ class PrepareOptions:
     Attributes:
         format: "auto" (by suffix), "text", "jsonl", "csv", "parquet", "arrow" or "hub".
         field: the column that holds the text, for all but text files; `a.b` is the field `b` within `a`.
-        documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest.
+        documents: "paragraph" (the default), "line" or "file" for text; "row" for the rest, where "line" means it too.
         validation_fraction: share of the documents held out, chosen by the hash of their text; above 0 the data
             sets are `output/train` and `output/validation`.
         on_bad_document: "stop" at a document that is not UTF-8, not JSON, without the field, not text, or a csv row

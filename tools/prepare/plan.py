@@ -65,13 +65,13 @@ def plan_units(inputs: InputFiles, documents: str) -> tuple[Unit, ...]:
     A unit holds about total / 1,024 bytes of text, at least 4 MiB and at most 1 GiB. Compressed files, and files
     that are one document, are never cut.
     """
-    total = sum(_weight(file) for file in inputs.files)
+    total = sum(weight_of(file) for file in inputs.files)
     wanted = min(max(total // UNITS_WANTED, MINIMUM_UNIT_BYTES), MAXIMUM_UNIT_BYTES)
     units: list[tuple[Piece, ...]] = []
     group: list[Piece] = []
     group_weight = 0
     for file in inputs.files:
-        weight = _weight(file)
+        weight = weight_of(file)
         pieces = list(_cut(file, inputs.format, documents, max(1, -(-weight // wanted))))
         if group and (len(pieces) > 1 or group_weight + weight > wanted):
             units.append(tuple(group))
@@ -86,7 +86,8 @@ def plan_units(inputs: InputFiles, documents: str) -> tuple[Unit, ...]:
     return tuple(Unit(number, pieces) for number, pieces in enumerate(units))
 
 
-def _weight(file: InputFile) -> int:
+def weight_of(file: InputFile) -> int:
+    """Estimate the bytes of text in a file."""
     return file.size * (EXPANSION_OF_COMPRESSED if file.compressed else 1)
 
 

@@ -35,6 +35,8 @@ from trainer.runtime.files import replace_synced, sync_folder, unique_name
 
 REPORT_SECONDS = 0.5
 _SPLIT_SEED = 0x6D61736B  # fixed: a document is on the same side in every data set
+HASHES = 2**64
+"""How many different hashes of a document there are."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,12 @@ def read_unit_record(work_folder: str | Path, number: int) -> UnitRecord | None:
 
 def choose_split(raw: bytes, validation_fraction: float) -> str:
     """Choose "train" or "validation", by the hash of the UTF-8 text: a repeated document is never on both sides."""
-    held_out = xxhash.xxh3_64_intdigest(raw, seed=_SPLIT_SEED) < validation_fraction * 2**64
-    return "validation" if held_out else "train"
+    return "validation" if hash_document(raw) < validation_fraction * HASHES else "train"
+
+
+def hash_document(raw: bytes) -> int:
+    """Hash the UTF-8 text of a document, below HASHES, for its split."""
+    return xxhash.xxh3_64_intdigest(raw, seed=_SPLIT_SEED)
 
 
 def write_unit(

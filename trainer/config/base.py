@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import typing
 from types import UnionType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -47,6 +47,27 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise PydanticCustomError("finite_number", "Input should be a finite number")
     return value
+
+
+def count_or_auto(most: int) -> BeforeValidator:
+    """Make the check of a whole number from 1 to `most`, or auto."""
+
+    def check(value: Any) -> Any:
+        if value == "auto":
+            return value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
+        if value < 1:
+            raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
+        if value > most:
+            raise PydanticCustomError("count_or_auto", "Input should be less than or equal to {most}", {"most": most})
+        return value
+
+    return BeforeValidator(check)
+
+
+StepsOrAuto = Annotated[int | Literal["auto"], count_or_auto(LIMIT - 1)]
+"""So many steps, or as many as fit the length of the run (`trainer.schedule.run_length`)."""
 
 
 ModelFields = dict[str, Annotated[Any, AfterValidator(_finite)]]

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.config.base import Minutes, PositiveInt, Section
+from trainer.config.base import Minutes, PositiveInt, Section, StepsOrAuto
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt | None = 500
-    """Save every so many steps; null saves only at the end and when stopped."""
+    every_steps: StepsOrAuto | None = 500
+    """Save every so many steps; null saves only at the end and when stopped. auto: a tenth of the run's steps, at least
+    1 and at most 500."""
     every_minutes: Minutes | None = None
     """Also save when so many minutes have passed since the last save."""
     keep_last: PositiveInt = 2

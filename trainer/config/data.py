@@ -45,12 +45,13 @@ class TextConfig(Section):
     delimiter: str | None = None
     """What separates the fields of csv: one character, or tab. Default: a comma, a tab in .tsv files."""
     documents: Literal["file", "paragraph", "line", "row"] | None = None
-    """What a document is. Default: paragraph for text, row for the other formats."""
+    """What a document is. Default: paragraph for text, row for the other formats, which line means there as well."""
     on_bad_document: Literal["stop", "skip"] = "stop"
     """What to do with a document that is not UTF-8, not JSON, without the field or not text, or a csv row with too many
     fields; skip counts it."""
-    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
-    """Share of the documents to hold out; give `data.validation` the same path as `data.train` then."""
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    """Share of the documents to hold out, by the hash of their text, of each path of raw text; set `data.validation` to
+    auto, or to the same path as `data.train`, then. Default: none, or what `data.validation: auto` says."""
     special_in_text: Literal["ids", "text", "refuse"] | None = None
     """What a special token that stands in a text becomes: its id, but for begin, end, pad and mask, which stay text; or
     all stay text; or the document is refused. Default: ids; a run that has begun keeps the data that it began with."""
@@ -91,7 +92,9 @@ class DataConfig(Section):
     """A folder that `maskwright prepare` wrote, or raw text, or a list of sources to mix."""
     validation: Line | None = None
     """Held-out data: a folder that `maskwright prepare` wrote, or raw text, such as a file of your own (`data.text`).
-    Default: no evaluation."""
+    auto: what is held out of the first source of `train`, the validation part of a prepared folder or some documents of
+    raw text: a twentieth of it, at least 16 KiB where that is no more than a fifth, and at most 4 MiB. Default: no
+    evaluation."""
     seq_len: Annotated[int, Field(ge=8, le=32768)] = 512
     """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
     samples: Literal["stream", "documents"] = "stream"
@@ -119,6 +122,16 @@ class DataConfig(Section):
     """How raw text is read where it is given in the place of prepared data."""
     verify_reads: bool = True
     """Compare each MiB of the data with its sum when a process first reads from it; damage ends the run."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation data are a part of the first source."""
+        return self.validation == "auto"
+
+    @property
+    def validation_path(self) -> str | None:
+        """Where the validation data lie, as `path` of a source; None without evaluation."""
+        return self.train[0].path if self.holds_out else self.validation
 
     @model_validator(mode="after")
     def sources_fit(self) -> Self:

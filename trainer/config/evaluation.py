@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from trainer.config.base import PositiveInt, Section
+from trainer.config.base import PositiveInt, Section, StepsOrAuto
 
 
 class EvalConfig(Section):
-    every_steps: PositiveInt | None = 500
-    """Evaluate every so many steps and at the end; null never evaluates."""
+    every_steps: StepsOrAuto | None = 500
+    """Evaluate every so many steps and at the end; null never evaluates. auto: a tenth of the run's steps, at least 1
+    and at most 500."""
     samples: PositiveInt = 1024
     """Blocks of validation data an evaluation; always the same ones, with the same masks."""

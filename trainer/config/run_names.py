@@ -35,7 +35,7 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         "model.layers_from.model": model.layers_from and model.layers_from.model,
         "objective.teacher.model": config.objective.teacher and config.objective.teacher.model,
         "objective.generator.from_pretrained": generator.from_pretrained if generator is not None else None,
-        "data.validation": data.validation,
+        "data.validation": None if data.holds_out else data.validation,
         **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
     }
     for key, name in named.items():

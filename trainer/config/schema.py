@@ -27,6 +27,7 @@ from trainer.config.base import (
     Ratio,
     Section,
     Sequences,
+    count_or_auto,
 )
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig
@@ -116,20 +117,6 @@ class ModelConfig(Section):
         return self
 
 
-def _count_or_auto(value: Any) -> Any:
-    if value == "auto":
-        return value
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise PydanticCustomError("count_or_auto", "Input should be a whole number or auto")
-    if value < 1:
-        raise PydanticCustomError("count_or_auto", "Input should be greater than 0")
-    if value > MOST_SEQUENCES:
-        raise PydanticCustomError(
-            "count_or_auto", "Input should be less than or equal to {most}", {"most": MOST_SEQUENCES}
-        )
-    return value
-
-
 class WarmupConfig(Section):
     start_size: Sequences
     """Sequences of the first steps. It and the increment must divide by micro_size × ranks."""
@@ -142,7 +129,7 @@ class WarmupConfig(Section):
 class BatchConfig(Section):
     global_size: Sequences = 256
     """Sequences an optimizer step, over all ranks."""
-    micro_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = 8
+    micro_size: Annotated[int | Literal["auto"], count_or_auto(MOST_SEQUENCES)] = 8
     """Sequences a rank in one forward pass. Accumulation is global_size / (micro_size × ranks) and must divide. auto
     takes the largest that fits into `memory_gib`, at the first start, and remembers it in the run folder; data order
     and masks do not depend on it, dropout does."""
@@ -219,6 +206,9 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = None
     """Length in passes over the training data, to the sample: the last step is as small as it has to be. Of several
     sources a pass is as many blocks as they have together; how often each of them is seen follows from its weight."""
+    min_steps: PositiveInt | None = None
+    """A run of epochs or tokens has at least so many steps, however small the text; a run of steps has what it says.
+    Default: as long as they are."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of forward and backward; master weights and optimizer state are fp32. fp16 has a dynamic loss scale."""
     gradient_accumulation_dtype: Literal["fp32"] | None = None

@@ -146,8 +146,8 @@ def _model_files(config: Config) -> dict[str, str]:
 def _data_sets(config: Config) -> dict[str, str]:
     """List the manifests behind the paths of data, by their hash: they hold the hashes of all other files."""
     paths = [(source.path, "train") for source in config.data.train]
-    if config.data.validation is not None:
-        paths.append((config.data.validation, "validation"))
+    if config.data.validation_path is not None:
+        paths.append((config.data.validation_path, "validation"))
     found = {}
     for path, split in paths:
         manifest = split_folder(path, split) / MANIFEST

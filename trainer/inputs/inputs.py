@@ -33,6 +33,7 @@ from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.inputs.teacher import describe_teacher
+from trainer.inputs.validation import refuse_small_validation
 from trainer.model.classes import CAUSAL, attended_tokens
 from trainer.model.source import open_tokenizer, source_note
 from trainer.model.trained import rehearse_trained
@@ -189,6 +190,7 @@ def describe_unprepared(
     folders: Mapping[str, Path],
     estimated_tokens: Mapping[str, int],
     micro_size: int | None = None,
+    held_out_tokens: int | None = None,
 ) -> list[str]:
     """Say from estimates what `Inputs.describe` will say when some paths are raw text that is not prepared yet.
 
@@ -196,6 +198,7 @@ def describe_unprepared(
         folders: as for `open_inputs`, of the paths that are prepared.
         estimated_tokens: of the other paths.
         micro_size: as for `open_inputs`.
+        held_out_tokens: estimated, of validation data that are not prepared either.
 
     Raises:
         UserError: as `open_inputs`.
@@ -213,7 +216,14 @@ def describe_unprepared(
     blocks = [[objective.view.block_count(count) for count in tokens] for objective in base.objectives]
     config, order, plan = _arrange(config, world_size, base, tokens, blocks)
     stage = zero_stage(compose(config, base.preset, plan))
-    lines = summarize_run(config, plan, order, stage, tokens, None)
+    objective = base.objectives[-1]
+    if held_out_tokens is None:
+        validation = _open_validation(config, objective, opener)
+        available = None if validation is None else block_count(validation, objective)
+    else:
+        available = objective.view.block_count(held_out_tokens)
+        refuse_small_validation(config, objective, available, held_out_tokens)
+    lines = summarize_run(config, plan, order, stage, tokens, available)
     if config.data.samples == "documents":
         lines.append("documents: until the text is prepared, their rows are counted as if they were all full")
     return [*lines, *base.notes]
@@ -318,29 +328,20 @@ def _tokenizer_note(config: Config, tokenizer: Any) -> str:
 
 
 def _open_validation(config: Config, objective: Samples, opener: _ShardOpener) -> ShardSet | None:
-    if config.data.validation is None or config.eval.every_steps is None:
+    path = config.data.validation_path
+    if path is None or config.eval.every_steps is None:
         return None
-    folder = real_path(opener.folder(config.data.validation, "validation"))
+    folder = real_path(opener.folder(path, "validation"))
     if folder in [real_path(opener.folder(source.path, "train")) for source in config.data.train]:
         raise UserError(
-            "The validation data is the training data.",
+            "The validation data is the training data"
+            + (", of which nothing is held out." if config.data.holds_out else "."),
             where=f"data.validation={config.data.validation}",
             remedy="Prepare with --validation-fraction 0.01 (raw text: data.text.validation_fraction), or leave "
             "data.validation out.",
         )
-    validation = opener.open(config.data.validation, "validation")
-    refuse_single_block(
-        blocks := block_count(validation, objective),
-        objective,
-        "validation data",
-        f"data.validation={config.data.validation}",
-    )
-    if blocks == 0:
-        raise UserError(
-            f"The validation data has {validation.tokens:,} tokens: not one block of {config.data.seq_len}.",
-            where=f"data.validation={config.data.validation}",
-            remedy="Hold out more, set a smaller data.seq_len, or leave data.validation out.",
-        )
+    validation = opener.open(path, "validation")
+    refuse_small_validation(config, objective, block_count(validation, objective), validation.tokens)
     return validation
 
 

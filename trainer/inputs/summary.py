@@ -43,7 +43,8 @@ def summarize_run(
         lines += describe_mixture(config.data, order, source_tokens, epochs)
     if len(order.phases) > 1:
         lines += _describe_phases(plan, order)
-    lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order), *describe_length(config, plan)]
+    lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order)]
+    lines += describe_length(config, plan, max(epochs))
     lines += _describe_mask_ratios(config, plan, order)
     lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
     lines += _describe_accumulation(config, plan)

@@ -203,6 +203,8 @@ def plan_batch(
         epoch_blocks: blocks in one pass over the training data, in each phase, for `train.epochs`.
         whole_steps: round epochs up to full steps, as runs did before their last step could be smaller.
 
+    A run of epochs or tokens with fewer than `train.min_steps` is one of so many steps.
+
     Raises:
         UserError: when a global batch does not divide into micro-batches over the ranks, or the run is longer than
             sample numbers reach.
@@ -231,6 +233,9 @@ def plan_batch(
         total_steps = _steps_to(plan, Fraction(str(train.epochs)), passes)
     plan = replace(plan, total_steps=total_steps)
     _check_length(train, plan)
+    if train.steps is None and total_steps < (train.min_steps or 0):
+        length = {"steps": train.min_steps, "tokens": None, "epochs": None}
+        return plan_batch(batch, train.model_copy(update=length), phases, world_size, epoch_blocks, whole_steps)
     return plan
 
 

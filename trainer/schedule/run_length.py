@@ -1,5 +1,7 @@
 """What follows from the length of a run: its warm-up, how often it reports, and whether it is long enough to learn.
 
+How often a run is evaluated and saved, where that is `auto`, follows from it as well.
+
 A default that changes would change runs that have begun. So what a config leaves out is taken from a numbered set of
 defaults (`Config.defaults`), each checkpoint records its own, and a set is never edited: a change is a new one.
 """
@@ -18,6 +20,9 @@ from trainer.schedule.batch_plan import BatchPlan, divisors
 FEW_UPDATES = 100
 """Fewer of them teach a model little: in each, Adam moves a weight by about the learning rate at most."""
 
+MOST_PASSES = 40
+"""From so many passes on a repeated text was worth nothing in Muennighoff et al. 2023, arXiv:2305.16264."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -27,12 +32,14 @@ class Defaults:
         warmup_steps, log_every_steps: from the steps of the run.
         whole_steps: epochs are rounded up to full steps.
         warmup_must_fit: a warm-up that is longer than the run is refused.
+        auto_every_steps: what auto stands for in `eval.every_steps` and `checkpoint.every_steps`, from the same.
     """
 
     warmup_steps: Callable[[int], int]
     log_every_steps: Callable[[int], int]
     whole_steps: bool
     warmup_must_fit: bool
+    auto_every_steps: Callable[[int], int] = lambda steps: min(500, max(1, steps // 10))
 
 
 _SETS = {
@@ -75,16 +82,23 @@ def resolve(config: Config, plan: BatchPlan) -> Config:
         )
     resolved = {"warmup_steps": warmup, "warmup_fraction": None}
     every = defaults.log_every_steps(steps) if logging.every_steps is None else logging.every_steps
+    auto = {"every_steps": defaults.auto_every_steps(steps)}
     return config.model_copy(
         update={
             "schedule": schedule.model_copy(update=resolved),
             "logging": logging.model_copy(update={"every_steps": every}),
+            "eval": config.eval.model_copy(update=auto if config.eval.every_steps == "auto" else {}),
+            "checkpoint": config.checkpoint.model_copy(update=auto if config.checkpoint.every_steps == "auto" else {}),
         }
     )
 
 
-def describe_length(config: Config, plan: BatchPlan) -> list[str]:
-    """Describe the schedule of a resolved config in a line, with one more where the run is too short to learn much."""
+def describe_length(config: Config, plan: BatchPlan, passes: float | None = None) -> list[str]:
+    """Describe the schedule of a resolved config in a line, with one more where the text is too small for the run.
+
+    Args:
+        passes: over the training data, over that which is seen most often; None where they are not known.
+    """
     schedule, warmup = config.schedule, config.schedule.warmup_steps or 0
     after = f"{schedule.name} to {schedule.min_ratio:g} of it"
     if schedule.name == "wsd":
@@ -97,8 +111,8 @@ def describe_length(config: Config, plan: BatchPlan) -> list[str]:
             f"schedule: THE RUN ENDS WITHIN THE WARM-UP of {warmup:,} steps, before the rate reaches its peak; a new "
             f"run takes {_SETS[DEFAULTS].warmup_steps(plan.total_steps)} steps (schedule.warmup_steps)"
         )
-    few = few_updates(config, plan)
-    return [line, few] if few else [line]
+    too_small = few_updates(config, plan) or _lengthened(config, plan, passes)
+    return [line, too_small] if too_small else [line]
 
 
 def few_updates(config: Config, plan: BatchPlan) -> str:
@@ -113,6 +127,8 @@ def few_updates(config: Config, plan: BatchPlan) -> str:
         f"FEW UPDATES: {steps} step{'s' if steps > 1 else ''} in all, of up to {plan.global_size} sequences, teach a "
         "model little"
     )
+    if steps == config.train.min_steps:
+        return f"{line}: set train.min_steps to {FEW_UPDATES}, or give more text"
     size, micro_size = _smaller_batch(plan, samples // FEW_UPDATES)
     if not size:
         name = "epochs" if config.train.epochs is not None else "tokens"
@@ -124,6 +140,22 @@ def few_updates(config: Config, plan: BatchPlan) -> str:
     micro = "" if micro_size == plan.micro_size else f" and batch.micro_size to {micro_size}"
     about = "about " if config.batch.warmup is not None else ""  # which has to lead there
     return f"{line}: set batch.global_size to {about}{size}{micro} for {-(-samples // size):,}, or train for longer"
+
+
+def _lengthened(config: Config, plan: BatchPlan, passes: float | None) -> str:
+    """Say that a run is as long as `train.min_steps`, and what to expect where that repeats the text too often."""
+    train, steps = config.train, plan.total_steps
+    if train.steps is not None or steps != train.min_steps or passes is None:
+        return ""
+    line = (
+        f"LITTLE TEXT: {steps / passes:.3g} steps a pass; train.min_steps makes {steps:,} of them, {passes:.3g} passes"
+    )
+    if passes <= MOST_PASSES:
+        return line
+    return (
+        f"{line}. What is repeated more than some {MOST_PASSES} times teaches a model little more (arXiv:2305.16264); "
+        "eval/loss rises when it learns the text by heart. Give more text, or a smaller batch.global_size"
+    )
 
 
 def _smaller_batch(plan: BatchPlan, most: int) -> tuple[int, int]:

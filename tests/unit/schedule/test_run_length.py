@@ -153,3 +153,41 @@ def test_the_remedy_for_few_updates_gives_enough_of_them(
 @given(number=st.integers(1, 5000))
 def test_divisors(number: int) -> None:
     assert divisors(number) == [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (9, 1), (46, 4), (100, 10), (7000, 500), (10**6, 500)])
+def test_auto_evaluates_and_saves_ten_times_and_every_500_steps_of_a_long_run(steps: int, every: int) -> None:
+    auto = {"every_steps": "auto"}
+    found = resolved(train={"steps": steps}, eval=auto, checkpoint=auto)
+    assert (found.eval.every_steps, found.checkpoint.every_steps) == (every, every)
+    given = resolved(train={"steps": steps}, eval={"every_steps": 3}, checkpoint={"every_steps": None})
+    assert (given.eval.every_steps, given.checkpoint.every_steps) == (3, None)
+
+
+def test_a_run_of_epochs_or_tokens_has_the_least_number_of_steps() -> None:
+    for length in ({"epochs": 3}, {"tokens": 1000}):
+        plan = plan_of(config_of(train={**length, "min_steps": 100}), blocks=20)
+        assert (plan.total_steps, plan.end_sample) == (100, 100 * 256)
+    assert plan_of(config_of(train={"epochs": 3, "min_steps": 4}), blocks=438) == plan_of(
+        config_of(train={"epochs": 3}), blocks=438
+    ), "one that is longer stays what it is, to the sample"
+    assert plan_of(config_of(train={"steps": 6, "min_steps": 100})).total_steps == 6
+
+
+def length_lines(blocks: int, **train: Any) -> list[str]:
+    config = config_of(train=train, batch={"global_size": 32})
+    plan = plan_of(config, blocks)
+    return describe_length(resolve(config, plan), plan, plan.end_sample / blocks)[1:]
+
+
+def test_a_text_that_is_repeated_to_make_a_run_long_enough_is_said_once_with_its_numbers() -> None:
+    [line] = length_lines(20, epochs=3, min_steps=100)
+    assert line.startswith("LITTLE TEXT: 0.625 steps a pass; train.min_steps makes 100 of them, 160 passes. What is")
+    assert length_lines(500, epochs=3, min_steps=100) == [
+        "LITTLE TEXT: 15.6 steps a pass; train.min_steps makes 100 of them, 6.4 passes"
+    ]
+    assert length_lines(5000, epochs=3, min_steps=100) == []
+    assert length_lines(20, steps=100) == []
+    [few_of_them] = length_lines(20, epochs=3, min_steps=10)
+    assert few_of_them.startswith("FEW UPDATES: 10 steps in all")
+    assert few_of_them.endswith("set train.min_steps to 100, or give more text")
