@@ -61,10 +61,14 @@ def grown(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documented() -> tuple[str, list[list[str]]]:
     """The config more.yaml of docs/adapt.md, and the two commands that freeze and do not, without the name."""
     (config,) = [
-        body for document, body in blocks("yaml") if document == ROOT / "docs" / "adapt.md" and "dir: runs/more}" in body
+        body
+        for document, body in blocks("yaml")
+        if document == ROOT / "docs" / "adapt.md" and "dir: runs/more}" in body
     ]
     lines = [
-        words[1:] for document, words in shell_commands() if document == ROOT / "docs" / "adapt.md" and "more.yaml" in words
+        words[1:]
+        for document, words in shell_commands()
+        if document == ROOT / "docs" / "adapt.md" and "more.yaml" in words
     ]
     first = next(number for number, words in enumerate(lines) if any("model.frozen" in word for word in words))
     return config, lines[first : first + 2]
