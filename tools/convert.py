@@ -36,11 +36,11 @@ from trainer.checkpoint.contents import (
     read_probe,
     worst_difference,
 )
-from trainer.checkpoint.find import locate
+from trainer.checkpoint.find import candidates, find_best, locate, locate_best
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
-from trainer.runtime.paths import new_folder
+from trainer.runtime.paths import new_folder, user_path
 
 if TYPE_CHECKING:
     from trainer.model.model_code import ModelCode
@@ -60,12 +60,19 @@ class Conversion:
 
 
 def convert(
-    source: str, output: str, dtype: str, max_shard_size: str, console: Console, run_code: bool = False
+    source: str,
+    output: str,
+    dtype: str,
+    max_shard_size: str,
+    console: Console,
+    run_code: bool = False,
+    best: bool = False,
 ) -> Conversion:
     """Convert a run's newest whole checkpoint, or the one given.
 
     Args:
         run_code: run the code of its own that the checkpoint's model may have.
+        best: convert that of the run's best evaluation.
 
     Raises:
         UserError: no such checkpoint, unknown dtype, an output folder that is not empty, or code that may not be run.
@@ -73,8 +80,10 @@ def convert(
     """
     _check_arguments(dtype, max_shard_size)
     target = new_folder(output)
-    folder, manifest = locate(source)
+    folder, manifest = locate_best(source) if best else locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
+    if not best and (note := _note_on_best(source, manifest)):
+        console.print(note, markup=False)
     _remove_leftovers(target)
     code = code_of_checkpoint(folder, manifest, run_code)
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
@@ -95,6 +104,15 @@ def convert(
         loader = f"{each.auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
         console.print(f"wrote {target / name}: {each.class_name}, load it with {loader}", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
+
+
+def _note_on_best(source: str, manifest: CheckpointManifest) -> str:
+    """Say that a run has a better checkpoint than its newest one; empty where it has not, and for a checkpoint."""
+    found = find_best(candidates(user_path(source)))
+    if found is None or found.manifest is None or found.step == manifest.step:
+        return ""
+    loss = found.manifest.state["best_loss"]
+    return f"the best evaluation was that of step {found.step:,}, loss {loss:.4f}: --best converts its checkpoint"
 
 
 @dataclass(frozen=True)
