@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from trainer.checkpoint.contents import (
     PROBE_TOLERANCE,
     Probe,
     export_names,
+    kept_weights,
     probe_folder,
     read_probe,
     worst_difference,
@@ -146,18 +147,19 @@ def _convert_model(
     from_training = _compare_with_training(model, probe, folder)
     class_name, before = type(model).__name__, _outputs(model, probe)
     auto_class, output = _auto_class(model), temporary / name
+    kept = kept_weights(folder, name)
     _check_space(target, model, DTYPES[dtype])
     with full_disk_explained(target, "model"):
         output.mkdir(exist_ok=True)
-        _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
+        _write(model.to(DTYPES[dtype]), kept, folder, manifest, output, shard_size)
         if code is not None:
             code.write(output)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         described = f"`{class_name}` ({parameters:,} parameters, {dtype})"
-        write_model_card(output, folder, manifest, described, name, has_code=has_code)
+        write_model_card(output, folder, manifest, described, name, has_code=has_code, kept=sorted(kept))
     del model  # what is compared from here on is a model read back: there need not be two in memory
     with _modules_of_its_own():
-        after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code=has_code)
+        after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code, set(kept))
     return _Converted(class_name, auto_class, from_training, after_reload)
 
 
@@ -223,9 +225,17 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
     return difference
 
 
-def _write(model: Any, folder: Path, manifest: CheckpointManifest, temporary: Path, max_shard_size: str) -> None:
+def _write(
+    model: Any,
+    kept: Mapping[str, torch.Tensor],
+    folder: Path,
+    manifest: CheckpointManifest,
+    temporary: Path,
+    max_shard_size: str,
+) -> None:
+    weights = {**model.state_dict(), **{name: weight.to(model.dtype) for name, weight in kept.items()}}
     with quiet():
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=weights if kept else None)
         _write_tokenizer(model, folder, temporary, manifest.data_order.get("samples") == "documents")
 
 
@@ -278,14 +288,20 @@ def _compare_after_reload(
     probe: Probe,
     before: list[torch.Tensor],
     has_code: bool,
+    kept: set[str],
 ) -> float:
-    """Load back with plain transformers; returns the largest difference from the logits before the cast."""
+    """Load back with plain transformers; returns the largest difference from the logits before the cast.
+
+    Args:
+        kept: names of weights that the class has no use for, and that are to be there.
+    """
     import transformers
 
     with quiet():
         loaded, report = getattr(transformers, auto_class).from_pretrained(
             temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=has_code
         )
+    report = {**report, "unexpected_keys": kept.symmetric_difference(report["unexpected_keys"])}
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:
         raise DamagedError(

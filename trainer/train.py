@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
+
 from trainer.checkpoint.begun import as_begun
 from trainer.checkpoint.contents import prove_causal, prove_head, prove_repeatable, read_probe_block, take_contents
 from trainer.checkpoint.identity import run_identity
@@ -33,7 +35,8 @@ from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel
-from trainer.model.classes import CAUSAL
+from trainer.model.classes import CAUSAL, MAIN
+from trainer.model.kept import describe_kept, read_kept
 from trainer.model.teacher import TeacherModel, load_teacher
 from trainer.model.trained import build_trained
 from trainer.objectives.objective import Criterion
@@ -318,13 +321,18 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
     distributed.run_on_all_ranks(world, lambda: prove_head(engine, inputs, block))
     if family_of(inputs.config) == CAUSAL:
         distributed.run_on_all_ranks(world, lambda: prove_causal(engine, inputs, block))
+    kept: dict[str, Tensor] = distributed.run_on_all_ranks(
+        world, lambda: read_kept(engine.exports[MAIN], inputs.config.model) if world.is_main else {}
+    )
+    for line in describe_kept(kept):
+        run.say(line)
     saver = Saver(
         run_dir=run.folder,
         world=world,
         engine=engine,
         settings=inputs.config.checkpoint,
         records=records,
-        contents=lambda: take_contents(engine, inputs, block),
+        contents=lambda: take_contents(engine, inputs, block, kept),
         lock_lost=run.lock.lost,
     )
     if checkpoint and is_own(run.folder, checkpoint):
