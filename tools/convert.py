@@ -27,7 +27,7 @@ from rich.console import Console
 from tools.full_disk import full_disk_explained
 from tools.load_model import code_of_checkpoint, load_model, quiet
 from tools.model_card import write_model_card
-from tools.open_tokenizer import left_open
+from tools.open_tokenizer import left_open, write_with_vocab_txt
 from trainer.checkpoint.contents import (
     PROBE_TOLERANCE,
     Probe,
@@ -252,13 +252,9 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path, whole_documents:
     table = position_table(model)
     positions = getattr(model.config, "max_position_embeddings", None)
     positions = positions if table is None else table.num_embeddings - position_offset(model)
-    if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
+    if isinstance(positions, int) and positions > 0 and not 0 < tokenizer.model_max_length <= positions:
         tokenizer.model_max_length = positions
-    tokenizer.save_pretrained(temporary)
-    pieces = tokenizer.backend_tokenizer.model
-    numbers = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
-    if type(pieces).__name__ == "WordPiece" and max(numbers) + 1 == len(numbers):  # a line's number is its token's id
-        pieces.save(str(temporary))
+    write_with_vocab_txt(tokenizer, temporary)
 
 
 @contextlib.contextmanager
