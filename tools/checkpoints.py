@@ -35,7 +35,7 @@ def list_run(run: str, as_json: bool, console: Console) -> None:
         size = human_bytes(row["bytes"]) if row["bytes"] else ""
         tokens = f"{row['tokens']:,}" if row["tokens"] is not None else ""
         shape = ["" if row[name] is None else str(row[name]) for name in _SHAPE]
-        state = f"{row['state']}{', best evaluation' if row['best'] else ''}"
+        state = f"{row['state']}{', best' if row['best'] else ''}"
         table.add_row(row["name"], f"{row['step']:,}", tokens, saved, *shape, size, state)
     console.print(table)
     console.print("By manifests and file sizes; `maskwright checkpoint verify` reads every byte.")

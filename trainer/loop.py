@@ -328,15 +328,12 @@ class Loop:
                 self.activity.compiles("evaluation")
             values = self.evaluations.run(step, self.engine, self.world, self.stop, self.activity.progress)
         if values is not None:
-            is_best = self.state.judge(values[LOSS], self.evaluations.blocks)
-            self.best_is_unsaved = (
-                is_best and self.config.checkpoint.keep_best and step not in (0, self.saver.saved_step)
-            )
+            is_best = self.state.judge(values[LOSS], self.evaluations.blocks) and self.config.checkpoint.keep_best
+            self.best_is_unsaved = is_best and step not in (0, self.saver.saved_step)
             self.saver.amend(self.state)
+            line = {**counters(self.state), **values}
             if self.reporter is not None:
-                self.reporter.evaluation(
-                    {**counters(self.state), **values}, self.criterion.describe(values), self.state
-                )
+                self.reporter.evaluation(line, self.criterion.describe(values), self.state)
         self.meter.restart()
 
     @property

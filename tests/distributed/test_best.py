@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForMaskedLM
 
+from launcher.cli import app
+from launcher.console import make_console
 from tests.distributed.test_background_saves import assert_same_state
 from tests.distributed.test_divergence import damaged, nan_loss
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
+from tools.convert import convert
 from trainer.checkpoint.find import candidates, find_best
 from trainer.checkpoint.manifest import read_checkpoint_manifest, step_folder
 from trainer.config import Config
@@ -81,6 +86,23 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(clean: Path, workspace: 
     assert losses(tmp_path) == losses(clean) and evaluations(tmp_path) == evaluations(clean), "it changes no training"
     assert state_of(tmp_path) == state, "and is known without it"
     assert_same_state(step_folder(tmp_path / "checkpoints", state.best_step), best.folder)
+
+
+def test_convert_takes_the_best_where_it_is_asked_to_and_names_it_otherwise(
+    clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = state_of(clean).best_step
+    newest = convert(str(clean), str(tmp_path / "newest"), "float32", "5GB", make_console())
+    assert f"the best evaluation was that of step {best}, loss " in capsys.readouterr().err
+    command = ["convert", str(clean), "--best", "--output", str(tmp_path / "best")]
+    assert app(command, standalone_mode=False) == EXIT_FINISHED
+    assert "the best evaluation" not in capsys.readouterr().err
+    assert newest.step == STEPS
+    evaluated = dict(evaluations(clean))
+    assert f"(step {best}) |" in (tmp_path / "best" / "README.md").read_text()
+    models = [AutoModelForMaskedLM.from_pretrained(tmp_path / name) for name in ("newest", "best")]
+    assert best is not None and evaluated[best] < evaluated[STEPS]
+    assert not torch.equal(*(model.get_input_embeddings().weight for model in models))
 
 
 @pytest.mark.parametrize("in_background", [False, True])
