@@ -224,6 +224,7 @@ def convert(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the saved weights.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     code: Annotated[bool, typer.Option("--code", help="Run the model's own code (of a run with model.code).")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The run's best evaluation (checkpoint.keep_best).")] = False,
 ) -> None:
     """Write a Hugging Face folder: safetensors, config, tokenizer and model card.
 
@@ -235,7 +236,7 @@ def convert(
     """
     from tools.convert import convert as convert_checkpoint
 
-    convert_checkpoint(source, output, dtype, max_shard_size, make_console(), run_code=code)
+    convert_checkpoint(source, output, dtype, max_shard_size, make_console(), run_code=code, best=best)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tools.prepare.progress import ReadProgress
 from tools.prepare.summary import human_bytes
-from trainer.checkpoint.find import Candidate, candidates, find_candidate_faults
+from trainer.checkpoint.find import Candidate, candidates, find_best, find_candidate_faults
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.paths import real_path, user_path
 from trainer.runtime.plain_text import listed
@@ -23,7 +23,9 @@ _SHAPE = ("world_size", "stage", "precision")
 
 def list_run(run: str, as_json: bool, console: Console) -> None:
     """Print the checkpoints of a run, newest first, and why one cannot be used (by file sizes, not hashes)."""
-    rows = [_row(candidate) for candidate in _candidates(run)]
+    found = _candidates(run)
+    best = find_best(found)
+    rows = [_row(candidate, is_best=candidate is best) for candidate in found]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -33,7 +35,8 @@ def list_run(run: str, as_json: bool, console: Console) -> None:
         size = human_bytes(row["bytes"]) if row["bytes"] else ""
         tokens = f"{row['tokens']:,}" if row["tokens"] is not None else ""
         shape = ["" if row[name] is None else str(row[name]) for name in _SHAPE]
-        table.add_row(row["name"], f"{row['step']:,}", tokens, saved, *shape, size, row["state"])
+        state = f"{row['state']}{', best' if row['best'] else ''}"
+        table.add_row(row["name"], f"{row['step']:,}", tokens, saved, *shape, size, state)
     console.print(table)
     console.print("By manifests and file sizes; `maskwright checkpoint verify` reads every byte.")
 
@@ -88,7 +91,7 @@ def _candidates(run: str) -> list[Candidate]:
     return found
 
 
-def _row(candidate: Candidate) -> dict[str, Any]:
+def _row(candidate: Candidate, is_best: bool) -> dict[str, Any]:
     """Collect what is known of a checkpoint; values are None where its manifest cannot be read."""
     manifest, faults = candidate.manifest, find_candidate_faults(candidate, read=False)
     layout = manifest.layout if manifest else {}
@@ -99,6 +102,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "saved_at": manifest.saved_at if manifest else None,
         "bytes": manifest.bytes if manifest else None,
         **{name: layout.get(name) for name in _SHAPE},
+        "best": is_best,
         "valid": not faults,
         "state": listed(faults, separator="; ") if faults else "valid",
         "manifest": {key: value for key, value in asdict(manifest).items() if key != "files"} if manifest else None,

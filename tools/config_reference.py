@@ -107,6 +107,7 @@ RUN_FOLDER = """\
 A checkpoint holds DeepSpeed's files (`*_model_states.pt`, `*_optim_states.pt`), `huggingface/` (config and tokenizer),
 `config.yaml` (the run config),
 with `model.frozen` `frozen.safetensors` (these weights in fp32, which are in no other file),
+in `huggingface/` `kept.safetensors` (of the source's weights those that the trained class has not, for `convert`),
 `probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A
 folder without a valid manifest is not a checkpoint. The `.pt` files are pickles; they are read as tensors, numbers and
 text alone, and nothing in them is run.

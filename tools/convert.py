@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,20 +27,21 @@ from rich.console import Console
 from tools.full_disk import full_disk_explained
 from tools.load_model import code_of_checkpoint, load_model, quiet
 from tools.model_card import write_model_card
-from tools.open_tokenizer import left_open
+from tools.open_tokenizer import left_open, write_with_vocab_txt
 from trainer.checkpoint.contents import (
     PROBE_TOLERANCE,
     Probe,
     export_names,
+    kept_weights,
     probe_folder,
     read_probe,
     worst_difference,
 )
-from trainer.checkpoint.find import locate
+from trainer.checkpoint.find import candidates, find_best, locate, locate_best
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.files import give_usual_mode, sync_files, sync_folder
-from trainer.runtime.paths import new_folder
+from trainer.runtime.paths import new_folder, user_path
 
 if TYPE_CHECKING:
     from trainer.model.model_code import ModelCode
@@ -60,12 +61,19 @@ class Conversion:
 
 
 def convert(
-    source: str, output: str, dtype: str, max_shard_size: str, console: Console, run_code: bool = False
+    source: str,
+    output: str,
+    dtype: str,
+    max_shard_size: str,
+    console: Console,
+    run_code: bool = False,
+    best: bool = False,
 ) -> Conversion:
     """Convert a run's newest whole checkpoint, or the one given.
 
     Args:
         run_code: run the code of its own that the checkpoint's model may have.
+        best: convert that of the run's best evaluation.
 
     Raises:
         UserError: no such checkpoint, unknown dtype, an output folder that is not empty, or code that may not be run.
@@ -73,8 +81,10 @@ def convert(
     """
     _check_arguments(dtype, max_shard_size)
     target = new_folder(output)
-    folder, manifest = locate(source)
+    folder, manifest = locate_best(source) if best else locate(source)
     console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
+    if not best and (note := _note_on_best(source, manifest)):
+        console.print(note, markup=False)
     _remove_leftovers(target)
     code = code_of_checkpoint(folder, manifest, run_code)
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
@@ -95,6 +105,15 @@ def convert(
         loader = f"{each.auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
         console.print(f"wrote {target / name}: {each.class_name}, load it with {loader}", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
+
+
+def _note_on_best(source: str, manifest: CheckpointManifest) -> str:
+    """Say that a run has a better checkpoint than its newest one; empty where it has not, and for a checkpoint."""
+    found = find_best(candidates(user_path(source)))
+    if found is None or found.manifest is None or found.step == manifest.step:
+        return ""
+    loss = found.manifest.state["best_loss"]
+    return f"the best evaluation was that of step {found.step:,}, loss {loss:.4f}: --best converts its checkpoint"
 
 
 @dataclass(frozen=True)
@@ -128,18 +147,19 @@ def _convert_model(
     from_training = _compare_with_training(model, probe, folder)
     class_name, before = type(model).__name__, _outputs(model, probe)
     auto_class, output = _auto_class(model), temporary / name
+    kept = kept_weights(folder, name)
     _check_space(target, model, DTYPES[dtype])
     with full_disk_explained(target, "model"):
         output.mkdir(exist_ok=True)
-        _write(model.to(DTYPES[dtype]), folder, manifest, output, shard_size)
+        _write(model.to(DTYPES[dtype]), kept, folder, manifest, output, shard_size)
         if code is not None:
             code.write(output)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         described = f"`{class_name}` ({parameters:,} parameters, {dtype})"
-        write_model_card(output, folder, manifest, described, name, has_code=has_code)
+        write_model_card(output, folder, manifest, described, name, has_code=has_code, kept=sorted(kept))
     del model  # what is compared from here on is a model read back: there need not be two in memory
     with _modules_of_its_own():
-        after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code=has_code)
+        after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code, set(kept))
     return _Converted(class_name, auto_class, from_training, after_reload)
 
 
@@ -205,9 +225,17 @@ def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
     return difference
 
 
-def _write(model: Any, folder: Path, manifest: CheckpointManifest, temporary: Path, max_shard_size: str) -> None:
+def _write(
+    model: Any,
+    kept: Mapping[str, torch.Tensor],
+    folder: Path,
+    manifest: CheckpointManifest,
+    temporary: Path,
+    max_shard_size: str,
+) -> None:
+    weights = {**model.state_dict(), **{name: weight.to(model.dtype) for name, weight in kept.items()}}
     with quiet():
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        model.save_pretrained(temporary, max_shard_size=max_shard_size, state_dict=weights if kept else None)
         _write_tokenizer(model, folder, temporary, manifest.data_order.get("samples") == "documents")
 
 
@@ -224,13 +252,9 @@ def _write_tokenizer(model: Any, folder: Path, temporary: Path, whole_documents:
     table = position_table(model)
     positions = getattr(model.config, "max_position_embeddings", None)
     positions = positions if table is None else table.num_embeddings - position_offset(model)
-    if isinstance(positions, int) and 0 < positions < tokenizer.model_max_length:
+    if isinstance(positions, int) and positions > 0 and not 0 < tokenizer.model_max_length <= positions:
         tokenizer.model_max_length = positions
-    tokenizer.save_pretrained(temporary)
-    pieces = tokenizer.backend_tokenizer.model
-    numbers = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
-    if type(pieces).__name__ == "WordPiece" and max(numbers) + 1 == len(numbers):  # a line's number is its token's id
-        pieces.save(str(temporary))
+    write_with_vocab_txt(tokenizer, temporary)
 
 
 @contextlib.contextmanager
@@ -260,14 +284,20 @@ def _compare_after_reload(
     probe: Probe,
     before: list[torch.Tensor],
     has_code: bool,
+    kept: set[str],
 ) -> float:
-    """Load back with plain transformers; returns the largest difference from the logits before the cast."""
+    """Load back with plain transformers; returns the largest difference from the logits before the cast.
+
+    Args:
+        kept: names of weights that the class has no use for, and that are to be there.
+    """
     import transformers
 
     with quiet():
         loaded, report = getattr(transformers, auto_class).from_pretrained(
             temporary, output_loading_info=True, dtype=torch.float32, trust_remote_code=has_code
         )
+    report = {**report, "unexpected_keys": kept.symmetric_difference(report["unexpected_keys"])}
     faults = {name: list(keys) for name, keys in report.items() if keys}
     if faults:
         raise DamagedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def write_model_card(
     model: str,
     export: str = MAIN,
     has_code: bool = False,
+    kept: Sequence[str] = (),
 ) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions.
 
@@ -39,6 +41,7 @@ def write_model_card(
         model: its class, number of parameters and dtype, in a line.
         export: which of the models that were trained it is, of `trainer.checkpoint.contents.export_names`.
         has_code: whether it has code of its own, which is to be told that it may be run.
+        kept: names of the weights in the folder that were not trained, but are those of the source.
     """
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
@@ -54,7 +57,7 @@ def write_model_card(
         _summary(manifest, card, model, evaluations),
         f"```python\n{_use(card, has_code)}\n```",
         _data(config, manifest) if config else "",
-        _training(config, card, manifest) if config else "",
+        _training(config, card, manifest, kept) if config else "",
         _curve(lines, card, evaluations),
         _versions(manifest),
     ]
@@ -98,7 +101,7 @@ def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
     return "## Data\n\n" + _table(("source", "tokens", "documents", "times seen"), rows)
 
 
-def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointManifest) -> str:
+def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointManifest, kept: Sequence[str]) -> str:
     optimizer, schedule = config["optimizer"], config["schedule"]
     layout = manifest.layout
     rows = [
@@ -106,6 +109,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
         ("sequence length", _seq_len(manifest)),
         ("attention", _attention(config)),
         *_frozen(config, manifest),
+        *_kept(config, kept),
         ("batch", _batch(config)),
         (
             "optimizer",
@@ -162,6 +166,15 @@ def _frozen(config: dict[str, Any], manifest: CheckpointManifest) -> list[tuple[
         return []
     patterns = ", ".join(f"`{pattern}`" for pattern in config["model"]["frozen"])
     return [("frozen", f"{patterns}: {count:,} of {manifest.model['parameters']:,} parameters")]
+
+
+def _kept(config: dict[str, Any], kept: Sequence[str]) -> list[tuple[str, str]]:
+    """Say which weights are there as the source had them, for classes other than that which was trained."""
+    if not kept:
+        return []
+    return [
+        ("kept", f"{', '.join(f'`{name}`' for name in kept)}: as in {config['model']['from_pretrained']}, untrained")
+    ]
 
 
 def _curve(lines: list[dict[str, Any]], card: ObjectiveCard, evaluations: list[dict[str, Any]]) -> str:

@@ -1,7 +1,8 @@
-"""Tokenizers with another backend: of a causal model, where a text is left open so that the model goes on."""
+"""Tokenizers as whoever uses the model needs them: left open for a causal one to go on, and with older code's files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -45,3 +46,28 @@ def with_backend(tokenizer: Any, backend: Any) -> Any:
         chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens_map,
     )
+
+
+def write_with_vocab_txt(tokenizer: Any, folder: Path) -> None:
+    """Write a fast tokenizer and, of one with WordPiece, the vocab.txt that older code reads.
+
+    Such code takes how to read it from tokenizer_config.json, and lower case for granted: BertTokenizer(vocab.txt)
+    would read a cased vocabulary as an uncased one. A line's number is its token's id, so that a vocabulary with gaps
+    has no such file; added tokens are lines as well.
+    """
+    backend = tokenizer.backend_tokenizer
+    names = sorted((number, token) for token, number in backend.get_vocab(with_added_tokens=True).items())
+    tokens = [token for _, token in names]
+    is_dense = [number for number, _ in names] == list(range(len(names))) and not any(
+        end in token for token in tokens for end in "\n\r"
+    )
+    is_wordpiece = type(backend.model).__name__ == "WordPiece"
+    if is_wordpiece and type(normalizer := backend.normalizer).__name__ == "BertNormalizer":
+        tokenizer.init_kwargs |= {
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+        }
+    tokenizer.save_pretrained(folder)
+    if is_wordpiece and is_dense:
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")

@@ -186,6 +186,7 @@ def status_lines(view: RunView) -> list[str]:
         ("loss", "" if status.train_loss is None else f"{status.train_loss:.4f}"),
         ("speed", "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f} tokens/s"),
         ("time left", "" if status.eta_seconds is None else str(timedelta(seconds=round(status.eta_seconds)))),
+        ("best", _best(status)),
         ("checkpoint", status.last_checkpoint or "none yet"),
         ("restarts", str(status.restarts) if view.has_status else ""),
         ("job", status.job_id),
@@ -202,6 +203,11 @@ def _progress(status: Status) -> str:
     if not status.total_steps:
         return f"{status.step:,}"
     return f"{status.step:,}/{status.total_steps:,} ({status.step / status.total_steps:.1%})"
+
+
+def _best(status: Status) -> str:
+    """Name the evaluation with the lowest loss."""
+    return "" if status.best_loss is None else f"step {status.best_step:,}, eval/loss {status.best_loss:.4f}"
 
 
 def _heartbeat(view: RunView) -> str:

@@ -8,14 +8,15 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.checkpoint.restore import restore
-from trainer.checkpoint.rollback import cannot_go_back, last_good, leave_branch
-from trainer.checkpoint.save import Saver
+from trainer.checkpoint.rollback import last_good, leave_branch
+from trainer.checkpoint.save import Saver, not_saved
 from trainer.config import Config
 from trainer.data.batch import Batch
 from trainer.data.order.permutation import KeyPurpose, fold_key
@@ -25,6 +26,7 @@ from trainer.engine.engine import TrainingEngine
 from trainer.engine.read_later import read_later
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, DivergenceError, MaskwrightError
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.in_training import LOSS, Evaluations
 from trainer.liveness.activity import Activity
 from trainer.liveness.rank_timer import RankTimer
 from trainer.liveness.watchdog import Limits
@@ -74,7 +76,8 @@ class Loop:
         self.watch = DivergenceWatch(self.config.resilience)
         self.step_metrics = StepMetrics(self.config, self.plan, self.world, self.criterion, self.order, self.meter)
         self.rank_timer = RankTimer(self.world.device)
-        self.save_due = False
+        self.evaluations = Evaluations(self.evaluator, self.config.eval.every_steps, self.plan.total_steps)
+        self.save_due = self.best_is_unsaved = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 
     def run(self) -> int:
@@ -95,7 +98,9 @@ class Loop:
         self.meter.restart()
         # Closing ends the loader and its workers, and writes a trace that is begun.
         with contextlib.closing(self.profiler), contextlib.closing(self._steps_of_batches()) as steps:
-            while self.state.step < self.plan.total_steps:
+            if self.best_is_unsaved:  # begun from another run's checkpoint, it has evaluated that
+                self._save(self.config.checkpoint.in_background)
+            while self.state.step < self.plan.total_steps and not self.early_end:
                 with self.profiler.step(self.state.step + 1):
                     shape = self.plan.shape_at(self.state.samples)
                     micro_batches, agreed = self._agree(next(steps))
@@ -117,8 +122,8 @@ class Loop:
                 self._save_if_due()
         self._save_or_fail()
         if self.reporter is not None:
-            state = self.state
-            self.reporter.finished(state.step, state.tokens - state.skipped_tokens(self.order.phases.tokens))
+            tokens = self.state.tokens - self.state.skipped_tokens(self.order.phases.tokens)
+            self.reporter.finished(self.state, tokens, self.early_end)
         return EXIT_FINISHED
 
     def dry_run(self, console: TrainingConsole) -> int:
@@ -276,7 +281,7 @@ class Loop:
             DivergedError: when that is not wanted, was done too often, or there is no such checkpoint.
         """
         settings, run_dir, state = self.config.resilience, self.saver.run_dir, self.state
-        self.loss_to_judge, self.save_due = None, False
+        self.loss_to_judge, self.save_due, self.best_is_unsaved = None, False, False
         self._finish_save()
         self.saver.check_lock()
         found = None
@@ -288,17 +293,11 @@ class Loop:
         folder, manifest = found
         saved = TrainState(**manifest.state)
         self.state = state.rolled_back_to(saved, divergence.reason)
-        moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order)
+        rewind = (lambda: None) if self.reporter is None else partial(self.reporter.rewind, saved.step)
+        moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order, rewind)
         with self.activity.within("start"):
             restore(self.engine, folder, self.world)
         self.saver.resumed(folder, saved.step)
-        error = None
-        try:
-            if self.reporter is not None:
-                self.reporter.rewind(saved.step)
-        except OSError as caught:
-            error = cannot_go_back(run_dir, folder, caught)
-        distributed.raise_on_all_ranks(self.world, error)
         self._report_event("rollback", divergence.reason, saved.samples, state.samples, from_step=state.step)
         if self.reporter is not None:
             self.reporter.went_back(folder, moved)
@@ -322,27 +321,31 @@ class Loop:
         self.meter.restart()
 
     def _evaluate_if_due(self) -> None:
-        last = self.state.step == self.plan.total_steps
-        if self.evaluator is None or not (last or self._is_due(self.config.eval.every_steps)):
+        if not self.evaluations.is_due(step := self.state.step):
             return
-        # A request to stop cuts an evaluation short, to be done after the resume; after the last step there is none.
         with self.activity.within("evaluate"):
             if self.config.model.compile:
                 self.activity.compiles("evaluation")
-            values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
-        if values is not None and self.reporter is not None:
-            self.reporter.evaluation({**counters(self.state), **values}, self.criterion.describe(values))
+            values = self.evaluations.run(step, self.engine, self.world, self.stop, self.activity.progress)
+        if values is not None:
+            is_best = self.state.judge(values[LOSS], self.evaluations.blocks) and self.config.checkpoint.keep_best
+            self.best_is_unsaved = is_best and step not in (0, self.saver.saved_step)
+            self.saver.amend(self.state)
+            line = {**counters(self.state), **values}
+            if self.reporter is not None:
+                self.reporter.evaluation(line, self.criterion.describe(values), self.state)
         self.meter.restart()
 
-    def _stops_evaluation(self, last: bool) -> bool:
-        """Tell whether an evaluation is to be cut short; asked before each of its batches."""
-        self.activity.progress()
-        return self.stop.received and not last
+    @property
+    def early_end(self) -> str:
+        """Why training ends before its last step; empty while it goes on."""
+        return self.state.early_end(self.plan.total_steps, self.config.eval.patience)
 
     def _save_if_due(self) -> None:
         """Save by the step; while steps are skipped it is put off: they change nothing, and push out older ones."""
         self.save_due = self.save_due or self._is_due(self.config.checkpoint.every_steps)
-        if self.save_due and self.state.skipped_in_a_row == 0 and self.state.step < self.plan.total_steps:
+        is_due = self.best_is_unsaved or (self.save_due and self.state.skipped_in_a_row == 0)
+        if is_due and self.state.step < self.plan.total_steps:
             self._save(self.config.checkpoint.in_background)
 
     def _save(self, in_background: bool) -> bool:
@@ -353,7 +356,7 @@ class Loop:
         """
         if self.loss_to_judge is not None:
             self._judge_loss(distributed.all_reduce_sum(self.world, [self.loss_to_judge()])[0])
-        self.save_due = False
+        self.save_due = self.best_is_unsaved = False
         self._finish_save()
         is_saved = self.saver.saved_step == self.state.step
         with self._saving():
@@ -387,11 +390,7 @@ class Loop:
     def _save_or_fail(self) -> None:
         """Make the save that nothing follows, or raise: to end as if it had worked would lose the run."""
         if not self._save(in_background=False):
-            raise MaskwrightError(
-                f"The checkpoint at step {self.state.step} could not be saved, and training ends here.",
-                where=str(self.saver.run_dir),
-                remedy="Free space or restore access, and start the same command again: it resumes from the last one.",
-            )
+            raise not_saved(self.state.step, self.saver.run_dir)
 
     def _stop(self) -> int:
         self._save_or_fail()

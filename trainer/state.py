@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import ConfigDict
 
-from trainer.runtime.typed_json import Count
+from trainer.runtime.typed_json import Count, Number
 
 
 @dataclass
@@ -27,6 +28,11 @@ class TrainState:
             `first_sample` and `end_sample` (exclusive) of the data passed over, `reason`.
         recent_losses: of the last applied steps, while `resilience.max_loss_ratio` is set.
         recent_grad_norms: the same for `resilience.max_grad_norm_ratio`.
+        evaluated_step: of the last evaluation; null before the first.
+        evaluated_on: the validation blocks that it was over: with others evaluations are judged anew.
+        best_step: of the evaluation with the lowest `eval/loss`; null before one was finite.
+        best_loss: what it found, nats.
+        evaluations_since_best: those after it, in a row: none of them was better.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -40,6 +46,11 @@ class TrainState:
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
     recent_grad_norms: list[float] = field(default_factory=list)
+    evaluated_step: Count | None = None
+    evaluated_on: str = ""
+    best_step: Count | None = None
+    best_loss: Number | None = None
+    evaluations_since_best: Count = 0
 
     def advance(self, samples: int, seq_len: int, applied: bool) -> None:
         """Count one optimizer step over `samples` blocks."""
@@ -50,6 +61,42 @@ class TrainState:
         self.tokens += samples * seq_len
         self.skipped_steps += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+
+    def judge(self, loss: float, blocks: str) -> bool:
+        """Compare the evaluation of the present step with those before; returns whether it is better than all of them.
+
+        An evaluation that was judged before, and is only done again, changes nothing.
+
+        Args:
+            loss: `eval/loss`; one that is not finite is better than none.
+            blocks: what it is over, as `evaluated_on`.
+        """
+        if blocks != self.evaluated_on:  # losses over other blocks say nothing of these
+            self.forget_evaluations()
+        elif self.evaluated_step == self.step:
+            return False
+        self.evaluated_step, self.evaluated_on = self.step, blocks
+        if not math.isfinite(loss) or (self.best_loss is not None and loss >= self.best_loss):
+            self.evaluations_since_best += 1
+            return False
+        self.best_step, self.best_loss, self.evaluations_since_best = self.step, loss, 0
+        return True
+
+    def forget_evaluations(self) -> None:
+        """Judge from here on as if there had been none."""
+        self.evaluated_step = self.best_step = self.best_loss = None
+        self.evaluated_on, self.evaluations_since_best = "", 0
+
+    def early_end(self, total_steps: int, patience: int | None) -> str:
+        """Say why training ends before its last step, by `eval.patience`; empty when it does not."""
+        if patience is None or self.evaluations_since_best < patience or self.step >= total_steps:
+            return ""
+        found = "had a finite loss"
+        if self.best_step is not None:
+            found = f"was better than the best, that of step {self.best_step:,}, loss {self.best_loss:.4f}"
+        return (
+            f"stopped early at step {self.step:,}: of the last {self.evaluations_since_best} evaluations none {found}"
+        )
 
     def rolled_back_to(self, saved: TrainState, reason: str) -> TrainState:
         """Make the state to go on with from a checkpoint's weights, behind the data consumed since it was saved.

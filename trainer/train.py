@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
+
 from trainer.checkpoint.begun import as_begun
 from trainer.checkpoint.contents import prove_causal, prove_head, prove_repeatable, read_probe_block, take_contents
-from trainer.checkpoint.find import checkpoints_folder, choose_checkpoint
 from trainer.checkpoint.identity import run_identity
-from trainer.checkpoint.manifest import CheckpointManifest, Records, read_checkpoint_manifest
+from trainer.checkpoint.manifest import Records, read_checkpoint_manifest
 from trainer.checkpoint.restore import read_updates, restore
-from trainer.checkpoint.resume import check_place, check_resumable, describe_frozen_change, describe_layout
+from trainer.checkpoint.resume import check_place, check_resumable, describe_frozen_change, describe_layout, is_own
 from trainer.checkpoint.retention import prepare_folder
-from trainer.checkpoint.run_folder import check_replaceable, settle
+from trainer.checkpoint.run_folder import settle
 from trainer.checkpoint.save import Saver
+from trainer.checkpoint.start_point import StartPoint, choose_start, nothing_left
 from trainer.config import CUDA_GRAPHS, Config, run_folder
 from trainer.data.batch import Batch
 from trainer.data.loader import SampledBlocks, TrainingBatches
@@ -34,7 +35,8 @@ from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel
-from trainer.model.classes import CAUSAL
+from trainer.model.classes import CAUSAL, MAIN
+from trainer.model.kept import describe_kept, read_kept
 from trainer.model.teacher import TeacherModel, load_teacher
 from trainer.model.trained import build_trained
 from trainer.objectives.objective import Criterion
@@ -43,7 +45,6 @@ from trainer.run import Run, opened
 from trainer.runtime import distributed
 from trainer.runtime.determinism import make_deterministic
 from trainer.runtime.distributed import World
-from trainer.runtime.paths import real_path
 from trainer.runtime.process import job_id, node_name
 from trainer.runtime.signals import StopRequest, stop_requests
 from trainer.sizing.flops import flops_per_token, head_flops, prediction_flops, step_flops
@@ -134,22 +135,13 @@ def _make_ready(run: Run) -> None:
         run.say(line)
 
 
-@dataclass(frozen=True)
-class StartPoint:
-    """Where a run starts from: a checkpoint, or nothing."""
-
-    checkpoint: Path | None
-    manifest: CheckpointManifest | None
-    state: TrainState
-
-
 def _train(run: Run, inputs: Inputs) -> int:
     """Build the model, check that it may go on from the checkpoint, and hand all to the loop."""
-    start = _choose(run)
+    start = StartPoint.afresh() if run.is_dry else choose_start(run.world, run.folder, run.resume, run.say)
     run.activity.at_step(start.state.step, is_started=False)
     run.say(_decision(run, start))
-    if start.state.step >= inputs.plan.total_steps:
-        run.say(f"finished: step {start.state.step} of {inputs.plan.total_steps} is done; nothing changed")
+    if done := nothing_left(inputs.config, start.state, inputs.plan.total_steps):
+        run.say(f"{done}; nothing changed")
         run.status.take_back()
         return EXIT_FINISHED
 
@@ -180,18 +172,6 @@ def _train(run: Run, inputs: Inputs) -> int:
         if run.is_dry:
             return loop.dry_run(run.console)
         return _run_with_reports(run, loop, start)
-
-
-def _choose(run: Run) -> StartPoint:
-    """Choose the checkpoint to go on from, the same on all ranks."""
-    if run.is_dry:
-        return StartPoint(None, None, TrainState())
-    checkpoint = choose_checkpoint(run.world, run.folder, run.resume, run.say)
-    distributed.run_on_all_ranks(
-        run.world, lambda: check_replaceable(run.folder, run.resume, checkpoint) if run.world.is_main else None
-    )
-    manifest = read_checkpoint_manifest(checkpoint) if checkpoint else None
-    return StartPoint(checkpoint, manifest, TrainState(**manifest.state) if manifest else TrainState())
 
 
 def _check_start(run: Run, inputs: Inputs, start: StartPoint, records: Records, built: BuiltModel) -> None:
@@ -276,7 +256,7 @@ def _run_with_reports(run: Run, loop: Loop, start: StartPoint) -> int:
     )
     try:
         code = loop.run()
-        run.status.ended(code, "" if code == EXIT_FINISHED else run.stop.reason, loop.state)
+        run.status.ended(code, loop.early_end if code == EXIT_FINISHED else run.stop.reason, loop.state)
         return code
     finally:
         if loop.reporter is not None:
@@ -341,16 +321,21 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
     distributed.run_on_all_ranks(world, lambda: prove_head(engine, inputs, block))
     if family_of(inputs.config) == CAUSAL:
         distributed.run_on_all_ranks(world, lambda: prove_causal(engine, inputs, block))
+    kept: dict[str, Tensor] = distributed.run_on_all_ranks(
+        world, lambda: read_kept(engine.exports[MAIN], inputs.config.model) if world.is_main else {}
+    )
+    for line in describe_kept(kept):
+        run.say(line)
     saver = Saver(
         run_dir=run.folder,
         world=world,
         engine=engine,
         settings=inputs.config.checkpoint,
         records=records,
-        contents=lambda: take_contents(engine, inputs, block),
+        contents=lambda: take_contents(engine, inputs, block, kept),
         lock_lost=run.lock.lost,
     )
-    if checkpoint and real_path(checkpoint).parent == real_path(checkpoints_folder(run.folder)):
+    if checkpoint and is_own(run.folder, checkpoint):
         saver.resumed(checkpoint, read_checkpoint_manifest(checkpoint).step)
     return saver
 

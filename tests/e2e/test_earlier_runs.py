@@ -17,6 +17,7 @@ import pytest
 from launcher.cli import app
 from tests.e2e.test_golden_loss import TOLERANCE
 from tests.ranks import train
+from trainer.checkpoint.find import locate
 from trainer.config import Config
 from trainer.config.file import load_config
 from trainer.errors import EXIT_FINISHED
@@ -58,6 +59,17 @@ def test_it_resumes_on_other_ranks_and_another_stage(earlier: Path, ranks: int, 
     other = ("batch.global_size=6", "train.epochs=null", "train.steps=7", f"deepspeed={stage}")
     assert train(config_of(earlier, *other), world_size=ranks, resume="must") == EXIT_FINISHED
     assert read_metrics(earlier / "run" / "metrics.jsonl")[-1]["step"] == 7
+
+
+def test_its_evaluations_are_judged_from_here_on(earlier: Path) -> None:
+    """Its checkpoint knows of none, and its config has no key for it."""
+    judged = config_of(earlier, "checkpoint.keep_best=true", "eval.patience=9")
+    assert train(judged, world_size=2, resume="must") == EXIT_FINISHED
+    resumed = next(json.loads(line)["step"] for line in (earlier / "run/starts.jsonl").read_text().splitlines()[::-1])
+    lines = [line for line in read_metrics(earlier / "run" / "metrics.jsonl") if "eval/loss" in line]
+    found = {line["step"]: line["eval/loss"] for line in lines if line["step"] > resumed}
+    manifest = locate(earlier / "run")[1]
+    assert (manifest.state["best_step"], manifest.state["best_loss"]) == min(found.items(), key=lambda one: one[1])
 
 
 def test_everything_of_it_opens(

@@ -13,7 +13,8 @@ from tests.commands import assert_one_card, maskwright
 from tests.damage import DAMAGES
 from tests.unit.checkpoint.checkpoint_folders import write_checkpoint
 from tools.checkpoints import list_run, verify_run
-from trainer.checkpoint.find import locate
+from trainer.checkpoint.find import locate, locate_best
+from trainer.checkpoint.manifest import step_folder
 from trainer.errors import DamagedError, UserError
 
 FILES = ("weights.pt", "sub/config.json", "manifest.json")
@@ -44,6 +45,43 @@ def test_list_shows_what_can_be_resumed_and_why_not(tmp_path: Path, capsys: pyte
     assert first.split() == ["step-00000001", "1", "256", *saved, "2", "1", "bf16", "45", "B", "valid"]
     assert "weights.pt: 5 bytes instead of 20" in second and "manifest.json: missing" in third
     assert "checkpoint verify" in note
+
+
+def test_list_names_the_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        write_checkpoint(tmp_path, step, best_step=best, best_loss=2.5)
+    assert [row["best"] for row in listed(tmp_path, capsys)] == [False, True, False]
+    lines = maskwright("checkpoint", "list", tmp_path).stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:-1]] == ["valid", "best", "valid"]
+
+
+@pytest.mark.parametrize(
+    ("best", "step", "words"),
+    [
+        (None, 4, "no evaluation is recorded in its checkpoints"),
+        (0, 4, "is that of step 0: training has made the model no better"),
+        (2, 2, "is a checkpoint, and --best asks for that of a run's best evaluation"),
+        (3, 4, "is that of step 3, which has no checkpoint any more"),
+    ],
+)
+def test_a_best_checkpoint_that_is_not_there_is_a_card(best: int | None, step: int, words: str, tmp_path: Path) -> None:
+    for number in (2, 4):
+        write_checkpoint(tmp_path, number, best_step=min(best, number) if best is not None else None, best_loss=1.0)
+    source = tmp_path if step == 4 else step_folder(tmp_path / "checkpoints", step)
+    with pytest.raises(UserError) as caught:
+        locate_best(source)
+    assert words in caught.value.problem and caught.value.remedy.endswith(".")
+    assert ("step-00000002" in caught.value.remedy) == (best == 3), "the best up to then is still there"
+
+
+def test_a_damaged_best_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None:
+    for number in (2, 4):
+        folder = write_checkpoint(tmp_path, number, best_step=number, best_loss=1.0)
+    DAMAGES["truncated"](folder / "weights.pt")
+    write_checkpoint(tmp_path, 6, best_step=4, best_loss=1.0)
+    assert locate(tmp_path)[0].name == "step-00000006"
+    with pytest.raises(DamagedError, match=r"Checkpoint step-00000004: weights\.pt"):
+        locate_best(tmp_path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -15,9 +15,10 @@ from tests.damage import DAMAGES
 from tests.ranks import FORK_SERVER
 from tests.unit.checkpoint.checkpoint_folders import RECORDS, write_checkpoint
 from trainer.checkpoint.find import Candidate, candidates
-from trainer.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest, write_manifest
+from trainer.checkpoint.manifest import CheckpointManifest, read_checkpoint_manifest, step_folder, write_manifest
 from trainer.checkpoint.retention import (
     LEAST_VALID,
+    best_so_far,
     estimated_bytes,
     expendable,
     is_complete,
@@ -70,6 +71,16 @@ def test_what_is_kept_for_any_folder(
         assert old <= set(removed), "nothing is kept without a reason"
     else:
         assert not removed
+
+
+def test_the_best_checkpoint_is_the_newest_whole_one_whose_own_evaluation_was_the_best(tmp_path: Path) -> None:
+    for step, best in ((1, None), (2, 2), (3, 3), (4, 3), (5, 5), (6, 5)):
+        write_checkpoint(tmp_path, step, best_step=best, best_loss=None if best is None else 9.0 - best)
+    found = candidates(tmp_path)
+    assert best_so_far(found, is_complete) == step_folder(tmp_path / "checkpoints", 5)
+    (tmp_path / "checkpoints/step-00000005/weights.pt").unlink()
+    assert best_so_far(found, is_complete) == step_folder(tmp_path / "checkpoints", 3), "5 cannot be used"
+    assert best_so_far(found[-1:], is_complete) is None, "step 1 was not evaluated, or by an older version"
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_kept_ones(tmp_path: Path) -> None:

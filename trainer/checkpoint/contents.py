@@ -7,16 +7,16 @@ that comes out. The conversion must reproduce them, which proves that what comes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint.manifest import FROZEN, MODEL_FOLDER, PROBE, RUN_CONFIG
+from trainer.checkpoint.manifest import FROZEN, KEPT, MODEL_FOLDER, PROBE, RUN_CONFIG
 from trainer.config.file import dump_config
 from trainer.data.batch import Batch
 from trainer.data.blocks import Blocks
@@ -112,8 +112,14 @@ def read_probe_block(inputs: Inputs) -> np.ndarray:
     return np.resize(tokens, (1, length))
 
 
-def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> Callable[[Path], None]:
-    """Take the probes, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder."""
+def take_contents(
+    engine: TrainingEngine, inputs: Inputs, block: np.ndarray, kept: Mapping[str, torch.Tensor]
+) -> Callable[[Path], None]:
+    """Take the probes, on every rank; returns what rank 0 calls to write the contents into a checkpoint folder.
+
+    Args:
+        kept: of the source's weights those that go past the training, by name; on rank 0.
+    """
     probes = take_probes(engine, inputs, block)
 
     def write(folder: Path) -> None:
@@ -127,11 +133,20 @@ def take_contents(engine: TrainingEngine, inputs: Inputs, block: np.ndarray) -> 
         for name, probe in probes.items():
             save_probe(probe, probe_folder(folder, name))
             give_usual_mode(probe_folder(folder, name) / PROBE)
+        if kept:
+            save_file(dict(kept), folder / MODEL_FOLDER / KEPT)
+            give_usual_mode(folder / MODEL_FOLDER / KEPT)
         if engine.frozen:
             save_file(engine.frozen, folder / FROZEN)
             give_usual_mode(folder / FROZEN)
 
     return write
+
+
+def kept_weights(folder: Path, export: str) -> dict[str, torch.Tensor]:
+    """Read the weights that a checkpoint has for a converted model beside those of its class; the main one has some."""
+    path = folder / MODEL_FOLDER / KEPT
+    return load_file(path) if export == MAIN and path.is_file() else {}
 
 
 def probe_folder(folder: Path, export: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,62 @@ def locate(source: str | Path) -> tuple[Path, CheckpointManifest]:
         DamagedError: when there are some, but none is whole.
     """
     return _newest_whole(_meant_by(source), find_candidate_faults)
+
+
+def is_best_yet(candidate: Candidate) -> bool:
+    """Tell whether the evaluation of its own step was better than all before."""
+    return candidate.manifest is not None and candidate.manifest.state.get("best_step") == candidate.step
+
+
+def find_best(found: Sequence[Candidate]) -> Candidate | None:
+    """Find the checkpoint of the best evaluation that the newest one knows of; None where there is none of that step.
+
+    Args:
+        found: of a run, newest first.
+    """
+    recorded = _recorded_best(found)
+    return next((candidate for candidate in found if candidate.step == recorded and is_best_yet(candidate)), None)
+
+
+def _recorded_best(found: Sequence[Candidate]) -> int | None:
+    manifest = next((candidate.manifest for candidate in found if candidate.manifest is not None), None)
+    return manifest.state.get("best_step") if manifest is not None else None
+
+
+def locate_best(run: str | Path) -> tuple[Path, CheckpointManifest]:
+    """Find the checkpoint of a run's best evaluation.
+
+    Raises:
+        UserError: when there is none, or a checkpoint was given.
+        DamagedError: when it is not whole; another one is not the best.
+    """
+    found = _meant_by(run)
+    if found[0].folder == user_path(run):
+        raise UserError(
+            f"'{run}' is a checkpoint, and --best asks for that of a run's best evaluation.",
+            where=f"--best {run}",
+            remedy="Give the run folder, or leave --best out.",
+        )
+    best = find_best(found)
+    if best is None:
+        raise _no_best(run, found)
+    return _newest_whole([best], find_candidate_faults)
+
+
+def _no_best(run: str | Path, found: Sequence[Candidate]) -> UserError:
+    step = _recorded_best(found)
+    earlier = next((candidate.folder for candidate in found if is_best_yet(candidate)), None)
+    if step is None:
+        problem = f"'{run}' has no best checkpoint: no evaluation is recorded in its checkpoints."
+        remedy = "Give data.validation and checkpoint.keep_best=true to a run; leave --best out to convert the newest."
+    elif step == 0:
+        problem = f"The best evaluation of '{run}' is that of step 0: training has made the model no better."
+        remedy = "Use the model that it began with, or leave --best out to convert the newest checkpoint."
+    else:
+        problem = f"The best evaluation of '{run}' is that of step {step:,}, which has no checkpoint any more."
+        remedy = "Set checkpoint.keep_best=true in the next run; leave --best out to convert the newest checkpoint"
+        remedy += f", or give {earlier}, which was the best up to then." if earlier is not None else "."
+    return UserError(problem, where=f"--best {run}", remedy=remedy)
 
 
 def choose_checkpoint(

@@ -180,14 +180,18 @@ def set_aside_newer(run_dir: Path, step: int, always_metrics: bool = False) -> P
     return target
 
 
+def is_own(run_dir: Path, checkpoint: Path) -> bool:
+    """Tell whether a checkpoint lies among those of the run."""
+    return real_path(checkpoint).parent == real_path(checkpoints_folder(run_dir))
+
+
 def check_place(run_dir: Path, checkpoint: Path) -> None:
     """Refuse to mix two runs: a checkpoint of another run may only start an empty run folder.
 
     Raises:
         UserError: naming both.
     """
-    own = real_path(checkpoints_folder(run_dir))
-    if real_path(checkpoint).parent != own and candidates(run_dir):
+    if not is_own(run_dir, checkpoint) and candidates(run_dir):
         raise UserError(
             f"'{checkpoint}' is a checkpoint of another run, and '{run_dir}' has checkpoints of its own.",
             where=f"--resume {checkpoint}, run.dir={run_dir}",

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, find_candidate_faults
+from trainer.checkpoint.find import Candidate, candidates, checkpoints_folder, find_candidate_faults, is_best_yet
 from trainer.checkpoint.manifest import Records
 from trainer.config import CheckpointConfig
 from trainer.engine.state_size import checkpoint_bytes
@@ -44,6 +44,18 @@ def expendable(
         if candidate.manifest is not None and not kept_for_good:
             doomed.append(candidate.folder)
     return doomed
+
+
+def best_so_far(found: Sequence[Candidate], is_whole: Callable[[Candidate], bool]) -> Path | None:
+    """Find the whole checkpoint whose evaluation was the best of those that have one; None where none was.
+
+    Each best one is better than those before it: of the checkpoints whose own evaluation was the best up to then, the
+    newest is it. Where the save of a better one has failed, that is an earlier one, and still the best there is.
+
+    Args:
+        found: of a run, newest first.
+    """
+    return next((candidate.folder for candidate in found if is_best_yet(candidate) and is_whole(candidate)), None)
 
 
 def is_complete(candidate: Candidate) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def leave_branch(
     manifest: CheckpointManifest,
     state: TrainState,
     data_order: dict[str, Any],
+    rewind: Callable[[], None],
 ) -> Path:
     """Set later checkpoints and a copy of the metrics aside, and let a resume from `folder` start from `state`.
 
@@ -43,6 +45,7 @@ def leave_branch(
 
     Args:
         data_order: that `state` has come through; it may have changed since the save, for what lay ahead then.
+        rewind: takes back what was reported of later steps; called on rank 0.
 
     Returns:
         The folder of what was set aside, on rank 0; elsewhere the run folder.
@@ -55,13 +58,14 @@ def leave_branch(
         try:
             moved = set_aside_newer(run_dir, manifest.step, always_metrics=True) or run_dir
             write_manifest(folder, replace(manifest, state=state.to_dict(), data_order=data_order))
+            rewind()
         except OSError as caught:
-            error = cannot_go_back(run_dir, folder, caught)
+            error = _cannot_go_back(run_dir, folder, caught)
     distributed.raise_on_all_ranks(world, error)
     return moved
 
 
-def cannot_go_back(run_dir: Path, folder: Path, error: OSError) -> MaskwrightError:
+def _cannot_go_back(run_dir: Path, folder: Path, error: OSError) -> MaskwrightError:
     """Make the error for a rollback that the file system does not allow."""
     return MaskwrightError(
         f"Training diverged, and the run folder cannot be written to go back to {folder.name} ({error.strerror}).",

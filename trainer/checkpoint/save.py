@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,23 @@ from trainer.checkpoint.manifest import (
     RUN_CONFIG,
     CheckpointManifest,
     Records,
+    read_checkpoint_manifest,
     step_folder,
     write_manifest,
 )
-from trainer.checkpoint.retention import expendable, is_sound, remove, remove_leftovers, too_little_space
+from trainer.checkpoint.retention import (
+    best_so_far,
+    expendable,
+    is_complete,
+    is_sound,
+    remove,
+    remove_leftovers,
+    too_little_space,
+)
 from trainer.config import CheckpointConfig
 from trainer.engine.engine import TrainingEngine
 from trainer.engine.snapshot import Snapshot
-from trainer.errors import DivergenceError, UserError
+from trainer.errors import DivergenceError, MaskwrightError, UserError
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 from trainer.runtime.files import file_hash, replace_synced, sync_folder
@@ -186,6 +195,28 @@ class Saver:
         self.saved_step = save.step
         return save.target
 
+    def amend(self, state: TrainState) -> None:
+        """Write `state` into the checkpoint of its step, if there is one; every rank calls it.
+
+        The evaluation of a step is judged before its save. One that a stop had cut short is judged after the resume,
+        and only the manifest has to change: a run that is lost then neither forgets it nor does it again.
+
+        Raises:
+            UserError: on every rank, when another job has taken the run folder.
+        """
+        if self.saved_step != state.step:
+            return
+        self.check_lock()
+        if not self.world.is_main:
+            return
+        folder = self._target(state)
+        try:
+            manifest = read_checkpoint_manifest(folder)
+            if manifest.state != state.to_dict():
+                write_manifest(folder, replace(manifest, state=state.to_dict()))
+        except (MaskwrightError, OSError) as error:  # the checkpoint is whole all the same
+            logger.warning("%s does not record its evaluation: %s", folder.name, error)
+
     def check_lock(self) -> None:
         """See that the run folder is still this job's; every rank calls it.
 
@@ -253,14 +284,31 @@ class Saver:
 
     def _rotate(self, newest: Path) -> None:
         """Remove what the settings do not keep; never the newest, nor what this start was resumed from."""
-        pinned = {newest} if self.resumed_from is None else {newest, self.resumed_from}
-        for folder in expendable(candidates(self.run_dir), self.settings, pinned, self._is_valid):
+        found = candidates(self.run_dir)
+        # One that was saved while steps were skipped may be left by a rollback, and then it is the one before.
+        best = (
+            [best_so_far(found, test) for test in (self._is_whole, self._is_valid)] if self.settings.keep_best else []
+        )
+        pinned = {newest, *filter(None, (self.resumed_from, *best))}
+        for folder in expendable(found, self.settings, pinned, self._is_valid):
             remove(folder)
 
     def _is_valid(self, candidate: Candidate) -> bool:
-        """Tell whether one is sound, and none that this start stepped over: those lie after the one that it took."""
+        return self._is_whole(candidate) and is_sound(candidate)
+
+    def _is_whole(self, candidate: Candidate) -> bool:
+        """Tell whether one is complete, and none that this start stepped over: those lie after the one that it took."""
         known = candidate.folder in self.saved or candidate.step <= self.first_step
-        return known and is_sound(candidate)
+        return known and is_complete(candidate)
+
+
+def not_saved(step: int, run_dir: Path) -> MaskwrightError:
+    """Make the error for a save that nothing follows."""
+    return MaskwrightError(
+        f"The checkpoint at step {step} could not be saved, and training ends here.",
+        where=str(run_dir),
+        remedy="Free space or restore access, and start the same command again: it resumes from the last one.",
+    )
 
 
 def _record(folder: Path) -> Files:

@@ -23,3 +23,6 @@ class CheckpointConfig(Section):
     Each rank needs free memory as large as its files."""
     keep_every_steps: PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the best evaluation so far (the lowest eval/loss). An evaluation that is better than
+    all before is saved at once, but for that of step 0. `maskwright convert RUN --best` converts it."""

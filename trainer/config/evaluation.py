@@ -11,3 +11,6 @@ class EvalConfig(Section):
     and at most 500."""
     samples: PositiveInt = 1024
     """Blocks of validation data an evaluation; always the same ones, with the same masks."""
+    patience: PositiveInt | None = None
+    """End the run, saved and with exit code 0, when so many evaluations in a row were no better than the best before
+    them. The learning rate follows the whole length all the same. With a larger number, or null, the run goes on."""

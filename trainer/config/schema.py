@@ -349,6 +349,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def evaluations_are_judged_where_there_are_some(self) -> Self:
+        lacking = "data.validation" if self.data.validation is None else "eval.every_steps"
+        wanted = "checkpoint.keep_best=true" if self.checkpoint.keep_best else f"eval.patience={self.eval.patience}"
+        is_wanted = self.checkpoint.keep_best or self.eval.patience is not None
+        if is_wanted and (self.data.validation is None or self.eval.every_steps is None):
+            raise ValueError(f"with {wanted} needs {lacking}: without evaluations no checkpoint is the best")
+        return self
+
+    @model_validator(mode="after")
     def micro_size_is_known_to_cuda_graphs(self) -> Self:
         if self.model.compile == CUDA_GRAPHS and self.batch.micro_size == "auto":
             raise ValueError(

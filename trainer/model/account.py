@@ -37,17 +37,18 @@ def account_for_weights(
     if shapes is None:
         return []
     try:
-        model, report = _load_without_data(config, shapes)
+        model, report = load_without_data(config, shapes)
     except NotImplementedError:  # transformers cannot tie a weight to one of another shape
         untied = copy.deepcopy(config)
         untied.tie_word_embeddings = False
-        model, report = _load_without_data(untied, shapes)
+        model, report = load_without_data(untied, shapes)
     return account_for_keys(model, source, report, whole)
 
 
-def _load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size]) -> tuple[PreTrainedModel, Any]:
+def load_without_data(config: PretrainedConfig, shapes: Mapping[str, torch.Size]) -> tuple[PreTrainedModel, Any]:
+    """Load weights of these shapes into the class of a config; returns what `from_pretrained` does, with its report."""
     number = torch.zeros(())
-    with _quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random
+    with quiet_library(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random
         return model_class(config).from_pretrained(
             None,
             config=config,
@@ -141,7 +142,7 @@ def _wrapper(missing: Sequence[str], unused: Sequence[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Keep the library's own report and progress bar off the console."""
     level, bar = library_log.get_verbosity(), library_log.is_progress_bar_enabled()
     library_log.set_verbosity_error()

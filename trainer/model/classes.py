@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 from trainer.errors import UserError
@@ -164,6 +165,17 @@ def auto_class_of(config: PretrainedConfig) -> str:
 def is_detector(config: PretrainedConfig) -> bool:
     """Tell whether the class that a config names has one logit a token, which says whether it was replaced."""
     return _name_of(config) in FAMILIES[DETECTING].classes.values()
+
+
+def wider_classes(config: PretrainedConfig) -> list[str]:
+    """Name the classes that may have weights beside the one that a config names: of its type's pre-training, and bare.
+
+    Such are BERT's pooler and its head for pairs beside the masked-LM class, and RoBERTa's pooler.
+    """
+    if code_of(config) is not None:
+        return []
+    found = [names.get(config.model_type) for names in (MODEL_FOR_PRETRAINING_MAPPING_NAMES, MODEL_MAPPING_NAMES)]
+    return [name if isinstance(name, str) else name[0] for name in found if name is not None]
 
 
 def attended_tokens(seq_len: int, family: str) -> float:

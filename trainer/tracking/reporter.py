@@ -12,10 +12,11 @@ from trainer.config import Config
 from trainer.config.file import dump_config
 from trainer.errors import cannot_write
 from trainer.schedule.batch_plan import BatchPlan
+from trainer.state import TrainState
 from trainer.tracking.console import TrainingConsole, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
 from trainer.tracking.metrics import as_json
-from trainer.tracking.status import StatusWriter
+from trainer.tracking.status import StatusWriter, best_of
 from trainer.tracking.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,19 @@ class Reporter:
             eta_seconds=seconds_left(values, self._plan),
         )
 
-    def evaluation(self, values: dict[str, Any], found: str) -> None:
-        """Report an evaluation line; `found` says for the console what it has found beside the loss."""
+    def evaluation(self, values: dict[str, Any], found: str, state: TrainState) -> None:
+        """Report an evaluation line.
+
+        Args:
+            found: says for the console what it has found beside the loss.
+            state: in which it is judged.
+        """
         self._write(values)
-        self.console.say(f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}")
+        self.status.progress(**best_of(state))
+        judged = ""
+        if self._config.eval.patience is not None and state.evaluations_since_best:
+            judged = f"  ({state.evaluations_since_best} of {self._config.eval.patience} that are no better)"
+        self.console.say(f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}{judged}")
 
     def saved(self, folder: Path) -> None:
         """Report a checkpoint."""
@@ -96,13 +106,20 @@ class Reporter:
         """Say that training has stopped on request, after saving."""
         self.console.say(f"stopped at step {step} on {reason}; the same command goes on from here")
 
-    def finished(self, steps: int, tokens: int) -> None:
-        """Say that the last step is done, and what comes next."""
-        folder = self._run_dir
-        self.console.say(
-            f"finished: {steps} steps, {tokens:,} tokens. "
-            f"The model: maskwright convert {folder} --output {folder.name}-model"
-        )
+    def finished(self, state: TrainState, tokens: int, early_end: str) -> None:
+        """Say that training is done, and what comes next.
+
+        Args:
+            tokens: that were trained on.
+            early_end: why that is before the last step; empty when it is not.
+        """
+        folder, best = self._run_dir, " --best" if self._converts_best(state) else ""
+        done = f"{early_end}; {tokens:,} tokens" if early_end else f"finished: {state.step} steps, {tokens:,} tokens"
+        self.console.say(f"{done}. The model: maskwright convert {folder}{best} --output {folder.name}-model")
+
+    def _converts_best(self, state: TrainState) -> bool:
+        """Tell whether the best checkpoint was kept, and is not the last one."""
+        return self._config.checkpoint.keep_best and state.best_step not in (None, 0, state.step)
 
     def rank_times(self, seconds: list[list[float]]) -> None:
         """Say, now and then, which ranks hold up the others; `seconds` as in `trainer.liveness.stragglers`."""

@@ -55,6 +55,8 @@ class Status:
         train_loss: of the last training line, nats; null before the first, and when it is not finite.
         tokens_per_second: of the last training line.
         eta_seconds: time left at that speed.
+        best_step: of the evaluation with the lowest loss so far; null before the first.
+        best_loss: what it found, nats.
         last_checkpoint: the folder in `checkpoints/` that was saved or resumed from last.
         restarts: starts of this run after the first one.
         job_id: the SLURM job; empty outside SLURM.
@@ -75,6 +77,8 @@ class Status:
     train_loss: Number | None = None
     tokens_per_second: Number | None = None
     eta_seconds: Seconds | None = None
+    best_step: Count | None = None
+    best_loss: Number | None = None
     last_checkpoint: str = ""
     restarts: Count = 0
     job_id: str = ""
@@ -164,7 +168,7 @@ class StatusWriter:
         """
         changes: dict[str, Any] = {"restarts": 0} if is_new else {}
         changes |= {} if checkpoint else {"train_loss": None}
-        self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state))
+        self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state), **best_of(state))
 
     def entered(self, phase: str) -> None:
         """Note that a phase of the run begins (trainer.liveness.activity)."""
@@ -180,7 +184,8 @@ class StatusWriter:
     def ended(self, code: int, reason: str, state: TrainState | None = None) -> None:
         """Note that the run ends in order, with this exit code and in this state, if there was any training."""
         name = "finished" if code == EXIT_FINISHED else "stopped"
-        self.set(state=name, reason=reason, eta_seconds=None, **(_counters(state) if state is not None else {}))
+        of_state = {} if state is None else {**_counters(state), **best_of(state)}
+        self.set(state=name, reason=reason, eta_seconds=None, **of_state)
 
     @contextlib.contextmanager
     def until_the_end(self) -> Iterator[None]:
@@ -199,3 +204,8 @@ class StatusWriter:
 
 def _counters(state: TrainState) -> dict[str, int]:
     return {"step": state.step, "samples": state.samples, "tokens": state.tokens}
+
+
+def best_of(state: TrainState) -> dict[str, Any]:
+    """Name the best evaluation up to a state, in the fields of Status."""
+    return {"best_step": state.best_step, "best_loss": state.best_loss}

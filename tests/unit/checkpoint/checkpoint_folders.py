@@ -26,8 +26,8 @@ RECORDS = Records(
 )
 
 
-def write_checkpoint(run_dir: Path, step: int, contents: dict[str, bytes] | None = None) -> Path:
-    """A checkpoint of these files; default two, of which one is in a folder below."""
+def write_checkpoint(run_dir: Path, step: int, contents: dict[str, bytes] | None = None, **state: Any) -> Path:
+    """A checkpoint of these files; default two, of which one is in a folder below. `state` is TrainState's."""
     if contents is None:
         contents = {name: f"{name} of step {step}".encode() for name in ("weights.pt", "sub/config.json")}
     folder = step_folder(run_dir / "checkpoints", step)
@@ -36,7 +36,7 @@ def write_checkpoint(run_dir: Path, step: int, contents: dict[str, bytes] | None
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         files[name] = (len(content), file_hash(folder / name))
-    state = TrainState(step=step, samples=8 * step, tokens=256 * step).to_dict()
-    manifest = CheckpointManifest(**vars(RECORDS), state=state, files=files, versions={"torch": "2"}, saved_at=1.5)
+    counters = TrainState(step=step, samples=8 * step, tokens=256 * step, **state).to_dict()
+    manifest = CheckpointManifest(**vars(RECORDS), state=counters, files=files, versions={"torch": "2"}, saved_at=1.5)
     write_manifest(folder, manifest)
     return folder

@@ -29,7 +29,9 @@ def test_the_checkpoint_takes_over_state_and_data_order_and_later_ones_are_set_a
     folder, manifest = found
     assert manifest.step == 4
     state = diverged.rolled_back_to(TrainState(**manifest.state), "a test")
-    moved = leave_branch(ALONE, tmp_path, folder, manifest, state, now)
+    rewound: list[int] = []
+    moved = leave_branch(ALONE, tmp_path, folder, manifest, state, now, lambda: rewound.append(1))
+    assert rewound == [1]
     after = read_checkpoint_manifest(folder)
     assert (after.step, after.state["samples"]) == (4, 104)
     assert after.files == manifest.files and after.layout == manifest.layout

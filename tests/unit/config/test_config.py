@@ -122,6 +122,18 @@ def test_a_key_that_has_moved_is_named_with_its_new_place() -> None:
         ({"batch": {"global_size": "many"}}, "batch.global_size", "got 'many'"),
         ({"batch": {"global_size": 2.5}}, "batch.global_size", "got 2.5"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last", "greater than 0"),
+        (
+            {"checkpoint": {"keep_best": True}},
+            "my.yaml",
+            "with checkpoint.keep_best=true needs data.validation: without",
+        ),
+        ({"eval": {"patience": 3}}, "my.yaml", "with eval.patience=3 needs data.validation: without evaluations"),
+        ({"eval": {"patience": 0}}, "eval.patience", "greater than 0"),
+        (
+            {"data": {"validation": "v"}, "eval": {"patience": 1, "every_steps": None}},
+            "my.yaml",
+            "with eval.patience=1 needs eval.every_steps",
+        ),
         ({"run": {"dir": None}}, "run.dir", "got None"),
         ({"model": {"document_attention": "some"}}, "model.document_attention", "got 'some'"),
     ],
