@@ -36,6 +36,7 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         "objective.teacher.model": config.objective.teacher and config.objective.teacher.model,
         "objective.generator.from_pretrained": generator.from_pretrained if generator is not None else None,
         "data.validation": data.validation,
+        "eval.probe.path": config.eval.probe and config.eval.probe.path,
         **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
     }
     for key, name in named.items():

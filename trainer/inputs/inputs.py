@@ -31,6 +31,7 @@ from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
+from trainer.inputs.probe import describe_probe
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.inputs.teacher import describe_teacher
 from trainer.model.classes import CAUSAL, attended_tokens
@@ -61,7 +62,7 @@ class Inputs:
     objectives: tuple[Samples, ...]
     """Of each phase."""
     notes: tuple[str, ...]
-    """Who teaches, and how the model to continue from, and the tokenizer, differ from what their files say."""
+    """Who teaches, what is probed; how the model to continue from, and the tokenizer, differ from their files."""
 
     @property
     def objective(self) -> Samples:
@@ -240,14 +241,14 @@ class _Base:
         folder, tokenizer = open_tokenizer(config)
         vocabulary = read_vocabulary(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
-        taught = []
+        checked = []
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
             rehearse_trained(config, vocabulary, lengths, family_of(config))
-            taught = describe_teacher(config, vocabulary, lengths)
+            checked = describe_teacher(config, vocabulary, lengths) + describe_probe(config, vocabulary, tokenizer)
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
-        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*taught, *notes))
+        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*checked, *notes))
 
 
 def _arrange(

@@ -12,7 +12,7 @@ from trainer.config import Config
 from trainer.config.file import dump_config
 from trainer.errors import cannot_write
 from trainer.schedule.batch_plan import BatchPlan
-from trainer.tracking.console import TrainingConsole, seconds_left
+from trainer.tracking.console import TrainingConsole, evaluation_line, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
 from trainer.tracking.metrics import as_json
 from trainer.tracking.status import StatusWriter
@@ -76,7 +76,7 @@ class Reporter:
     def evaluation(self, values: dict[str, Any], found: str) -> None:
         """Report an evaluation line; `found` says for the console what it has found beside the loss."""
         self._write(values)
-        self.console.say(f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}")
+        self.console.say(evaluation_line(values, found))
 
     def saved(self, folder: Path) -> None:
         """Report a checkpoint."""
