@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.models.test_replaced_tokens import config_of
 from tests.tiny_models import (
     ARCHITECTURES,
+    BLOCKS,
     CAUSAL_ARCHITECTURES,
+    PREDICTIONS,
     SEQ_LEN,
     VOCABULARY_SIZE,
     lively_model,
+    masked_batch,
     sizes,
     vocabulary,
 )
 from trainer.config import ModelConfig
+from trainer.data.batch import DRAWS
 from trainer.errors import UserError
 from trainer.evaluation.probe import batches_of, features_of
 from trainer.model.classes import DETECTING, MAIN, MASKED
@@ -89,6 +94,29 @@ def test_of_two_models_they_are_the_discriminators(preset: str, share: str) -> N
 def test_a_run_with_document_attention_has_the_same(tmp_path: Path) -> None:
     network = Forward(lively_model(tmp_path, "modernbert").eval(), CPU, document_attention=True)
     assert_same_features(network, lively_model(tmp_path, "modernbert").eval())
+
+
+@pytest.mark.parametrize("detects", [False, True], ids=["one model", "two models"])
+def test_what_is_compiled_runs_eagerly_for_texts(detects: bool, tmp_path: Path) -> None:
+    compiled = CompileCounter()
+    if detects:
+        built = build_trained(config_of("electra-small"), vocabulary(), DETECTING)
+        module, network = built.module.eval(), forward_of(built.module, CPU, document_attention=False)
+        given = {DRAWS: torch.full((BLOCKS, PREDICTIONS), 0.5)}
+    else:
+        module: Any = lively_model(tmp_path, "roberta").eval()
+        network, given = Forward(module, CPU), {}
+    module.compile(backend=compiled, dynamic=False)
+    input_ids, index, _, _ = masked_batch()
+    inputs = {"input_ids": input_ids, **given}
+    with torch.no_grad():
+        network(inputs, index)
+        graphs = compiled.frame_count
+        assert graphs > 0
+        for length in (4, 8, 12):
+            network.states({name: torch.ones(2, length, dtype=torch.int64) for name in ("input_ids", "attention_mask")})
+        network(inputs, index)
+    assert compiled.frame_count == graphs, "neither the texts' lengths, nor the blocks anew"
 
 
 @pytest.mark.parametrize("model_type", [*ARCHITECTURES, *OTHERS])

@@ -241,18 +241,6 @@ class TrainingEngine:
         finally:
             self._engine.train()
 
-    def states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the last hidden states [B, S, H] of the main model, for padded texts; inside `evaluating`.
-
-        What is compiled runs eagerly here: texts have lengths that blocks have not, each of which would be compiled.
-        A collective at ZeRO stage 3.
-
-        Args:
-            inputs: as for `trainer.model.forward.Forward.states`.
-        """
-        with torch.compiler.set_stance("force_eager"):
-            return self.network.states(inputs)
-
     def capture(self, folder: Path, detached: bool) -> Snapshot:
         """Capture this rank's checkpoint files, to be written into the existing `folder`; every rank calls it.
 

@@ -22,7 +22,7 @@ from trainer.runtime.distributed import World
 if TYPE_CHECKING:  # DeepSpeed takes long to import, and `probe` needs none
     from trainer.engine.engine import TrainingEngine
 
-C = 0.01
+C = 1.0
 """Inverse strength of the L2 penalty, on standardized features (docs/decisions.md)."""
 _SEED = 0  # of the folds, whatever the run's seed: probes are comparable between runs
 _SHORTEST = 8  # tokens that a batch is padded to at least
@@ -89,7 +89,7 @@ class Probe:
                     return None
                 # Beyond the last one is the first again, in vain.
                 batch = self._batches[(number * world.size + world.rank) % len(self._batches)]
-                found.append(features_of(engine.states, batch, self._tokens, self._padding, engine.device))
+                found.append(features_of(engine.network.states, batch, self._tokens, self._padding, engine.device))
         of_ranks = distributed.gather_on_main(world, found)
         result = None
         if of_ranks is not None:

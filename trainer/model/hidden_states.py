@@ -14,8 +14,9 @@ from trainer.errors import UserError
 
 @contextmanager
 def showing_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collect what the encoder of a model puts out in each forward pass.
+    """Collect what the encoder of a model puts out in each forward pass, eagerly where it is compiled.
 
+    Texts have lengths that blocks have not: each would be compiled, and count among the shapes that a run may have.
     By a hook, as heads are restricted: it composes with DeepSpeed's own, which gather a ZeRO-3 partition. Not
     `output_hidden_states`, which keeps those of all layers, and which not every class has.
     """
@@ -23,7 +24,8 @@ def showing_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     encoder: Any = model.base_model
     handle = encoder.register_forward_hook(lambda _encoder, _args, output: shown.append(output[0]))
     try:
-        yield shown
+        with torch.compiler.set_stance("force_eager"):
+            yield shown
     finally:
         handle.remove()
 
