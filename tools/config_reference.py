@@ -29,6 +29,7 @@ from trainer.tracking.metrics import (
     COUNTERS,
     EVALUATION_METRICS,
     EVENT_METRICS,
+    PROBE_METRICS,
     SOURCE_METRICS,
     TERM_EVALUATION_METRICS,
     TERM_METRICS,
@@ -170,6 +171,7 @@ def metrics_reference() -> str:
         + _table(("name", "meaning"), EVALUATION_METRICS.items()),
         "In a run whose loss has several terms, also:\n\n"
         + _table(("name", "meaning"), TERM_EVALUATION_METRICS.items()),
+        "With `eval.probe` ([probe.md](probe.md)), also:\n\n" + _table(("name", "meaning"), PROBE_METRICS.items()),
         "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
         + _table(("name", "meaning"), EVENT_METRICS.items()),
         RUN_FOLDER,

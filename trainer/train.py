@@ -28,8 +28,10 @@ from trainer.engine.loss_kernel import resolve_loss_kernel
 from trainer.engine.precision import precision_notes
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, HangError, MaskwrightError, UserError
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.probe import Probe
 from trainer.inputs.consistency import compare, facts_of_inputs, facts_of_start
 from trainer.inputs.inputs import Inputs, open_inputs
+from trainer.inputs.probe import open_probe
 from trainer.liveness.stragglers import StragglerWatch
 from trainer.liveness.watchdog import Limits, end_at_once
 from trainer.loop import Loop
@@ -220,7 +222,7 @@ def _loop(
         criterion=criterion,
         order=inputs.order,
         open_batches=lambda state: _batches(inputs, world, state),
-        evaluator=_evaluator(inputs, criterion),
+        evaluator=_evaluator(inputs, criterion, world),
         saver=_saver(run, inputs, records, engine, start.checkpoint),
         meter=meter,
         state=state,
@@ -285,12 +287,15 @@ def _engine(
     return engine
 
 
-def _evaluator(inputs: Inputs, criterion: Criterion) -> Evaluator | None:
+def _evaluator(inputs: Inputs, criterion: Criterion, world: World) -> Evaluator | None:
     if inputs.validation is None:
         return None
     config, micro_size = inputs.config, inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
     objective = make_samples(config, inputs.vocabulary, config.data.seq_len, evaluating=True)
-    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size)
+    probed = distributed.run_on_all_ranks(world, lambda: open_probe(config, inputs.tokenizer))
+    padding = inputs.vocabulary.filler_id
+    probe = Probe(*probed, padding, config.data.seq_len, micro_size) if probed is not None else None
+    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size, probe)
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:

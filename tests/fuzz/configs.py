@@ -186,6 +186,7 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "checkpoint.keep_best": [True, False],
         "eval.samples": [1, 16, 10**6],
         "eval.patience": [None, 1, 3],
+        "eval.probe": [None, {"path": "nosuch.csv"}, {"path": str(workspace / "text.txt"), "folds": 2}],
         "resilience.on_divergence": ["stop", "rollback"],
         "resilience.max_loss_ratio": [None, 1.5],
         "model.layers_from": [None, {"model": str(workspace), "layers": [0]}, {"model": "nosuch", "layers": []}],

@@ -13,6 +13,7 @@ from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.inputs import open_inputs
+from trainer.inputs.probe import read_probe
 from trainer.model.classes import attended_tokens
 from trainer.model.source import load_vocabulary, source_note
 from trainer.model.teacher import check_same_ids
@@ -64,6 +65,8 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
     unknown: list[str] = []
     if note := source_note(config.model):
         unknown.append(note)
+    if (labelled := read_probe(config)) is not None:
+        unknown.append(labelled.describe())
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
     phases = lay_out(config.data, config.batch)

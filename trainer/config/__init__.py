@@ -2,7 +2,7 @@
 
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConfig, TextConfig
-from trainer.config.evaluation import EvalConfig
+from trainer.config.evaluation import EvalConfig, ProbeConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
 from trainer.config.schema import (
@@ -42,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "PairConfig",
     "PhaseConfig",
+    "ProbeConfig",
     "ProfileConfig",
     "ResilienceConfig",
     "RunConfig",

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from trainer.config.base import PositiveInt, Section, StepsOrAuto
+from typing import Annotated
+
+from pydantic import Field
+
+from trainer.config.base import Line, PositiveInt, Section, StepsOrAuto
+
+
+class ProbeConfig(Section):
+    path: Line
+    """Labelled texts in UTF-8: .csv or .tsv with a first line that names the columns, or .jsonl."""
+    text: Line = "text"
+    """The column that holds the text. What is longer than data.seq_len tokens is cut."""
+    label: Line = "label"
+    """The column that holds the class: a text, or in .jsonl a whole number or true and false as well."""
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    """Parts of the texts, each of which is told once by what was fitted to the others; always the same ones."""
+    samples: Annotated[int, Field(gt=0, le=20_000)] = 2000
+    """Texts at most; of a longer file so many are drawn, always the same ones."""
 
 
 class EvalConfig(Section):
@@ -14,3 +31,7 @@ class EvalConfig(Section):
     patience: PositiveInt | None = None
     """End the run, saved and with exit code 0, when so many evaluations in a row were no better than the best before
     them. The learning rate follows the whole length all the same. With a larger number, or null, the run goes on."""
+    probe: ProbeConfig | None = None
+    """At each evaluation tell also how well the classes of labelled texts can be read from the encoder as it is: a
+    logistic regression on the means of its last hidden states (docs/probe.md). It needs the package scikit-learn. A
+    resume may change it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.config import Config
+from trainer.config import Config, run_folder
 from trainer.errors import UserError
 from trainer.runtime.paths import real_path, user_path
 
@@ -36,6 +36,7 @@ def check_named_files(config: Config, run_dir: Path) -> None:
         "objective.teacher.model": config.objective.teacher and config.objective.teacher.model,
         "objective.generator.from_pretrained": generator.from_pretrained if generator is not None else None,
         "data.validation": None if data.holds_out else data.validation,
+        "eval.probe.path": config.eval.probe and config.eval.probe.path,
         **{f"data.train[{number}].path": source.path for number, source in enumerate(data.train)},
     }
     for key, name in named.items():
@@ -49,3 +50,15 @@ def check_named_files(config: Config, run_dir: Path) -> None:
                 where=f"{key}={name}, run.dir={config.run.dir}",
                 remedy="Move it to another place, or give another run.dir.",
             )
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise UserError when the run folder is a file, or lies in one."""
+    folder = run_folder(config).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"The run folder cannot be made: '{existing}' is a file.",
+            where=f"run.dir={config.run.dir}",
+            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
+        )

@@ -15,6 +15,7 @@ from trainer.data.dataset import ShardSet
 from trainer.data.order.permutation import KeyPurpose, another, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
+from trainer.evaluation.probe import Probe
 from trainer.objectives.objective import Criterion, Tally, tally
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -27,10 +28,20 @@ class Evaluator:
 
     Args:
         micro_size: blocks a rank in one forward pass.
+        probe: what is to be found beside it.
     """
 
-    def __init__(self, data: ShardSet, objective: Samples, criterion: Criterion, samples: int, micro_size: int) -> None:
+    def __init__(
+        self,
+        data: ShardSet,
+        objective: Samples,
+        criterion: Criterion,
+        samples: int,
+        micro_size: int,
+        probe: Probe | None = None,
+    ) -> None:
         self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
+        self._probe = probe
         self._reader = BlockReader(data, objective)
         available = block_count(data, objective)
         self.samples = min(samples, available)
@@ -62,7 +73,10 @@ class Evaluator:
         tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
         loss = sum(term.weight * tallies[term.name].mean for term in terms if tallies[term.name].labels)
         of_terms = self._term_values(tallies) if len(terms) > 1 else {}
-        return {"eval/loss": loss, **self.criterion.metrics(tallies), **of_terms}
+        probed = self._probe.run(engine, world, stop_early) if self._probe is not None else {}
+        if probed is None:
+            return None
+        return {"eval/loss": loss, **self.criterion.metrics(tallies), **of_terms, **probed}
 
     def _term_values(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         values: dict[str, float] = {}

@@ -89,6 +89,7 @@ def facts_of_start(config: Config, resume: str, dry_run: bool) -> dict[str, Any]
         f"deepspeed={config.deepspeed}": load_preset(config.deepspeed),
         **_model_files(config),
         **_data_sets(config),
+        **_labelled_texts(config),
     }
 
 
@@ -154,6 +155,12 @@ def _data_sets(config: Config) -> dict[str, str]:
         there = "no data set" if manifest.parent.exists() else "missing"
         found[f"data {path} ({split})"] = _identity(manifest) if manifest.is_file() else there
     return found
+
+
+def _labelled_texts(config: Config) -> dict[str, str]:
+    if (probe := config.eval.probe) is None:
+        return {}
+    return {f"eval.probe.path={probe.path}": _identity(user_path(probe.path, "eval.probe.path"))}
 
 
 def _identity(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import CUDA_GRAPHS, Config, DataConfig, run_folder
-from trainer.config.run_names import check_named_files
+from trainer.config.run_names import check_named_files, check_run_folder
 from trainer.data.batch import Samples
 from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
@@ -31,6 +31,7 @@ from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
+from trainer.inputs.probe import describe_probe
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.inputs.teacher import describe_teacher
 from trainer.inputs.validation import refuse_small_validation
@@ -62,7 +63,7 @@ class Inputs:
     objectives: tuple[Samples, ...]
     """Of each phase."""
     notes: tuple[str, ...]
-    """Who teaches, and how the model to continue from, and the tokenizer, differ from what their files say."""
+    """Who teaches, what is probed; how the model to continue from, and the tokenizer, differ from their files."""
 
     @property
     def objective(self) -> Samples:
@@ -243,21 +244,21 @@ class _Base:
 
     @classmethod
     def of(cls, config: Config, micro_size: int | None = None, thorough: bool = True) -> _Base:
-        _check_run_folder(config)
+        check_run_folder(config)
         check_named_files(config, run_folder(config))
         preset = load_preset(config.deepspeed)
         check_precision(config, preset)
         folder, tokenizer = open_tokenizer(config)
         vocabulary = read_vocabulary(tokenizer, folder)
         phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
-        taught = []
+        checked = []
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
             rehearse_trained(config, vocabulary, lengths, family_of(config))
-            taught = describe_teacher(config, vocabulary, lengths)
+            checked = describe_teacher(config, vocabulary, lengths) + describe_probe(config, vocabulary, tokenizer)
         objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
-        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*taught, *notes))
+        return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*checked, *notes))
 
 
 def _arrange(
@@ -386,15 +387,3 @@ def _tokenizer_of(folder: Path) -> Path:
 def sha256_of(value: Any) -> str:
     """Compute the sha256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _check_run_folder(config: Config) -> None:
-    """Raise UserError when the run folder is a file, or lies in one."""
-    folder = run_folder(config).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(
-            f"The run folder cannot be made: '{existing}' is a file.",
-            where=f"run.dir={config.run.dir}",
-            remedy="Give a run.dir that is, or can be made, a folder that you may write to.",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from trainer.data.batch import RANKS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.build import constant_inputs
 from trainer.model.causal_attention import causal_masks, use_causal_sdpa
-from trainer.model.classes import MAIN, is_detector
+from trainer.model.classes import CAUSAL, MAIN, is_detector, is_in
 from trainer.model.document_attention import DocumentAttention
+from trainer.model.hidden_states import last_states, showing_states
 from trainer.model.prediction_head import install, pair_logits, vocabulary_logits
 from trainer.model.two_streams import keep_positions_in_dtype, predicting_in_order
 
@@ -63,6 +65,35 @@ class Forward:
         """Run what is trained once, and tell of each model in it, by `BuiltModel.exports`, what it has computed."""
         output = self(inputs, prediction_index)
         return {MAIN: Pass(dict(inputs), output.logits, output.pair_logits)}
+
+    def states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the model on texts that are padded at their ends, each a sequence of its own.
+
+        The whole model is called, as in training, though its encoder would do: so ZeRO-3 gathers in the order that it
+        knows. Its head computes the first position of each text alone, where that can be asked for.
+
+        Args:
+            inputs: `input_ids` and `attention_mask`, 0 for padding, int64 [B, S].
+
+        Returns:
+            [B, S, H], its last hidden states; those of padding mean nothing.
+
+        Raises:
+            UserError: when they are of other shapes.
+        """
+        rows, seq_len = inputs["input_ids"].shape
+        constants = self.constants(seq_len)
+        arguments = {**constants, **inputs}
+        if is_in(self.model.config, CAUSAL):  # no token sees the padding, and masks are among the constants
+            arguments = {"input_ids": inputs["input_ids"], **constants}
+        if not self._head.in_head and "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            arguments["logits_to_keep"] = 1
+        first = torch.arange(rows, device=self.device) * seq_len
+        with showing_states(self.model) as shown, self._head.select(first, keep_states=True):
+            self.call(**arguments)
+            if self._head.states is not None:  # OPT's encoder is not called as a whole
+                shown.append(self._head.states)
+        return last_states(self.model, shown, inputs["input_ids"])
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,10 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import constant_inputs, grow_vocabulary
-from trainer.model.classes import MASKED, PERMUTED, is_detector, is_in
+from trainer.model.classes import CAUSAL, MASKED, PERMUTED, is_detector, is_in
 from trainer.model.frozen import freeze
 from trainer.model.hf_config import build_config, position_offset, vocabulary_rows
+from trainer.model.hidden_states import cannot_be_probed, last_states, showing_states
 from trainer.model.layers import check_layers
 from trainer.model.model_code import code_of, is_stock, place_of
 from trainer.model.prediction_head import PredictionHead, head_module, install, vocabulary_logits
@@ -71,6 +73,37 @@ def rehearse(
             _one_block(with_values, settings, seq_len, where)
     _prove_own_head(model, head, lengths[0], where)
     return model
+
+
+def rehearse_states(config: PretrainedConfig) -> None:
+    """See that the last hidden states of padded texts are to be had of a model, as a probe needs them.
+
+    Raises:
+        UserError: when its class cannot leave padding out, its encoder cannot be told from its head, or its states are
+            not those of its tokens.
+    """
+    model = stock_model(config, _META)
+    name = type(model).__name__
+    if not is_in(config, CAUSAL) and "attention_mask" not in inspect.signature(model.forward).parameters:
+        raise cannot_be_probed(f"{name} takes no `attention_mask`, and would read padding as text")
+    if head_module(model) is not None:  # which is given them
+        return
+    if model.base_model is model:
+        raise cannot_be_probed(f"The encoder of {name} cannot be told from its head")
+    if not _shows_states(model) and _is_small(model):
+        _shows_states(stock_model(config, "cpu"))
+
+
+def _shows_states(model: PreTrainedModel) -> bool:
+    """Look at the states of two short texts; returns False on meta, for a class that looks at values."""
+    input_ids = torch.zeros(2, 8, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad(), showing_states(model) as shown:
+            model.eval()(input_ids)
+    except Exception:
+        return False
+    last_states(model, shown, input_ids)
+    return True
 
 
 def _section(settings: ModelConfig) -> str:

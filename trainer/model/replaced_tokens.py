@@ -22,6 +22,7 @@ from trainer.data.batch import DRAWS, Documents, Score
 from trainer.errors import UserError
 from trainer.model.classes import GENERATOR, MAIN
 from trainer.model.forward import Forward, Pass
+from trainer.model.hidden_states import last_states, showing_states
 from trainer.model.sampling import sample_tokens
 
 EMBEDDINGS, DISENTANGLED = "embeddings", "disentangled"
@@ -114,6 +115,20 @@ class ReplacingForward:
             MAIN: Pass({**shown, "input_ids": found.tokens}, detected, None),
             GENERATOR: Pass(shown, found.logits, None),
         }
+
+    def states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the module on padded texts of which nothing is replaced; returns the discriminator's last hidden states.
+
+        Arguments and errors as of `Forward.states`. The generator is called as well, in vain: ZeRO-3 gathers its
+        weights in the order of a whole pass.
+        """
+        ids = inputs["input_ids"]
+        nothing = torch.full((len(ids), 1), -1.0, device=ids.device)  # is drawn: each token is shown as it is
+        first = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+        model = self._parts[1].model
+        with showing_states(model) as shown:
+            self.call(inputs={**inputs, DRAWS: nothing}, prediction_index=first, documents=None)
+        return last_states(model, shown, ids)
 
     def __call__(
         self,

@@ -196,6 +196,15 @@ def all_gather(world: World, value: Any) -> list[Any]:
     return values
 
 
+def gather_on_main(world: World, value: Any) -> list[Any] | None:
+    """Gather every rank's value on rank 0, in rank order; None elsewhere."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * world.size if world.is_main else None
+    dist.gather_object(value, values, dst=0, group=world.control)
+    return values
+
+
 def raise_on_all_ranks(world: World, error: Exception | None) -> None:
     """Raise the error of the lowest failing rank on every rank, so that none waits for one that has left.
 

@@ -66,6 +66,28 @@ def parse_yaml(text: str, where: str, remedy: str, place: str = "") -> Any:
     raise UserError(f"Not valid YAML{place}: {shorten(one_line(problem), 400)}.", where=where, remedy=remedy)
 
 
+def read_text(path: Path, limit: int, where: str, remedy: str) -> str:
+    """Read a file of text, without a byte order mark.
+
+    Args:
+        limit: bytes; a larger file is refused.
+        where, remedy: for the card.
+
+    Raises:
+        UserError: when it is not UTF-8, too long, or cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size <= limit:
+            return path.read_text(encoding="utf-8-sig")
+        problem = f"'{path}' has {size:,} bytes, more than the {limit:,} that are read."
+    except OSError as error:
+        problem = f"Cannot read '{path}': {error.strerror}."
+    except UnicodeDecodeError as error:
+        problem = f"'{path}' is not UTF-8: {error.reason} at byte {error.start:,}."
+    raise UserError(problem, where=where, remedy=remedy)
+
+
 def read_yaml(path: Path, where: str = "", remedy: str = "Correct the file.") -> Any:
     """Read a YAML file.
 
@@ -115,20 +137,7 @@ def to_yaml(value: Any) -> str:
 def _read(path: Path, limit: int, parse: Callable[[str, str, str, str], Any], where: str, remedy: str) -> Any:
     """Parse a file; the card of a mistake has the path in its place, or in its problem where another place is given."""
     place, where = f" in '{path}'" if where else "", where or str(path)
-    return parse(_read_text(path, limit, where, remedy), where, remedy, place)
-
-
-def _read_text(path: Path, limit: int, where: str, remedy: str) -> str:
-    try:
-        size = path.stat().st_size
-        if size <= limit:
-            return path.read_text(encoding="utf-8-sig")
-        problem = f"'{path}' has {size:,} bytes, more than the {limit:,} that are read."
-    except OSError as error:
-        problem = f"Cannot read '{path}': {error.strerror}."
-    except UnicodeDecodeError as error:
-        problem = f"'{path}' is not UTF-8: {error.reason} at byte {error.start:,}."
-    raise UserError(problem, where=where, remedy=remedy)
+    return parse(read_text(path, limit, where, remedy), where, remedy, place)
 
 
 def _check_size(root: yaml.Node) -> None:

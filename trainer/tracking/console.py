@@ -90,6 +90,15 @@ def step_line(values: dict[str, Any], plan: BatchPlan) -> str:
     )
 
 
+def evaluation_line(values: dict[str, Any], found: str) -> str:
+    """Write a line of an evaluation's loss, what the criterion has found, and what the probe has."""
+    line = f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}"
+    if "eval/probe/accuracy" not in values:
+        return line
+    accuracy, f1 = (_number(values[f"eval/probe/{name}"], ".3f") for name in ("accuracy", "macro_f1"))
+    return f"{line}  probe accuracy {accuracy} F1 {f1} (majority {values['eval/probe/majority']:.3f})"
+
+
 def _share(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 

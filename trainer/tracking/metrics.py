@@ -70,6 +70,14 @@ TERM_EVALUATION_METRICS = {
     "eval/rtd/recall": "of the replaced tokens, the share that is told; with objective.name rtd",
     "eval/TERM/ignored": "of pairs (nsp, sop): share of the validation blocks without one, which have no label",
 }
+PROBE_METRICS = {
+    "eval/probe/accuracy": "share of the labelled texts whose class is told right by what was fitted to the others; "
+    "mean over the folds",
+    "eval/probe/accuracy_std": "its standard deviation over the folds",
+    "eval/probe/macro_f1": "mean of the F1 of the classes; mean over the folds",
+    "eval/probe/macro_f1_std": "its standard deviation over the folds",
+    "eval/probe/majority": "share of the most frequent class: what the accuracy is to be compared with",
+}
 EVENT_METRICS = {
     "event": "skip (the step changed nothing), rollback (to the checkpoint of `step`) or diverged (the run ends)",
     "event/reason": "what was seen",

@@ -13,7 +13,7 @@ from trainer.config.file import dump_config
 from trainer.errors import cannot_write
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.state import TrainState
-from trainer.tracking.console import TrainingConsole, seconds_left
+from trainer.tracking.console import TrainingConsole, evaluation_line, seconds_left
 from trainer.tracking.jsonl import JsonlWriter
 from trainer.tracking.metrics import as_json
 from trainer.tracking.status import StatusWriter, best_of
@@ -86,7 +86,7 @@ class Reporter:
         judged = ""
         if self._config.eval.patience is not None and state.evaluations_since_best:
             judged = f"  ({state.evaluations_since_best} of {self._config.eval.patience} that are no better)"
-        self.console.say(f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}{judged}")
+        self.console.say(evaluation_line(values, found) + judged)
 
     def saved(self, folder: Path) -> None:
         """Report a checkpoint."""
