@@ -164,9 +164,7 @@ class Loop:
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], Agreement]:
-        """Agree by one small reduction a step: counts of the global batch, stop or not, save by the clock or not.
-
-        It carries the loss of the step before as well, where that is judged.
+        """Agree by one small reduction a step: counts of its batch, stop or not, save by the clock or not, last loss.
 
         Raises:
             DivergenceError: on every rank, when that loss is above its bound.
@@ -331,7 +329,8 @@ class Loop:
                 self.activity.compiles("evaluation")
             values = self.evaluator.run(self.engine, self.world, lambda: self._stops_evaluation(last))
         if values is not None and self.reporter is not None:
-            self.reporter.evaluation({**counters(self.state), **values}, self.criterion.describe(values))
+            of_criterion = self.criterion.describe(values)
+            self.reporter.evaluation({**counters(self.state), **values}, of_criterion, self.evaluator.examples)
         self.meter.restart()
 
     def _stops_evaluation(self, last: bool) -> bool:

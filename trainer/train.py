@@ -310,7 +310,7 @@ def _evaluator(inputs: Inputs, criterion: Criterion) -> Evaluator | None:
         return None
     config, micro_size = inputs.config, inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
     objective = make_samples(config, inputs.vocabulary, config.data.seq_len, evaluating=True)
-    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size)
+    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size, inputs.tokenizer)
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:
