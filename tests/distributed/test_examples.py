@@ -67,14 +67,14 @@ def test_they_depend_on_no_layout(run_dir: Path, workspace: Path, tmp_path: Path
 
 
 def test_their_guesses_are_those_that_are_counted(workspace: Path, tmp_path: Path) -> None:
-    """All that is predicted in these two blocks is shown, so the examples have the accuracy of the evaluation."""
-    eval_section = {"every_steps": 20, "samples": 2}
+    """All that is predicted in these blocks is shown, so the examples have the accuracy of the evaluation."""
+    eval_section = {"every_steps": 20, "samples": SAMPLES}
     config = evaluated_config(workspace, tmp_path, eval=eval_section, train={"steps": 40})
     assert train(config) == EXIT_FINISHED
     accuracies = {line["step"]: line["eval/masked_accuracy"] for line in metrics(tmp_path) if "eval/loss" in line}
     for line in examples(tmp_path):
         right = [piece["right"] for sample in line["examples"] for piece in told(sample)]
-        assert len(right) == 2 * round(0.15 * 30)
+        assert len(right) == SAMPLES * round(0.15 * 30)
         assert np.mean(right) == pytest.approx(accuracies[line["step"]])
     assert accuracies[40] > 0, "equal zeros would say little"
 
