@@ -38,7 +38,7 @@ MARK_DASHES: dict[str, tuple[float, ...]] = {
 }
 MARK_COLOURS = {"start": "soft", "skip": "s4", "rollback": "s1", "diverged": "s1", "event": "ink"}
 _SIZE = 4.6, 2.7  # inches: a chart has about these on a phone, and in a row of three on a screen
-_WIDE_SIZE = 9.6, 5.9  # of two columns and two rows there
+_WIDE_SIZE = 9.6, 6.5  # of two columns and two rows there
 _LEAST_SPAN = 3.0  # highest over lowest value: below, a logarithmic axis has next to no ticks
 # What matplotlib draws in these colours is drawn in those of the page, which differ by light and dark.
 _STAND_INS = {f"s{number}": f"#f0000{number}" for number in range(COLOURS)} | {
@@ -125,7 +125,7 @@ def _label(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     elif _is_log(panel):
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_formatter(_short)
         axes.yaxis.set_minor_locator(NullLocator())
     elif max((float(np.nanmax(np.abs(curve.ys))) for curve in panel.curves), default=0.0) >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -133,6 +133,11 @@ def _label(axes: Axes, panel: Panel) -> None:
         formatter = ScalarFormatter(useOffset=False)
         formatter.set_powerlimits((-3, 4))
         axes.yaxis.set_major_formatter(formatter)
+
+
+def _short(value: float, _position: int | None = None) -> str:
+    """Write 20000 as 20k; below 1 there are no letters that a reader would know."""
+    return f"{value:g}" if value < 1 else EngFormatter(sep="")(value)
 
 
 def _for_page(svg: str, name: str) -> str:

@@ -29,6 +29,7 @@ class Group:
         unit: of its axis; "share" for percentages.
         log: whether its axis is logarithmic.
         unless: left out where all values are this one, which says nothing.
+        smoothed: whether long curves are, because their values jump from line to line.
     """
 
     title: str
@@ -36,17 +37,18 @@ class Group:
     unit: str = ""
     log: bool = False
     unless: float | None = None
+    smoothed: bool = False
 
 
 GROUPS = (
-    Group(LOSS, r"(train|eval)/loss", "nats"),
+    Group(LOSS, r"(train|eval)/loss", "nats", smoothed=True),
     Group("Perplexity", r"eval/perplexity", log=True),
     Group("Accuracy", r"eval/(.+/)?([a-z_]*accuracy|precision|recall)", "share"),
     Group("Losses of the terms", r"(train/loss/.+|eval/[^/]+/loss)", "nats"),
     Group("Blocks without a pair", r"(train/ignored/.+|eval/[^/]+/ignored)", "share"),
     Group("Learning rate", r"train/learning_rate"),
-    Group("Gradient norm, before clipping", r"train/grad_norm", log=True),
-    Group("Speed", r"throughput/tokens_per_second", "tokens/s"),
+    Group("Gradient norm, before clipping", r"train/grad_norm", log=True, smoothed=True),
+    Group("Speed", r"throughput/tokens_per_second", "tokens/s", smoothed=True),
     Group("Use of the devices' FLOP/s", r"throughput/mfu", "share"),
     Group("Waiting for data", r"time/data_wait_fraction", "share"),
     Group("Training stopped for saving", r"time/save_seconds", "seconds", unless=0),
@@ -138,12 +140,12 @@ def _unknown(names: Iterable[str]) -> Iterator[Group]:
 
 def _panel(runs: list[RunRecord], group: Group, names: list[str], xs: str) -> Panel | None:
     """Make a chart; None where there is nothing to draw in it."""
-    curves = [
-        curve
-        for number, run in enumerate(runs)
-        for which, name in enumerate(names)
-        if (curve := _curve(run, number, which, name, xs, len(runs) > 1, group)) is not None
-    ]
+    curves = []
+    for number, run in enumerate(runs):
+        for which, name in enumerate(names):
+            label = name if len(runs) == 1 else run.name if len(names) == 1 else f"{run.name}: {name}"
+            colour = which if len(runs) == 1 else number
+            curves += _curve(run, name, xs, group, label, colour, dash=which)
     if not curves:
         return None
     marks = [mark for run in runs for mark in _marks(run, xs)] if len(runs) == 1 else []
@@ -151,23 +153,20 @@ def _panel(runs: list[RunRecord], group: Group, names: list[str], xs: str) -> Pa
     return Panel(group.title, xs, group.unit, log, curves, _levels(runs, group, names), marks[:MOST_MARKS])
 
 
-def _curve(run: RunRecord, number: int, which: int, name: str, xs: str, several: bool, group: Group) -> Curve | None:
-    """Make the curve of a metric of one run; None where it has no value, or none that says anything."""
+def _curve(run: RunRecord, name: str, xs: str, group: Group, label: str, colour: int, dash: int) -> Iterator[Curve]:
+    """Make the curve of a metric of one run; none where it has no value, or none that says anything."""
     points = [(_number(line.get(xs)), _number(line[name]), line[name]) for line in run.lines if name in line]
     x, y = (np.array([point[axis] for point in points], np.float64) for axis in (0, 1))
     x_is_known = np.isfinite(x)
     x, y = x[x_is_known], y[x_is_known]
     if not np.isfinite(y).any() or (y[np.isfinite(y)] == group.unless).all():
-        return None
+        return
     last = next(value for _, number_of, value in reversed(points) if math.isfinite(number_of))
-    label = f"{run.name}: {name}" if several else name
-    colour, dash = (number, which) if several else (which, which)
-    is_evaluation = not name.startswith(("train/", "time/", "memory/", "throughput/", "source/", "batch/"))
-    if len(y) < _SMOOTHED_FROM or group.title not in (LOSS, "Gradient norm, before clipping", "Speed"):
-        return Curve(label, colour, *thin_out(x, y), dash, dots=is_evaluation and len(y) < 60, last=last)
-    smooth = _smoothed(y)
     thin_x, thin_y = thin_out(x, y)
-    return Curve(label, colour, thin_x, np.interp(thin_x, x, smooth), dash, faint=thin_y, last=last)
+    if group.smoothed and len(y) >= _SMOOTHED_FROM:
+        yield Curve(label, colour, thin_x, np.interp(thin_x, x, _smoothed(y)), dash, faint=thin_y, last=last)
+    else:
+        yield Curve(label, colour, thin_x, thin_y, dash, dots=name.startswith("eval/") and len(y) < 60, last=last)
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
