@@ -115,6 +115,10 @@ class Panel:
     levels: list[Level] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
 
+    @property
+    def is_smoothed(self) -> bool:
+        return any(curve.faint is not None for curve in self.curves)
+
 
 def make_panels(runs: list[RunRecord]) -> list[Panel]:
     """Make the charts of the page, those of several runs over each other."""

@@ -224,6 +224,7 @@ def test_long_curves_are_thinned_out_without_losing_a_spike(tmp_path: Path) -> N
     (curve,) = next(iter(make_panels(gather([run])))).curves
     assert curve.faint is not None and np.ptp(curve.ys[50:-50]) < 1 < np.ptp(curve.faint), "smooth before what jumps"
     assert curve.last == 5 + 2999 % 7
+    assert "Bold: the mean" in page_of(run).text
 
 
 def test_a_loss_is_shown_with_what_it_compares_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
