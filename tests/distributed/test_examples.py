@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.test_divergence import damaged, high_loss, rolling_back
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
@@ -101,6 +102,15 @@ def test_a_resume_cuts_them_back_and_says_the_same_again(run_dir: Path, workspac
     assert train(config, resume="never") == EXIT_FINISHED
     assert examples(tmp_path / "run") == before
     assert examples(tmp_path / "run" / "previous-1") == before, "what a fresh start leaves behind is whole"
+
+
+def test_a_rollback_takes_back_those_of_the_steps_that_are_done_again(workspace: Path, tmp_path: Path) -> None:
+    """The spike is in step 13; the run goes back to the checkpoint of step 10."""
+    validation, every = {"validation": str(workspace / "data")}, {"every_steps": 2, "samples": 6}
+    config = rolling_back(workspace, tmp_path / "run", data=validation, eval=every)
+    assert run_ranks(damaged, 2, config, high_loss, 13, 13) == [EXIT_FINISHED] * 2
+    assert [line["step"] for line in examples(tmp_path / "run")] == list(range(0, 21, 2))
+    assert [line["step"] for line in examples(tmp_path / "run" / "previous-1")] == list(range(0, 13, 2))
 
 
 def lose_the_disk(config: Config) -> int:
