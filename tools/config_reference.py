@@ -118,7 +118,8 @@ text alone, and nothing in them is run.
 One JSON object a line, an evaluation each, cut back on a resume as `metrics.jsonl` is:
 `{"step": 500, "examples": [{"t": 0, "pieces": [{"text": "The capital of"}, {"text": " France", "shown": "<mask>",
 "answer": " Spain", "right": false}, …]}, …]}`. `t` is the number of a validation sample; always the first four are
-there, whatever the ranks. The `text` of their pieces, one after the other, is the start of the sample, 72 tokens at most.
+there, whatever the ranks. The `text` of their pieces, one after the other, is the start of the sample, at most 72
+tokens.
 A piece with an `answer` is a predicted token, the first eight of them (with `clm`, where each token is predicted, eight
 that are spread over the passage): `shown` is what the model saw in its place (not with `clm`, which hides nothing),
 `answer` the token that it found likeliest. Of `rtd` it is the generator that answers. There is no such file without

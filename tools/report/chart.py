@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -46,7 +47,7 @@ _STAND_INS = {f"s{number}": f"#f0000{number}" for number in range(COLOURS)} | {
     "soft": "#f000b0",
     "grid": "#f000c0",
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "maskwright",
     "font.size": 9,
@@ -135,7 +136,7 @@ def _label(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(formatter)
 
 
-def _short(value: float, _position: int | None = None) -> str:
+def _short(value: float, _position: float = 0) -> str:
     """Write 20000 as 20k; below 1 there are no letters that a reader would know."""
     return f"{value:g}" if value < 1 else EngFormatter(sep="")(value)
 

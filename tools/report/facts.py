@@ -166,7 +166,9 @@ def happenings(run: RunRecord) -> list[tuple[str, str, str]]:
         found.append((start.step, start.time, "restart" if number else "start", told))
     for line in run.events:
         first, end = line.get("event/first_sample"), line.get("event/end_sample")
-        samples = f" (samples t = {first:,} to {end - 1:,})" if type(first) is type(end) is int else ""
+        samples = ""
+        if isinstance(first, int) and isinstance(end, int):
+            samples = f" (samples t = {first:,} to {end - 1:,})"
         from_step = line.get("event/from_step")
         where = f"at step {from_step:,}: " if type(from_step) is int and from_step != line["step"] else ""
         told = f"{where}{line.get('event/reason') or ''}{samples}"

@@ -181,12 +181,10 @@ def _baselines(
     try:
         if not (isinstance(train, str) and isinstance(validation, str)):
             return _size(size), None  # several sources, or none to compare with
-        folders = [
-            split_folder(_found_from(folder, settings, path), split)
-            for path, split in ((train, "train"), (validation, "validation"))
-        ]
-        size = _size(size) or read_data_manifest(folders[0]).vocabulary_size
-        unigram = unigram_cross_entropy(*folders, size)
+        trained_on = split_folder(_found_from(folder, settings, train), "train")
+        held_out = split_folder(_found_from(folder, settings, validation), "validation")
+        size = _size(size) or read_data_manifest(trained_on).vocabulary_size
+        unigram = unigram_cross_entropy(trained_on, held_out, size)
     except (MaskwrightError, OSError) as error:
         said = error.problem if isinstance(error, MaskwrightError) else str(error)
         notes.append(f"The loss of guessing by frequency is not shown, for want of the data: {shorten(said)}")
