@@ -21,7 +21,7 @@ from launcher.command import (
 )
 from launcher.console import make_console
 from launcher.data_commands import data_app
-from launcher.look_commands import doctor, status
+from launcher.look_commands import doctor, report, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
 from launcher.text_commands import prepare, tokenizer_app
@@ -186,6 +186,7 @@ def train(
 
 app.command(cls=Command)(submit)
 app.command(cls=Command)(status)
+app.command(cls=Command)(report)
 app.command(cls=Command)(doctor)
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at a run or at the machines: status, doctor."""
+"""The commands that look at a run or at the machines: status, report, doctor."""
 
 from __future__ import annotations
 
@@ -25,6 +25,34 @@ def status(
     from tools.status import show_status
 
     show_status(run, watch, as_json, console_of_results(as_json))
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Run folders; several are drawn over each other.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="The page to write.",
+            show_default="report.html in the run's folder; of several runs, here",
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run: curves, evaluations, examples, starts and events, settings. It needs nothing else.
+
+    Of several runs: their curves over each other, the settings that differ, and their last numbers. A run may be going
+    on. A report that is there already is replaced; any other file is not.
+
+    \b
+    Examples:
+      maskwright report runs/my
+      maskwright report runs/my runs/lower --output compared.html
+    """
+    from tools.report.run import write_report
+
+    write_report(runs, output, console_of_results(False))
 
 
 def doctor(

@@ -91,6 +91,8 @@ RUN_FOLDER = """\
 | `attention_backend.json` | on GPUs: the attention kernel that was measured to be the fastest |
 | `micro_size.json` | with `batch.micro_size: auto`: the micro-batch found for each layout of ranks |
 | `metrics.jsonl` | the lines described above |
+| `examples.jsonl` | what the model told of the first validation samples at each evaluation, described below |
+| `report.html` | the page that `maskwright report` wrote |
 | `profile/steps-00000011-00000013/` | with `train.profile`: a trace of these steps for each rank that was asked for |
 | `tensorboard/` | the same as scalars, and the config as text (`logging.tensorboard: false` leaves it out) |
 | `logs/rank-00000.log` | all that a rank and its libraries print, tracebacks included; one file a rank |
@@ -112,6 +114,18 @@ in `huggingface/` `kept.safetensors` (of the source's weights those that the tra
 `probe.safetensors` (logits that the training engine computed, which `convert` must reproduce) and `manifest.json`. A
 folder without a valid manifest is not a checkpoint. The `.pt` files are pickles; they are read as tensors, numbers and
 text alone, and nothing in them is run.
+
+## examples.jsonl
+
+One JSON object a line, an evaluation each, cut back on a resume as `metrics.jsonl` is:
+`{"step": 500, "examples": [{"t": 0, "pieces": [{"text": "The capital of"}, {"text": " France", "shown": "<mask>",
+"answer": " Spain", "right": false}, …]}, …]}`. `t` is the number of a validation sample; always the first four are
+there, whatever the ranks. The `text` of their pieces, one after the other, is the start of the sample, at most 72
+tokens.
+A piece with an `answer` is a predicted token, the first eight of them (with `clm`, where each token is predicted, eight
+that are spread over the passage): `shown` is what the model saw in its place (not with `clm`, which hides nothing),
+`answer` the token that it found likeliest. Of `rtd` it is the generator that answers. There is no such file without
+validation data, nor with a teacher and `hard: 0`, where no token is told.
 """
 
 

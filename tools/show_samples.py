@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from tools.prepare.on_demand import look_up
-from tools.show_marks import decode_runs
 from trainer.checkpoint.begun import as_begun
 from trainer.config import Config
 from trainer.data.batch import RANKS, Batch
 from trainer.data.block_reader import BlockReader
 from trainer.data.blocks import IGNORED_LABEL
+from trainer.data.decoding import decode_runs
 from trainer.errors import UserError
 from trainer.inputs.inputs import Inputs, open_inputs
 from trainer.runtime.plain_text import printable

@@ -169,9 +169,7 @@ class Loop:
             yield micro_batches
 
     def _agree(self, micro_batches: list[Batch] | MaskwrightError) -> tuple[list[Batch], Agreement]:
-        """Agree by one small reduction a step: counts of the global batch, stop or not, save by the clock or not.
-
-        It carries the loss of the step before as well, where that is judged.
+        """Agree by one small reduction a step: counts of its batch, stop or not, save by the clock or not, last loss.
 
         Raises:
             DivergenceError: on every rank, when that loss is above its bound.
@@ -333,7 +331,7 @@ class Loop:
             self.saver.amend(self.state)
             line = {**counters(self.state), **values}
             if self.reporter is not None:
-                self.reporter.evaluation(line, self.criterion.describe(values), self.state)
+                self.reporter.evaluation(line, self.criterion.describe(values), self.state, self.evaluations.examples)
         self.meter.restart()
 
     @property

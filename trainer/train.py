@@ -295,7 +295,7 @@ def _evaluator(inputs: Inputs, criterion: Criterion, world: World) -> Evaluator 
     probed = distributed.run_on_all_ranks(world, lambda: open_probe(config, inputs.tokenizer))
     padding = inputs.vocabulary.filler_id
     probe = Probe(*probed, padding, config.data.seq_len, micro_size) if probed is not None else None
-    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size, probe)
+    return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size, probe, inputs.tokenizer)
 
 
 def _is_evaluated(run_dir: Path, state: TrainState) -> bool:

@@ -80,6 +80,7 @@ def test_everything_of_it_opens(
     for command, pattern in (
         ("checkpoint verify run", "step-00000004"),
         ("status run", "4"),
+        ("report run", r"wrote \S+/run/report\.html"),
         ("data verify data", "Whole"),
         ("data show data", "tokens"),
         ("validate c.yaml", "steps"),

@@ -96,6 +96,7 @@ def test_it_works_in_a_folder_whose_files_have_the_names_of_modules(
     said = run([maskwright, "train", "my.yaml", "--nproc-per-node", "2"], tmp_path)
     assert "step 3/3" in said and "finished: 3 steps" in said
     assert (checkpoints_folder(tmp_path / "run") / "step-00000003" / "manifest.json").is_file()
+    assert "wrote" in run([maskwright, "report", "run"], tmp_path)  # whose template ships
     again = ["prepare", "--input", str(workspace / "text.txt"), "--tokenizer", str(workspace / "tokenizer")]
     run([maskwright, *again, "--output", "again", "--workers", "2"], tmp_path)  # whose workers come from a fork server
     assert (tmp_path / "again" / "manifest.json").is_file()

@@ -19,6 +19,7 @@ from trainer.runtime.paths import real_path
 from trainer.runtime.side_files import read_json_object
 
 DATA_ORDER = "data_order.json"  # in the run folder
+_REPORTS = ("metrics.jsonl", "examples.jsonl")  # line by line, of each step
 
 
 def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records, data_order: dict[str, Any]) -> None:
@@ -147,7 +148,7 @@ def set_aside(run_dir: Path) -> Path | None:
     Returns:
         The folder they went to, or None when there was nothing.
     """
-    names = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml", "deepspeed.json", DATA_ORDER)
+    names = ("checkpoints", *_REPORTS, "tensorboard", "config.yaml", "deepspeed.json", DATA_ORDER)
     present = [run_dir / name for name in names if (run_dir / name).exists()]
     if not present:
         return None
@@ -158,12 +159,12 @@ def set_aside(run_dir: Path) -> Path | None:
 
 
 def set_aside_newer(run_dir: Path, step: int, always_metrics: bool = False) -> Path | None:
-    """Move whole checkpoints after `step`, and a copy of the metrics, into RUN/previous-N: a branch that is left.
+    """Move whole checkpoints after `step`, with copies of the reports, into RUN/previous-N: a branch that is left.
 
     Otherwise `--resume auto` would take up the old branch again after a stop.
 
     Args:
-        always_metrics: copy the metrics even if there is no such checkpoint.
+        always_metrics: copy metrics and examples even if there is no such checkpoint.
 
     Returns:
         The folder they went to, or None when there was nothing.
@@ -175,8 +176,9 @@ def set_aside_newer(run_dir: Path, step: int, always_metrics: bool = False) -> P
     (target / "checkpoints").mkdir()
     for candidate in newer:
         candidate.folder.rename(target / "checkpoints" / candidate.folder.name)
-    if (run_dir / "metrics.jsonl").is_file():
-        shutil.copy2(run_dir / "metrics.jsonl", target)
+    for name in _REPORTS:
+        if (run_dir / name).is_file():
+            shutil.copy2(run_dir / name, target)
     return target
 
 

@@ -13,9 +13,9 @@ from trainer.errors import UserError
 from trainer.runtime.paths import real_path, user_path
 
 RUN_NAMES = (  # beside previous-N
-    *("config.yaml", "deepspeed.json", "data_order.json", "metrics.jsonl", "starts.jsonl", "status.json"),
-    *("lock.json", ".lock", "micro_size.json", "attention_backend.json"),
-    *("checkpoints", "heartbeats", "logs", "profile", "tensorboard"),
+    *("config.yaml", "deepspeed.json", "data_order.json", "metrics.jsonl", "examples.jsonl", "starts.jsonl"),
+    *("status.json", "lock.json", ".lock", "micro_size.json", "attention_backend.json"),
+    *("checkpoints", "heartbeats", "logs", "profile", "tensorboard", "report.html"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from trainer.data.dataset import ShardSet
 from trainer.data.order.permutation import KeyPurpose, another, fold_key, permute
 from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
+from trainer.evaluation.examples import SAMPLES, ExampleGuesses, Passage, passages, shown_term, texts
 from trainer.evaluation.probe import Probe
-from trainer.objectives.objective import Criterion, Tally, tally
+from trainer.objectives.objective import Criterion, Tally, tally_of
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 
@@ -29,6 +31,11 @@ class Evaluator:
     Args:
         micro_size: blocks a rank in one forward pass.
         probe: what is to be found beside it.
+        tokenizer: writes examples; without one there are none.
+
+    Attributes:
+        examples: what the model told of the first samples in the last evaluation (`trainer.evaluation.examples`), on
+            rank 0.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Evaluator:
         samples: int,
         micro_size: int,
         probe: Probe | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.data, self.objective, self.criterion, self.micro_size = data, objective, criterion, micro_size
         self._probe = probe
@@ -49,6 +57,9 @@ class Evaluator:
         self.blocks = permute(numbers, available, fold_key(KeyPurpose.EVALUATION)).astype(np.int64)
         others = another(numbers, self.samples, fold_key(KeyPurpose.PARTNER, EVALUATION_SEED, numbers))
         self._partners = self.blocks[others.astype(np.int64)] if objective.view.partner else None
+        self.examples: list[dict[str, Any]] = []
+        self._tokenizer, self._passages = tokenizer, list[Passage]()
+        self._shown_term = shown_term(criterion.terms) if tokenizer is not None else None
 
     def run(
         self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
@@ -58,6 +69,7 @@ class Evaluator:
         passes = math.ceil(self.samples / (micro_size * world.size))  # the same on all ranks: ZeRO-3 gathers in step
         terms = self.criterion.terms
         sums = torch.zeros(len(terms), len(Tally._fields), dtype=torch.float64, device=engine.device)
+        guesses = None if self._shown_term is None else ExampleGuesses(self._shown_term, self.samples)
         with engine.evaluating():
             for number in range(passes):
                 first = (number * world.size + world.rank) * micro_size
@@ -68,15 +80,29 @@ class Evaluator:
                 if stop:
                     return None
                 assert batch is not None
-                sums += tally(self.criterion, engine.network, batch.to(engine.device))
-        totals = iter(distributed.all_reduce_sum(world, sums.flatten().tolist()))
+                moved = batch.to(engine.device)
+                predicted = self.criterion.predict(engine.network, moved)
+                sums += tally_of(terms, predicted, moved)
+                if guesses is not None:
+                    guesses.add(first, batch, predicted)
+        told = [] if guesses is None else guesses.numbers()
+        totals = iter(distributed.all_reduce_sum(world, [*sums.flatten().tolist(), *told]))
         tallies = {term.name: Tally(*itertools.islice(totals, len(Tally._fields))) for term in terms}
+        if told and world.is_main:
+            self.examples = texts(self._first_passages(), self._tokenizer, list(totals))
         loss = sum(term.weight * tallies[term.name].mean for term in terms if tallies[term.name].labels)
         of_terms = self._term_values(tallies) if len(terms) > 1 else {}
         probed = self._probe.run(engine, world, stop_early) if self._probe is not None else {}
         if probed is None:
             return None
         return {"eval/loss": loss, **self.criterion.metrics(tallies), **of_terms, **probed}
+
+    def _first_passages(self) -> list[Passage]:
+        """Read the samples of which examples are shown, once."""
+        if not self._passages and self._shown_term is not None:
+            batch, _ = self._read(np.arange(min(SAMPLES, self.samples)))  # just read: whatever is wrong was said
+            self._passages = [] if batch is None else passages(self._shown_term, batch, batch.rows)
+        return self._passages
 
     def _term_values(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         values: dict[str, float] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.engine.engine import TrainingEngine
 from trainer.evaluation.evaluator import Evaluator
@@ -39,6 +40,11 @@ class Evaluations:
         """Name what they are over: losses of others cannot be compared with theirs."""
         assert self.evaluator is not None
         return f"{self.evaluator.samples} blocks of {self.evaluator.data.fingerprint}"
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """What the model told of the first samples in the last one: see `Evaluator`."""
+        return self.evaluator.examples if self.evaluator is not None else []
 
     def run(
         self, step: int, engine: TrainingEngine, world: World, stop: StopRequest, progress: Callable[[], None]

@@ -21,6 +21,7 @@ class LanguageModelLoss:
         kernel: what computes the losses in training; evaluations keep to `cross_entropies`, so that they do not depend
             on it.
         accuracy: name and description of the share that is predicted right.
+        ahead: see `Term`.
     """
 
     def __init__(
@@ -28,8 +29,9 @@ class LanguageModelLoss:
         term: str,
         kernel: CrossEntropies = cross_entropies,
         accuracy: tuple[str, str] = ("eval/masked_accuracy", "masked accuracy"),
+        ahead: int = 0,
     ) -> None:
-        self.terms: tuple[Term, ...] = (Term(term, 1.0),)
+        self.terms: tuple[Term, ...] = (Term(term, 1.0, ahead=ahead),)
         self._kernel, self._accuracy = kernel, accuracy
 
     def predict(self, network: Network, batch: Batch) -> dict[str, Predicted]:

@@ -41,12 +41,14 @@ class Term(NamedTuple):
     """A part of the loss, with the labels of this name; `one_a_block` where each block has one, that may be ignored.
 
     `has_answers` is False of a distance, for which nothing is right or wrong: its labels say only where it counts.
+    `ahead` says how many tokens after its place the token stands that a label is; None where labels are no tokens.
     """
 
     name: str
     weight: float
     one_a_block: bool = False
     has_answers: bool = True
+    ahead: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,14 @@ def share_of_loss(terms: Sequence[Term], sums: torch.Tensor, counts: Sequence[fl
 
 @torch.no_grad()
 def tally(criterion: Criterion, network: Network, batch: Batch) -> torch.Tensor:
-    """Score a batch: fp64 [terms, 5], the fields of `Tally`."""
-    predicted, rows = criterion.predict(network, batch), []
-    for term in criterion.terms:
+    """Run and score a batch; see `tally_of`."""
+    return tally_of(criterion.terms, criterion.predict(network, batch), batch)
+
+
+def tally_of(terms: Sequence[Term], predicted: Mapping[str, Predicted], batch: Batch) -> torch.Tensor:
+    """Score what was predicted, in an evaluation, of a batch: fp64 [terms, 5], the fields of `Tally`."""
+    rows = []
+    for term in terms:
         found = predicted[term.name]
         labels = batch.labels[term.name] if found.labels is None else found.labels
         counted = labels != IGNORED_LABEL

@@ -97,7 +97,7 @@ OBJECTIVES: dict[str, Objective] = {
         family=lambda config: "causal",
         view=lambda config, seq_len: clm.view_of(seq_len, _whole_documents(config)),
         samples=_causal_samples,
-        criterion=lambda config, kernel: LanguageModelLoss(clm.TERM, kernel, clm.ACCURACY),
+        criterion=lambda config, kernel: LanguageModelLoss(clm.TERM, kernel, clm.ACCURACY, ahead=1),
         card=clm.CARD,
     ),
     "plm": Objective(

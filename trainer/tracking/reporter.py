@@ -1,4 +1,4 @@
-"""Everything rank 0 reports, in one place: metrics.jsonl, TensorBoard, the console and status.json."""
+"""Everything rank 0 reports, in one place: metrics.jsonl, examples.jsonl, TensorBoard, the console and status.json."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class Reporter:
         if self._config.logging.tensorboard:
             folder = self._run_dir / "tensorboard"
             self._tensorboard = TensorBoardWriter(folder, resumed_step, dump_config(self._config))
+        path = self._run_dir / "examples.jsonl"  # only of a run that has evaluations
+        self._examples = JsonlWriter(path, resumed_step) if path.exists() else None
         self.console.start(resumed_step or 0, self._plan)
 
     def rewind(self, step: int) -> None:
@@ -74,14 +76,18 @@ class Reporter:
             eta_seconds=seconds_left(values, self._plan),
         )
 
-    def evaluation(self, values: dict[str, Any], found: str, state: TrainState) -> None:
-        """Report an evaluation line.
+    def evaluation(self, values: dict[str, Any], found: str, state: TrainState, examples: list[dict[str, Any]]) -> None:
+        """Report an evaluation.
 
         Args:
-            found: says for the console what it has found beside the loss.
+            values: its line of metrics.
+            found: what it has found beside the loss, for the console.
             state: in which it is judged.
+            examples: what the model told of the first samples; empty where none is shown.
         """
         self._write(values)
+        if examples:
+            self._write_examples({"step": values["step"], "examples": examples})
         self.status.progress(**best_of(state))
         judged = ""
         if self._config.eval.patience is not None and state.evaluations_since_best:
@@ -129,7 +135,7 @@ class Reporter:
 
     def close(self) -> None:
         self.console.stop()
-        for writer in (self._jsonl, self._tensorboard):
+        for writer in (self._jsonl, self._examples, self._tensorboard):
             try:
                 if writer is not None:
                     writer.close()
@@ -146,3 +152,11 @@ class Reporter:
         except OSError as error:
             logger.warning("the metrics of step %d are not all written: %s", values["step"], error.strerror)
         return values
+
+    def _write_examples(self, line: dict[str, Any]) -> None:
+        """Write a line of examples; a full disk costs it."""
+        try:
+            self._examples = self._examples or JsonlWriter(self._run_dir / "examples.jsonl", resumed_step=None)
+            self._examples.write(line)
+        except OSError as error:
+            logger.warning("the examples of step %d are not all written: %s", line["step"], error.strerror)

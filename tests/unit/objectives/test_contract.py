@@ -14,6 +14,8 @@ from tests.objective_cases import CASES
 from trainer.data.batch import Batch, Samples
 from trainer.data.blocks import DOCUMENT_STARTS, IGNORED_LABEL, Blocks
 from trainer.data.tokenizer import Vocabulary
+from trainer.evaluation.examples import SAMPLES, TOKENS, ExampleGuesses, passages, shown_term
+from trainer.objectives.objective import Predicted
 from trainer.objectives.registry import OBJECTIVES, make_criterion, make_samples
 from trainer.sizing.made_up import made_up_batch
 
@@ -124,6 +126,51 @@ def test_terms_have_labels_and_a_row_that_is_left_out_has_none(name: str) -> Non
     batch.leave_out(left)
     for labels in batch.labels.values():
         assert (labels.view(ROWS, -1)[torch.from_numpy(left)] == IGNORED_LABEL).all()
+
+
+@every_case
+def test_examples_are_passages_of_the_text_with_the_guesses_at_its_tokens(name: str) -> None:
+    samples = samples_of(name)
+    term = shown_term(make_criterion(CASES[name].config("unused", "unused", "unused")).terms)
+    assert term is not None
+    blocks, found = some_blocks(samples), []
+    for first in (0, 500):
+        batch = samples.make_batch(blocks, numbers(first=first), 0)
+        labels = batch.labels[term.name]
+        guesses = ExampleGuesses(term, samples=100)
+        guesses.add(0, batch, {term.name: Predicted(torch.zeros(len(labels)), labels + 10_000)})
+        told = np.array(guesses.numbers()).reshape(SAMPLES, TOKENS)
+        found.append(passages(term, batch, SAMPLES))
+        for passage, row in zip(found[-1], told, strict=True):
+            count = len(passage.places)
+            assert 0 < count <= TOKENS and passage.places == sorted(set(passage.places))
+            assert [passage.tokens[place] for place in passage.places] == passage.labels
+            assert row.tolist() == [label + 10_000 for label in passage.labels] + [0] * (TOKENS - count)
+            assert (passage.shown is None) == name.startswith("clm")
+    if CASES[name].objective.get("pair") is None:  # which are drawn, too
+        for one, other in zip(*found, strict=True):
+            assert all(token == same for token, same in zip(one.tokens, other.tokens, strict=False)), (
+                "no masks are left"
+            )
+
+
+def test_examples_of_other_ranks_add_up() -> None:
+    """Each rank notes those of its samples, in whatever pass; together they are what one rank notes."""
+    samples, (term, *_) = samples_of("mlm"), make_criterion(CASES["mlm"].config("unused", "unused", "unused")).terms
+    batch = samples.make_batch(some_blocks(samples), numbers(), 0)
+    labels = batch.labels[term.name].view(ROWS, -1)
+
+    def noted(first: int, end: int, size: int = 100) -> np.ndarray:
+        part = (
+            samples.make_batch(row_of(some_blocks(samples), first), numbers(1, first), 0) if end == first + 1 else batch
+        )
+        guesses = ExampleGuesses(term, size)
+        guesses.add(first, part, {term.name: Predicted(torch.zeros(0), labels[first:end].flatten())})
+        return np.array(guesses.numbers())
+
+    assert (sum(noted(row, row + 1) for row in range(ROWS)) == noted(0, ROWS)).all()
+    of_three = noted(0, ROWS, size=3).reshape(SAMPLES, TOKENS)
+    assert of_three[2].any() and not of_three[3].any(), "beyond the last sample there is padding"
 
 
 @every_case

@@ -1,0 +1,1 @@
+"""`maskwright report`: a run, or several over each other, as one page."""
