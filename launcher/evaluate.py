@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from launcher.local import launch
 from launcher.rank import run_rank
 from launcher.start import refuse_other_count
 from trainer.errors import EXIT_FINISHED
+from trainer.runtime.logs import console_handler
 
 if TYPE_CHECKING:
     from tools.evaluate.options import EvaluateOptions
@@ -28,6 +30,7 @@ def start_evaluation(options: EvaluateOptions, as_json: bool, process_count: int
     if membership is None and (process_count or 1) > 1:
         command = [sys.executable, "-P", "-m", "launcher", "evaluate", *(["--json"] if as_json else [])]
         return launch([*command, *options.arguments()], process_count or 1, None)
+    logging.getLogger().addHandler(console_handler(sys.stderr))  # there is no log, and an error ends in its card
     if membership is None:
         from tools.evaluate.run import evaluate, this_process
 

@@ -21,6 +21,7 @@ from tools.evaluate.report import Measured, Report
 from tools.evaluate.settings import Settings, choose_settings, config_of
 from tools.evaluate.subject import Subject, cannot, find_subject
 from tools.evaluate.words import Hidden, hide_words, recover
+from tools.load_model import quiet
 from tools.progress import StepProgress
 from trainer.errors import UserError
 from trainer.evaluation.evaluator import Evaluator
@@ -64,9 +65,10 @@ def evaluate(options: EvaluateOptions, world: World, console: Console) -> Report
         DamagedError: for a damaged checkpoint or data set.
     """
     console = console if world.is_main else Console(file=io.StringIO())
-    subjects: list[Subject] = distributed.run_on_all_ranks(
-        world, lambda: [find_subject(name, options.run_code) for name in options.models]
-    )
+    with quiet():
+        subjects: list[Subject] = distributed.run_on_all_ranks(
+            world, lambda: [find_subject(name, options.run_code) for name in options.models]
+        )
     settings: Settings = distributed.run_on_all_ranks(world, lambda: _checked_settings(subjects, options))
     evaluation = _Evaluation(options, settings, world, console)
     with scratch_folder(world) as scratch:
@@ -166,7 +168,8 @@ class _Evaluation:
     def measure(self, subject: Subject, data: Data, texts: _Texts) -> Measured:
         """Load a model, measure it, and let go of it."""
         config, world = data.config, self.world
-        module, of_model = distributed.run_on_all_ranks(world, lambda: subject.load(config))
+        with quiet():
+            module, of_model = distributed.run_on_all_ranks(world, lambda: subject.load(config))
         self.notes += [f"{subject.name}: {note}" for note in of_model]
         model = ModelAtRest(module, world.device, self.options.precision, config.model.document_attention)
         samples, micro_size = self.settings.samples, self.settings.micro_size

@@ -86,7 +86,10 @@ def find_subject(name: str, run_code: bool = False) -> Subject:
         DamagedError: when the checkpoint is damaged.
     """
     with _named(name):
-        return _checkpoint(name, run_code) if _is_of_a_run(name) else _of_hugging_face(name, run_code)
+        if _is_of_a_run(name):
+            return _checkpoint(name, run_code)
+        _refuse_what_is_no_model(name)
+        return _of_hugging_face(name, run_code)
 
 
 def _is_of_a_run(name: str) -> bool:
@@ -96,6 +99,20 @@ def _is_of_a_run(name: str) -> bool:
     is_step = _STEP_FOLDER.match(real_path(folder).name) is not None
     has_model = (folder / "config.json").exists()
     return bool(candidates(folder)) or (is_step and not has_model) or (is_step and (folder / MANIFEST).exists())
+
+
+def _refuse_what_is_no_model(name: str) -> None:
+    if not is_local(name):
+        return
+    folder = user_path(name, "MODEL")
+    if not any(folder.glob("*config.json")):
+        found = "it has no checkpoints and no config.json" if folder.is_dir() else "there is no such folder"
+        raise UserError(
+            f"'{name}' is neither a run nor a model: {found}.",
+            where=f"MODEL {name}",
+            remedy="Give a run that has saved, one of its checkpoints, a folder as save_pretrained writes it, or a "
+            "name on the hub.",
+        )
 
 
 def _checkpoint(name: str, run_code: bool) -> Subject:
