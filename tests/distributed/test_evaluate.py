@@ -21,7 +21,7 @@ from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
 from tests.objective_cases import CASES
 from tests.preparing import prepare_text
-from tests.ranks import metrics, run_ranks, train
+from tests.ranks import metrics, run_ranks, tiny_config, train
 from tests.teachers import make_teacher
 from tools.convert import convert
 from tools.evaluate.options import EvaluateOptions
@@ -372,7 +372,7 @@ def test_a_mistake_is_one_card(
     (tmp_path / "rows.jsonl").write_text('{"body": "the cat"}\n')
     for ranks in ("1", "2"):
         result = run(other, "--data", tmp_path / "rows.jsonl", "--nproc-per-node", ranks)
-        assert_one_card(result, EXIT_USER_MISTAKE, "rows.jsonl", "--field body")
+        assert_one_card(result, EXIT_USER_MISTAKE, "rows.jsonl", "--field text", "Its fields are: body.")
     result = run(other, *text, "--documents", "row")
     assert_one_card(result, EXIT_USER_MISTAKE, "cannot be 'row'", "--documents")
 
@@ -389,3 +389,26 @@ def test_a_damaged_checkpoint_is_named(run_of: Any, tmp_path: Path) -> None:
     victim = next((copy / "checkpoints" / "step-00000002").glob("*states.pt"))
     os.truncate(victim, 100)
     assert_one_card(run(copy), EXIT_DAMAGED, f"step-00000002: {victim.name}: 100 bytes instead of")
+
+
+def test_a_run_on_text_is_evaluated_on_the_part_that_it_held_out(workspace: Path, tmp_path: Path) -> None:
+    text, evaluating = str(workspace / "text.txt"), {"every_steps": 2, "samples": 16}
+    data = {"train": text, "validation": text, "text": {"validation_fraction": 0.1}}
+    schedule = {"warmup_steps": 1}
+    config = tiny_config(workspace, tmp_path / "run", data=data, train={"steps": 2}, eval=evaluating, schedule=schedule)
+    assert train(config) == EXIT_FINISHED
+    before = sorted((tmp_path / "text-cache").iterdir())
+    found = measure(tmp_path / "run", words=10)
+    assert found["models"][0]["loss"] == evaluations(tmp_path / "run")[-1]["eval/loss"]
+    assert found["models"][0]["words"] == 10
+    assert sorted((tmp_path / "text-cache").iterdir()) == before, "what training has prepared is used"
+
+
+def test_settings_are_those_of_the_first_run_for_all(run_of: Any, masked_model: Path, workspace: Path) -> None:
+    data = str(workspace / "data")
+    found = measure(masked_model, run_of("mlm"), data=data, samples=10)
+    assert found["settings"]["source"] == str(run_of("mlm")) and found["settings"]["seq_len"] == 32
+    assert found["models"][0]["loss"] == found["models"][1]["loss"]
+    assert measure(masked_model, data=data, samples=10)["settings"]["seq_len"] == 62  # all that it has positions for
+    in_bf16 = measure(masked_model, run_of("mlm"), data=data, samples=10, precision="bf16")["models"][0]["loss"]
+    assert 0 < abs(in_bf16 - found["models"][0]["loss"]) < 0.05

@@ -26,6 +26,7 @@ COMMANDS = [
     ("bench", "loader"),
     ("bench", "prepare"),
     ("status",),
+    ("evaluate",),
     ("doctor",),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),

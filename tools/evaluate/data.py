@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tools.prepare.on_demand import prepare_raw_text, raw_documents, raw_paths
+from tools.prepare.on_demand import prepare_raw_text, raw_documents
 from trainer.config import Config, TextConfig
 from trainer.data.batch import Samples
 from trainer.data.block_reader import block_count
@@ -43,7 +43,8 @@ class Data:
         shards: what is evaluated.
         training: the training split beside it; None where there is none.
         samples: what makes batches of it.
-        raw: the path of the raw text that it was made of; None where it was given as a prepared data set.
+        raw: the path of the raw text that all of it was made of; None where it was given as a prepared data set, or a
+            part of the text is trained on.
     """
 
     config: Config
@@ -85,9 +86,9 @@ def open_data(config: Config, vocabulary: Vocabulary, tokenizer: Any, world: Wor
     with _options_named():
         folders = prepare_raw_text(config, world, StopRequest(), say)
     assert folders is not None, "nothing asks it to stop"
-    raw = distributed.run_on_all_ranks(world, lambda: raw_paths(config))
+    raw = path if path in folders and config.data.text.validation_fraction == 0 else None
     return distributed.run_on_all_ranks(
-        world, lambda: _open(config, vocabulary, tokenizer, folders, world.is_main, path if path in raw else None)
+        world, lambda: _open(config, vocabulary, tokenizer, folders, world.is_main, raw)
     )
 
 
@@ -134,6 +135,7 @@ def _options_named() -> Iterator[None]:
     except MaskwrightError as error:
         for key, option in (("data.train", "--data"), ("data.text.field: ", "--field "), ("data.text.", "--")):
             error.where, error.remedy = (text.replace(key, option) for text in (error.where, error.remedy))
+        error.remedy = error.remedy.partition(" To leave such documents out:")[0]  # for which there is no option
         raise
 
 

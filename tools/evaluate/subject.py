@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Subject:
         """The start of the tokenizer's sha256, which tells it from others."""
         return self.vocabulary.sha256[:12]
 
-    @property
+    @cached_property
     def most_tokens(self) -> int | None:
         """The most tokens of a block; None where nothing bounds them."""
         return most_tokens(stock_model(self.model_config, "meta"))
@@ -150,7 +151,7 @@ def _of_hugging_face(name: str, run_code: bool) -> Subject:
         {
             "run": {"dir": "unused"},
             "model": {"from_pretrained": name, "code": run_code and "auto_map" in fields},
-            "data": {"train": "unused"},
+            "data": {"train": "unused", "seq_len": _SHORTEST},
             "objective": {"name": _OBJECTIVES[family]},
             "train": {"steps": 1},
         },
