@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from launcher.rank import run_rank
 from launcher.start import refuse_other_count
 from trainer.errors import EXIT_FINISHED
 from trainer.runtime.logs import console_handler
+from trainer.runtime.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from tools.evaluate.options import EvaluateOptions
@@ -45,6 +47,9 @@ def _as_rank(options: EvaluateOptions, as_json: bool) -> int:
     from tools.evaluate.run import evaluate
     from trainer.runtime import distributed
 
+    for number in STOP_SIGNALS:  # there is nothing to save: each of them ends the rank, as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     world = distributed.start()
     try:
         report = evaluate(options, world, make_console())

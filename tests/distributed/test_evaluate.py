@@ -30,8 +30,7 @@ from trainer.config.file import parse_config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
 from trainer.objectives.registry import family_of
 
-LANGUAGE = {"mlm": "eval/mlm/loss", "mlm, taught": "eval/mlm/loss"}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def measure(*models: str | Path, **options: Any) -> dict[str, Any]:
@@ -78,7 +77,18 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["mlm", "mlm by words", "mlm, documents", "mlm and nsp", "mlm, taught", "clm", "plm", "rtd, disentangled"]
+    "name",
+    [
+        "mlm",
+        "mlm by words",
+        "mlm by words, documents, code of its own",
+        "mlm, documents",
+        "mlm and nsp",
+        "mlm, taught",
+        "clm",
+        "plm",
+        "rtd, disentangled",
+    ],
 )
 def test_a_checkpoint_gives_the_loss_that_training_wrote_bit_for_bit(name: str, run_of: Any) -> None:
     run_dir = run_of(name)
@@ -207,14 +217,12 @@ def test_a_causal_model_has_the_loss_of_plain_transformers(causal_model: Path, w
     assert "accuracy" in found and "masked_accuracy" not in found
 
 
-def write_model(
-    folder: Path, tokenizer: Any, bias: Sequence[float] | None = None, positions: int = 66, **sizes: int
-) -> Path:
+def write_model(folder: Path, tokenizer: Any, bias: Sequence[float] | None = None) -> Path:
     """A BERT with its tokenizer; with `bias` one that finds all tokens as likely everywhere as softmax(bias) says."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(5)
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=positions, **{**SIZES, **sizes})
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=66, **SIZES)
     model = BertForMaskedLM(config)
     with torch.no_grad():
         for weight in model.parameters():
@@ -356,6 +364,8 @@ def test_a_mistake_is_one_card(
     assert_one_card(result, EXIT_USER_MISTAKE, "neither a run nor a model: it has no", str(tmp_path / "empty"))
     result = run(tmp_path / "missing", *data)
     assert_one_card(result, EXIT_USER_MISTAKE, "there is no such folder", str(tmp_path / "missing"))
+    result = run("mistyped", *data)  # which the hub is not asked for
+    assert_one_card(result, EXIT_USER_MISTAKE, "there is no such folder", "MODEL mistyped", "its owner in front")
     result = run(masked_model, *data, "--seq-len", "65")
     assert_one_card(result, EXIT_USER_MISTAKE, "65 tokens", "positions for 62", "--seq-len 62")
     result = run(masked_model, causal_model, *data, "--seq-len", "32", "--pll")

@@ -25,7 +25,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "word_recovery": ("words recovered", ".2%"),
     "pll_nats_per_token": ("PLL, nats a token", ".4f"),
     "pll_nats_per_word": ("PLL, nats a word", ".4f"),
-    "pll_perplexity": ("pseudo-perplexity", ",.2f"),
+    "pll_perplexity": ("PLL, perplexity", ",.2f"),
 }
 """Number of a model → title and format of its column."""
 
@@ -124,8 +124,10 @@ class Report:
             step = "" if each.subject.step is None else f"{each.subject.step:,}"
             table.add_row(each.subject.name, step, each.subject.config.objective.name, *cells)
         console.print(table)
-        for key, found in self._keyed_baselines().items():
-            of = f" ({key})" if len(self._keyed_baselines()) > 1 else ""
+        keyed = self._keyed_baselines()
+        for found in keyed.values():
+            names = [each.subject.name for each in self.models if each.baselines == found]
+            of = f" ({', '.join(dict.fromkeys(names))})" if len(keyed) > 1 else ""
             console.print(
                 f"baselines{of}: {found.uniform:.4f} nats by guessing among {found.vocabulary:,} tokens, "
                 f"{found.unigram:.4f} by how frequent tokens are in {found.unigram_of}"

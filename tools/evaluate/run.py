@@ -156,10 +156,12 @@ class _Evaluation:
             path, text, run_dir = first.config.data.validation, first.config.data.text, str(first.run)
         else:
             own = (first or subjects[0]).config.data.text
-            text = text_settings(own, str(scratch / "text"), options.field, options.documents)
+            text = text_settings(own, options.field, options.documents)
             run_dir = str(scratch / "run")
         opened = []
         for subject in subjects:
+            if options.data is not None:
+                text = text.model_copy(update={"cache": str(scratch / subject.tokenizer_id)})
             config, notes = config_of(subject, self.settings, path, run_dir, text)
             self.notes += notes
             opened.append(open_data(config, subject.vocabulary, subject.tokenizer, self.world, self._say))

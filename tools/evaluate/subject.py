@@ -19,7 +19,7 @@ from trainer.checkpoint.find import candidates, locate
 from trainer.checkpoint.manifest import MANIFEST, MODEL_FOLDER, RUN_CONFIG
 from trainer.config import Config
 from trainer.config.file import load_config, parse_config
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, means_folder, read_vocabulary
 from trainer.errors import MaskwrightError, UserError
 from trainer.model.account import account_for_weights
 from trainer.model.build import build_model
@@ -103,7 +103,7 @@ def _is_of_a_run(name: str) -> bool:
 
 
 def _refuse_what_is_no_model(name: str) -> None:
-    if not is_local(name):
+    if not means_folder(name):
         return
     folder = user_path(name, "MODEL")
     if not any(folder.glob("*config.json")):
@@ -112,7 +112,7 @@ def _refuse_what_is_no_model(name: str) -> None:
             f"'{name}' is neither a run nor a model: {found}.",
             where=f"MODEL {name}",
             remedy="Give a run that has saved, one of its checkpoints, a folder as save_pretrained writes it, or a "
-            "name on the hub.",
+            "name on the hub with its owner in front.",
         )
 
 
