@@ -21,6 +21,7 @@ from launcher.command import (
 )
 from launcher.console import make_console
 from launcher.data_commands import data_app
+from launcher.evaluate_command import evaluate
 from launcher.look_commands import doctor, report, status
 from launcher.plan_command import plan
 from launcher.slurm_commands import submit
@@ -187,6 +188,7 @@ def train(
 app.command(cls=Command)(submit)
 app.command(cls=Command)(status)
 app.command(cls=Command)(report)
+app.command(cls=Command)(evaluate)
 app.command(cls=Command)(doctor)
 
 

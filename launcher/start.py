@@ -108,14 +108,24 @@ def start_training(
             where=", ".join(options.of_nodes),
             remedy=f"Leave it out: {membership.started_by} starts the ranks.",
         )
-    elif process_count not in (None, membership.local_world_size):
+    else:
+        refuse_other_count(membership, process_count)
+    return _train_here(membership, config_source, overrides, resume, dry_run)
+
+
+def refuse_other_count(membership: Membership, process_count: int | None) -> None:
+    """Refuse a number of ranks that is not the one that torchrun or srun has started.
+
+    Raises:
+        UserError: with both.
+    """
+    if process_count not in (None, membership.local_world_size):
         raise UserError(
             f"{membership.started_by} started {membership.local_world_size} ranks on this node, "
             f"--nproc-per-node asks for {process_count}.",
             where="--nproc-per-node",
             remedy=f"Leave it out: {membership.started_by} starts the ranks.",
         )
-    return _train_here(membership, config_source, overrides, resume, dry_run)
 
 
 def _checked_folder(config_source: str, overrides: Sequence[str], dry_run: bool, nodes: Nodes | None) -> Path | None:

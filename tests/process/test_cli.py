@@ -27,6 +27,7 @@ COMMANDS = [
     ("bench", "prepare"),
     ("status",),
     ("report",),
+    ("evaluate",),
     ("doctor",),
     ("checkpoint", "list"),
     ("checkpoint", "verify"),

@@ -149,6 +149,7 @@ def test_what_is_not_deepspeeds_is_damage_and_no_traceback(trained: Path, tmp_pa
 def test_the_weights_of_a_model_run_nothing(workspace: Path, marker: Path, tmp_path: Path) -> None:
     from transformers import RobertaConfig
 
+    from tools.evaluate.subject import find_subject
     from trainer.config import ModelConfig
     from trainer.data.tokenizer import read_vocabulary
     from trainer.model.build import build_model
@@ -159,6 +160,9 @@ def test_the_weights_of_a_model_run_nothing(workspace: Path, marker: Path, tmp_p
     torch.save({"lm_head.bias": calls(marker)["posix.system"]}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="Cannot load weights"):
         build_model(ModelConfig(from_pretrained=str(tmp_path)), vocabulary, 32, 0)
+    load_tokenizer(workspace / "tokenizer").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        find_subject(str(tmp_path))
     assert not marker.exists()
 
 

@@ -12,7 +12,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tools.prepare.job import TOKENIZER_FOLDER, Job, open_job
 from tools.prepare.option_names import CONFIG
 from tools.prepare.options import PrepareOptions
 from tools.prepare.pieces import InputFile
+from tools.prepare.readers import read_documents
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.special_tokens import TEXT, SpecialTokens
 from tools.prepare.summary import describe_tokens, human_bytes
@@ -123,6 +124,19 @@ def look_up(config: Config) -> RawText:
     if (found.folders or found.estimates) and (note := describe_unused(_cache(config), found.folders.values())):
         found.notes.append(note)
     return found
+
+
+def raw_documents(config: Config, path: str) -> Iterator[str]:
+    """Read the documents behind a path that is raw text, as they are prepared; empty ones are left out.
+
+    Raises:
+        UserError: for a mistake in the text or the settings.
+    """
+    job = _open(config, path, Path(os.devnull))
+    with tempfile.TemporaryDirectory() as scratch:
+        reading = replace(job.work_settings().reading, scratch=scratch)
+        for piece in (piece for unit in job.units for piece in unit.pieces):
+            yield from (text for text, _ in read_documents(piece, reading) if text)
 
 
 def raw_paths(config: Config) -> list[str]:

@@ -67,11 +67,17 @@ class Vocabulary:
         return self.end_id if self.pad_id is None else self.pad_id
 
 
-def load_tokenizer(folder: str | Path, where: str = "") -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer from a folder or a hub name; code that it brings along is never run.
+def means_folder(name: str | Path) -> bool:
+    """Tell whether the name of a Hugging Face folder means one on this machine, and not a name on the hub.
 
     One word is a folder, unless it is one of the hub's old names (bert-base-chinese): so a mistyped folder is found at
     once, and not after the hub's retries.
+    """
+    return is_local(name) or not ("/" in str(name) or _OLD_HUB_NAME.fullmatch(str(name)))
+
+
+def load_tokenizer(folder: str | Path, where: str = "") -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a folder or a hub name; code that it brings along is never run.
 
     Args:
         where: the option or key that named it.
@@ -82,7 +88,7 @@ def load_tokenizer(folder: str | Path, where: str = "") -> PreTrainedTokenizerFa
     from transformers import PreTrainedTokenizerFast
 
     path, where = user_path(folder), where or str(folder)
-    local = is_local(folder) or not ("/" in str(folder) or _OLD_HUB_NAME.fullmatch(str(folder)))
+    local = means_folder(folder)
     if local and not path.is_dir():
         raise UserError(
             f"No tokenizer folder at '{folder}'.",

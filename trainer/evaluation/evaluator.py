@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,15 +15,32 @@ from trainer.data.batch import Batch, Samples
 from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
 from trainer.data.order.permutation import KeyPurpose, another, fold_key, permute
-from trainer.engine.engine import TrainingEngine
 from trainer.errors import MaskwrightError
 from trainer.evaluation.examples import SAMPLES, ExampleGuesses, Passage, passages, shown_term, texts
 from trainer.evaluation.probe import Probe
-from trainer.objectives.objective import Criterion, Tally, tally_of
+from trainer.objectives.objective import Criterion, Network, Tally, tally_of
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 
 EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
+
+
+class Evaluated(Protocol):
+    """A model that can be evaluated: the engine that trains one, or one that lies at rest."""
+
+    @property
+    def network(self) -> Network:
+        """What runs it."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Turn dropout off, and compute no gradients."""
+        ...
 
 
 class Evaluator:
@@ -62,7 +80,7 @@ class Evaluator:
         self._shown_term = shown_term(criterion.terms) if tokenizer is not None else None
 
     def run(
-        self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
+        self, engine: Evaluated, world: World, stop_early: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """Evaluate; every rank calls it. None when a rank was asked to stop meanwhile."""
         micro_size = self.micro_size
@@ -115,15 +133,23 @@ class Evaluator:
                 values[f"eval/{term.name}/ignored"] = 1.0 - found.labels / self.samples
         return values
 
-    def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
-        """Read the batch, or return why it cannot be read; beyond the last sample it is padding without predictions."""
+    def batch(self, places: np.ndarray) -> Batch:
+        """Make a batch of blocks by their numbers from 0 on, int64 [B]; one beyond the last predicts nothing.
+
+        Raises:
+            DamagedError: when a part of the data cannot be read.
+        """
         inside = places < self.samples
         places = np.where(inside, places, 0)
-        try:
-            partners = None if self._partners is None else self._partners[places]
-            blocks = self._reader.read(self.blocks[places], partners)
-        except MaskwrightError as error:
-            return None, error
+        partners = None if self._partners is None else self._partners[places]
+        blocks = self._reader.read(self.blocks[places], partners)
         batch = self.objective.make_batch(blocks, places.astype(np.uint64), EVALUATION_SEED)
         batch.leave_out(~inside)
-        return batch, None
+        return batch
+
+    def _read(self, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
+        """Make the batch, or return why it cannot be read."""
+        try:
+            return self.batch(places), None
+        except MaskwrightError as error:
+            return None, error

@@ -337,18 +337,22 @@ def _check_head(model: PreTrainedModel, where: str) -> None:
     )
 
 
-def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Count the tokens that a model has positions for; None where nothing bounds them."""
     table = position_table(model)
-    positions = table.num_embeddings if table is not None else positions
-    offset = position_offset(model)
-    if not isinstance(positions, int) or positions < 1 or seq_len + offset <= positions:
+    positions = getattr(model.config, "max_position_embeddings", None) if table is None else table.num_embeddings
+    return positions - position_offset(model) if isinstance(positions, int) and positions >= 1 else None
+
+
+def _check_seq_len(model: PreTrainedModel, seq_len: int, settings: ModelConfig) -> None:
+    most, offset = most_tokens(model), position_offset(model)
+    if most is None or seq_len <= most:
         return
     counted = f" (its position ids start at {offset})" if offset else ""
-    can_grow = settings.from_pretrained is None or table is None
+    can_grow = settings.from_pretrained is None or position_table(model) is None
     grow = f"Set model.overrides.max_position_embeddings={seq_len + offset}, or " if can_grow else "Set "
     raise UserError(
-        f"data.seq_len {seq_len} needs {seq_len + offset} positions{counted}; the model has {positions}.",
+        f"data.seq_len {seq_len} needs {seq_len + offset} positions{counted}; the model has {most + offset}.",
         where="data.seq_len",
-        remedy=f"{grow}data.seq_len to at most {positions - offset}.",
+        remedy=f"{grow}data.seq_len to at most {most}.",
     )

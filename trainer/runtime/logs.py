@@ -77,17 +77,24 @@ class _PlainFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+def console_handler(console: TextIO) -> logging.Handler:
+    """Make a handler for a user's console, which shows our own warnings alone.
+
+    Those of other libraries are for a log, and so is the traceback of what ends this rank.
+    """
+    handler = logging.StreamHandler(console)
+    handler.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.name.startswith("trainer.") and record.exc_info is None)
+    return handler
+
+
 def _install_handlers(file: TextIO, console: TextIO | None) -> list[logging.Handler]:
     to_file = logging.StreamHandler(file)
     to_file.setFormatter(logging.Formatter(FORMAT))
     handlers: list[logging.Handler] = [to_file]
     if console is not None:
-        to_console = logging.StreamHandler(console)
-        to_console.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
-        to_console.setLevel(logging.WARNING)
-        # Other libraries' warnings stay in the file, and so does the traceback of what ends this rank.
-        to_console.addFilter(lambda record: record.name.startswith("trainer.") and record.exc_info is None)
-        handlers.append(to_console)
+        handlers.append(console_handler(console))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     for handler in handlers:
