@@ -67,6 +67,15 @@ Documents = Annotated[
     Literal["file", "paragraph", "line", "row"] | None,
     typer.Option(help="What a document of a text is.", show_default="paragraph, or row"),
 ]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Labelled texts, .csv, .tsv or .jsonl: how well their classes can be read from each encoder as it is.",
+    ),
+]
+ProbeText = Annotated[str, typer.Option(metavar="NAME", help="With --probe: the column of the texts.")]
+ProbeLabel = Annotated[str, typer.Option(metavar="NAME", help="With --probe: the column of the classes.")]
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the forward pass.")]
 Processes = Annotated[
     int | None,
@@ -95,6 +104,9 @@ def evaluate(
     pll_documents: PllDocuments = 100,
     field: Field = None,
     documents: Documents = None,
+    probe: Probe = None,
+    probe_text: ProbeText = "text",
+    probe_label: ProbeLabel = "label",
     precision: Precision = "fp32",
     process_count: Processes = None,
     code: Code = False,
@@ -103,7 +115,7 @@ def evaluate(
     """Measure models on the same blocks and masks, by the code that evaluates in training.
 
     Loss, perplexity, accuracy, bits a byte, and the losses of guessing and of the frequencies of tokens; where
-    tokenizers differ, the share of whole words recovered. A checkpoint is evaluated as in its run, with the same
+    tokenizers differ, the share of whole words recovered; with --probe, what can be read from the frozen encoder. A checkpoint is evaluated as in its run, with the same
     numbers. docs/evaluate.md says what each of them means.
 
     \b
@@ -127,6 +139,9 @@ def evaluate(
         pll_documents=pll_documents if pll else 0,
         field=field,
         documents=documents,
+        probe=probe,
+        probe_text=probe_text,
+        probe_label=probe_label,
         precision=precision,
         run_code=code,
     )

@@ -14,7 +14,7 @@ from trainer.objectives.objective import Network
 
 
 class ModelAtRest:
-    """See `trainer.evaluation.evaluator.Evaluated`.
+    """See `trainer.evaluation.evaluated.Evaluated`.
 
     Args:
         module: in fp32, as `Subject.load` gives it; it becomes the model's own.

@@ -19,6 +19,7 @@ class EvaluateOptions:
         words: how many are hidden in every model; None is USUAL_WORDS where tokenizers differ, and none otherwise.
         pll_documents: lines of text whose pseudo-log-likelihood is computed; 0 for none.
         field, documents: of raw text, as in `data.text`.
+        probe: a file of labelled texts, with its columns `probe_text` and `probe_label`, as in `eval.probe`.
         precision: that the models compute in.
         run_code: run the code that a model has in its folder.
     """
@@ -34,6 +35,9 @@ class EvaluateOptions:
     pll_documents: int = 0
     field: str | None = None
     documents: str | None = None
+    probe: str | None = None
+    probe_text: str = "text"
+    probe_label: str = "label"
     precision: str = "fp32"
     run_code: bool = False
 
@@ -52,6 +56,8 @@ class EvaluateOptions:
             "--pll-documents": self.pll_documents or None,
             "--field": self.field,
             "--documents": self.documents,
+            "--probe": self.probe,
+            **({} if self.probe is None else {"--probe-text": self.probe_text, "--probe-label": self.probe_label}),
             "--precision": self.precision,
         }
         flags = [*(["--pll"] if self.pll_documents else []), *(["--code"] if self.run_code else [])]

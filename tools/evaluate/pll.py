@@ -16,7 +16,7 @@ import torch
 
 from tools.evaluate.pieces import PieceTokenizer, find_units
 from trainer.data.tokenizer import Vocabulary
-from trainer.evaluation.evaluator import Evaluated
+from trainer.evaluation.evaluated import Evaluated
 from trainer.objectives.cross_entropy import cross_entropies
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World

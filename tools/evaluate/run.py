@@ -23,9 +23,14 @@ from tools.evaluate.subject import Subject, cannot, find_subject
 from tools.evaluate.words import Hidden, hide_words, recover
 from tools.load_model import quiet
 from tools.progress import StepProgress
+from trainer.config import ProbeConfig
+from trainer.data.labels import read_labelled, tokenize
 from trainer.errors import UserError
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.probe import Probe
+from trainer.inputs.probe import need_scikit_learn
 from trainer.model.classes import MASKED, PAIRED
+from trainer.model.rehearsal import rehearse_states
 from trainer.objectives.registry import make_criterion
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -99,6 +104,10 @@ def _checked_settings(subjects: Sequence[Subject], options: EvaluateOptions) -> 
         )
     if options.words and len(others) == len(subjects):
         raise cannot(others[0], "fills no masks, so no words can be hidden from it.", "--words", "Leave --words out.")
+    if options.probe is not None:
+        need_scikit_learn(f"--probe {options.probe}")
+        for subject in subjects:
+            rehearse_states(subject.model_config)
     return choose_settings(subjects, options)
 
 
@@ -175,7 +184,8 @@ class _Evaluation:
         self.notes += [f"{subject.name}: {note}" for note in of_model]
         model = ModelAtRest(module, world.device, self.options.precision, config.model.document_attention)
         samples, micro_size = self.settings.samples, self.settings.micro_size
-        evaluator = Evaluator(data.shards, data.samples, make_criterion(config), samples, micro_size)
+        probe = distributed.run_on_all_ranks(world, lambda: self._probe(subject))
+        evaluator = Evaluator(data.shards, data.samples, make_criterion(config), samples, micro_size, probe)
         values = self._run(evaluator, model, subject.name)
         baselines = bits = None
         if (term := config.objective.name) in _OF_LANGUAGE:
@@ -191,6 +201,19 @@ class _Evaluation:
             words=self._recover(subject, model, texts.hidden) if subject.name in texts.hidden else None,
             pll=self._pll(subject, model, texts.passages) if texts.passages else None,
         )
+
+    def _probe(self, subject: Subject) -> Probe | None:
+        """Read the labelled texts for a model, if they were asked for."""
+        options, seq_len = self.options, self.settings.seq_len
+        if options.probe is None:
+            return None
+        usual = ProbeConfig(path=options.probe)
+        labelled = read_labelled(
+            options.probe, options.probe_text, options.probe_label, usual.folds, usual.samples, "--probe"
+        )
+        self.notes.append(labelled.describe())
+        tokens = tokenize(labelled, subject.tokenizer, seq_len)
+        return Probe(labelled, tokens, subject.vocabulary.filler_id, seq_len, self.settings.micro_size)
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -15,7 +15,7 @@ import xxhash
 
 from tools.evaluate.pieces import PieceTokenizer, Unit, find_units
 from trainer.data.tokenizer import Vocabulary
-from trainer.evaluation.evaluator import Evaluated
+from trainer.evaluation.evaluated import Evaluated
 
 HIDDEN_SHARE = 0.15
 

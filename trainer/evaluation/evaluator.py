@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,31 +15,14 @@ from trainer.data.block_reader import BlockReader, block_count
 from trainer.data.dataset import ShardSet
 from trainer.data.order.permutation import KeyPurpose, another, fold_key, permute
 from trainer.errors import MaskwrightError
+from trainer.evaluation.evaluated import Evaluated
 from trainer.evaluation.examples import SAMPLES, ExampleGuesses, Passage, passages, shown_term, texts
 from trainer.evaluation.probe import Probe
-from trainer.objectives.objective import Criterion, Network, Tally, tally_of
+from trainer.objectives.objective import Criterion, Tally, tally_of
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
 
 EVALUATION_SEED = 0  # of the masks, whatever the run's seed: evaluations are comparable between runs
-
-
-class Evaluated(Protocol):
-    """A model that can be evaluated: the engine that trains one, or one that lies at rest."""
-
-    @property
-    def network(self) -> Network:
-        """What runs it."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        ...
-
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Turn dropout off, and compute no gradients."""
-        ...
 
 
 class Evaluator:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.engine.engine import TrainingEngine
+from trainer.evaluation.evaluated import Evaluated
 from trainer.evaluation.evaluator import Evaluator
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -47,7 +47,7 @@ class Evaluations:
         return self.evaluator.examples if self.evaluator is not None else []
 
     def run(
-        self, step: int, engine: TrainingEngine, world: World, stop: StopRequest, progress: Callable[[], None]
+        self, step: int, engine: Evaluated, world: World, stop: StopRequest, progress: Callable[[], None]
     ) -> dict[str, float] | None:
         """Evaluate after this step; every rank calls it, and is given the same numbers, to the last bit.
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from trainer.data.labels import LabelledTexts, tokenize
+from trainer.evaluation.evaluated import Evaluated
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
-
-if TYPE_CHECKING:  # DeepSpeed takes long to import, and `probe` needs none
-    from trainer.engine.engine import TrainingEngine
 
 C = 1.0
 """Inverse strength of the L2 penalty, on standardized features (docs/decisions.md)."""
@@ -73,7 +71,7 @@ class Probe:
         self._batches = batches_of([len(each) for each in tokens], longest, rows)
 
     def run(
-        self, engine: TrainingEngine, world: World, stop_early: Callable[[], bool] = lambda: False
+        self, engine: Evaluated, world: World, stop_early: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """Probe the model of an engine; every rank calls it. None when a rank was asked to stop meanwhile.
 
