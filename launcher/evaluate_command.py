@@ -115,12 +115,13 @@ def evaluate(
     """Measure models on the same blocks and masks, by the code that evaluates in training.
 
     Loss, perplexity, accuracy, bits a byte, and the losses of guessing and of the frequencies of tokens; where
-    tokenizers differ, the share of whole words recovered; with --probe, what can be read from the frozen encoder. A checkpoint is evaluated as in its run, with the same
-    numbers. docs/evaluate.md says what each of them means.
+    tokenizers differ, the share of whole words recovered; with --probe, what can be read from the frozen encoder. A
+    checkpoint is evaluated as in its run, with the same numbers. docs/evaluate.md says what each of them means.
 
     \b
     Examples:
       maskwright evaluate runs/my
+      maskwright evaluate bert-base adapted --data held-out.txt --probe labels.csv
       maskwright evaluate my-model --data texts/held-out.txt --against FacebookAI/roberta-base
       maskwright evaluate runs/a runs/b --data data --samples 4096 --pll --json
     """

@@ -107,8 +107,17 @@ def _checked_settings(subjects: Sequence[Subject], options: EvaluateOptions) -> 
     if options.probe is not None:
         need_scikit_learn(f"--probe {options.probe}")
         for subject in subjects:
-            rehearse_states(subject.model_config)
+            _rehearse(subject)
     return choose_settings(subjects, options)
+
+
+def _rehearse(subject: Subject) -> None:
+    """See that a model can be probed."""
+    try:
+        rehearse_states(subject.model_config)
+    except UserError as error:
+        error.where = f"--probe, MODEL {subject.name}"
+        raise
 
 
 def _choose_texts(

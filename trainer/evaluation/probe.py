@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from trainer.data.labels import LabelledTexts, tokenize
+from trainer.data.labels import LabelledTexts
 from trainer.evaluation.evaluated import Evaluated
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -95,29 +95,6 @@ class Probe:
             features = _by_text(self._batches, in_order)
             result = cross_validate(features, self._labelled.labels, self._labelled.folds)
         return distributed.broadcast_from_main(world, result).metrics()
-
-
-def probe(
-    model: Any, tokenizer: Any, labelled: LabelledTexts, device: torch.device, longest: int, rows: int
-) -> ProbeResult:
-    """Probe a model of transformers that lies on a device, in evaluation mode.
-
-    Args:
-        longest: tokens of a text at most, special ones included.
-        rows: texts of that length at once.
-
-    Raises:
-        UserError: as `tokenize`.
-    """
-    tokens = tokenize(labelled, tokenizer, longest)
-    batches = batches_of([len(each) for each in tokens], longest, rows)
-    padding = tokenizer.pad_token_id or 0
-
-    def states_of(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return model.base_model(**inputs)[0]
-
-    found = [features_of(states_of, batch, tokens, padding, device) for batch in batches]
-    return cross_validate(_by_text(batches, found), labelled.labels, labelled.folds)
 
 
 class TextBatch(NamedTuple):

@@ -49,5 +49,5 @@ def cannot_be_probed(problem: str) -> UserError:
     return UserError(
         f"{problem}.",
         where="eval.probe",
-        remedy="Set eval.probe=null, or train a model of another type.",
+        remedy="Leave the probe out, or take a model of another type.",
     )
