@@ -33,14 +33,17 @@ def unigram_cross_entropy(train_folder: str | Path, validation_folder: str | Pat
         UserError: for a folder that is no data set.
         DamagedError: for a manifest that is damaged, or shards that are not as it says.
     """
-    seen = token_counts(train_folder, vocabulary_size)
-    asked = token_counts(validation_folder, vocabulary_size)
+    seen, _ = token_counts(train_folder, vocabulary_size)
+    asked, _ = token_counts(validation_folder, vocabulary_size)
+    for counts, folder in ((seen, train_folder), (asked, validation_folder)):
+        separator = read_data_manifest(folder).separator_id
+        counts[separator : separator + 1] = 0  # of which there may be none below V
     logarithms = np.log(seen + 1.0) - np.log(float(seen.sum()) + len(seen))
     return -float(asked @ logarithms) / max(1.0, float(asked.sum()))
 
 
-def token_counts(folder: str | Path, vocabulary_size: int) -> NDArray[np.int64]:
-    """Count how often each id comes in a data set, int64 [V], 0 for the separator; the shards are not changed.
+def token_counts(folder: str | Path, vocabulary_size: int) -> tuple[NDArray[np.int64], bool]:
+    """Count how often each id comes in a data set, int64 [V], and tell whether all of it was counted.
 
     Raises:
         UserError: for a folder that is no data set.
@@ -51,8 +54,7 @@ def token_counts(folder: str | Path, vocabulary_size: int) -> NDArray[np.int64]:
     for stretch in _stretches(Path(folder), manifest):
         known = stretch[stretch < len(counts)]  # `data verify` finds ids beyond; they would take any memory here
         counts += np.bincount(known, minlength=len(counts))
-    counts[manifest.separator_id] = 0
-    return counts[:vocabulary_size]
+    return counts[:vocabulary_size], manifest.tokens <= MOST_TOKENS
 
 
 def _stretches(folder: Path, manifest: Manifest) -> Iterator[NDArray[np.uint]]:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from tools.baselines import token_counts
 from tools.evaluate.data import Data
 from trainer.data.blocks import IGNORED_LABEL
-from trainer.data.dataset import ShardSet
 from trainer.evaluation.evaluator import Evaluator
 
-_MOST_COUNTED, _STRETCH = 1 << 26, 4096  # tokens: of a larger data set as many, from all over it
-_AT_ONCE = 64  # blocks, or stretches
+_AT_ONCE = 64  # blocks
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def find_baselines(data: Data, evaluator: Evaluator) -> Baselines:
     asked = np.ones(size, bool)
     asked[never] = False
     text = data.training if data.training is not None else data.shards
-    counts, is_all = _frequencies(text, size)
+    counts, is_all = token_counts(text.folder, size)
     seen = counts[asked] + (0 if is_all and data.training is None else 1)
     share = np.zeros(size)
     share[asked] = seen / seen.sum()
@@ -58,21 +57,6 @@ def find_baselines(data: Data, evaluator: Evaluator) -> Baselines:
     unigram = -float((labels[asked_for] * np.log(share[asked_for])).sum()) / int(labels.sum())
     which = "the training split" if data.training is not None else "the evaluated text"
     return Baselines(size, math.log(size), unigram, which if is_all else f"a part of {which}")
-
-
-def _frequencies(shards: ShardSet, size: int) -> tuple[np.ndarray, bool]:
-    """Count each token, int64 [size], and tell whether all of the data was counted."""
-    length = min(_STRETCH, shards.tokens)
-    stretches = shards.block_count(length)
-    step = max(1, math.ceil(stretches * length / _MOST_COUNTED))
-    counts = np.zeros(size, np.int64)
-    chosen = np.arange(0, stretches, step)
-    for first in range(0, len(chosen), _AT_ONCE):
-        counts += _count(shards.read_blocks(chosen[first : first + _AT_ONCE], length), size)
-    rest = shards.tokens - stretches * length
-    if rest:
-        counts += _count(shards.read(np.array([stretches * length]), rest), size)
-    return counts, step == 1
 
 
 def _labels(evaluator: Evaluator, term: str, size: int) -> np.ndarray:
