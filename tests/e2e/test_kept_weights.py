@@ -37,7 +37,8 @@ def source(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kept") / "bert"
     tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
     torch.manual_seed(0)
-    BertForPreTraining(BertConfig(**TINY_ROBERTA, vocab_size=500, pad_token_id=1)).save_pretrained(folder)
+    sizes: dict[str, Any] = {**TINY_ROBERTA, "vocab_size": 500, "pad_token_id": 1}
+    BertForPreTraining(BertConfig(**sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, BertForPreTraining, RobertaModel
+from transformers import AutoModel, AutoModelForMaskedLM, BertForPreTraining, RobertaModel
 
 from tests.tiny_models import (
     ARCHITECTURES,
@@ -264,6 +264,17 @@ def test_an_encoder_without_head_gets_a_seeded_one_and_says_so(tmp_path):
     assert missing.endswith("initialised at random")
     assert unused == "checkpoint: not used: pooler.dense.bias, pooler.dense.weight"
     assert torch.equal(one.model.lm_head.dense.weight, same.model.lm_head.dense.weight)
+
+
+@pytest.mark.parametrize("model_type", ["data2vec-text", "fnet", "nystromformer", "roberta"])
+def test_the_biases_of_a_head_that_is_new_are_zero_and_not_what_the_memory_was(model_type, tmp_path):
+    config = tiny_model(tmp_path, model_type).config
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    used = [torch.full((VOCABULARY_SIZE,), torch.nan) for _ in range(100)]
+    del used  # what is not written is likely to be seen
+    model = build_model(continued(tmp_path / "encoder"), vocabulary(), SEQ_LEN, 5).model
+    biases = [weight for name, weight in model.named_parameters() if name.endswith(".bias") and len(weight) > 128]
+    assert biases and not any(bias.any() for bias in biases)
 
 
 def test_weights_of_other_heads_are_named(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +206,18 @@ def _load(source: str, config: PretrainedConfig, attention: str, notes: list[str
             remedy="Give a folder as save_pretrained writes it, with config.json and whole weight files.",
         ) from error
     notes.extend(account_for_keys(model, source, report))
+    _zero_biases(model, report["missing_keys"])
     return model
+
+
+def _zero_biases(model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Set biases that a checkpoint lacks to zero, as a class does that begins afresh.
+
+    Some are parameters of a head itself (FNet, data2vec), which transformers then leaves as the memory was.
+    """
+    for name, parameter in model.named_parameters():
+        if name in missing and name.rpartition(".")[2] == "bias":
+            parameter.data.zero_()
 
 
 def _correct_ties(model: PreTrainedModel, notes: list[str]) -> None:
