@@ -25,9 +25,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from tools.report.panels import Mark, Panel
+from tools.report.panels import COLOURS, Mark, Panel
 
-COLOURS = 8
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 LEVEL_DASHES: tuple[tuple[float, ...], ...] = ((2, 3), (7, 3))
 MARK_DASHES: dict[str, tuple[float, ...]] = {

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tools.baselines import unigram_cross_entropy
 from tools.status import RunView, look_at
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest, try_manifest
+from trainer.config import Config
 from trainer.data.manifest import read_data_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
 from trainer.runtime.paths import real_path
@@ -140,6 +144,10 @@ def _settings(folder: Path) -> tuple[dict[str, Any], list[str]]:
         found = read_yaml(path)
     except UserError as error:
         return {}, [f"config.yaml cannot be read, so no settings are shown: {error.problem}"]
+    if not isinstance(found, dict):
+        return {}, ["config.yaml holds no settings, so none are shown."]
+    with suppress(ValidationError, MaskwrightError):  # a key that an earlier version did not know was as its default is
+        found = Config.model_validate({"defaults": 1, **found}).model_dump(mode="json")
     return dict(_flat("", found)), []
 
 

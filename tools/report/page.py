@@ -9,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tools.report import facts
-from tools.report.chart import COLOURS, DASHES, LEVEL_DASHES, MARK_COLOURS, MARK_DASHES, draw
+from tools.report.chart import DASHES, LEVEL_DASHES, MARK_COLOURS, MARK_DASHES, draw
 from tools.report.gather import RunRecord
-from tools.report.panels import Panel, make_panels
+from tools.report.panels import COLOURS, Panel, make_panels
 from trainer.runtime.plain_text import printable
 
 _HAPPENED = {

@@ -16,6 +16,8 @@ from tools.report.gather import RunRecord
 LOSS = "Loss"
 MOST_POINTS = 600  # of a curve; more are not seen, and make a page of megabytes
 MOST_MARKS = 200
+COLOURS = 8
+"""Of the page; a colour-blind reader tells them apart (Okabe and Ito, 2008, made darker or lighter for the paper)."""
 _SMOOTHED_FROM = 120  # points
 _LARGEST = 1e30  # beyond it a value is a slip, and matplotlib's ticks overflow
 
@@ -149,7 +151,8 @@ def _panel(runs: list[RunRecord], group: Group, names: list[str], xs: str) -> Pa
         for which, name in enumerate(names):
             label = name if len(runs) == 1 else run.name if len(names) == 1 else f"{run.name}: {name}"
             colour = which if len(runs) == 1 else number
-            curves += _curve(run, name, xs, group, label, colour, dash=which)
+            dash = which + colour // COLOURS  # where colours come again, dashes tell the lines apart
+            curves += _curve(run, name, xs, group, label, colour, dash)
     if not curves:
         return None
     marks = [mark for run in runs for mark in _marks(run, xs)] if len(runs) == 1 else []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.ranks import tiny_config
 from tests.unit.data.test_shards import write_data_set
 from tools.report import facts
 from tools.report.gather import gather
@@ -266,6 +267,18 @@ def test_several_runs_are_over_each_other_with_what_differs(tmp_path: Path) -> N
     rows = dict(facts.last_values(runs))
     assert [value.exact for value in rows["eval/loss"]] == ["5.0625", "6.25"]
     assert [value.text for value in rows["eval/probe/accuracy"]] == ["75.00%", "–"]
+
+
+def test_a_key_that_an_earlier_version_did_not_know_is_no_difference(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tmp_path / "a")
+    earlier = config.model_dump(mode="json")
+    del earlier["model"]["frozen"], earlier["eval"]
+    earlier["optimizer"]["lr"] = 0.125
+    runs = [
+        write_run(tmp_path / name, LINES, config=each)
+        for name, each in (("a", config.model_dump(mode="json")), ("b", earlier))
+    ]
+    assert [name for name, _ in facts.differing_settings(gather(runs))] == ["eval.every_steps", "optimizer.lr"]
 
 
 def test_what_happened_is_marked_on_the_curves_and_told(tmp_path: Path) -> None:
