@@ -45,7 +45,10 @@ Delimiter = Annotated[
 ]
 Documents = Annotated[
     Literal["file", "paragraph", "line", "row"] | None,
-    typer.Option(help="What a document is.", show_default="paragraph for text, row for the other formats"),
+    typer.Option(
+        help="What a document is. Of formats other than text a line is a row.",
+        show_default="paragraph for text, row for the other formats",
+    ),
 ]
 OnBadDocument = Annotated[
     Literal["stop", "skip"],
