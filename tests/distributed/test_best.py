@@ -21,10 +21,10 @@ from tests.distributed.test_background_saves import assert_same_state
 from tests.distributed.test_divergence import damaged, nan_loss
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
 from tools.convert import convert
-from trainer.checkpoint.find import candidates, find_best
+from trainer.checkpoint.find import candidates, find_best, locate_best
 from trainer.checkpoint.manifest import read_checkpoint_manifest, step_folder
 from trainer.config import Config
-from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
+from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, UserError
 from trainer.state import TrainState
 from trainer.tracking.status import read_status
 
@@ -267,3 +267,40 @@ def test_it_is_known_on_other_ranks_and_judged_anew_on_other_blocks_and_in_anoth
     assert_judged(other, state_of(other))
     found = find_best(candidates(other))
     assert found is not None and found.step >= best.step, "it is among the run's own"
+
+
+def test_where_the_save_of_the_best_has_failed_the_one_before_it_stays(
+    clean: Path, workspace: Path, tmp_path: Path
+) -> None:
+    best = state_of(clean).best_step
+    assert best is not None
+    assert run_ranks(full_disk_at, 2, rising(workspace, tmp_path), best) == [EXIT_FINISHED] * 2
+    state, found = state_of(tmp_path), candidates(tmp_path)
+    assert state == state_of(clean), "it was the best all the same"
+    before = min((one for one in evaluations(tmp_path) if one[0] < best), key=lambda one: one[1])[0]
+    assert [candidate.step for candidate in found] == [STEPS, 20, before] and find_best(found) is None
+    with pytest.raises(UserError, match=f"is that of step {best}, which has no checkpoint any more") as caught:
+        locate_best(tmp_path)
+    assert str(step_folder(tmp_path / "checkpoints", before)) in caught.value.remedy
+
+
+def full_disk_at(config: Config, step: int) -> int:
+    """Runs on each rank: rank 1 cannot write large files when a step has been done."""
+    import resource
+
+    from trainer.checkpoint.save import Saver
+    from trainer.train import run
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = Saver.save
+
+    def limited(self: Saver, state: TrainState) -> Path | None:
+        limit = 20_000 if state.step == step and self.world.rank == 1 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return save(self, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    Saver.save = limited  # type: ignore[method-assign]
+    return run(config)
