@@ -292,9 +292,10 @@ def _evaluator(inputs: Inputs, criterion: Criterion, world: World) -> Evaluator 
         return None
     config, micro_size = inputs.config, inputs.plan.micro_size  # for the longest blocks, whichever phase the run is in
     objective = make_samples(config, inputs.vocabulary, config.data.seq_len, evaluating=True)
-    probed = distributed.run_on_all_ranks(world, lambda: open_probe(config, inputs.tokenizer))
-    padding = inputs.vocabulary.filler_id
-    probe = Probe(*probed, padding, config.data.seq_len, micro_size) if probed is not None else None
+    probe = None
+    if (probed := distributed.run_on_all_ranks(world, lambda: open_probe(config, inputs.tokenizer))) is not None:
+        labelled, tokens = probed
+        probe = Probe(labelled, tokens, inputs.vocabulary.filler_id, config.data.seq_len, micro_size)
     return Evaluator(inputs.validation, objective, criterion, config.eval.samples, micro_size, probe, inputs.tokenizer)
 
 

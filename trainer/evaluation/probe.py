@@ -182,6 +182,6 @@ def cross_validate(features: np.ndarray, labels: np.ndarray, folds: int) -> Prob
         classifier.fit(features[fitted].astype(np.float64), labels[fitted])
         told = classifier.predict(features[left_out].astype(np.float64))
         accuracies.append(np.mean(told == labels[left_out]))
-        f1s.append(f1_score(labels[left_out], told, average="macro", zero_division=0.0))
+        f1s.append(f1_score(labels[left_out], told, average="macro"))
     spread = float(np.std(accuracies)), float(np.std(f1s))
     return ProbeResult(float(np.mean(accuracies)), spread[0], float(np.mean(f1s)), spread[1], majority)
