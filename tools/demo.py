@@ -6,6 +6,7 @@ Each step is the command a user would type; it is printed before it runs.
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tools.baselines import unigram_cross_entropy
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
 from trainer.runtime.paths import real_path, user_path
 from trainer.tracking.jsonl import read_metrics
@@ -35,7 +37,7 @@ SENTENCES = (
 
 
 def run_demo(directory: str | None, console: Console) -> None:
-    """Run corpus → tokenizer → shards → training, interrupted and resumed → Hugging Face model → filled masks."""
+    """Run all: corpus, tokenizer, shards, training that is interrupted, report, Hugging Face model, filled masks."""
     started = time.monotonic()
     folder = _fresh_folder(user_path("demo" if directory is None else directory, "--dir"))
     console.rule("1. Text: the documentation of the installed Python packages")
@@ -57,9 +59,11 @@ def run_demo(directory: str | None, console: Console) -> None:
     _maskwright(console, folder, train, interrupt_at_step=INTERRUPT_AT_STEP)
     console.rule("5. The same command goes on where it stopped")
     _maskwright(console, folder, train)
-    console.rule("6. A Hugging Face model")
+    console.rule("6. A page that shows the run")
+    _maskwright(console, folder, "report run")
+    console.rule("7. A Hugging Face model")
     _maskwright(console, folder, "convert run --output model")
-    console.rule("7. Filled masks, in plain transformers")
+    console.rule("8. Filled masks, in plain transformers")
     _fill_masks(console, folder / "model")
     _summary(console, folder, time.monotonic() - started)
 
@@ -131,16 +135,22 @@ def _fill_masks(console: Console, model: Path) -> None:
 
 
 def _summary(console: Console, folder: Path, seconds: float) -> None:
-    evaluations = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "eval/perplexity" in line]
-    first, last = evaluations[0]["eval/perplexity"], evaluations[-1]["eval/perplexity"]
+    evaluations = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if "eval/loss" in line]
+    first, last = evaluations[0]["eval/loss"], evaluations[-1]["eval/loss"]
+    by_frequency = unigram_cross_entropy(folder / "data" / "train", folder / "data" / "validation", VOCABULARY_SIZE)
     console.rule("Done")
     for line in (
-        f"validation perplexity {first:,.0f} untrained → {last:,.0f} after {evaluations[-1]['step']} steps",
+        f"loss on held-out text: {first:.2f} untrained → {last:.2f} after {evaluations[-1]['step']} steps; perplexity "
+        f"{math.exp(first):,.0f} → {math.exp(last):,.0f}",
+        f"  to compare: {math.log(VOCABULARY_SIZE):.2f} by guessing among {VOCABULARY_SIZE:,} tokens, "
+        f"{by_frequency:.2f} by knowing how frequent each is",
+        f"  it is {by_frequency - last:.2f} below that, which is what it makes of the words around",
         f"took {seconds / 60:.1f} minutes; everything is in {folder}",
         f"  text        {folder / 'corpus'}",
         f"  tokenizer   {folder / 'tokenizer'}",
         f"  shards      {folder / 'data'}   (maskwright data show {folder / 'data'})",
         f"  run         {folder / 'run'}   (tensorboard --logdir {folder / 'run' / 'tensorboard'})",
+        f"  report      {folder / 'run' / 'report.html'}   (open it in a browser)",
         f"  model       {folder / 'model'}   (AutoModelForMaskedLM.from_pretrained)",
     ):
         console.print(line, markup=False, soft_wrap=True)

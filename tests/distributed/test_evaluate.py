@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from launcher.console import make_console
 from tests.commands import assert_one_card, maskwright
@@ -28,6 +28,7 @@ from tools.evaluate.options import EvaluateOptions
 from tools.evaluate.run import evaluate, this_process
 from trainer.config.file import parse_config
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.evaluation.probe import cross_validate
 from trainer.objectives.registry import family_of
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -349,6 +350,52 @@ def test_the_command_prints_json_alone_or_a_table_and_ranks_of_its_own_find_the_
     table = run(masked_model, *options)
     assert table.returncode == EXIT_FINISHED and table.stdout.count("\n") >= 3, table.stderr
     assert "bits a byte" in table.stdout and "by guessing among 500 tokens" in table.stdout
+
+
+@pytest.fixture(scope="module")
+def labelled(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of the workspace's text, by whether they are long."""
+    lines = [line for line in (workspace / "text.txt").read_text().splitlines() if len(line) > 5][:60]
+    middle = sorted(map(len, lines))[30]
+    file = tmp_path_factory.mktemp("labelled") / "labels.jsonl"
+    rows = [json.dumps({"line": line, "kind": "long" if len(line) > middle else "short"}) for line in lines]
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def test_the_probe_is_that_of_plain_mean_pooling_and_scikit_learn(
+    masked_model: Path, run_of: Any, workspace: Path, labelled: Path
+) -> None:
+    options = {
+        "data": str(workspace / "data"),
+        "seq_len": 32,
+        "samples": 4,
+        "probe_text": "line",
+        "probe_label": "kind",
+    }
+    run_dir = run_of("mlm")
+    found = measure(masked_model, run_dir, probe=str(labelled), **options)
+    rows = [json.loads(line) for line in labelled.read_text().splitlines()]
+    classes = sorted({row["kind"] for row in rows})
+    model = AutoModel.from_pretrained(masked_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(masked_model)
+    with torch.no_grad():
+        features = [
+            model(**tokenizer(row["line"], truncation=True, max_length=32, return_tensors="pt"))[0][0].mean(0).numpy()
+            for row in rows
+        ]
+    expected = cross_validate(np.stack(features), np.array([classes.index(row["kind"]) for row in rows]), 5)
+    for each in found["models"]:
+        assert each["probe/accuracy"] == pytest.approx(expected.accuracy, abs=1e-9)
+        assert each["probe/macro_f1"] == pytest.approx(expected.macro_f1, abs=1e-9)
+        assert each["probe/majority"] == expected.majority
+    assert any(note.startswith("probe: 60 texts, 2 classes") for note in found["notes"])
+    result = run(masked_model, "--data", options["data"], "--seq-len", "32", "--probe", labelled)
+    assert_one_card(result, EXIT_USER_MISTAKE, "text", f"--probe {labelled}")
+    ranks = run(masked_model, "--data", options["data"], "--seq-len", "32", "--samples", "4", "--probe", labelled,
+                "--probe-text", "line", "--probe-label", "kind", "--json", "--nproc-per-node", "2")  # fmt: skip
+    assert ranks.returncode == EXIT_FINISHED, ranks.stderr
+    assert json.loads(ranks.stdout)["models"][0]["probe/accuracy"] == pytest.approx(expected.accuracy, abs=1e-9)
 
 
 def test_a_mistake_is_one_card(
