@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from trainer.evaluation.evaluated import EvaluatedNetwork
 from trainer.model.build import COMPUTE_DTYPES, fp32_buffers, restore_fp32_buffers
 from trainer.model.trained import forward_of
-from trainer.objectives.objective import Network
 
 
 class ModelAtRest:
@@ -28,7 +28,7 @@ class ModelAtRest:
         restore_fp32_buffers(module, buffers)
         module.to(device).eval().requires_grad_(False)
         self.device = device
-        self.network: Network = forward_of(module, device, document_attention)
+        self.network: EvaluatedNetwork = forward_of(module, device, document_attention)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -27,12 +27,12 @@ class Evaluations:
     """
 
     evaluator: Evaluator | None
-    every_steps: int | None
+    every_steps: int | str | None  # a resolved config has no auto left
     total_steps: int
 
     def is_due(self, step: int) -> bool:
         """Tell whether there is one after this step; after step 0 it is of the untrained model."""
-        is_nth = self.every_steps is not None and step % self.every_steps == 0
+        is_nth = isinstance(self.every_steps, int) and step % self.every_steps == 0
         return self.evaluator is not None and (is_nth or step == self.total_steps)
 
     @property
