@@ -448,9 +448,12 @@ def test_a_damaged_checkpoint_is_named(run_of: Any, tmp_path: Path) -> None:
     assert_one_card(run(copy), EXIT_DAMAGED, f"step-00000002: {victim.name}: 100 bytes instead of")
 
 
-def test_a_run_on_text_is_evaluated_on_the_part_that_it_held_out(workspace: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["auto", "fraction"])
+def test_a_run_on_text_is_evaluated_on_the_part_that_it_held_out(how: str, workspace: Path, tmp_path: Path) -> None:
     text, evaluating = str(workspace / "text.txt"), {"every_steps": 2, "samples": 16}
-    data = {"train": text, "validation": text, "text": {"validation_fraction": 0.1}}
+    data = {"train": text, "validation": "auto"}
+    if how == "fraction":
+        data |= {"validation": text, "text": {"validation_fraction": 0.1}}
     schedule = {"warmup_steps": 1}
     config = tiny_config(workspace, tmp_path / "run", data=data, train={"steps": 2}, eval=evaluating, schedule=schedule)
     assert train(config) == EXIT_FINISHED

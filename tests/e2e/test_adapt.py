@@ -23,12 +23,14 @@ from tests.commands import assert_one_card, maskwright
 from tests.conftest import write_text
 from tests.preparing import quiet_console, read_token_documents
 from tests.ranks import TINY_ROBERTA, losses, metrics, train
+from tools.baselines import unigram_cross_entropy
 from tools.convert import convert
 from tools.prepare import prepare
+from tools.report.gather import gather
 from tools.validate import validate
 from trainer.config import Config
 from trainer.config.file import load_config
-from trainer.data.manifest import read_data_manifest
+from trainer.data.manifest import SPLITS, read_data_manifest
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
 
 KINDS: dict[str, Any] = {
@@ -100,6 +102,9 @@ def test_one_command_adapts_a_model_to_50_kb_of_text(model: Path, text: Path, tm
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert (resolved["eval"]["every_steps"], resolved["checkpoint"]["every_steps"]) == (10, 10)
     assert (resolved["data"]["validation"], resolved["schedule"]["warmup_steps"]) == ("auto", 6)
+    splits, size = [prepared(run_dir) / split for split in SPLITS], 500
+    [record] = gather([str(run_dir)])
+    assert record.unigram == unigram_cross_entropy(*splits, size), "the report finds what was prepared"
 
     convert(str(run_dir), str(tmp_path / "adapted"), "float32", "5GB", quiet_console())
     _, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapted", output_loading_info=True)

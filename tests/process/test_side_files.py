@@ -12,7 +12,7 @@ import pytest
 
 from tests.ranks import tiny_config
 from tools.status import look_at, status_lines
-from trainer.checkpoint.resume import DATA_ORDER
+from trainer.checkpoint.manifest import DATA_ORDER
 from trainer.checkpoint.run_folder import check_replaceable
 from trainer.config.file import dump_config
 from trainer.config.run_names import RUN_NAMES, check_named_files

@@ -81,12 +81,13 @@ def open_data(config: Config, vocabulary: Vocabulary, tokenizer: Any, world: Wor
         UserError: for data that there is not, of another tokenizer, or with less than a block.
         DamagedError: for a file that is missing or of another size.
     """
-    path = config.data.validation
+    path = config.data.validation_path
     assert path is not None
     with _options_named():
         folders = prepare_raw_text(config, world, StopRequest(), say)
     assert folders is not None, "nothing asks it to stop"
-    raw = path if path in folders and config.data.text.validation_fraction == 0 else None
+    is_whole = not config.data.holds_out and not config.data.text.validation_fraction
+    raw = path if path in folders and is_whole else None
     return distributed.run_on_all_ranks(
         world, lambda: _open(config, vocabulary, tokenizer, folders, world.is_main, raw)
     )
@@ -100,7 +101,7 @@ def _open(
     thorough: bool,
     raw: str | None,
 ) -> Data:
-    path = config.data.validation
+    path = config.data.validation_path
     assert path is not None
     place = folders.get(path, path)
     training, folder = (split_folder(place, split) for split in SPLITS)

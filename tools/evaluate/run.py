@@ -83,7 +83,7 @@ def evaluate(options: EvaluateOptions, world: World, console: Console) -> Report
     notes = evaluation.notes
     if len({subject.tokenizer_id for subject in subjects}) > 1:
         notes.append("tokenizers differ: losses are of other tokens each; compare bits a byte, and recovered words")
-    path = data[0].config.data.validation
+    path = data[0].config.data.validation_path
     assert path is not None
     return Report(path, settings, options.precision, models, options.against, tuple(dict.fromkeys(notes)))
 
@@ -165,22 +165,24 @@ class _Evaluation:
         options, path = self.options, self.options.data
         first = next((subject for subject in subjects if subject.run is not None), None)
         if path is None:
-            if first is None or first.config.data.validation is None:
+            if first is None or first.config.data.validation_path is None:
                 raise UserError(
                     "There is no text to evaluate on: no run that is given has a data.validation.",
                     where="--data",
                     remedy="Add --data with a prepared data set or with text: a file, a folder or a glob.",
                 )
-            path, text, run_dir = first.config.data.validation, first.config.data.text, str(first.run)
+            of_run = first.config.data
+            path, text, run_dir, held_out = of_run.validation_path, of_run.text, str(first.run), of_run.holds_out
+            assert path is not None
         else:
             own = (first or subjects[0]).config.data.text
             text = text_settings(own, options.field, options.documents)
-            run_dir = str(scratch / "run")
+            run_dir, held_out = str(scratch / "run"), False
         opened = []
         for subject in subjects:
             if options.data is not None:
                 text = text.model_copy(update={"cache": str(scratch / subject.tokenizer_id)})
-            config, notes = config_of(subject, self.settings, path, run_dir, text)
+            config, notes = config_of(subject, self.settings, path, run_dir, text, held_out)
             self.notes += notes
             opened.append(open_data(config, subject.vocabulary, subject.tokenizer, self.world, self._say))
         return opened

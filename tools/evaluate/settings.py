@@ -79,7 +79,7 @@ def _micro_size(subject: Subject) -> int:
 
 
 def config_of(
-    subject: Subject, settings: Settings, path: str, run_dir: str, text: TextConfig
+    subject: Subject, settings: Settings, path: str, run_dir: str, text: TextConfig, held_out: bool
 ) -> tuple[Config, list[str]]:
     """Write the config by which a model is evaluated on a path of data, and lines for the user.
 
@@ -88,6 +88,7 @@ def config_of(
     Args:
         run_dir: beside which raw text is prepared.
         text: how raw text is read.
+        held_out: whether it is what `data.validation: auto` holds out of the path.
 
     Raises:
         UserError: for blocks that the model cannot compute.
@@ -111,7 +112,7 @@ def config_of(
     model = {"tokenizer": subject.tokenizer_folder, "document_attention": within_documents}
     data = {
         "train": [SourceConfig(path=path)],
-        "validation": path,
+        "validation": "auto" if held_out else path,
         "seq_len": settings.seq_len,
         "samples": settings.blocks,
         "phases": [],

@@ -32,9 +32,9 @@ from tools.prepare.readers import read_documents
 from tools.prepare.run import finalize_job, prepare_task
 from tools.prepare.special_tokens import TEXT, SpecialTokens
 from tools.prepare.summary import describe_tokens, human_bytes
-from tools.prepare.text_cache import describe_unused
+from tools.prepare.text_cache import CACHE_FOLDER, describe_unused
 from tools.prepare.work_folder import recorded_units
-from trainer.checkpoint.resume import DATA_ORDER
+from trainer.checkpoint.manifest import DATA_ORDER
 from trainer.config import Config, run_folder
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_data_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
@@ -46,7 +46,6 @@ from trainer.runtime.files import file_hash, replace_synced
 from trainer.runtime.paths import user_path
 from trainer.runtime.signals import StopRequest
 
-CACHE_FOLDER = "text-cache"
 _SUMS = "sums.json"
 _POLL_SECONDS = 1.0
 _TELL_SECONDS = 10.0

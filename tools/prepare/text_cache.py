@@ -10,6 +10,9 @@ from tools.prepare.summary import counted, human_bytes
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS
 from trainer.runtime.plain_text import listed
 
+CACHE_FOLDER = "text-cache"
+"""Beside the run folder, unless `data.text.cache` says otherwise."""
+
 
 def describe_unused(cache: Path, used: Collection[Path]) -> str | None:
     """Describe the preparations of other texts or settings in the cache, with their size; None when there are none."""

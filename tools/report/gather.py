@@ -17,10 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from tools.baselines import unigram_cross_entropy
+from tools.prepare.text_cache import CACHE_FOLDER
 from tools.status import RunView, look_at
-from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest, try_manifest
+from trainer.checkpoint.manifest import DATA_ORDER, MODEL_FOLDER, CheckpointManifest, try_manifest
 from trainer.config import Config
-from trainer.data.manifest import read_data_manifest, split_folder
+from trainer.data.manifest import MANIFEST, read_data_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
 from trainer.runtime.paths import real_path
 from trainer.runtime.plain_text import shorten
@@ -189,8 +190,9 @@ def _baselines(
     try:
         if not (isinstance(train, str) and isinstance(validation, str)):
             return _size(size), None  # several sources, or none to compare with
-        trained_on = split_folder(_found_from(folder, settings, train), "train")
-        held_out = split_folder(_found_from(folder, settings, validation), "validation")
+        trained_on = _data_set(folder, settings, train)
+        held_out = trained_on if validation in ("auto", train) else _found_from(folder, settings, validation)
+        trained_on, held_out = split_folder(trained_on, "train"), split_folder(held_out, "validation")
         size = _size(size) or read_data_manifest(trained_on).vocabulary_size
         unigram = unigram_cross_entropy(trained_on, held_out, size)
     except (MaskwrightError, OSError) as error:
@@ -198,6 +200,22 @@ def _baselines(
         notes.append(f"The loss of guessing by frequency is not shown, for want of the data: {shorten(said)}")
         return _size(size), None
     return size, unigram if math.isfinite(unigram) else None
+
+
+def _data_set(folder: Path, settings: dict[str, Any], path: str) -> Path:
+    """Find the data set behind a path: what lies there or, of raw text, what the run has prepared of it."""
+    given = _found_from(folder, settings, path)
+    if (split_folder(given, "train") / MANIFEST).exists():
+        return given
+    cache = settings.get("data.text.cache")
+    prepared = _found_from(folder, settings, cache) if isinstance(cache, str) else folder.parent / CACHE_FOLDER
+    order = read_json_object(folder / DATA_ORDER) or {}
+    begun = [source.get("fingerprint") for source in order.get("sources", []) if isinstance(source, dict)]
+    for manifest in sorted(prepared.glob(f"*/train/{MANIFEST}")) if begun else ():
+        with suppress(MaskwrightError):
+            if read_data_manifest(manifest.parent).fingerprint in begun:
+                return manifest.parent.parent
+    return given
 
 
 def _size(found: Any) -> int | None:

@@ -32,6 +32,7 @@ PROBE = "probe.safetensors"
 FROZEN = "frozen.safetensors"  # weights that are not trained, in fp32; none where all are
 KEPT = "kept.safetensors"  # in MODEL_FOLDER: weights of the source that the trained class has not; none where none are
 RUN_CONFIG = "config.yaml"  # of the start that saved it
+DATA_ORDER = "data_order.json"  # in the run folder
 HASH_THREADS = 4
 _SHOWN_CHARACTERS = 60
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.identity import has_own_code
-from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest, Records
+from trainer.checkpoint.manifest import DATA_ORDER, MODEL_FOLDER, CheckpointManifest, Records
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.config import ObjectiveConfig
 from trainer.data.order.compare import order_differences
@@ -18,7 +18,6 @@ from trainer.inputs.inputs import sha256_of
 from trainer.runtime.paths import real_path
 from trainer.runtime.side_files import read_json_object
 
-DATA_ORDER = "data_order.json"  # in the run folder
 _REPORTS = ("metrics.jsonl", "examples.jsonl")  # line by line, of each step
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from trainer.checkpoint.manifest import RUN_CONFIG
-from trainer.checkpoint.resume import DATA_ORDER, set_aside, set_aside_newer
+from trainer.checkpoint.manifest import DATA_ORDER, RUN_CONFIG
+from trainer.checkpoint.resume import set_aside, set_aside_newer
 from trainer.config import Config
 from trainer.config.file import dump_config
 from trainer.engine.deepspeed_config import ALLOWED_KEYS
