@@ -26,14 +26,19 @@ MARKER = ".maskwright-demo"
 RANKS = 2
 """At most: fewer where there are fewer GPUs than that, but for none, when ranks compute on the CPU."""
 CORPUS_BYTES = 6_000_000
-VOCABULARY_SIZE = 8192
-INTERRUPT_AT_STEP = 500
+VOCABULARY_SIZE = 4096
+INTERRUPT_AT_STEP = 600
 SENTENCES = (
     "If the file does not exist, an {mask} is raised.",
     "This function returns a new {mask} with the same shape and dtype.",
-    "Return True if the two values are {mask}.",
     "The default {mask} is None.",
+    "This method should be called {mask} the object is created.",
+    "Return the {mask} of elements in the array.",
+    "If this is not {mask}, the default value will be used.",
+    "It can be used to {mask} the size of the image.",
+    "Each of {mask} following is a list.",
 )
+"""Written for this, in the manner of documentation."""
 
 
 def run_demo(directory: str | None, console: Console) -> None:
