@@ -207,7 +207,11 @@ def _progress(status: Status) -> str:
 
 def _best(status: Status) -> str:
     """Name the evaluation with the lowest loss."""
-    return "" if status.best_loss is None else f"step {status.best_step:,}, eval/loss {status.best_loss:.4f}"
+    return (
+        ""
+        if status.best_loss is None or status.best_step is None
+        else f"step {status.best_step:,}, eval/loss {status.best_loss:.4f}"
+    )
 
 
 def _heartbeat(view: RunView) -> str:

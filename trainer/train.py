@@ -11,7 +11,14 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.checkpoint.begun import as_begun
-from trainer.checkpoint.contents import prove_causal, prove_head, prove_repeatable, read_probe_block, take_contents
+from trainer.checkpoint.contents import (
+    kept_of_start,
+    prove_causal,
+    prove_head,
+    prove_repeatable,
+    read_probe_block,
+    take_contents,
+)
 from trainer.checkpoint.identity import run_identity
 from trainer.checkpoint.manifest import Records, read_checkpoint_manifest
 from trainer.checkpoint.restore import read_updates, restore
@@ -38,7 +45,7 @@ from trainer.loop import Loop
 from trainer.model.attention_backend import preferring, resolve_attention_backend
 from trainer.model.build import COMPUTE_DTYPES, BuiltModel
 from trainer.model.classes import CAUSAL, MAIN
-from trainer.model.kept import describe_kept, read_kept
+from trainer.model.kept import describe_kept
 from trainer.model.teacher import TeacherModel, load_teacher
 from trainer.model.trained import build_trained
 from trainer.objectives.objective import Criterion
@@ -328,7 +335,7 @@ def _saver(run: Run, inputs: Inputs, records: Records, engine: TrainingEngine, c
     if family_of(inputs.config) == CAUSAL:
         distributed.run_on_all_ranks(world, lambda: prove_causal(engine, inputs, block))
     kept: dict[str, Tensor] = distributed.run_on_all_ranks(
-        world, lambda: read_kept(engine.exports[MAIN], inputs.config.model) if world.is_main else {}
+        world, lambda: kept_of_start(checkpoint, engine.exports[MAIN], inputs.config.model) if world.is_main else {}
     )
     for line in describe_kept(kept):
         run.say(line)

@@ -10,6 +10,7 @@ import numpy as np
 from tools.baselines import token_counts
 from tools.evaluate.data import Data
 from trainer.data.blocks import IGNORED_LABEL
+from trainer.errors import UserError
 from trainer.evaluation.evaluator import Evaluator
 
 _AT_ONCE = 64  # blocks
@@ -42,6 +43,9 @@ def find_baselines(data: Data, evaluator: Evaluator) -> Baselines:
     Frequencies are those of the training split, every token counted once more than it is there, or, where the data set
     has none, of the evaluated text itself. Tokens that are never asked for do not count: ids that no token has and, but
     for a causal model, special tokens.
+
+    Raises:
+        UserError: when nothing is asked for.
     """
     size, vocabulary = data.vocabulary.size, data.vocabulary
     never = [*vocabulary.unused_ids, *(() if data.config.objective.name == "clm" else vocabulary.special_ids)]
@@ -54,6 +58,12 @@ def find_baselines(data: Data, evaluator: Evaluator) -> Baselines:
     share[asked] = seen / seen.sum()
     labels = _labels(evaluator, data.config.objective.name, size)
     asked_for = labels > 0
+    if not asked_for.any():
+        raise UserError(
+            "Nothing in the text is asked for: it has no tokens but special ones, such as the unknown token.",
+            where=f"--data {data.config.data.validation_path}",
+            remedy="Give text that the model's tokenizer knows.",
+        )
     unigram = -float((labels[asked_for] * np.log(share[asked_for])).sum()) / int(labels.sum())
     which = "the training split" if data.training is not None else "the evaluated text"
     return Baselines(size, math.log(size), unigram, which if is_all else f"a part of {which}")

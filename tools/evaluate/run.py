@@ -164,6 +164,13 @@ class _Evaluation:
         """
         options, path = self.options, self.options.data
         first = next((subject for subject in subjects if subject.run is not None), None)
+        unread = [name for name in ("field", "documents") if getattr(options, name) is not None]
+        if path is None and unread:
+            raise UserError(
+                f"--{unread[0]} says how text is read that --data gives, and a run's own data are read as in its run.",
+                where=f"--{unread[0]} {getattr(options, unread[0])}",
+                remedy=f"Add --data, or leave --{unread[0]} out.",
+            )
         if path is None:
             if first is None or first.config.data.validation_path is None:
                 raise UserError(

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from trainer.checkpoint.manifest import FROZEN, KEPT, MODEL_FOLDER, PROBE, RUN_CONFIG
+from trainer.config import ModelConfig
 from trainer.config.file import dump_config
 from trainer.data.batch import Batch
 from trainer.data.blocks import Blocks
@@ -26,6 +28,7 @@ from trainer.inputs.inputs import Inputs
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.classes import MAIN
 from trainer.model.forward import Pass
+from trainer.model.kept import read_kept
 from trainer.model.model_code import code_of, is_stock
 from trainer.model.prediction_head import head_module
 from trainer.runtime.files import give_usual_mode
@@ -147,6 +150,15 @@ def kept_weights(folder: Path, export: str) -> dict[str, torch.Tensor]:
     """Read the weights that a checkpoint has for a converted model beside those of its class; the main one has some."""
     path = folder / MODEL_FOLDER / KEPT
     return load_file(path) if export == MAIN and path.is_file() else {}
+
+
+def kept_of_start(checkpoint: Path | None, model: PreTrainedModel, settings: ModelConfig) -> dict[str, torch.Tensor]:
+    """Find what is kept of the source beside what is trained: as the checkpoint has it, whatever lies there today.
+
+    Args:
+        checkpoint: that the run goes on from; None at its first start, which reads the source.
+    """
+    return read_kept(model, settings) if checkpoint is None else kept_weights(checkpoint, MAIN)
 
 
 def probe_folder(folder: Path, export: str) -> Path:

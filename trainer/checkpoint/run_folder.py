@@ -26,18 +26,22 @@ from trainer.runtime.side_files import read_json_object, replace_side_file
 from trainer.runtime.user_files import to_yaml
 from trainer.state import TrainState
 
+_STEP_FIRST = b'{"step": '
 _SECTIONS = {"run", "model", "data", "objective", "batch", "optimizer", "schedule", "train", "checkpoint", "eval"}
 
 
 def check_replaceable(run_dir: Path, resume: str, checkpoint: Path | None) -> None:
-    """Refuse a start that would replace, or move away, a config or a DeepSpeed file that maskwright has not written.
+    """Refuse a start that would replace, or move away, a file by the name of its own that maskwright has not written.
 
     Raises:
         UserError: naming the file.
     """
-    if checkpoint is not None and resume != "never":
-        return
-    for name, is_own in (("config.yaml", _is_frozen_config), ("deepspeed.json", _is_frozen_deepspeed)):
+    replaced: list[tuple[str, Callable[[Path], bool]]] = []
+    if resume != "never":  # which moves them aside
+        replaced += [("metrics.jsonl", _has_steps), ("examples.jsonl", _has_steps)]
+    if checkpoint is None or resume == "never":
+        replaced += [("config.yaml", _is_frozen_config), ("deepspeed.json", _is_frozen_deepspeed)]
+    for name, is_own in replaced:
         path = run_dir / name
         if path.is_file() and not is_own(path):
             raise UserError(
@@ -45,6 +49,16 @@ def check_replaceable(run_dir: Path, resume: str, checkpoint: Path | None) -> No
                 where=f"run.dir={run_dir}",
                 remedy="Move it to another place, or give another run.dir.",
             )
+
+
+def _has_steps(path: Path) -> bool:
+    """Tell whether a run wrote a file of lines: each begins with its step, and a crash may have cut one off."""
+    try:
+        with open(path, "rb") as file:
+            begins = next((line.lstrip() for line in file if line.strip()), b"")[:64]
+    except OSError:
+        return True  # which its writer explains
+    return not begins or _STEP_FIRST.startswith(begins[: len(_STEP_FIRST)])
 
 
 def _is_frozen_config(path: Path) -> bool:

@@ -82,7 +82,7 @@ def _metrics_line(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict):
         raise ValueError("it is no object")
     step = line.get("step")
-    if type(step) is not int or step < 0:
+    if type(step) is not int or not 0 <= step < 1 << 63:
         raise ValueError("it has no step")
     for name, value in line.items():
         if name in _COUNTERS or ("/" in name and not name.startswith("event/")):
