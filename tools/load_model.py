@@ -144,5 +144,7 @@ def _fill(model: Any, weights: _Weights) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' prints and progress bars off the console; errors are exceptions and get through."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    from trainer.model.account import quiet_library  # whose log keeps the stderr that it began with
+
+    with quiet_library(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

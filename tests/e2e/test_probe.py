@@ -121,7 +121,7 @@ def test_the_number_rises_as_the_encoder_learns_what_belongs_together(tmp_path: 
     untrained, trained = lines[0]["eval/probe/accuracy"], lines[-1]["eval/probe/accuracy"]
     assert untrained < 0.8 and trained > 0.97
     assert lines[-1]["eval/probe/macro_f1"] > 0.97 and lines[0]["eval/probe/majority"] == 1 / TOPICS
-    assert f"probe accuracy {trained:.3f} F1" in result.stdout and "(majority 0.125)" in result.stdout
+    assert f"probe accuracy {trained:.3f} ± " in result.stdout and "(majority 0.125)" in result.stdout
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert set(PROBE_METRICS) <= set(shown.Tags()["scalars"])
     assert [event.step for event in shown.Scalars("eval/probe/accuracy")] == [0, 200, 400]

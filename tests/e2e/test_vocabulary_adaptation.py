@@ -75,7 +75,7 @@ def documented() -> tuple[str, list[list[str]]]:
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_the_two_commands_of_the_readme_train_the_embeddings_first_and_then_all(
+def test_the_two_documented_commands_train_the_embeddings_first_and_then_all(
     model_type: str, grown: Path, workspace: Path, tmp_path: Path
 ) -> None:
     pattern, sizes = MODELS[model_type]
@@ -90,7 +90,7 @@ def test_the_two_commands_of_the_readme_train_the_embeddings_first_and_then_all(
         config = yaml.safe_dump({**yaml.safe_load(config), "objective": {"name": "clm"}})
     (tmp_path / "more.yaml").write_text(config)
     assert len(commands) == 2 and "roberta.encoder.*" in str(commands[0])
-    assert pattern in (ROOT / "README.md").read_text(), "the pattern of each of these is told there"
+    assert pattern in (ROOT / "docs" / "adapt.md").read_text(), "the pattern of each of these is told there"
 
     first = maskwright(*(word.replace("roberta.encoder.*", pattern) for word in commands[0]), cwd=tmp_path)
     assert first.returncode == EXIT_FINISHED, first.stdout + first.stderr

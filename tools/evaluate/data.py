@@ -84,7 +84,7 @@ def open_data(config: Config, vocabulary: Vocabulary, tokenizer: Any, world: Wor
     path = config.data.validation_path
     assert path is not None
     with _options_named():
-        folders = prepare_raw_text(config, world, StopRequest(), say)
+        folders = prepare_raw_text(config, world, StopRequest(), say, tell_unused=False)
     assert folders is not None, "nothing asks it to stop"
     is_whole = not config.data.holds_out and not config.data.text.validation_fraction
     raw = path if path in folders and is_whole else None

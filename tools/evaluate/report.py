@@ -24,6 +24,7 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "bits_per_byte": ("bits a byte", ".4f"),
     "word_recovery": ("words recovered", ".2%"),
     "probe/accuracy": ("probe accuracy", ".3f"),
+    "probe/accuracy_std": ("±", ".3f"),
     "probe/macro_f1": ("probe F1", ".3f"),
     "probe/majority": ("majority", ".3f"),
     "pll_nats_per_token": ("PLL, nats a token", ".4f"),

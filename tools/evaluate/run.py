@@ -24,7 +24,7 @@ from tools.evaluate.words import Hidden, hide_words, recover
 from tools.load_model import quiet
 from tools.progress import StepProgress
 from trainer.config import ProbeConfig
-from trainer.data.labels import read_labelled, tokenize
+from trainer.data.labels import LabelledTexts, read_labelled, tokenize
 from trainer.errors import UserError
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.probe import Probe
@@ -75,7 +75,8 @@ def evaluate(options: EvaluateOptions, world: World, console: Console) -> Report
             world, lambda: [find_subject(name, options.run_code) for name in options.models]
         )
     settings: Settings = distributed.run_on_all_ranks(world, lambda: _checked_settings(subjects, options))
-    evaluation = _Evaluation(options, settings, world, console)
+    labelled = distributed.run_on_all_ranks(world, lambda: _read_labels(options))
+    evaluation = _Evaluation(options, settings, world, console, labelled)
     with scratch_folder(world) as scratch:
         data = evaluation.open_all(subjects, scratch)
         texts = distributed.run_on_all_ranks(world, lambda: _choose_texts(subjects, data, settings, options))
@@ -105,10 +106,24 @@ def _checked_settings(subjects: Sequence[Subject], options: EvaluateOptions) -> 
     if options.words and len(others) == len(subjects):
         raise cannot(others[0], "fills no masks, so no words can be hidden from it.", "--words", "Leave --words out.")
     if options.probe is not None:
-        need_scikit_learn(f"--probe {options.probe}")
         for subject in subjects:
             _rehearse(subject)
     return choose_settings(subjects, options)
+
+
+def _read_labels(options: EvaluateOptions) -> LabelledTexts | None:
+    """Read the labelled texts of a probe, if one is asked for."""
+    if options.probe is None:
+        return None
+    need_scikit_learn(f"--probe {options.probe}")
+    usual = ProbeConfig(path=options.probe)
+    columns = options.probe_text, options.probe_label
+    try:
+        return read_labelled(options.probe, *columns, usual.folds, usual.samples, "--probe")
+    except UserError as error:
+        keys, options_of_it = "in a config eval.probe.text and eval.probe.label", "--probe-text and --probe-label"
+        error.remedy = error.remedy.replace(keys, options_of_it)
+        raise
 
 
 def _rehearse(subject: Subject) -> None:
@@ -154,6 +169,7 @@ class _Evaluation:
     settings: Settings
     world: World
     console: Console
+    labelled: LabelledTexts | None
     notes: list[str] = field(default_factory=list)
 
     def open_all(self, subjects: Sequence[Subject], scratch: Path) -> list[Data]:
@@ -222,13 +238,9 @@ class _Evaluation:
 
     def _probe(self, subject: Subject) -> Probe | None:
         """Read the labelled texts for a model, if they were asked for."""
-        options, seq_len = self.options, self.settings.seq_len
-        if options.probe is None:
+        labelled, seq_len = self.labelled, self.settings.seq_len
+        if labelled is None:
             return None
-        usual = ProbeConfig(path=options.probe)
-        labelled = read_labelled(
-            options.probe, options.probe_text, options.probe_label, usual.folds, usual.samples, "--probe"
-        )
         self.notes.append(labelled.describe())
         tokens = tokenize(labelled, subject.tokenizer, seq_len)
         return Probe(labelled, tokens, subject.vocabulary.filler_id, seq_len, self.settings.micro_size)

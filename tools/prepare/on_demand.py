@@ -71,8 +71,13 @@ class RawText:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) -> Mapping[str, Path] | None:
+def prepare_raw_text(
+    config: Config, world: World, stop: StopRequest, say: Say, tell_unused: bool = True
+) -> Mapping[str, Path] | None:
     """Prepare the raw text of a config; every rank calls it, and does its share.
+
+    Args:
+        tell_unused: say what else lies in the cache.
 
     Returns:
         The folder behind each path that is raw text; None when a rank was asked to stop (what is done is kept).
@@ -95,7 +100,7 @@ def prepare_raw_text(config: Config, world: World, stop: StopRequest, say: Say) 
                 return None
             say(f"prepared {path}")
         folders[path] = job.output
-    if folders and world.is_main and (note := describe_unused(_cache(config), folders.values())):
+    if tell_unused and folders and world.is_main and (note := describe_unused(_cache(config), folders.values())):
         say(note)
     return folders
 
@@ -191,7 +196,7 @@ def _chooses_fraction(config: Config, path: str) -> bool:
 def _notes(config: Config, path: str, job: Job) -> list[str]:
     notes = input_notes(job.inputs, job.documents, job.names)
     if _chooses_fraction(config, path):
-        share = f"{job.validation_fraction:.3g} of its documents"
+        share = f"about {job.validation_fraction:.1%} of its documents, chosen by their hash"
         notes.append(f"held out of {path} for evaluation: {share} (data.validation=auto)")
     return notes
 

@@ -23,7 +23,7 @@ def describe_unused(cache: Path, used: Collection[Path]) -> str | None:
     names = listed([entry.name for entry in others])
     return (
         f"{cache} also holds {counted(len(others), 'preparation')} that this run does not use, {size}: {names}; "
-        "delete the folders that no other run needs"
+        "other runs may; delete the folders that none needs"
     )
 
 

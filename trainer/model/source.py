@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from trainer.config import Config, ModelConfig
-from trainer.data.tokenizer import Vocabulary, load_tokenizer, read_vocabulary
+from trainer.data.tokenizer import Vocabulary, load_tokenizer, means_folder, read_vocabulary
 from trainer.errors import MaskwrightError, UserError
 from trainer.model.account import account_for_weights
 from trainer.model.classes import FAMILIES, MASKED, choose_class
@@ -52,13 +52,13 @@ def check_source(source: str) -> None:
     """Refuse a folder that is no model's, before its tokenizer or its config is looked for.
 
     Raises:
-        UserError: for a run of maskwright, with the command that makes a model of it, and for pointers of Git LFS.
+        UserError: for one that is not there or has no config.json, for a run of maskwright, with the command that makes a model of it, and for pointers of Git LFS.
     """
-    if not is_local(source):
+    if not means_folder(source):
         return
     folder = user_path(source, _WHERE)
     if not folder.is_dir():
-        return
+        raise _no_model(source, "there is no such folder")
     is_run = any(_STEP_FOLDER.match(path.name) for path in (folder / "checkpoints").glob("step-*"))
     real = real_path(folder)
     if is_run or (_STEP_FOLDER.match(real.name) and (real / "manifest.json").is_file()):
@@ -71,6 +71,17 @@ def check_source(source: str) -> None:
             f"model.from_pretrained={shlex.quote(output)}.",
         )
     refuse_lfs_pointers(folder)
+    if not any(folder.glob("*config.json")):
+        raise _no_model(source, "it has no config.json")
+
+
+def _no_model(source: str, problem: str) -> UserError:
+    return UserError(
+        f"'{source}' is no model: {problem}.",
+        where=f"{_WHERE}={source}",
+        remedy="Give a folder as save_pretrained writes it, or a name on the Hugging Face hub with its owner in front, "
+        "as google-bert/bert-base-chinese.",
+    )
 
 
 def read_source(source: str, where: str, own_code: bool = False) -> tuple[dict[str, Any], str]:

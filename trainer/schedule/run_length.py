@@ -148,7 +148,8 @@ def _lengthened(config: Config, plan: BatchPlan, passes: float | None) -> str:
     if train.steps is not None or steps != train.min_steps or passes is None:
         return ""
     line = (
-        f"LITTLE TEXT: {steps / passes:.3g} steps a pass; train.min_steps makes {steps:,} of them, {passes:.3g} passes"
+        f"LITTLE TEXT: {steps / passes:.3g} steps a pass; train.min_steps makes {steps:,} of them, {passes:.3g} passes "
+        "(null: as many as asked for)"
     )
     if passes <= MOST_PASSES:
         return line

@@ -95,8 +95,9 @@ def evaluation_line(values: dict[str, Any], found: str) -> str:
     line = f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}"
     if "eval/probe/accuracy" not in values:
         return line
-    accuracy, f1 = (_number(values[f"eval/probe/{name}"], ".3f") for name in ("accuracy", "macro_f1"))
-    return f"{line}  probe accuracy {accuracy} F1 {f1} (majority {values['eval/probe/majority']:.3f})"
+    names = ("accuracy", "accuracy_std", "macro_f1")
+    accuracy, spread, f1 = (_number(values[f"eval/probe/{name}"], ".3f") for name in names)
+    return f"{line}  probe accuracy {accuracy} ± {spread} F1 {f1} (majority {values['eval/probe/majority']:.3f})"
 
 
 def _share(value: float | None) -> str:
