@@ -426,6 +426,11 @@ def test_a_mistake_is_one_card(
     (tmp_path / "short.txt").write_text("the cat\n")
     result = run(other, "--data", tmp_path / "short.txt")
     assert_one_card(result, EXIT_USER_MISTAKE, "not one block of 66", "a smaller --seq-len")
+    (tmp_path / "unknown.txt").write_text("\N{SNOWMAN} " * 40 + "\n")
+    result = run(other, "--data", tmp_path / "unknown.txt", "--seq-len", "16")
+    assert_one_card(result, EXIT_USER_MISTAKE, "Nothing in the text is asked for", "unknown.txt")
+    result = run(run_of("mlm"), "--documents", "line")
+    assert_one_card(result, EXIT_USER_MISTAKE, "--documents says how text is read", "Add --data")
     (tmp_path / "rows.jsonl").write_text('{"body": "the cat"}\n')
     for ranks in ("1", "2"):
         result = run(other, "--data", tmp_path / "rows.jsonl", "--nproc-per-node", ranks)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -58,8 +59,13 @@ def test_a_classifier_and_the_pre_training_class_start_from_what_the_source_had(
     source: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trained(workspace, tmp_path / "run", source, deepspeed="zero3")
-    assert "checkpoint: kept for the converted model, not trained: bert.pooler.dense.bias, " in capsys.readouterr().out
-    run = trained(workspace, run, source, train={"steps": 5})  # a resume
+    said = capsys.readouterr().out
+    assert "checkpoint: of what is not used, kept for the converted model: bert.pooler.dense.bias, " in said
+    given = tmp_path / "given"  # the source is another one at the resume
+    shutil.copytree(source, given)
+    weights = load_file(given / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, given / "model.safetensors", {"format": "pt"})
+    run = trained(workspace, run, given, train={"steps": 5})
     convert(str(run), str(tmp_path / "model"), "float32", "50KB", QUIET)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     shards = {name: load_file(tmp_path / "model" / file)[name] for name, file in index["weight_map"].items()}
@@ -77,7 +83,7 @@ def test_a_classifier_and_the_pre_training_class_start_from_what_the_source_had(
         assert not loaded(kind, tmp_path / "model")[1]["missing_keys"]
     assert loaded(AutoModelForMaskedLM, tmp_path / "model")[1]["unexpected_keys"] == KEPT
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"| kept | {', '.join(f'`{name}`' for name in sorted(KEPT))}: as in {source}, untrained |" in card
+    assert f"| kept | {', '.join(f'`{name}`' for name in sorted(KEPT))}: as in {given}, untrained |" in card
 
     again = trained(workspace, tmp_path / "again", tmp_path / "model")
     convert(str(again), str(tmp_path / "half"), "float16", "5GB", QUIET)

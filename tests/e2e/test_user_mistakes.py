@@ -94,6 +94,13 @@ def test_no_tokenizer(config: ConfigWriter, tmp_path: Path) -> None:
     assert_one_card(maskwright("validate", path), EXIT_USER_MISTAKE, *words)
 
 
+def test_a_folder_that_is_no_model(config: ConfigWriter, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for given, problem in ((tmp_path / "missing", "there is no such folder"), (tmp_path / "empty", "no config.json")):
+        path = config(model={"preset": None, "from_pretrained": str(given), "tokenizer": None, "overrides": {}})
+        assert_one_card(maskwright("validate", path), EXIT_USER_MISTAKE, problem, f"model.from_pretrained={given}")
+
+
 def test_a_tokenizer_that_does_not_match_the_shards(config: ConfigWriter, workspace: Path, tmp_path: Path) -> None:
     text = write_text(tmp_path / "other.txt", documents=100, seed=9)
     train_tokenizer([str(text)], str(tmp_path / "other"), "bytelevel-bpe", 300, make_console())

@@ -93,6 +93,19 @@ def test_what_a_config_reads_may_not_lie_where_the_run_writes(key: str, workspac
     check_named_files(tiny_config(workspace, tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "examples.jsonl"])
+def test_lines_of_the_users_are_never_replaced_and_those_of_a_run_are(name: str, tmp_path: Path) -> None:
+    path, step = tmp_path / name, '{"step": 3, "loss": 1}\n'
+    for content in ('{"text": "mine"}\n', "mine\n", '{"text": "a"}\n{"text": "b"}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="not of maskwright's making"):
+            check_replaceable(tmp_path, "auto", None)
+        check_replaceable(tmp_path, "never", None)  # it is moved aside
+    for content in (step, "", "\0\0\0", '{"ste', "\0\0\n" + step, step + '{"step": 4, "lo'):
+        path.write_text(content)
+        check_replaceable(tmp_path, "auto", None)
+
+
 def test_a_config_of_the_users_is_never_replaced_and_one_of_a_run_is(workspace: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("# mine\nrun: {name: my}\n")

@@ -37,8 +37,10 @@ def check_replaceable(run_dir: Path, resume: str, checkpoint: Path | None) -> No
         UserError: naming the file.
     """
     replaced: list[tuple[str, Callable[[Path], bool]]] = []
-    if resume != "never":  # which moves them aside
-        replaced += [("metrics.jsonl", _has_steps), ("examples.jsonl", _has_steps)]
+    if resume != "never":  # which moves it aside
+        replaced += [("examples.jsonl", _has_steps)]  # an earlier version's run had none
+    if checkpoint is None and resume != "never":
+        replaced += [("metrics.jsonl", _has_steps)]
     if checkpoint is None or resume == "never":
         replaced += [("config.yaml", _is_frozen_config), ("deepspeed.json", _is_frozen_deepspeed)]
     for name, is_own in replaced:
@@ -52,13 +54,13 @@ def check_replaceable(run_dir: Path, resume: str, checkpoint: Path | None) -> No
 
 
 def _has_steps(path: Path) -> bool:
-    """Tell whether a run wrote a file of lines: each begins with its step, and a crash may have cut one off."""
+    """Tell whether a run wrote a file of lines: one begins with a step. A crash leaves lines cut off, or zeros."""
     try:
         with open(path, "rb") as file:
-            begins = next((line.lstrip() for line in file if line.strip()), b"")[:64]
+            begins = [line[: len(_STEP_FIRST)] for line in file if line.strip(b"\0 \r\n")]
     except OSError:
         return True  # which its writer explains
-    return not begins or _STEP_FIRST.startswith(begins[: len(_STEP_FIRST)])
+    return _STEP_FIRST in begins or not begins or (len(begins) == 1 and _STEP_FIRST.startswith(begins[0]))
 
 
 def _is_frozen_config(path: Path) -> bool:

@@ -50,7 +50,7 @@ def read_kept(model: PreTrainedModel, settings: ModelConfig) -> dict[str, torch.
 def describe_kept(kept: dict[str, torch.Tensor]) -> list[str]:
     """Say which weights go past the training; a line, or none."""
     names = listed(sorted(kept), _LISTED)
-    return [f"checkpoint: kept for the converted model, not trained: {names}"] if kept else []
+    return [f"checkpoint: of what is not used, kept for the converted model: {names}"] if kept else []
 
 
 def _names_beside(own: set[str], config: PretrainedConfig, prefix: str) -> dict[str, str]:

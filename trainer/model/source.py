@@ -52,7 +52,8 @@ def check_source(source: str) -> None:
     """Refuse a folder that is no model's, before its tokenizer or its config is looked for.
 
     Raises:
-        UserError: for one that is not there or has no config.json, for a run of maskwright, with the command that makes a model of it, and for pointers of Git LFS.
+        UserError: for one that is not there or has no config.json, for a run of maskwright, with the command that makes
+            a model of it, and for pointers of Git LFS.
     """
     if not means_folder(source):
         return

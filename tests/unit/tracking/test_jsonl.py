@@ -56,7 +56,7 @@ def test_a_fresh_start_keeps_none(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3, "train/lo', '{"step"', "\x00\x00\x00"])
+@pytest.mark.parametrize("rest", ['{"step": 3, "train/lo', '{"step"', "\x00\x00\x00", '{"step": 1' + "0" * 400 + "}"])
 def test_a_line_cut_off_by_a_crash_is_left_out_and_then_written_over(rest: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, None, 1, 2)
