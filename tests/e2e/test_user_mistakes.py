@@ -98,7 +98,7 @@ def test_a_folder_that_is_no_model(config: ConfigWriter, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     for given, problem in ((tmp_path / "missing", "there is no such folder"), (tmp_path / "empty", "no config.json")):
         path = config(model={"preset": None, "from_pretrained": str(given), "tokenizer": None, "overrides": {}})
-        assert_one_card(maskwright("validate", path), EXIT_USER_MISTAKE, problem, f"model.from_pretrained={given}")
+        assert_one_card(maskwright("validate", path), EXIT_USER_MISTAKE, problem, f"'{given}'", "model.from_pretrained")
 
 
 def test_a_tokenizer_that_does_not_match_the_shards(config: ConfigWriter, workspace: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def check_source(source: str) -> None:
 def _no_model(source: str, problem: str) -> UserError:
     return UserError(
         f"'{source}' is no model: {problem}.",
-        where=f"{_WHERE}={source}",
+        where=_WHERE,
         remedy="Give a folder as save_pretrained writes it, or a name on the Hugging Face hub with its owner in front, "
         "as google-bert/bert-base-chinese.",
     )
