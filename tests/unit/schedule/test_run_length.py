@@ -183,7 +183,7 @@ def length_lines(blocks: int, **train: Any) -> list[str]:
 def test_a_text_that_is_repeated_to_make_a_run_long_enough_is_said_once_with_its_numbers() -> None:
     [line] = length_lines(20, epochs=3, min_steps=100)
     assert line.startswith(
-        "LITTLE TEXT: 0.625 steps a pass; train.min_steps makes 100 of them, 160 passes (null: as many as asked for). What"
+        "LITTLE TEXT: 0.625 steps a pass; train.min_steps makes 100 of them, 160 passes (null: as many as asked for). "
     )
     assert length_lines(500, epochs=3, min_steps=100) == [
         "LITTLE TEXT: 15.6 steps a pass; train.min_steps makes 100 of them, 6.4 passes (null: as many as asked for)"
