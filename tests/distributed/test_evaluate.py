@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -276,11 +277,15 @@ def test_two_tokenizers_are_compared_by_bits_a_byte_of_the_text(tmp_path: Path) 
     assert "difference" not in other and found["against"] == str(by_letter)
     assert any("tokenizers differ" in note for note in found["notes"])
 
-    # Of the text the baseline knows how frequent each word is, and of training data one more of each than there are.
+    # The baseline knows how frequent each word is in the text, and is asked for the same labels.
     assert found["baselines"].keys() == {one["tokenizer"], other["tokenizer"]}
     baseline = found["baselines"][one["tokenizer"]]
     assert baseline["uniform"] == pytest.approx(math.log(15)) and baseline["unigram_of"] == "the evaluated text"
-    assert 1.5 < baseline["unigram"] < math.log(10)
+    batches, _ = batches_of(by_word, data=str(tmp_path / "text.txt"), seq_len=10)
+    labels = words.convert_ids_to_tokens([label for batch in batches for label in batch.labels["mlm"] if label >= 0])
+    seen = Counter(TINY_TEXT.split())
+    asked = sum(-math.log(seen[label] / 22) for label in labels) / len(labels)
+    assert baseline["unigram"] == pytest.approx(asked, rel=1e-12) and 1.5 < asked < math.log(10)
 
 
 def test_words_are_hidden_from_all_and_recovered_by_who_knows_them(tmp_path: Path) -> None:

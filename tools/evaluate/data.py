@@ -71,7 +71,7 @@ class Data:
 def text_settings(own: TextConfig, field: str | None, documents: str | None) -> TextConfig:
     """Write how raw text is read that is given to be evaluated on: words and sentences are marked as in the run."""
     marks = {name: getattr(own, name) for name in ("word_starts", "sentence_starts", "special_in_text")}
-    return TextConfig(documents=documents, **({} if field is None else {"field": field}), **marks)  # type: ignore[arg-type]  # which is checked where text is read
+    return TextConfig.model_validate({**marks, "documents": documents, **({} if field is None else {"field": field})})
 
 
 def open_data(config: Config, vocabulary: Vocabulary, tokenizer: Any, world: World, say: Callable[[str], None]) -> Data:
