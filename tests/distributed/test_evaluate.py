@@ -170,7 +170,8 @@ def batches_of(model: Path, **options: Any) -> tuple[list[Any], float | None]:
 
     subject, asked = find_subject(str(model)), EvaluateOptions(models=(str(model),), **options)
     settings = choose_settings([subject], asked)
-    config, _ = config_of(subject, settings, options["data"], "unused", subject.config.data.text, held_out=False)
+    run_dir = str(Path(options["data"]).parent / "run")  # beside which raw text is prepared
+    config, _ = config_of(subject, settings, options["data"], run_dir, subject.config.data.text, held_out=False)
     data = open_data(config, subject.vocabulary, subject.tokenizer, this_process(), print)
     evaluator = Evaluator(data.shards, data.samples, make_criterion(config), settings.samples, 7)
     places = [np.arange(first, first + 7) for first in range(0, evaluator.samples, 7)]
