@@ -196,3 +196,61 @@ def bench_step(
     write_result(report := measure(settings, console), as_json)
     if check_losses:
         require_equal_losses(report)
+
+
+@bench_app.command("recipe", cls=Command)
+def bench_recipe(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE...]",
+            help="Recipes or config files, and config keys to override in all of them.",
+        ),
+    ],
+    to_loss: Annotated[
+        float | None,
+        typer.Option(metavar="LOSS", min=0.0, help="Held-out loss to reach.", show_default="train to the end"),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="A,B,...", help="Each arm is trained once for each.")] = "0",
+    against: Annotated[
+        Literal["defaults", "tuned", "both", "none"],
+        typer.Option(
+            help="Hugging Face Trainer with its own defaults, with the first recipe's numbers, both, or none."
+        ),
+    ] = "both",
+    every_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Between two evaluations.", show_default="a twentieth of the run"),
+    ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option("--dir", metavar="DIR", help="A new folder in which the runs stay.", show_default="none stay"),
+    ] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table there.")] = None,
+    chart: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the curves of loss there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure seconds and tokens to a held-out loss: whole recipes beside each other and beside Hugging Face Trainer.
+
+    All have the same first weights and text, and as many tokens before them. One process each, on this machine.
+
+    \b
+    Examples:
+      maskwright bench recipe mine.yaml --to-loss 5.2 --seeds 0,1,2
+      maskwright bench recipe adamw.yaml muon.yaml train.steps=600 --against none --chart curves.png
+    """
+    from tools.bench.recipe import RecipeBenchmark
+    from tools.bench.recipe import bench_recipe as measure
+
+    overrides = tuple(each for each in configs if "=" in each)
+    names = tuple(each for each in configs if "=" not in each)
+    settings = RecipeBenchmark(names, overrides, to_loss, _seeds(seeds), against, every_steps, folder, chart, markdown)
+    write_result(measure(settings, make_console()), as_json)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """Read `0,1,2`."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() and int(number) < 2**63 for number in numbers) or len({*numbers}) < len(numbers):
+        raise typer.BadParameter(f"'{text}' is no list of different whole numbers such as 0,1,2.", param_hint="--seeds")
+    return tuple(map(int, numbers))

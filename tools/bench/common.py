@@ -266,6 +266,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.02)
 
 
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Write rows, of which the first is the head, as a table in Markdown."""
+    head, *rows = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
 def cpu_seconds() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.common import Figure
+from tools.bench.common import Figure, markdown_table
 from tools.bench.step_work import StepMeasurement, StepVariant
 from tools.machine import machine_line
 
@@ -169,11 +169,11 @@ class StepReport:
         for line in ["; ".join(legend), *self._ratio_lines(), *self._notes()]:
             console.print(line)
 
-    def to_markdown(self) -> str:
+    def tomarkdown_table(self) -> str:
         """Write the tables, the ratios, the notes, and the profile of each of our variants as Markdown."""
         legend = [f"`{variant.name}`: {variant.what}" for variant in self.variants]
         parts = [
-            _markdown(self._table()),
+            markdown_table(self._table()),
             "",
             *(f"- {line}" for line in [*legend, *self._ratio_lines(), *self._notes()]),
         ]
@@ -182,7 +182,7 @@ class StepReport:
             if operators:
                 rows = [[row["name"], f"{row['milliseconds']:.1f}", f"{row['calls']:g}"] for row in operators]
                 heading = f"\nOperators of `{variant.name}`, by their own time:\n"
-                parts += [heading, _markdown([["operator", "ms a step", "calls a step"], *rows])]
+                parts += [heading, markdown_table([["operator", "ms a step", "calls a step"], *rows])]
         return "\n".join(parts) + "\n"
 
     def _table(self) -> list[list[str]]:
@@ -238,11 +238,6 @@ class StepReport:
             f"MFU: the model's FLOPs, its head at predicted positions only, over {peak}",
             machine_line(self.machine),
         ]
-
-
-def _markdown(table: Sequence[Sequence[str]]) -> str:
-    head, *rows = table
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def draw_chart(report: StepReport, path: Path) -> None:
