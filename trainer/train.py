@@ -177,6 +177,7 @@ def _train(run: Run, inputs: Inputs) -> int:
         distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
         if start.checkpoint:
             restore(engine, start.checkpoint, world)
+        engine.set_rope_theta(inputs.order.phases.rope_theta_after(start.state.samples))
         loop = _loop(run, inputs, start, records, engine, criterion, meter)
         if run.is_dry:
             return loop.dry_run(run.console)

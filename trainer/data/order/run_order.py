@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.sample_order import ORDER_VERSION, SampleOrder
-from trainer.schedule.phases import Phases
+from trainer.schedule.phases import Phase, Phases
 
 
 def phase_seed(seed: int, phase: int) -> int:
@@ -85,7 +85,10 @@ class RunOrder:
         return [sum(map(int.__mul__, of_source, lengths)) for of_source in zip(*visits, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places]."""
+        """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places].
+
+        And `rope_theta` of a phase whose theta is not the first one's, which the model's config tells.
+        """
         first = self.orders[0]
         return {
             "version": ORDER_VERSION,
@@ -98,7 +101,14 @@ class RunOrder:
                     "seq_len": phase.seq_len,
                     "blocks": list(order.blocks),
                     "spans": order.describe()["spans"],
+                    **_theta(phase, self.phases[0]),
                 }
                 for phase, order in zip(self.phases, self.orders, strict=True)
             ],
         }
+
+
+def _theta(phase: Phase, first: Phase) -> dict[str, Any]:
+    if phase.rope_theta is None or phase.rope_theta == first.rope_theta:
+        return {}
+    return {"rope_theta": phase.rope_theta.keys}
