@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,6 @@ class RopeTheta:
         return {"rope_theta": self.base, **({} if self.local is None else {"local_rope_theta": self.local})}
 
     @classmethod
-    def of(cls, keys: dict[str, Any]) -> RopeTheta:
-        """Read what `keys` wrote."""
-        return cls(keys["rope_theta"], keys.get("local_rope_theta"))
+    def of(cls, keys: Mapping[str, Any], prefix: str = "") -> RopeTheta:
+        """Read what `keys` wrote, where each stands behind a prefix."""
+        return cls(keys[f"{prefix}rope_theta"], keys.get(f"{prefix}local_rope_theta"))

@@ -37,7 +37,7 @@ def theta_of(config: PretrainedConfig) -> RopeTheta | None:
 
 def put_theta(config: PretrainedConfig, theta: RopeTheta) -> None:
     """Write a theta into a config that has one; what is the same stays as it is written."""
-    parameters: Any = getattr(config, "rope_parameters", None)
+    parameters: Any = copy.deepcopy(getattr(config, "rope_parameters", None))  # which may be the run config's own
     if not isinstance(parameters, dict):
         config.rope_theta = _as_written(theta.base, config.rope_theta)
         return
@@ -46,6 +46,7 @@ def put_theta(config: PretrainedConfig, theta: RopeTheta) -> None:
         if value is not None:
             place = parameters[name] if name else parameters
             place["rope_theta"] = _as_written(value, place["rope_theta"])
+    config.rope_parameters = parameters
 
 
 def set_theta(model: PreTrainedModel, theta: RopeTheta) -> None:

@@ -94,10 +94,9 @@ def _lengths(phases: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def _thetas(phases: list[dict[str, Any]]) -> list[str]:
-    """Describe the rope theta of each phase; one that records none has that of the first, which the model's is."""
-    return [
-        str(RopeTheta.of(phase["rope_theta"])) if "rope_theta" in phase else "that of the first" for phase in phases
-    ]
+    """Describe the rope theta of each phase; that of the first is compared with the model's config."""
+    thetas = [phase.get("rope_theta") for phase in phases]  # none where no phase changes it
+    return ["that of the first" if theta in (None, thetas[0]) else str(RopeTheta.of(theta)) for theta in thetas]
 
 
 def _begun(phase: dict[str, Any], samples: int) -> list[tuple[int, int, tuple[int, ...]]]:

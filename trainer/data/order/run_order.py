@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trainer.data.order.permutation import KeyPurpose, fold_key
 from trainer.data.order.sample_order import ORDER_VERSION, SampleOrder
-from trainer.schedule.phases import Phase, Phases
+from trainer.schedule.phases import Phases
 
 
 def phase_seed(seed: int, phase: int) -> int:
@@ -87,7 +87,7 @@ class RunOrder:
     def describe(self) -> dict[str, Any]:
         """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places].
 
-        And `rope_theta` of a phase whose theta is not the first one's, which the model's config tells.
+        And `rope_theta` where phases change it.
         """
         first = self.orders[0]
         return {
@@ -101,14 +101,8 @@ class RunOrder:
                     "seq_len": phase.seq_len,
                     "blocks": list(order.blocks),
                     "spans": order.describe()["spans"],
-                    **_theta(phase, self.phases[0]),
+                    **({} if phase.rope_theta is None else {"rope_theta": phase.rope_theta.keys}),
                 }
                 for phase, order in zip(self.phases, self.orders, strict=True)
             ],
         }
-
-
-def _theta(phase: Phase, first: Phase) -> dict[str, Any]:
-    if phase.rope_theta is None or phase.rope_theta == first.rope_theta:
-        return {}
-    return {"rope_theta": phase.rope_theta.keys}
