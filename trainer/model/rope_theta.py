@@ -131,4 +131,4 @@ def _number(value: Any) -> float | None:
 
 def _as_written(value: float, before: Any) -> float:
     """Keep the kind of number that stands there: a config's hash tells 10000 from 10000.0."""
-    return int(value) if isinstance(before, int) and value == int(value) else value
+    return int(value) if isinstance(before, int) and value == int(value) else float(value)
