@@ -37,7 +37,7 @@ def trunk(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_hash(path)[1] for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): file_hash(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_branch_decays_from_where_it_is_cut_off_and_the_trunk_stays_what_it_is(

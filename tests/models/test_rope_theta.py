@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], RopeTheta]] = {
     "eurobert": (of_all(OWN), of_all(OTHER), RopeTheta(OTHER)),
     "esm": ({**ROTARY, "rope_theta": float(OWN)}, {**ROTARY, "rope_theta": float(OTHER)}, RopeTheta(OTHER)),
     "llama": (of_all(OWN), of_all(OTHER), RopeTheta(OTHER)),
+    "nomic_bert": (of_all(OWN), of_all(OTHER), RopeTheta(OTHER)),
     "modernbert-decoder": (of_layers(OWN, OWN), of_layers(OTHER, 5000), RopeTheta(OTHER, 5000)),
 }
 
