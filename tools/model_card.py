@@ -134,27 +134,6 @@ def _objective(config: dict[str, Any], manifest: CheckpointManifest) -> dict[str
     return config["objective"] if recorded is None else {**config["objective"], "mask_ratio": recorded}
 
 
-def _reached(manifest: CheckpointManifest) -> list[dict[str, Any]]:
-    """List the phases that the training has reached."""
-    return [
-        phase for phase in recorded_phases(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]
-    ]
-
-
-def _by_phase(manifest: CheckpointManifest, values: Sequence[Any]) -> str:
-    """Write what each of the phases that were reached has, and from where on; once, where it stays."""
-    reached = _reached(manifest)
-    lengths = [(phase["first_sample"], phase["seq_len"]) for phase in reached]
-    kept = changes([(tokens_before(lengths, first), value) for (first, _), value in zip(lengths, values, strict=True)])
-    return ", ".join(f"{value}" + (f" from token {token:,} on" if token else "") for token, value in kept)
-
-
-def _objective(config: dict[str, Any], manifest: CheckpointManifest) -> dict[str, Any]:
-    """Return the section with the shares that are masked as the checkpoint records them, those of phases included."""
-    recorded = manifest.data_order.get("mask_ratio")  # not before there were stages
-    return config["objective"] if recorded is None else {**config["objective"], "mask_ratio": recorded}
-
-
 def _by_phase(manifest: CheckpointManifest, read: Callable[[dict[str, Any]], Any]) -> str:
     """Write what each phase that the training has reached has, and from where on; once, where it stays."""
     phases = [
