@@ -29,6 +29,7 @@ from trainer.tracking.metrics import (
     COUNTERS,
     EVALUATION_METRICS,
     EVENT_METRICS,
+    PHASE_EVALUATION_METRICS,
     PROBE_METRICS,
     SOURCE_METRICS,
     TERM_EVALUATION_METRICS,
@@ -56,9 +57,10 @@ A run is described by one YAML file: `maskwright train my.yaml`. In place of a p
 - **Unknown keys are errors**, and the message names the nearest known one: `Unknown key 'optimizer.weigth_decay'. Did
   you mean 'weight_decay'?` A key that appears twice is an error as well.
 - **`extends: NAME_OR_PATH`** at the top of a file inherits from a recipe or from another file (looked up beside this
-  one first). Sections are merged key by key; lists and single values are replaced. Where exactly one of several keys
+  one first). Sections are merged key by key; lists and single values are replaced. Where only one of several keys
   may be set (`model.preset`, `config`, `from_pretrained`; `train.steps`, `tokens`, `epochs`; `schedule.warmup_steps`,
-  `warmup_fraction`), setting one replaces the parent's.
+  `warmup_fraction`, `warmup_tokens`; `schedule.decay_fraction`, `decay_steps`, `decay_tokens`), setting one replaces
+  the parent's.
 - **`section.key=value`** on the command line overrides, with YAML on the right: `train.steps=1000`,
   `optimizer.betas=[0.9,0.999]`, `'data.train=[{{path: a, weight: 2}}, {{path: b}}]'`.
 - Numbers may be written as `6e-4`. Beside the bounds below, whole numbers are below 2^48, and others at most 1e9.
@@ -185,6 +187,8 @@ def metrics_reference() -> str:
         + _table(("name", "meaning"), EVALUATION_METRICS.items()),
         "In a run whose loss has several terms, also:\n\n"
         + _table(("name", "meaning"), TERM_EVALUATION_METRICS.items()),
+        "In a run of several phases (`data.phases`), also:\n\n"
+        + _table(("name", "meaning"), PHASE_EVALUATION_METRICS.items()),
         "With `eval.probe` ([probe.md](probe.md)), also:\n\n" + _table(("name", "meaning"), PROBE_METRICS.items()),
         "## Event lines\n\nWhere a step was skipped or training diverged (`resilience`). They have no other values.\n\n"
         + _table(("name", "meaning"), EVENT_METRICS.items()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import yaml
 
 from trainer.checkpoint.manifest import RUN_CONFIG, CheckpointManifest
 from trainer.checkpoint.resume import recorded_objective
-from trainer.config import BatchConfig, DataConfig
+from trainer.config import BatchConfig, DataConfig, RopeTheta
 from trainer.data.order.compare import recorded_phases
 from trainer.data.order.mixture import mixture_order
 from trainer.model.classes import GENERATOR, MAIN
 from trainer.objectives.objective import ObjectiveCard
 from trainer.objectives.registry import card_of
 from trainer.runtime.paths import real_path
-from trainer.schedule.phases import lay_out, tokens_before
+from trainer.schedule.phases import changes, lay_out, tokens_before
 from trainer.state import TrainState
 from trainer.tracking.jsonl import read_metrics
 
@@ -102,11 +102,12 @@ def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
 
 
 def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointManifest, kept: Sequence[str]) -> str:
-    optimizer, schedule = config["optimizer"], config["schedule"]
+    optimizer = config["optimizer"]
     layout = manifest.layout
     rows = [
-        ("objective", card.settings(config["objective"], manifest.state["tokens"])),
-        ("sequence length", _seq_len(manifest)),
+        ("objective", card.settings(_objective(config, manifest), manifest.state["tokens"])),
+        ("sequence length", _by_phase(manifest, lambda phase: phase["seq_len"])),
+        *_theta(manifest),
         ("attention", _attention(config)),
         *_frozen(config, manifest),
         *_kept(config, kept),
@@ -116,7 +117,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
             f"{optimizer['name']}, betas {optimizer['betas']}, eps {optimizer['eps']:g}, "
             f"weight decay {optimizer['weight_decay']:g}",
         ),
-        ("learning rate", f"{optimizer['lr']:g}, {schedule['name']}, {schedule['warmup_steps']:,} warm-up steps"),
+        ("learning rate", _rate(config)),
         ("gradient clipping", f"{optimizer['clip']:g}"),
         ("precision", layout["precision"]),
         ("DeepSpeed", f"ZeRO stage {layout['stage']} on {layout['world_size']} ranks"),
@@ -127,16 +128,40 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
     return "## Training\n\n" + _table(("", ""), rows)
 
 
-def _seq_len(manifest: CheckpointManifest) -> str:
-    """Write the seq_len of each phase that the training has reached."""
+def _objective(config: dict[str, Any], manifest: CheckpointManifest) -> dict[str, Any]:
+    """Return the section with the shares that are masked as the checkpoint records them, those of phases included."""
+    recorded = manifest.data_order.get("mask_ratio")  # not before there were stages
+    return config["objective"] if recorded is None else {**config["objective"], "mask_ratio": recorded}
+
+
+def _by_phase(manifest: CheckpointManifest, read: Callable[[dict[str, Any]], Any]) -> str:
+    """Write what each phase that the training has reached has, and from where on; once, where it stays."""
     phases = [
         phase for phase in recorded_phases(manifest.data_order) if phase["first_sample"] < manifest.state["samples"]
     ]
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in phases]
-    return ", ".join(
-        f"{seq_len}" + (f" from token {tokens_before(lengths, first):,} on" if first else "")
-        for first, seq_len in lengths
+    kept = changes([(tokens_before(lengths, phase["first_sample"]), read(phase)) for phase in phases])
+    return ", ".join(f"{value}" + (f" from token {token:,} on" if token else "") for token, value in kept)
+
+
+def _theta(manifest: CheckpointManifest) -> list[tuple[str, str]]:
+    """Write the rope theta of each phase; no row where none changes it."""
+    if "rope_theta" not in recorded_phases(manifest.data_order)[0]:
+        return []
+    return [("rope theta", _by_phase(manifest, lambda phase: RopeTheta.of(phase["rope_theta"])))]
+
+
+def _rate(config: dict[str, Any]) -> str:
+    schedule = config["schedule"]
+    factors = "".join(
+        f", × {phase.lr_factor:g} up to token {phase.until_tokens:,}"
+        for phase in DataConfig.model_validate(config["data"]).phases
+        if phase.lr_factor != 1
     )
+    shape = schedule["name"]
+    if shape == "wsd" and schedule.get("decay", "linear") != "linear":
+        shape += f" (decay {schedule['decay']})"
+    return f"{config['optimizer']['lr']:g}, {shape}, {schedule['warmup_steps']:,} warm-up steps{factors}"
 
 
 def _batch(config: dict[str, Any]) -> str:

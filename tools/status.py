@@ -188,6 +188,7 @@ def status_lines(view: RunView) -> list[str]:
         ("time left", "" if status.eta_seconds is None else str(timedelta(seconds=round(status.eta_seconds)))),
         ("best", _best(status)),
         ("checkpoint", status.last_checkpoint or "none yet"),
+        ("branch", _branch(status)),
         ("restarts", str(status.restarts) if view.has_status else ""),
         ("job", status.job_id),
         ("nodes", ", ".join(status.nodes)),
@@ -212,6 +213,14 @@ def _best(status: Status) -> str:
         if status.best_loss is None or status.best_step is None
         else f"step {status.best_step:,}, eval/loss {status.best_loss:.4f}"
     )
+
+
+def _branch(status: Status) -> str:
+    """Name the run and the step that it began from, if it is another run's."""
+    if not status.branch_of:
+        return ""
+    checkpoint = Path(status.branch_of)
+    return f"of {checkpoint.parent.parent} at step {int(checkpoint.name.removeprefix('step-')):,}"
 
 
 def _heartbeat(view: RunView) -> str:

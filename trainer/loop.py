@@ -212,9 +212,10 @@ class Loop:
             counts: of the labels of each term in the global batch.
         """
         step = self.state.step + 1
-        rate = learning_rate(step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
+        phase, optimizer, schedule = self.order.phases[shape.phase], self.config.optimizer, self.config.schedule
+        rate = learning_rate(step, optimizer.lr, self.plan.total_steps, schedule, phase.lr_factor)
         terms, averaged = self.criterion.terms, self.world.size * shape.accumulation  # by DeepSpeed
-        self.engine.begin_step(shape.micro_size, shape.accumulation)
+        self.engine.begin_step(shape.micro_size, shape.accumulation, phase.rope_theta)
         source_count = self.order.source_count
         sums = torch.zeros(len(terms), source_count, device=self.engine.device)
         applied, max_grad_norm = True, self.watch.max_grad_norm(self.state)
@@ -295,6 +296,7 @@ class Loop:
         moved = leave_branch(self.world, run_dir, folder, manifest, self.state, self.saver.records.data_order, rewind)
         with self.activity.within("start"):
             restore(self.engine, folder, self.world)
+            self.engine.set_rope_theta(self.order.phases.rope_theta_after(saved.samples))
         self.saver.resumed(folder, saved.step)
         self._report_event("rollback", divergence.reason, saved.samples, state.samples, from_step=state.step)
         if self.reporter is not None:
@@ -329,7 +331,7 @@ class Loop:
             is_best = self.state.judge(values[LOSS], self.evaluations.blocks) and self.config.checkpoint.keep_best
             self.best_is_unsaved = is_best and step not in (0, self.saver.saved_step)
             self.saver.amend(self.state)
-            line = {**counters(self.state), **values}
+            line = {**counters(self.state), **values, **self.order.phases.evaluated_at(self.state.samples)}
             if self.reporter is not None:
                 self.reporter.evaluation(line, self.criterion.describe(values), self.state, self.evaluations.examples)
         self.meter.restart()

@@ -66,6 +66,7 @@ from trainer.tracking.metrics import ThroughputMeter
 from trainer.tracking.profiler import StepProfiler
 from trainer.tracking.reporter import Reporter
 from trainer.tracking.starts import record_start
+from trainer.tracking.status import settle_resume
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def run(
         give_up: called in a thread when the run is stuck; it reports the error, and ends the process.
     """
     world = distributed.start(Limits.of(config.watchdog).of_start, None if dry_run else run_folder(config) / "logs")
+    resume = resume if dry_run else settle_resume(run_folder(config), resume)
     with stop_requests() as stop:
         try:
             compare(world, lambda: facts_of_start(config, resume, dry_run))
@@ -177,6 +179,7 @@ def _train(run: Run, inputs: Inputs) -> int:
         distributed.set_timeouts(limits.of_start, limits.of_start)  # of the groups that DeepSpeed has made, too
         if start.checkpoint:
             restore(engine, start.checkpoint, world)
+        engine.set_rope_theta(inputs.order.phases.rope_theta_after(start.state.samples))
         loop = _loop(run, inputs, start, records, engine, criterion, meter)
         if run.is_dry:
             return loop.dry_run(run.console)
@@ -202,8 +205,8 @@ def _begin(run: Run, inputs: Inputs, built: BuiltModel, start: StartPoint) -> No
     """Record the start, say what is trained, and freeze what it is trained on."""
     if not run.is_dry:
         _count_start(run, start.state)
-    name = start.checkpoint.name if start.checkpoint else ""
-    run.status.start(start.state, inputs.plan.total_steps, name, is_new=run.resume == "never")
+    is_branch = start.checkpoint is not None and not is_own(run.folder, start.checkpoint)
+    run.status.start(start.state, inputs.plan.total_steps, start.checkpoint, run.resume == "never", is_branch)
     for line in (*inputs.describe(), *built.notes):
         run.say(line)
     if run.world.is_main and not run.is_dry:

@@ -177,3 +177,39 @@ def test_a_warm_up_and_phases_are_counted_and_auto_divides_all_their_batches(wor
     assert f"length      {steps[1]} steps, up to 1,536 tokens each: 10" in page, page
     assert "48 sequences of 32 = 8 micro × 2 ranks × 3 accumulation" in page, "16, 32 and 48 divide by 8 × 2"
     assert "shorter blocks are reckoned at the speed of full steps" in page
+
+
+def test_what_phases_change_is_shown_with_the_cost_of_attention(workspace: Path, tmp_path: Path) -> None:
+    phases = [
+        {"seq_len": 16, "until_tokens": 8 * 16 * 5, "mask_ratio": 0.3, "rope_theta": 10_000},
+        {"seq_len": 32, "until_tokens": 8 * 16 * 5 + 8 * 32 * 5, "lr_factor": 0.5},
+    ]
+    overrides = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "local_attention": 8,
+    }
+    config = tiny_config(
+        workspace,
+        tmp_path / "run",
+        model={"preset": "modernbert-base", "tokenizer": str(workspace / "tokenizer"), "overrides": overrides},
+        data={"phases": phases},
+        train={"steps": 15},
+    )
+    path = write_config(config, tmp_path / "my.yaml")
+    page = re.sub(r"\s+", " ", maskwright("plan", path).stdout)
+    shares = [found["attention_share_of_flops"] for found in plan_json(path)["run"]["phases"]]
+    assert 0 < shares[0] < shares[1] == shares[2] < 0.3, "longer blocks cost more"
+    local = "and 10,000 of the local layers"
+    for number, words in enumerate(
+        (
+            f"blocks of 16, 8 a step; up to token 640; 5 steps; masks 0.3; rope theta 10,000 {local}; rate × 1",
+            f"blocks of 32, 8 a step; up to token 1,920; 5 steps; masks 0.15; rope theta 160,000 {local}; rate × 0.5",
+            f"blocks of 32, 8 a step; 5 steps; masks 0.15; rope theta 160,000 {local}; rate × 1",
+        )
+    ):
+        assert f"phase {number + 1} {words}; attention is {shares[number]:.1%} of the FLOPs" in page, page
+    thetas = [found["rope_theta"] for found in plan_json(path)["run"]["phases"]]
+    assert thetas == [10_000, 160_000, 160_000]

@@ -79,6 +79,25 @@ def test_a_pattern_of_frozen_weights_that_names_nothing_or_everything(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        (
+            {"rope_theta": 10_000},
+            ("of type 'roberta' names no theta", "where:  data.phases[].rope_theta", "ModernBERT, EuroBERT or ESM"),
+        ),
+        ({"weights": {"nosuch": 1}}, ("phases[0].weights name 'nosuch', which is no source",)),
+        ({"mask_ratio": 1.5}, ("Key 'data.phases.0.mask_ratio' must be less than 1",)),
+    ],
+    ids=["theta", "weights", "masks"],
+)
+def test_a_phase_that_cannot_be(phase: dict[str, Any], words: tuple[str, ...], config: ConfigWriter) -> None:
+    path = config()
+    override = f"data.phases=[{json.dumps({'seq_len': 16, 'until_tokens': 256, **phase})}]"
+    for command in ("validate", "plan", "train"):
+        assert_one_card(maskwright(command, path, override), EXIT_USER_MISTAKE, *words)
+
+
 def test_a_batch_that_does_not_divide(config: ConfigWriter) -> None:
     arguments = ("batch.global_size=10", "batch.micro_size=4", "--nproc-per-node", "2")
     words = ("batch.global_size 10 does not divide", "on 2 ranks", "Set batch.global_size to 8 or 16, or", "[1, 5]")

@@ -127,7 +127,11 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
     ]
     phases = [
         {"seq_len": pick((8, 16, 24, 32)), "until_tokens": tokens, "micro_size": pick((None, 1, 2, 4)),
-         "global_size": pick((None, 8, 12))}
+         "global_size": pick((None, 8, 12)),
+         **({"mask_ratio": pick((None, 0.05, 0.4)), "lr_factor": pick((0.1, 1, 3)),
+             "weights": pick((None, None, {"a": 1}, {"b": 2, "a": 0}, {"b": 0})),
+             "rope_theta": pick((None, None, None, 10_000)), "local_rope_theta": pick((None, None, None, 500))}
+            if generator.random() < 0.5 else {})}
         for tokens in sorted(generator.sample((256, 1_000, 3_000, 5_120, 10**7), number(1, 2)))
     ]  # fmt: skip
     values: dict[str, list[Any]] = {
@@ -171,7 +175,11 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "optimizer.betas": [[0.0, 0.0], [0.9, 0.999]],
         "optimizer.clip": [0, 0.1, 1],
         "schedule": [{"name": name, "warmup_steps": pick((0, 1, 5, 100))} for name in SCHEDULES],
-        "schedule.decay_fraction": [0.01, 0.5, 1],
+        "schedule.decay_fraction": [0.01, 0.5, 1, None],
+        "schedule.decay": ["linear", "cosine", "1-sqrt"],
+        "schedule.decay_steps": [None, 1, 20, 10**6],
+        "schedule.decay_tokens": [None, 1, 3_000, 10**9],
+        "schedule.warmup_tokens": [None, 1, 3_000, 10**9],
         "schedule.min_ratio": [0, 0.1, 1],
         "train": [
             {key: value, "precision": pick(("fp32", "fp32", "bf16"))}

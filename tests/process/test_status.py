@@ -56,6 +56,7 @@ def test_a_run_in_full(tmp_path: Path) -> None:
         best_step=30,
         best_loss=6.54321,
         last_checkpoint="step-00000040",
+        branch_of="/runs/trunk/checkpoints/step-00001000",
         restarts=3,
         job_id="77",
     )
@@ -68,6 +69,7 @@ def test_a_run_in_full(tmp_path: Path) -> None:
         "0:10:00",
         "best        step 30, eval/loss 6.5432",
         "step-00000040",
+        "branch      of /runs/trunk at step 1,000",
         "restarts    3",
         "job         77",
         "n1, n2",

@@ -13,13 +13,14 @@ from trainer.data.tokenizer import Vocabulary
 from trainer.engine.deepspeed_config import check_precision, load_preset
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.inputs import open_inputs
+from trainer.inputs.phases import lay_out_phases
 from trainer.inputs.probe import read_probe
 from trainer.model.classes import attended_tokens
 from trainer.model.source import load_vocabulary, source_note
 from trainer.model.teacher import check_same_ids
 from trainer.objectives.registry import family_of, view_of
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
-from trainer.schedule.phases import lay_out
+from trainer.schedule.phases import Phases
 from trainer.schedule.run_length import find_defaults, resolve
 
 USUAL_VOCABULARY = 50_265  # RoBERTa's, and the default of `tokenizer train`
@@ -31,6 +32,7 @@ class Facts:
 
     Attributes:
         plan: its micro-batch may be open, its number of steps is not to be used unless `steps_known`.
+        phases: of the run.
         tokens: in the training data; None when there is none to look at.
         epochs: passes over each source by name; empty when the data are not known.
         attended_tokens: how many tokens a token attends to on average.
@@ -40,6 +42,7 @@ class Facts:
     config: Config
     vocabulary: Vocabulary
     plan: BatchPlan
+    phases: Phases
     steps_known: bool = True
     tokens: int | None = None
     epochs: dict[str, float] = field(default_factory=dict)
@@ -69,7 +72,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
         unknown.append(labelled.describe())
     vocabulary = _vocabulary(config, vocabulary_size, unknown)
     tokens = _tokens_of_sources(config, unknown)
-    phases = lay_out(config.data, config.batch)
+    phases = lay_out_phases(config, vocabulary)
     whole_documents = config.data.samples == "documents"
     views = [view_of(config, phase.seq_len) for phase in phases]
     blocks = [[view.block_count(count) for count in tokens or ()] for view in views]
@@ -79,6 +82,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
         config,
         vocabulary,
         plan,
+        phases,
         unknown=unknown,
         attended_tokens=attended_tokens(config.data.seq_len, family_of(config)),
     )

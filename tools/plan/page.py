@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from tools.plan.advice import GPU_COUNTS
 from tools.plan.facts import Facts
 from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
+from trainer.inputs.summary import describe_changes
 from trainer.schedule.run_length import describe_length
 
 GIB = 2**30
@@ -87,6 +89,7 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
             f"ranks × {chosen.accumulation} accumulation{auto} (exact)",
         ),
     ]
+    lines += _phases(plan)
     if facts.steps_known:
         lines.append(("length", _length(facts)))
         for line in describe_length(facts.config, facts.plan, max(facts.epochs.values(), default=None)):
@@ -98,6 +101,26 @@ def _run(plan: RunPlan) -> list[tuple[str, str]]:
         epochs = ", ".join(f"{passes:.2f} epochs of {name}" for name, passes in facts.epochs.items())
         lines.append(("data", f"{facts.tokens:,} tokens; {epochs}"))
     return [*lines, *(("not known", text) for text in facts.unknown)]
+
+
+def _phases(plan: RunPlan) -> list[tuple[str, str]]:
+    """Say of each phase what it changes, and what attention costs there."""
+    config, phases, batch = plan.facts.config, plan.facts.phases, plan.facts.plan
+    if len(phases) == 1:
+        return []
+    runs = groupby(batch.runs(0, batch.total_steps), key=lambda run: run.shape.phase)
+    steps = {number: sum(run.steps for run in of_phase) for number, of_phase in runs}
+    lines = []
+    for number, (phase, share) in enumerate(zip(phases, plan.attention_shares, strict=True)):
+        parts = [f"blocks of {phase.seq_len:,}, {phase.global_size:,} a step"]
+        if phase.end_sample is not None:
+            parts.append(f"up to token {phases.tokens(phase.end_sample):,}")
+        if plan.facts.steps_known:
+            parts.append(f"{steps[number]:,} steps" if number in steps else "the run ends before it begins")
+        parts += describe_changes(config, phases, number)
+        parts.append(f"attention is {share:.1%} of the FLOPs")
+        lines.append((f"phase {number + 1}", "; ".join(parts)))
+    return lines
 
 
 def _length(facts: Facts) -> str:
@@ -259,6 +282,7 @@ def to_json(plan: RunPlan) -> str:
             "micro_size": plan.chosen.micro_size,
             "accumulation": plan.chosen.accumulation,
             "seq_len": batch.seq_len,
+            **_phases_json(plan),
             "steps": batch.total_steps if facts.steps_known else None,
             "tokens": facts.total_tokens if facts.steps_known else None,
             "data_tokens": facts.tokens,
@@ -293,6 +317,26 @@ def to_json(plan: RunPlan) -> str:
         "deepspeed": plan.ds_config,
     }
     return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _phases_json(plan: RunPlan) -> dict[str, Any]:
+    config, phases = plan.facts.config, plan.facts.phases
+    if len(phases) == 1:
+        return {}
+    ratios = [phase.mask_ratio for phase in config.data.phases]
+    found = [
+        {
+            "seq_len": phase.seq_len,
+            "global_size": phase.global_size,
+            "first_token": phases.tokens(phase.first_sample),
+            "lr_factor": phase.lr_factor,
+            "mask_ratio": ratio if ratio is not None else config.objective.mask_ratio,
+            **({} if phase.rope_theta is None else phase.rope_theta.keys),
+            "attention_share_of_flops": share,
+        }
+        for phase, ratio, share in zip(phases, [*ratios, None], plan.attention_shares, strict=True)
+    ]
+    return {"phases": found}
 
 
 def _layout_json(plan: RunPlan, layout: Layout) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class RunPlan:
     """Everything that is printed.
 
     Attributes:
+        attention_shares: of the FLOPs of a token in each phase, what attention to the others takes.
         chosen: the layout of the config; with `batch.micro_size: auto` with the largest micro-batch that fits.
         by_stage: at each stage the config's micro-batch, or the chosen one's.
         best: at each stage the largest micro-batch that fits, if one does.
@@ -71,6 +72,7 @@ class RunPlan:
     measured: MeasuredStep | None
     estimate: MemoryEstimate
     flops_per_token: float
+    attention_shares: list[float]
     chosen: Layout
     by_stage: dict[int, Layout]
     best: dict[int, Layout | None]
@@ -115,7 +117,8 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     device = find_device(options.device or device_here(), precision, options.gpus_per_node, options.network_gbit)
     measured = read_bench(options.bench, precision, device) if options.bench is not None else None
     preset = load_preset(config.deepspeed)
-    rehearse_trained(config, facts.vocabulary, [config.data.seq_len], family_of(config))
+    lengths = [config.data.seq_len, *(phase.seq_len for phase in config.data.phases)]
+    rehearse_trained(config, facts.vocabulary, lengths, family_of(config))
     estimate = MemoryEstimate(config, facts.vocabulary, preset, device.kind)
     layouts = Layouts(estimate, device, options.gpus_per_node, facts.attended_tokens, measured)
     best = best_of_each_stage(layouts, world_size)
@@ -135,6 +138,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         measured=measured,
         estimate=estimate,
         flops_per_token=layouts.flops_per_token,
+        attention_shares=[layouts.attention_share(phase.seq_len) for phase in facts.phases],
         chosen=chosen,
         by_stage={stage: layouts.layout(world_size, micro_size, zero) for stage, zero in layouts.stages.items()},
         best=best,

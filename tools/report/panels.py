@@ -60,6 +60,8 @@ GROUPS = (
     Group("Tokens by source", r"source/.+/tokens", "tokens"),
     Group("Sequences a step", r"batch/global_size", "sequences"),
     Group("Tokens a sequence", r"batch/seq_len", "tokens"),
+    Group("Tokens of a validation block", r"eval/seq_len", "tokens"),
+    Group("Rope theta", r"eval/(local_)?rope_theta", log=True),
     Group("Loss scale", r"train/loss_scale", log=True, unless=1),
     Group("Skipped steps", r"train/skipped_steps", "steps so far", unless=0),
     Group("Rollbacks", r"resilience/rollbacks", "so far", unless=0),

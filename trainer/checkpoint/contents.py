@@ -6,6 +6,7 @@ that comes out. The conversion must reproduce them, which proves that what comes
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -124,12 +125,14 @@ def take_contents(
         kept: of the source's weights those that go past the training, by name; on rank 0.
     """
     probes = take_probes(engine, inputs, block)
+    # As they are now: a step that is made meanwhile may be of a phase with another theta.
+    configs = {name: copy.deepcopy(model.config) for name, model in engine.exports.items()}
 
     def write(folder: Path) -> None:
-        for name, model in engine.exports.items():
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(folder / MODEL_FOLDER / name)
-            if (code := code_of(model.config)) is not None:
+        for name, config in configs.items():
+            config.architectures = [type(engine.exports[name]).__name__]
+            config.save_pretrained(folder / MODEL_FOLDER / name)
+            if (code := code_of(config)) is not None:
                 code.write(folder / MODEL_FOLDER / name)
         inputs.tokenizer.save_pretrained(folder / MODEL_FOLDER)
         (folder / RUN_CONFIG).write_text(dump_config(inputs.config), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
 from trainer.model.classes import MAIN
 from trainer.model.model_code import code_of
+from trainer.model.rope_theta import put_theta
 from trainer.model.teacher import TeacherModel
 from trainer.runtime.distributed import World
 
@@ -44,7 +46,7 @@ def _layout(inputs: Inputs, world: World) -> dict[str, Any]:
 def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
     """Collect what would change the result in silence if it changed over a resume."""
     shapes = [(name, list(tensor.shape)) for name, tensor in built.module.state_dict().items()]
-    fields = {name: _fields(model.config) for name, model in built.exports.items()}
+    fields = {name: _fields(_at_the_beginning(model.config, inputs)) for name, model in built.exports.items()}
     if "tie_word_embeddings" in fields[MAIN]:  # as its source says: earlier versions did not correct it
         fields[MAIN]["tie_word_embeddings"] = built.says_tied
     configs = [json.dumps(each, default=str) for each in fields.values()]
@@ -69,6 +71,15 @@ def _objective(inputs: Inputs) -> dict[str, Any]:
     if section["generator"] is not None:
         section["generator"] = {name: section["generator"][name] for name in ("share", "weight")}
     return section
+
+
+def _at_the_beginning(config: PretrainedConfig, inputs: Inputs) -> PretrainedConfig:
+    """Return the config with the theta of what is always consumed, the first phase; the rest is in the data order."""
+    if (theta := inputs.order.phases[0].rope_theta) is None:
+        return config
+    config = copy.deepcopy(config)
+    put_theta(config, theta)
+    return config
 
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:

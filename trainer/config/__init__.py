@@ -5,6 +5,8 @@ from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConf
 from trainer.config.evaluation import EvalConfig, ProbeConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
+from trainer.config.rope_theta import RopeTheta
+from trainer.config.schedule import ScheduleConfig
 from trainer.config.schema import (
     AUTOTUNE,
     CUDA_GRAPHS,
@@ -17,7 +19,6 @@ from trainer.config.schema import (
     ProfileConfig,
     ResilienceConfig,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
     WarmupConfig,
     WatchdogConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "ProbeConfig",
     "ProfileConfig",
     "ResilienceConfig",
+    "RopeTheta",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",

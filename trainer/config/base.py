@@ -27,6 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0, le=LARGEST)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGEST)]
 Ratio = Annotated[float, Field(gt=1.0, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Minutes = Annotated[float, Field(gt=0.0, le=MOST_MINUTES)]
 

@@ -11,6 +11,7 @@ from trainer.config.base import (
     Line,
     Name,
     NonNegativeFloat,
+    OpenFraction,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -85,6 +86,19 @@ class PhaseConfig(Section):
     """Sequences a rank in one forward pass until then; shorter ones leave room for more. Default: batch.micro_size."""
     global_size: Sequences | None = None
     """Sequences an optimizer step until then. Default: batch.global_size."""
+    mask_ratio: OpenFraction | None = None
+    """Share of a block's content tokens that is predicted until then. Default: objective.mask_ratio, which then is one
+    number, and no list of stages."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary position embeddings until then, of the global layers where the model has local ones as well
+    (ModernBERT); for models whose config has it, such as ModernBERT, EuroBERT and ESM. Default: the model's own, with
+    which the run ends (model.overrides)."""
+    local_rope_theta: PositiveFloat | None = None
+    """The same of the local layers, for models that have some. Default: the model's own."""
+    lr_factor: PositiveFloat = 1.0
+    """What the rate of the schedule is multiplied by until then."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Weight of each source by name until then; a source that is left out has none. Default: those of data.train."""
 
 
 class DataConfig(Section):
@@ -102,8 +116,10 @@ class DataConfig(Section):
     dialogue, a task's text each), as many as fit, then padding, with attention kept within each; a longer one is cut.
     It needs what model.document_attention needs, and sets it. It belongs to a run: a resume cannot change it."""
     phases: list[PhaseConfig] = Field(default_factory=list)
-    """Earlier phases of the run with shorter blocks, each up to a given token; after them seq_len. A phase cuts the
-    same data anew, in an order of its own. A resume may change what lies ahead."""
+    """Earlier phases of the run, each up to a given token. What a phase leaves out is as in the last one, which is what
+    the config says elsewhere: blocks of seq_len, objective.mask_ratio, the weights of train, the model's own rope theta
+    and the rate of the schedule. A phase cuts the same data anew, in an order of its own. A resume may change what lies
+    ahead."""
     temperature: Annotated[float, Field(ge=0.1, le=1e6)] | None = None
     """Weigh sources by tokens^(1/temperature) (arXiv:1907.05019): 1 by size, larger towards equal shares."""
     stages: list[StageConfig] = Field(default_factory=list)
@@ -152,6 +168,24 @@ class DataConfig(Section):
                 raise ValueError(f"phases must ascend: until_tokens {phase.until_tokens} after {before.until_tokens}")
             if phase.seq_len > self.seq_len:
                 raise ValueError(f"phases must not have longer blocks than seq_len {self.seq_len}, got {phase.seq_len}")
+        return self
+
+    @model_validator(mode="after")
+    def weights_of_phases_fit(self) -> Self:
+        if all(phase.weights is None for phase in self.phases):
+            return self
+        for name, is_set in (("stages", bool(self.stages)), ("temperature", self.temperature is not None)):
+            if is_set:
+                raise ValueError(f"has both {name} and weights in phases: leave one of them out")
+        labels = [source.label for source in self.train]
+        for number, phase in enumerate(self.phases):
+            for name in phase.weights or {}:
+                if name not in labels:
+                    raise ValueError(
+                        f"phases[{number}].weights name '{name}', which is no source.{nearest(name, labels)}"
+                    )
+            if phase.weights is not None and not any(phase.weights.values()):
+                raise ValueError(f"phases[{number}].weights have none above 0")
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import Config, MaskRatioStage, PhaseConfig, SourceConfig, StageConfig
 from trainer.config.base import fields_by_key, section_in
 from trainer.config.objective import KINDS
+from trainer.config.schedule import DECAYS, WARMUPS
 from trainer.errors import UserError, nearest
 from trainer.runtime.files import shipped
 from trainer.runtime.paths import check_reachable, expanded, real_path
@@ -127,11 +128,12 @@ def read_mapping(path: Path, example: str) -> dict[str, Any]:
     return raw
 
 
-# Where exactly one of several keys may be set, setting one in a child replaces the parent's choice.
+# Where only one of several keys may be set, setting one in a child replaces the parent's choice.
 _ALTERNATIVES = (
     ("model", ("preset", "config", "from_pretrained")),
     ("train", ("steps", "tokens", "epochs")),
-    ("schedule", ("warmup_steps", "warmup_fraction")),
+    ("schedule", WARMUPS),
+    ("schedule", DECAYS),
 )
 
 

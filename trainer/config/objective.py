@@ -8,9 +8,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from trainer.config.base import Fraction, Line, ModelFields, NaturalInt, NonNegativeFloat, PositiveFloat, Section
-
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+from trainer.config.base import (
+    Fraction,
+    Line,
+    ModelFields,
+    NaturalInt,
+    NonNegativeFloat,
+    OpenFraction,
+    PositiveFloat,
+    Section,
+)
 
 
 class MaskRatioStage(Section):
@@ -101,8 +108,9 @@ class ObjectiveConfig(Section):
     ] = 0.15
     """Share of a block's content tokens that is predicted; round(mask_ratio × payload) a block: exactly so
     many single tokens, at most so many of words; of rows of whole documents that share of their text. Or stages, each
-    from a given token on, the first from 0 (arXiv:2305.15096). A resume may change what lies ahead. Evaluations keep to
-    the first, so that they can be compared. XLNet was trained with a sixth: 0.1667."""
+    from a given token on, the first from 0 (arXiv:2305.15096), or data.phases have shares of their own. A resume may
+    change what lies ahead. Evaluations keep to the first of all, so that they can be compared. XLNet was trained with a
+    sixth: 0.1667."""
     scheme: Literal["token", "word", "ngram", "span"] = "token"
     """What is masked as a whole; all but `token` need the starts of words that `prepare --word-starts` marks.
 
@@ -143,14 +151,19 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def keys_are_used(self) -> Self:
-        for key, names in _USED_BY.items():
-            if (
-                self.name in _NAMES
-                and self.name not in names
-                and getattr(self, key) != type(self).model_fields[key].default
-            ):
-                raise ValueError(f"{key} does nothing with name {self.name}: leave it out")
+        for key in _USED_BY:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                self.refuse_unused(key, key)
         return self
+
+    def refuse_unused(self, key: str, place: str) -> None:
+        """Refuse what the objective does not read.
+
+        Raises:
+            ValueError: naming the place where it is set.
+        """
+        if self.name in _NAMES and self.name not in _USED_BY[key]:
+            raise ValueError(f"{place} does nothing with name {self.name}: leave it out")
 
     @model_validator(mode="after")
     def a_teacher_knows_no_pairs(self) -> Self:

@@ -14,15 +14,12 @@ from pydantic_core import PydanticCustomError
 
 from trainer.config.base import (
     MOST_SEQUENCES,
-    Fraction,
     Line,
     Minutes,
     ModelFields,
     Name,
-    NaturalInt,
     NonNegativeFloat,
     PositiveFloat,
-    PositiveFraction,
     PositiveInt,
     Ratio,
     Section,
@@ -34,6 +31,7 @@ from trainer.config.data import DataConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import ObjectiveConfig
+from trainer.config.schedule import ScheduleConfig
 from trainer.runtime.paths import user_path
 
 
@@ -168,25 +166,6 @@ class OptimizerConfig(Section):
     """Decoupled decay a step, times the learning rate."""
     clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-
-
-class ScheduleConfig(Section):
-    name: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: NaturalInt | None = None
-    """Steps of linear warm-up from 0, at most those of the run. Default: 6 % of the run's steps, at most 1,000."""
-    warmup_fraction: Fraction | None = None
-    """The same as a share of the run's steps, rounded up; in the place of warmup_steps."""
-    decay_fraction: PositiveFraction = 0.1
-    """wsd only: share of all steps, at the end, over which the rate falls to its minimum."""
-    min_ratio: Fraction = 0.0
-    """Final learning rate over peak (linear, cosine, wsd)."""
-
-    @model_validator(mode="after")
-    def one_warmup(self) -> Self:
-        if self.warmup_steps is not None and self.warmup_fraction is not None:
-            raise ValueError("has both warmup_steps and warmup_fraction: leave one of them out")
-        return self
 
 
 class ProfileConfig(Section):
@@ -337,6 +316,19 @@ class Config(Section):
                     f"with objective.pair cannot have {key}, because the segments of a pair attend to each other: set "
                     f"{other}, or objective.pair=null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def mask_ratios_have_one_place(self) -> Self:
+        given = next((number for number, phase in enumerate(self.data.phases) if phase.mask_ratio is not None), None)
+        if given is None:
+            return self
+        if isinstance(self.objective.mask_ratio, list):
+            raise ValueError(
+                f"with data.phases[{given}].mask_ratio needs one number for objective.mask_ratio, that of the last "
+                "phase, and not stages"
+            )
+        self.objective.refuse_unused("mask_ratio", f"data.phases[{given}].mask_ratio")
         return self
 
     @model_validator(mode="after")

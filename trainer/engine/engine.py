@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import CUDA_GRAPHS, OptimizerConfig
+from trainer.config import CUDA_GRAPHS, OptimizerConfig, RopeTheta
 from trainer.engine.deepspeed_config import QUANTIZED_KEYS
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.optimizer import build_optimizer
@@ -29,6 +29,7 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
+from trainer.model.rope_theta import set_theta
 from trainer.model.trained import forward_of
 from trainer.runtime.distributed import World
 
@@ -135,6 +136,7 @@ class TrainingEngine:
             patch_zero_optimizer(zero, adamw, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module, self.exports = module, built.exports
+        self._rope_theta: RopeTheta | None = None
         self.device = world.device
         self.document_attention = self.network.document_attention
         self._capturing = CapturingCheckpointEngine()
@@ -165,12 +167,24 @@ class TrainingEngine:
         """Seed what draws dropout in the next forward pass; in [0, 2^63)."""
         seed_dropout(seed, self.device)
 
-    def begin_step(self, micro_size: int, accumulation: int) -> None:
+    def set_rope_theta(self, theta: RopeTheta | None) -> None:
+        """Compute with this theta from here on; None leaves the models as they are."""
+        if theta is None or theta == self._rope_theta:
+            return
+        for model in self.exports.values():
+            set_theta(model, theta)
+        self._rope_theta = theta
+
+    def begin_step(self, micro_size: int, accumulation: int, rope_theta: RopeTheta | None = None) -> None:
         """Say how many micro-batches the next step has, and of how many sequences; they may differ from step to step.
 
         DeepSpeed ends a step where the number of micro-batches so far divides by the accumulation. That holds with
         another accumulation only if the count begins anew.
+
+        Args:
+            rope_theta: as for `set_rope_theta`.
         """
+        self.set_rope_theta(rope_theta)
         self._engine.set_train_micro_batch_size(micro_size)
         self._engine.set_train_batch_size(micro_size * accumulation * self.world.size)
         self._engine.micro_steps = 0
@@ -286,6 +300,7 @@ class TrainingEngine:
         own = dict(self.module.named_buffers())
         for name, value in buffers.items():
             own[name].copy_(value)
+        self._rope_theta = None  # frequencies may be among them (ESM)
         for name, value in counters.items():
             setattr(self._engine, name, value)
         own_scaler = vars(self._engine.optimizer.loss_scaler) if self._engine.fp16_enabled() else {}

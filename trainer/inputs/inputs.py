@@ -31,6 +31,7 @@ from trainer.data.tokenizer_files import loading_note
 from trainer.engine.deepspeed_config import check_precision, compose, load_preset, zero_stage
 from trainer.errors import UserError
 from trainer.inputs.pairs import describe_pairs, refuse_single_block
+from trainer.inputs.phases import lay_out_phases
 from trainer.inputs.probe import describe_probe
 from trainer.inputs.summary import describe_rows, summarize_run
 from trainer.inputs.teacher import describe_teacher
@@ -41,7 +42,8 @@ from trainer.model.trained import rehearse_trained
 from trainer.objectives.registry import family_of, make_samples
 from trainer.runtime.paths import real_path
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
-from trainer.schedule.phases import Phases, lay_out, with_micro_size
+from trainer.schedule.mask_ratio import mask_ratios, recorded_ratio
+from trainer.schedule.phases import Phases
 from trainer.schedule.run_length import find_defaults, resolve
 
 _COUNTED_BLOCKS = 1024  # for the mean length of what a token attends to
@@ -73,7 +75,9 @@ class Inputs:
     @property
     def shape_count(self) -> int:
         """The most shapes of batches, in training and in evaluation, that a compiled model is given."""
-        return self.plan.shape_count * self.objective.shape_count
+        shares = len({share for _, share in mask_ratios(self.config.objective, self.config.data, self.order.phases)})
+        most = max(objective.shape_count for objective in self.objectives)
+        return self.plan.shape_count * most * (shares if self.config.data.phases else 1)
 
     @cached_property
     def attended_tokens(self) -> tuple[float, ...]:
@@ -119,7 +123,7 @@ class Inputs:
             phase["payload"] = objective.view.payload
         if self.objective.view.whole_documents:
             described["samples"] = "documents"
-        ratio = self.config.objective.model_dump(mode="json")["mask_ratio"]
+        ratio = recorded_ratio(self.config.objective, self.config.data, self.order.phases)
         return {**described, "mask_ratio": ratio, "sources": sources}
 
     def describe(self) -> list[str]:
@@ -250,13 +254,15 @@ class _Base:
         check_precision(config, preset)
         folder, tokenizer = open_tokenizer(config)
         vocabulary = read_vocabulary(tokenizer, folder)
-        phases = lay_out(config.data, with_micro_size(config.batch, micro_size))
+        phases = lay_out_phases(config, vocabulary, micro_size)
         checked = []
         if thorough:
             lengths = [config.data.seq_len, *(phase.seq_len for phase in phases)]
             rehearse_trained(config, vocabulary, lengths, family_of(config))
             checked = describe_teacher(config, vocabulary, lengths) + describe_probe(config, vocabulary, tokenizer)
-        objectives = tuple(make_samples(config, vocabulary, phase.seq_len) for phase in phases)
+        objectives = tuple(
+            make_samples(config, vocabulary, phase.seq_len, phase=number) for number, phase in enumerate(phases)
+        )
         notes = filter(None, (source_note(config.model), loading_note(folder), _tokenizer_note(config, tokenizer)))
         return cls(preset, folder, tokenizer, vocabulary, phases, objectives, (*checked, *notes))
 

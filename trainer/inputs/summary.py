@@ -13,6 +13,7 @@ from trainer.data.order.run_order import RunOrder
 from trainer.data.rows import row_index
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.schedule.mask_ratio import describe_ratio
+from trainer.schedule.phases import Phases
 from trainer.schedule.run_length import describe_length
 
 LITTLE_FILLED = 0.7
@@ -42,7 +43,7 @@ def summarize_run(
     if len(epochs) > 1:
         lines += describe_mixture(config.data, order, source_tokens, epochs)
     if len(order.phases) > 1:
-        lines += _describe_phases(plan, order)
+        lines += _describe_phases(config, plan, order)
     lines += [f"batch: {plan.describe()}", *_describe_warmup(config, plan, order)]
     lines += describe_length(config, plan, max(epochs))
     lines += _describe_mask_ratios(config, plan, order)
@@ -71,7 +72,7 @@ def describe_rows(sources: Sequence[ShardSet], objective: Samples) -> str:
 
 def _describe_mask_ratios(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:
     ratios = config.objective.mask_ratios
-    if len(ratios) == 1:
+    if len(ratios) == 1:  # or phases have theirs, which their lines say
         return []
     late = [token for token, _ in ratios if order.phases.sample_at(token) >= plan.end_sample]
     ends = f"; the run ends before token {late[0]:,}" if late else ""
@@ -91,8 +92,11 @@ def _describe_accumulation(config: Config, plan: BatchPlan) -> list[str]:
     ]
 
 
-def _describe_phases(plan: BatchPlan, order: RunOrder) -> list[str]:
-    """Describe blocks, steps and passes of each phase; the last one's full steps are those of the batch line."""
+def _describe_phases(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:
+    """Describe blocks, steps and passes of each phase; the last one's full steps are those of the batch line.
+
+    And what else the phases change, for each of them.
+    """
     runs = groupby(plan.runs(0, plan.total_steps), key=lambda run: run.shape.phase)
     steps = {number: sum(run.steps for run in of_phase) for number, of_phase in runs}
     passes = order.epochs_in_phases(plan.end_sample)
@@ -109,8 +113,22 @@ def _describe_phases(plan: BatchPlan, order: RunOrder) -> list[str]:
             line += f", {passes[number][0]:.2f} epochs"
         if phase.end_sample is not None:
             line += f", of {phase.global_size} sequences in micro-batches of {phase.micro_size}"
-        lines.append(line)
+        lines.append("; ".join([line, *describe_changes(config, order.phases, number)]))
     return lines
+
+
+def describe_changes(config: Config, phases: Phases, number: int) -> list[str]:
+    """Say of a phase which share it masks, its rope theta and its rate, each if some phase has another one."""
+    settings, phase, parts = config.data.phases, phases[number], list[str]()
+    if any(each.mask_ratio is not None for each in settings):
+        ((_, last),) = config.objective.mask_ratios
+        own = settings[number].mask_ratio if number < len(settings) else last
+        parts.append(f"masks {last if own is None else own:g}")
+    if phase.rope_theta is not None:
+        parts.append(f"rope theta {phase.rope_theta}")
+    if any(each.lr_factor != 1 for each in phases):
+        parts.append(f"rate × {phase.lr_factor:g}")
+    return parts
 
 
 def _describe_warmup(config: Config, plan: BatchPlan, order: RunOrder) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trainer.config import Config, GeneratorConfig, ModelConfig
+from trainer.config import Config, GeneratorConfig, ModelConfig, RopeTheta
 from trainer.errors import MaskwrightError, UserError
 from trainer.model.build import BuiltModel, build_model
 from trainer.model.classes import DETECTING, GENERATOR, MAIN, MASKED
@@ -20,6 +20,7 @@ from trainer.model.frozen import describe_frozen, freeze
 from trainer.model.hf_config import build_config
 from trainer.model.rehearsal import rehearse
 from trainer.model.replaced_tokens import GeneratorAndDiscriminator, ReplacingForward, share_embeddings
+from trainer.model.rope_theta import check_theta, prove_theta
 
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Vocabulary
@@ -80,13 +81,15 @@ def rehearse_trained(config: Config, vocabulary: Vocabulary, seq_lens: Sequence[
     Raises:
         UserError: as `rehearse`, and for a generator that does not fit the model.
     """
-    if family != DETECTING:
-        rehearse(config.model, vocabulary, seq_lens, family)
-        return
     models = {}
+    if family != DETECTING:
+        models[MAIN] = rehearse(config.model, vocabulary, seq_lens, family)
+        _prove_thetas(config, models)
+        return
     for name, part in _parts(config, vocabulary, family).items():
         with _named(config, name):
             models[name] = rehearse(part.settings, part.vocabulary, seq_lens, part.family)
+    _prove_thetas(config, models)
     freeze(put_together(config, models), config.model.frozen)
 
 
@@ -97,6 +100,37 @@ def model_configs(config: Config, vocabulary: Vocabulary, family: str) -> dict[s
         UserError: as `build_config`.
     """
     return {name: part.config for name, part in _parts(config, vocabulary, family).items()}
+
+
+def find_theta(config: Config, vocabulary: Vocabulary, family: str) -> RopeTheta | None:
+    """Find the theta with which a run ends, its models' own; None where no phase has another one.
+
+    Raises:
+        UserError: where phases cannot change it, or a generator has another one than the model.
+    """
+    if not _changes_theta(config):
+        return None
+    thetas = {name: check_theta(each, config.data) for name, each in model_configs(config, vocabulary, family).items()}
+    if len(set(thetas.values())) > 1:
+        raise UserError(
+            f"The rope theta of the generator is {thetas[GENERATOR]}, and that of the model {thetas[MAIN]}; phases "
+            "change both as one.",
+            where="data.phases[].rope_theta, objective.generator.overrides",
+            remedy="Give both the same theta, or leave it out of data.phases.",
+        )
+    return thetas[MAIN]
+
+
+def _changes_theta(config: Config) -> bool:
+    return any(
+        value is not None for phase in config.data.phases for value in (phase.rope_theta, phase.local_rope_theta)
+    )
+
+
+def _prove_thetas(config: Config, models: Mapping[str, PreTrainedModel]) -> None:
+    if _changes_theta(config):
+        for model in models.values():
+            prove_theta(model, config.data)
 
 
 def put_together(config: Config, models: Mapping[str, PreTrainedModel]) -> nn.Module:

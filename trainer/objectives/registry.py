@@ -15,7 +15,7 @@ from trainer.objectives import clm, mlm, pairs, plm, rtd, teacher
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
-from trainer.schedule.mask_ratio import Stages, ratio_stages
+from trainer.schedule.mask_ratio import Stages, ratio_stages, stages_within
 from trainer.schedule.phases import lay_out
 
 
@@ -26,25 +26,27 @@ class Objective:
     Attributes:
         family: config → the kind of model that it trains, one of `trainer.model.classes.FAMILIES`.
         view: (config, seq_len) → which tokens a block is, as its samples have it.
-        samples: (config, vocabulary, seq_len, whether for evaluations) → what makes its batches.
+        samples: (config, vocabulary, seq_len, shares that are masked) → what makes its batches.
         criterion: (config, what computes cross-entropies) → its loss.
         card: what a model card says of it.
     """
 
     family: Callable[[Config], str]
     view: Callable[[Config, int], View]
-    samples: Callable[[Config, Vocabulary, int, bool], Samples]
+    samples: Callable[[Config, Vocabulary, int, Stages], Samples]
     criterion: Callable[[Config, CrossEntropies], Criterion]
     card: ObjectiveCard
 
 
-def _ratios(config: Config, evaluating: bool) -> Stages:
-    ratios = ratio_stages(config.objective, lay_out(config.data, config.batch).lengths)
+def _ratios(config: Config, evaluating: bool, phase: int | None) -> Stages:
+    phases = lay_out(config.data, config.batch)
+    ratios = ratio_stages(config.objective, config.data, phases)
+    if phase is not None:
+        return stages_within(ratios, phases, phase)
     return ratios[:1] if evaluating else ratios  # all alike, whatever the run has come to
 
 
-def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
-    ratios = _ratios(config, evaluating)
+def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, ratios: Stages) -> Samples:
     if (pair := config.objective.pair) is not None:
         return pairs.PairedSamples(config.objective, pair, vocabulary, seq_len, ratios)
     kind = rtd.ReplacedSamples if config.objective.name == "rtd" else mlm.MaskedSamples
@@ -68,12 +70,12 @@ def _masked_criterion(config: Config, kernel: CrossEntropies) -> Criterion:
     return LanguageModelLoss(mlm.TERM, kernel) if pair is None else pairs.PairLoss(pair, kernel)
 
 
-def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
+def _causal_samples(config: Config, vocabulary: Vocabulary, seq_len: int, ratios: Stages) -> Samples:
     return clm.CausalSamples(vocabulary, seq_len, config.model.document_attention, _whole_documents(config))
 
 
-def _permuted_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool) -> Samples:
-    return plm.PermutedSamples(config.objective, vocabulary, seq_len, _ratios(config, evaluating))
+def _permuted_samples(config: Config, vocabulary: Vocabulary, seq_len: int, ratios: Stages) -> Samples:
+    return plm.PermutedSamples(config.objective, vocabulary, seq_len, ratios)
 
 
 def _replaced_criterion(config: Config, kernel: CrossEntropies) -> Criterion:
@@ -167,16 +169,20 @@ def view_of(config: Config, seq_len: int) -> View:
     return find_objective(config.objective.name).view(config, seq_len)
 
 
-def make_samples(config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool = False) -> Samples:
+def make_samples(
+    config: Config, vocabulary: Vocabulary, seq_len: int, evaluating: bool = False, phase: int | None = None
+) -> Samples:
     """Make what turns blocks into batches of `seq_len` tokens.
 
     Args:
         evaluating: whether for evaluations, whose batches do not depend on how far the run has come.
+        phase: number of the one that the batches are of; None for batches with as many predictions as any has.
 
     Raises:
         UserError: as `find_objective`.
     """
-    samples = find_objective(config.objective.name).samples(config, vocabulary, seq_len, evaluating)
+    ratios = _ratios(config, evaluating, phase)
+    samples = find_objective(config.objective.name).samples(config, vocabulary, seq_len, ratios)
     if (settings := config.objective.teacher) is None:
         return samples
     # A term of language has its objective's name.

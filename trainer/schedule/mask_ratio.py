@@ -10,33 +10,64 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config import ObjectiveConfig
+from trainer.config import DataConfig, ObjectiveConfig
 from trainer.errors import UserError
-from trainer.schedule.phases import sample_at, tokens_before
+from trainer.schedule.phases import Phases, changes, sample_at, tokens_before
 
 Stages = tuple[tuple[int, float], ...]
 """(first sample, share of the content tokens that is predicted), the first from sample 0 on."""
 
 
-def ratio_stages(settings: ObjectiveConfig, phases: Sequence[tuple[int, int]]) -> Stages:
-    """Lay the stages of `mask_ratio` out over the samples of a run.
+def mask_ratios(settings: ObjectiveConfig, data: DataConfig, phases: Phases) -> list[tuple[int, float]]:
+    """List the shares over a run as (from_tokens, share): the stages of `mask_ratio`, or what phases say.
 
     Args:
-        phases: of the run, as (first sample, seq_len).
+        phases: of `data`.
+    """
+    if all(phase.mask_ratio is None for phase in data.phases):
+        return settings.mask_ratios
+    ((_, last),) = settings.mask_ratios
+    ratios = [*(last if phase.mask_ratio is None else phase.mask_ratio for phase in data.phases), last]
+    # Of two that begin with the same sample the first has none.
+    stages = {phases.tokens(phase.first_sample): ratio for phase, ratio in zip(phases, ratios, strict=True)}
+    return changes(list(stages.items()))
+
+
+def recorded_ratio(settings: ObjectiveConfig, data: DataConfig, phases: Phases) -> Any:
+    """Write the shares of a run as `objective.mask_ratio` would, in JSON: what a checkpoint says of them."""
+    if all(phase.mask_ratio is None for phase in data.phases):
+        return settings.model_dump(mode="json")["mask_ratio"]
+    return [{"from_tokens": token, "ratio": ratio} for token, ratio in mask_ratios(settings, data, phases)]
+
+
+def ratio_stages(settings: ObjectiveConfig, data: DataConfig, phases: Phases) -> Stages:
+    """Lay the shares of a run out over its samples.
+
+    Args:
+        phases: of `data`.
 
     Raises:
-        UserError: when two of them begin with the same sample.
+        UserError: when two stages of `mask_ratio` begin with the same sample.
     """
-    stages = tuple((sample_at(phases, token), ratio) for token, ratio in settings.mask_ratios)
+    ratios = mask_ratios(settings, data, phases)
+    stages = tuple((phases.sample_at(token), ratio) for token, ratio in ratios)
     for number, (before, after) in enumerate(itertools.pairwise(stages)):
         if before[0] == after[0]:
-            first, second = (settings.mask_ratios[place][0] for place in (number, number + 1))
+            first, second = (ratios[place][0] for place in (number, number + 1))
             raise UserError(
                 f"The mask ratios from token {first:,} and from token {second:,} would begin with the same block.",
                 where=f"objective.mask_ratio[{number + 1}].from_tokens={second}",
                 remedy="Let them begin a block (data.seq_len tokens) apart at least, or leave one of them out.",
             )
     return stages
+
+
+def stages_within(stages: Stages, phases: Phases, number: int) -> Stages:
+    """Keep those of `stages` that some sample of a phase lies in, by their first samples in the run; one at least."""
+    phase = phases[number]
+    begun = max(place for place, (start, _) in enumerate(stages) if start <= phase.first_sample)
+    later = [stage for stage in stages[begun + 1 :] if phase.end_sample is None or stage[0] < phase.end_sample]
+    return (stages[begun], *later)
 
 
 def ratio_differences(saved: Any, current: Any, phases: Sequence[tuple[int, int]], samples: int) -> list[str]:
@@ -52,7 +83,7 @@ def ratio_differences(saved: Any, current: Any, phases: Sequence[tuple[int, int]
     earliest = tokens_before(phases, samples)
     return [
         f"the mask ratio of the {samples:,} samples seen so far was {before}, now {now}: another one can begin at "
-        f"token {earliest:,} at the earliest (objective.mask_ratio)"
+        f"token {earliest:,} at the earliest (objective.mask_ratio, data.phases)"
     ]
 
 
@@ -65,6 +96,4 @@ def _begun(recorded: Any, phases: Sequence[tuple[int, int]], samples: int) -> st
     """Describe the stages that the first `samples` samples lie in."""
     stages = ObjectiveConfig(mask_ratio=recorded).mask_ratios
     begun = [(sample_at(phases, token), ratio) for token, ratio in stages]
-    # A stage that changes nothing is none.
-    kept = [stage for number, stage in enumerate(begun) if not number or stage[1] != begun[number - 1][1]]
-    return describe_ratio([stage for stage in kept if stage[0] < max(1, samples)], "sample")
+    return describe_ratio([stage for stage in changes(begun) if stage[0] < max(1, samples)], "sample")

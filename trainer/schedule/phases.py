@@ -1,4 +1,6 @@
-"""The phases of a run: samples whose blocks have one length, those of `data.phases` and then of `data.seq_len`.
+"""The phases of a run: samples that are trained on in one way, those of `data.phases` and then the last.
+
+A phase has one length of blocks, and may have a batch, a share of masks, sources, a rope theta and a rate of its own.
 
 Samples are numbered through all phases, and where a phase ends is a function of the config alone. So the number of a
 sample tells its phase, whatever ranks, batches and restarts led to it.
@@ -8,20 +10,23 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from trainer.config import BatchConfig, DataConfig
+from trainer.config import BatchConfig, DataConfig, RopeTheta
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Samples of one length.
+    """Samples that are trained on in one way.
 
     Attributes:
         seq_len: tokens a block.
         global_size, micro_size: sequences a full step, and a rank in one forward pass.
         first_sample: number of its first sample.
         end_sample: number of the sample after its last; None for the last phase.
+        lr_factor: what the rate of the schedule is multiplied by.
+        rope_theta: of the model; None where no phase changes it.
     """
 
     seq_len: int
@@ -29,11 +34,13 @@ class Phase:
     micro_size: int
     first_sample: int
     end_sample: int | None
+    lr_factor: float = 1.0
+    rope_theta: RopeTheta | None = None
 
 
 @dataclass(frozen=True)
 class Phases:
-    """All phases of a run, in order; one where a run does not change the length of its blocks."""
+    """All phases of a run, in order; one where a run has no `data.phases`."""
 
     all: tuple[Phase, ...]
 
@@ -54,6 +61,24 @@ class Phases:
     def number_at(self, sample: int) -> int:
         """Find which phase a sample belongs to, counted from 0."""
         return bisect_right([phase.first_sample for phase in self], sample) - 1
+
+    def rope_theta_after(self, samples: int) -> RopeTheta | None:
+        """Find the theta of the last of the first `samples` samples: that of the model as it then is.
+
+        Before the first one it is that of the first; None where no phase changes it.
+        """
+        return self[self.number_at(max(0, samples - 1))].rope_theta
+
+    def evaluated_at(self, samples: int) -> dict[str, float]:
+        """Say in metrics what an evaluation after so many samples is made with; nothing where there is one phase.
+
+        Blocks have the length of the last phase, whichever the run is in; theta is the model's.
+        """
+        if len(self) == 1:
+            return {}
+        theta = self.rope_theta_after(samples)
+        keys = {} if theta is None else theta.keys
+        return {"eval/seq_len": self[-1].seq_len, **{f"eval/{key}": value for key, value in keys.items()}}
 
     def tokens(self, samples: int) -> int:
         """Count the positions of the first `samples` samples."""
@@ -86,9 +111,27 @@ def lay_out(data: DataConfig, batch: BatchConfig) -> Phases:
         size = settings.global_size or batch.global_size
         steps = max(0, -(-(settings.until_tokens - token) // (size * settings.seq_len)))
         end = sample + steps * size
-        laid.append(Phase(settings.seq_len, size, settings.micro_size or micro_size, sample, end))
+        micro = settings.micro_size or micro_size
+        laid.append(Phase(settings.seq_len, size, micro, sample, end, settings.lr_factor))
         sample, token = end, token + steps * size * settings.seq_len
     return Phases((*laid, Phase(data.seq_len, batch.global_size, micro_size, sample, None)))
+
+
+def with_thetas(phases: Phases, data: DataConfig, own: RopeTheta) -> Phases:
+    """Give each phase its theta: its own or, where it names none, the model's."""
+    thetas = [
+        RopeTheta(
+            settings.rope_theta or own.base,
+            own.local if settings.local_rope_theta is None else settings.local_rope_theta,
+        )
+        for settings in data.phases
+    ]
+    return Phases(tuple(replace(phase, rope_theta=theta) for phase, theta in zip(phases, [*thetas, own], strict=True)))
+
+
+def changes(stages: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Leave out what changes nothing of stages given as (start, value)."""
+    return [stage for number, stage in enumerate(stages) if not number or stage[1] != stages[number - 1][1]]
 
 
 def tokens_before(phases: Sequence[tuple[int, int]], samples: int) -> int:

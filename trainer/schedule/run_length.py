@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from trainer.config import DEFAULTS, Config
-from trainer.errors import UserError
 from trainer.schedule.batch_plan import BatchPlan, divisors
+from trainer.schedule.warmup_and_decay import describe_schedule, resolve_schedule, share_of_steps
 
 FEW_UPDATES = 100
 """Fewer of them teach a model little: in each, Adam moves a weight by about the learning rate at most."""
@@ -46,7 +45,7 @@ _SETS = {
     1: Defaults(lambda _: 1000, lambda _: 10, whole_steps=True, warmup_must_fit=False),
     # 6 % as RoBERTa's fine-tuning (arXiv:1907.11692, table 10); its pre-training has 4.8 %.
     2: Defaults(
-        lambda steps: min(1000, _share(0.06, steps)),
+        lambda steps: min(1000, share_of_steps(0.06, steps)),
         lambda steps: min(10, max(1, steps // 20)),
         whole_steps=False,
         warmup_must_fit=True,
@@ -63,30 +62,15 @@ def resolve(config: Config, plan: BatchPlan) -> Config:
     """Return the config with numbers in the place of what follows from the length of the run.
 
     Raises:
-        UserError: when the warm-up does not end within the run.
+        UserError: when the warm-up or the decay does not fit into the run.
     """
     steps, defaults = plan.total_steps, find_defaults(config)
-    schedule, logging = config.schedule, config.logging
-    warmup = schedule.warmup_steps
-    if warmup is None and schedule.warmup_fraction is not None:
-        warmup = _share(schedule.warmup_fraction, steps)
-    elif warmup is None:
-        warmup = defaults.warmup_steps(steps)
-    elif warmup > steps and defaults.warmup_must_fit:
-        fitting = _SETS[DEFAULTS].warmup_steps(steps)
-        raise UserError(
-            f"The run has {steps:,} step{'s' if steps > 1 else ''} and would end within its warm-up of {warmup:,}, "
-            "before the learning rate reaches its peak.",
-            where=f"schedule.warmup_steps={warmup}",
-            remedy=f"Set schedule.warmup_steps to {fitting} (6 % of the steps) or leave it out, or train for longer.",
-        )
-    resolved = {"warmup_steps": warmup, "warmup_fraction": None}
-    every = defaults.log_every_steps(steps) if logging.every_steps is None else logging.every_steps
+    every = defaults.log_every_steps(steps) if config.logging.every_steps is None else config.logging.every_steps
     auto = {"every_steps": defaults.auto_every_steps(steps)}
     return config.model_copy(
         update={
-            "schedule": schedule.model_copy(update=resolved),
-            "logging": logging.model_copy(update={"every_steps": every}),
+            "schedule": resolve_schedule(config.schedule, plan, defaults.warmup_steps(steps), defaults.warmup_must_fit),
+            "logging": config.logging.model_copy(update={"every_steps": every}),
             "eval": config.eval.model_copy(update=auto if config.eval.every_steps == "auto" else {}),
             "checkpoint": config.checkpoint.model_copy(update=auto if config.checkpoint.every_steps == "auto" else {}),
         }
@@ -99,13 +83,8 @@ def describe_length(config: Config, plan: BatchPlan, passes: float | None = None
     Args:
         passes: over the training data, over that which is seen most often; None where they are not known.
     """
-    schedule, warmup = config.schedule, config.schedule.warmup_steps or 0
-    after = f"{schedule.name} to {schedule.min_ratio:g} of it"
-    if schedule.name == "wsd":
-        after = f"constant, over the last {schedule.decay_fraction:.0%} of the steps to {schedule.min_ratio:g} of it"
-    elif schedule.name == "constant":
-        after = "constant"
-    line = f"schedule: {warmup:,} steps of warm-up to {config.optimizer.lr:.3g}, then {after}"
+    warmup = config.schedule.warmup_steps or 0
+    line = describe_schedule(config.schedule, config.optimizer.lr, plan.total_steps)
     if warmup > plan.total_steps:
         line = (
             f"schedule: THE RUN ENDS WITHIN THE WARM-UP of {warmup:,} steps, before the rate reaches its peak; a new "
@@ -170,8 +149,3 @@ def _smaller_batch(plan: BatchPlan, most: int) -> tuple[int, int]:
     a_rank = most // plan.world_size
     fitting = [size for size in divisors(a_rank) if size <= plan.micro_size] if a_rank else [1]
     return a_rank * plan.world_size, fitting[-1]
-
-
-def _share(fraction: float, steps: int) -> int:
-    """Take this fraction of the steps, rounded up; 0.06 is six hundredths, as it was written."""
-    return math.ceil(Fraction(str(fraction)) * steps)

@@ -23,6 +23,8 @@ from trainer.runtime.distributed import World
 from trainer.runtime.host_memory import available_bytes
 from trainer.runtime.tuning_cache import recall, remember
 from trainer.schedule.batch_plan import micro_sizes
+from trainer.schedule.mask_ratio import mask_ratios
+from trainer.schedule.phases import lay_out
 from trainer.sizing.memory_estimate import MemoryEstimate
 from trainer.sizing.zero_memory import CPU_SHARE
 
@@ -118,7 +120,9 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
         "memory_gib": config.batch.memory_gib,
         "model": model,
         "seq_len": longest_blocks(config),
-        "mask_ratio": max(ratio for _, ratio in config.objective.mask_ratios),
+        "mask_ratio": max(
+            ratio for _, ratio in mask_ratios(config.objective, config.data, lay_out(config.data, config.batch))
+        ),
         "precision": config.train.precision,
         "gradient_accumulation_dtype": config.train.gradient_accumulation_dtype,
         "deepspeed": load_preset(config.deepspeed),

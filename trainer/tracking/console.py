@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from trainer.config import RopeTheta
 from trainer.runtime.rich_console import PlainConsole
 from trainer.runtime.streams import first_loss
 from trainer.schedule.batch_plan import BatchPlan
@@ -93,6 +94,9 @@ def step_line(values: dict[str, Any], plan: BatchPlan) -> str:
 def evaluation_line(values: dict[str, Any], found: str) -> str:
     """Write a line of an evaluation's loss, what the criterion has found, and what the probe has."""
     line = f"evaluation at step {values['step']}  loss {values['eval/loss']:.4f}  {found}"
+    if "eval/seq_len" in values:  # the run has phases
+        line += f"  (blocks of {values['eval/seq_len']:,}"
+        line += f", rope theta {RopeTheta.of(values, 'eval/')})" if "eval/rope_theta" in values else ")"
     if "eval/probe/accuracy" not in values:
         return line
     names = ("accuracy", "accuracy_std", "macro_f1")

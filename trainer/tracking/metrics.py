@@ -70,6 +70,12 @@ TERM_EVALUATION_METRICS = {
     "eval/rtd/recall": "of the replaced tokens, the share that is told; with objective.name rtd",
     "eval/TERM/ignored": "of pairs (nsp, sop): share of the validation blocks without one, which have no label",
 }
+PHASE_EVALUATION_METRICS = {
+    "eval/seq_len": "tokens of a validation block, those of the last phase; in a run of several phases",
+    "eval/rope_theta": "theta of the model's rotary positions in the evaluation (of its global layers, if it has local "
+    "ones); where phases change it",
+    "eval/local_rope_theta": "the same of its local layers",
+}
 PROBE_METRICS = {
     "eval/probe/accuracy": "share of the labelled texts whose class is told right by what was fitted to the others; "
     "mean over the folds",

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from trainer.errors import EXIT_FINISHED, DivergedError, MaskwrightError
 from trainer.runtime.files import unique_name
+from trainer.runtime.paths import real_path, user_path
 from trainer.runtime.process import job_id
 from trainer.runtime.side_files import read_record
 from trainer.runtime.typed_json import Count, Number, Pid, Seconds
@@ -58,6 +59,7 @@ class Status:
         best_step: of the evaluation with the lowest loss so far; null before the first.
         best_loss: what it found, nats.
         last_checkpoint: the folder in `checkpoints/` that was saved or resumed from last.
+        branch_of: the checkpoint of another run that this one began from; empty where it did not.
         restarts: starts of this run after the first one.
         job_id: the SLURM job; empty outside SLURM.
         nodes: names of the machines, in the order of their ranks.
@@ -80,6 +82,7 @@ class Status:
     best_step: Count | None = None
     best_loss: Number | None = None
     last_checkpoint: str = ""
+    branch_of: str = ""
     restarts: Count = 0
     job_id: str = ""
     nodes: tuple[str, ...] = ()
@@ -93,6 +96,19 @@ class Status:
 def read_status(run_dir: Path) -> Status | None:
     """Read the status of a run; None where there is none, or it cannot be understood."""
     return read_record(run_dir / STATUS, Status)
+
+
+def settle_resume(run_dir: Path, resume: str) -> str:
+    """Return what `--resume` asks for: auto where it names the checkpoint that a run has begun from and gone on since.
+
+    So the same command goes on with a branch as with any run, without doing again what is saved.
+    """
+    status = read_status(run_dir)
+    if resume in ("auto", "must", "never") or status is None or not status.branch_of:
+        return resume
+    trunk, named = Path(status.branch_of), real_path(user_path(resume, "--resume"))
+    is_same = named in (trunk, trunk.parent.parent)
+    return "auto" if is_same and any((run_dir / "checkpoints").glob("step-*/manifest.json")) else resume
 
 
 def _write(run_dir: Path | None, status: Status) -> None:
@@ -159,16 +175,21 @@ class StatusWriter:
         if time.monotonic() - self._last_write >= STEP_INTERVAL_S:
             self.set()
 
-    def start(self, state: TrainState, total_steps: int, checkpoint: str, is_new: bool) -> None:
+    def start(
+        self, state: TrainState, total_steps: int, checkpoint: Path | None, is_new: bool, is_branch: bool = False
+    ) -> None:
         """Note that training starts from `state`.
 
         Args:
-            checkpoint: whose state it is; empty at step 0.
+            checkpoint: whose state it is; None at step 0.
             is_new: an earlier run in this folder is left behind, and with it its restarts.
+            is_branch: whether the checkpoint is another run's.
         """
         changes: dict[str, Any] = {"restarts": 0} if is_new else {}
-        changes |= {} if checkpoint else {"train_loss": None}
-        self.set(total_steps=total_steps, last_checkpoint=checkpoint, **changes, **_counters(state), **best_of(state))
+        changes |= {"train_loss": None, "branch_of": ""} if checkpoint is None else {}
+        changes |= {"branch_of": str(real_path(checkpoint))} if checkpoint is not None and is_branch else {}
+        name = "" if checkpoint is None else checkpoint.name
+        self.set(total_steps=total_steps, last_checkpoint=name, **changes, **_counters(state), **best_of(state))
 
     def entered(self, phase: str) -> None:
         """Note that a phase of the run begins (trainer.liveness.activity)."""

@@ -61,7 +61,8 @@ class StepMetrics:
             float(sum(of_term)) / count if count else math.nan for of_term, count in zip(totals, counts, strict=True)
         ]
         loss = sum(term.weight * mean for term, mean, count in zip(terms, means, counts, strict=True) if count)
-        rate = learning_rate(state.step, self.config.optimizer.lr, self.plan.total_steps, self.config.schedule)
+        factor, peak = self.order.phases[shape.phase].lr_factor, self.config.optimizer.lr
+        rate = learning_rate(state.step, peak, self.plan.total_steps, self.config.schedule, factor)
         peaks = distributed.all_gather_floats(self.world, peak_memory_gib(self.world.device))
         peak, reserved = map(max, zip(*peaks, strict=True))
         return {

@@ -196,6 +196,22 @@ def test_a_mixture_or_a_single_folder():
 TWO_SOURCES = [{"path": "a"}, {"path": "b"}]
 
 
+def phase(**keys: Any) -> list[dict[str, Any]]:
+    return [{"seq_len": 8, "until_tokens": 99, **keys}]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"mask_ratio": [{"from_tokens": 0, "ratio": 0.3}]}, "needs one number for objective.mask_ratio"),
+        ({"name": "clm"}, "data.phases[0].mask_ratio does nothing with name clm"),
+    ],
+)
+def test_a_share_of_masks_has_one_place(objective: dict[str, Any], words: str):
+    assert words in refusal(with_(data={"train": "a", "phases": phase(mask_ratio=0.2)}, objective=objective)).problem
+    assert parse_config(with_(data={"train": "a", "phases": phase()}, objective=objective), "x").data.phases
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -207,6 +223,20 @@ TWO_SOURCES = [{"path": "a"}, {"path": "b"}]
         (
             {"train": TWO_SOURCES, "stages": [{"from_tokens": at, "weights": {"a": 1}} for at in (9, 9)]},
             "stages must ascend: from_tokens 9 after 9",
+        ),
+        ({"train": TWO_SOURCES, "phases": phase(weights={"c": 1})}, "phases[0].weights name 'c', which is no source"),
+        ({"train": TWO_SOURCES, "phases": phase(weights={"a": 0})}, "phases[0].weights have none above 0"),
+        (
+            {
+                "train": TWO_SOURCES,
+                "phases": phase(weights={"a": 1}),
+                "stages": [{"from_tokens": 9, "weights": {"a": 1}}],
+            },
+            "both stages and weights in phases",
+        ),
+        (
+            {"train": TWO_SOURCES, "phases": phase(weights={"a": 1}), "temperature": 2},
+            "both temperature and weights in phases",
         ),
     ],
 )

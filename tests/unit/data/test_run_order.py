@@ -167,3 +167,37 @@ def test_partners_are_those_of_the_phase():
         expected[start:stop] = order.orders[number].partners(np.arange(stop - start))
     assert np.array_equal(partners, expected)
     assert (partners != order.locate(samples)[1]).all()
+
+
+def test_a_phase_mixes_its_sources_by_weights_of_its_own():
+    phases = [
+        {"seq_len": 32, "until_tokens": 32 * 160, "weights": {"source0": 1}},
+        {"seq_len": 32, "until_tokens": 32 * 320},
+        {"seq_len": 32, "until_tokens": 32 * 480, "weights": {"source0": 1, "source1": 3}},
+    ]
+    order = order_of(sources=2, phases=phases)
+    sources = order.locate(np.arange(640))[0].reshape(4, 160)
+    assert [int(of_phase.sum()) for of_phase in sources] == [0, 80, 120, 80], "the last as train says: 1 to 1"
+    assert order.epochs(640) == pytest.approx([(160 + 80 + 40 + 80) / 300, (80 + 120 + 80) / 133])
+    for samples, differs in ((320, False), (321, True)):
+        other = order_of(sources=2, phases=[*phases[:2], {**phases[2], "weights": {"source1": 1}}])
+        lines = order_differences(recorded(order), recorded(other), samples)
+        assert bool(lines) == differs, "only what has been seen may not change"
+        assert all("the mixture of the 321 samples" in line and "data.phases" in line for line in lines)
+
+
+def test_a_theta_of_the_past_may_not_change():
+    order = recorded(order_of(phases=PHASES))
+    first, second = ({"rope_theta": theta} for theta in (10_000.0, 20_000.0))
+
+    def with_thetas(*thetas: dict[str, float] | None) -> dict[str, Any]:
+        each = zip(order["phases"], thetas, strict=True)
+        return {**order, "phases": [{**phase, **({"rope_theta": theta} if theta else {})} for phase, theta in each]}
+
+    begins = order["phases"][1]["first_sample"]
+    saved, moved = with_thetas(first, second, second), with_thetas(first, first, second)
+    assert order_differences(saved, moved, begins) == [], "what lies ahead may"
+    (line,) = order_differences(saved, moved, begins + 1)
+    assert "the rope theta of phase 2 was 20,000, now that of the first" in line
+    assert order_differences(order, with_thetas(first, first, first), begins + 1) == [], "none recorded is one for all"
+    assert order_differences(order, saved, begins + 1)

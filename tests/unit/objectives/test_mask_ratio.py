@@ -7,10 +7,11 @@ import pytest
 from pydantic import ValidationError
 
 from tests.unit.objectives.test_masking import masking, numbers, some_blocks
-from trainer.config import ObjectiveConfig
+from trainer.config import BatchConfig, DataConfig, ObjectiveConfig
 from trainer.data.blocks import IGNORED_LABEL
 from trainer.errors import UserError
-from trainer.schedule.mask_ratio import ratio_differences, ratio_stages
+from trainer.schedule.mask_ratio import ratio_differences, ratio_stages, recorded_ratio, stages_within
+from trainer.schedule.phases import Phases, lay_out
 
 SEQ_LEN, FIRST, SECOND = 102, 100, 200
 LATER = ((FIRST, 0.3), (SECOND, 0.05))
@@ -55,12 +56,45 @@ def as_listed(*stages: tuple[int, float]) -> list[dict[str, Any]]:
 
 
 def test_a_stage_begins_with_the_first_block_at_its_token():
-    phases = [(0, 128), (10, 512)]  # the second begins at token 1,280
+    data, phases = laid_out({"seq_len": 128, "until_tokens": 1280})
     settings = objective((0, 0.3), (129, 0.2), (1280, 0.15), (1793, 0.1))
-    assert ratio_stages(settings, phases) == ((0, 0.3), (2, 0.2), (10, 0.15), (12, 0.1))
+    assert ratio_stages(settings, data, phases) == ((0, 0.3), (2, 0.2), (10, 0.15), (12, 0.1))
     with pytest.raises(UserError, match="from token 129 and from token 256 would begin with the same block") as caught:
-        ratio_stages(objective((0, 0.3), (129, 0.2), (256, 0.1)), phases)
+        ratio_stages(objective((0, 0.3), (129, 0.2), (256, 0.1)), data, phases)
     assert caught.value.where == "objective.mask_ratio[2].from_tokens=256"
+
+
+def laid_out(*phases: dict[str, Any]) -> tuple[DataConfig, Phases]:
+    """Blocks of 512 at the end, one sequence a step."""
+    data = DataConfig.model_validate({"train": "x", "seq_len": 512, "phases": phases})
+    return data, lay_out(data, BatchConfig(global_size=1, micro_size=1))
+
+
+THREE = ({"seq_len": 128, "until_tokens": 1280, "mask_ratio": 0.3}, {"seq_len": 512, "until_tokens": 1792})
+
+
+def test_phases_have_shares_of_their_own_and_are_recorded_as_stages():
+    """The second phase, of one block, leaves it out: it is the last one's."""
+    data, phases = laid_out(*THREE)
+    stages, settings = ((0, 0.3), (10, 0.05)), ObjectiveConfig(mask_ratio=0.05)
+    assert ratio_stages(settings, data, phases) == stages
+    assert recorded_ratio(settings, data, phases) == as_listed((0, 0.3), (1280, 0.05))
+    assert [stages_within(stages, phases, number) for number in range(3)] == [((0, 0.3),), ((10, 0.05),), ((10, 0.05),)]
+    assert recorded_ratio(settings, *laid_out()) == 0.05, "as ever, without phases"
+    moved = recorded_ratio(settings, *laid_out({**THREE[0], "mask_ratio": 0.25}))
+    recorded = recorded_ratio(settings, data, phases)
+    (line,) = ratio_differences(recorded, moved, phases.lengths, samples=3)
+    assert "was 0.3, now 0.25" in line
+    longer = recorded_ratio(settings, *laid_out({**THREE[0], "until_tokens": 2560}))
+    assert ratio_differences(recorded, longer, phases.lengths, samples=10) == [], "what lies ahead may change"
+    assert ratio_differences(recorded, longer, phases.lengths, samples=11)
+
+
+def test_stages_within_a_phase_are_those_that_its_samples_lie_in():
+    data, phases = laid_out({"seq_len": 128, "until_tokens": 1280})
+    stages = ratio_stages(objective((0, 0.3), (129, 0.2), (1280, 0.15), (1793, 0.1)), data, phases)
+    assert stages_within(stages, phases, 0) == ((0, 0.3), (2, 0.2))
+    assert stages_within(stages, phases, 1) == ((10, 0.15), (12, 0.1))
 
 
 def test_only_what_has_been_seen_may_not_change():

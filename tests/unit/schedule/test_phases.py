@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import BatchConfig, DataConfig, TrainConfig
+from trainer.config import BatchConfig, DataConfig, RopeTheta, TrainConfig
 from trainer.errors import UserError
 from trainer.schedule.batch_plan import BatchPlan, plan_batch
-from trainer.schedule.phases import Phases, lay_out
+from trainer.schedule.phases import Phases, lay_out, with_thetas
 
 
 def configs(
@@ -48,6 +48,29 @@ def steps_of(found: BatchPlan, first: int = 0, steps: int | None = None) -> list
 
 GROWING = {"global_size": 24, "warmup": {"start_size": 8, "tokens": 1600}}
 SHORT_FIRST = [{"seq_len": 16, "until_tokens": 3800}]
+
+
+def test_a_phase_has_a_rate_and_a_theta_of_its_own_and_else_those_of_the_last():
+    short = {"seq_len": 16, "until_tokens": 160}
+    data = DataConfig.model_validate(
+        {
+            "train": "x",
+            "seq_len": 32,
+            "phases": [
+                {**short, "lr_factor": 0.5, "rope_theta": 10_000},
+                {**short, "until_tokens": 320, "local_rope_theta": 500},
+            ],
+        }
+    )
+    laid = with_thetas(lay_out(data, BatchConfig(global_size=10)), data, RopeTheta(160_000, 10_000))
+    assert [phase.lr_factor for phase in laid] == [0.5, 1, 1]
+    thetas = [RopeTheta(10_000, 10_000), RopeTheta(160_000, 500), RopeTheta(160_000, 10_000)]
+    assert [phase.rope_theta for phase in laid] == thetas
+    after = {0: 0, 1: 0, 10: 0, 11: 1, 20: 1, 21: 2, 10**6: 2}  # samples done → phase of the last of them
+    assert {samples: laid.rope_theta_after(samples) for samples in after} == {k: thetas[v] for k, v in after.items()}
+    assert laid.evaluated_at(10) == {"eval/seq_len": 32, "eval/rope_theta": 10_000, "eval/local_rope_theta": 10_000}
+    assert lay_out(data, BatchConfig()).evaluated_at(10) == {"eval/seq_len": 32}, "where theta does not change"
+    assert configs({})[1].evaluated_at(10) == {}, "nor anything else"
 
 
 def test_a_run_worked_out_by_hand():

@@ -78,6 +78,95 @@ def test_a_warm_up_that_does_not_fit_is_refused_with_the_number_to_write(shape: 
     assert resolved(schedule={**schedule, "warmup_steps": int(number[1])}).schedule.warmup_steps == 3
 
 
+GROWING: dict[str, Any] = {  # steps of 80 tokens up to token 160, then of 256: 2 and 8 steps
+    "data": {"train": "d", "seq_len": 32, "phases": [{"seq_len": 10, "until_tokens": 160}]},
+    "batch": {"global_size": 8, "micro_size": 1},
+    "train": {"steps": 10},
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"warmup_tokens": 1}, {"warmup_steps": 1}),
+        ({"warmup_tokens": 160}, {"warmup_steps": 2}),
+        ({"warmup_tokens": 161}, {"warmup_steps": 3}),
+        ({"warmup_tokens": 160 + 512}, {"warmup_steps": 4}),
+        ({"warmup_steps": 0, "decay_tokens": 1}, {"decay_steps": 1}),
+        ({"warmup_steps": 0, "decay_tokens": 256}, {"decay_steps": 1}),
+        ({"warmup_steps": 0, "decay_tokens": 257}, {"decay_steps": 2}),
+        ({"warmup_steps": 0, "decay_tokens": 8 * 256 + 80}, {"decay_steps": 9}),
+        ({"warmup_steps": 0, "decay_tokens": 8 * 256 + 160}, {"decay_steps": 10}),
+        ({"warmup_steps": 3, "decay_steps": 7}, {"decay_steps": 7, "decay_fraction": None}),
+        ({"warmup_steps": 3}, {"decay_steps": None, "decay_fraction": 0.1}),
+    ],
+)
+def test_warm_up_and_decay_in_tokens_are_whole_steps_of_whatever_size(
+    keys: dict[str, int], steps: dict[str, Any]
+) -> None:
+    found = resolved(**GROWING, schedule={"name": "wsd", **keys}).schedule
+    assert {name: getattr(found, name) for name in steps} == steps
+    assert (found.warmup_tokens, found.decay_tokens) == (None, None)
+    assert parse_config(yaml.safe_load(dump_config(config_of(**GROWING, schedule=found.model_dump()))), "again")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words", "where", "remedy"),
+    [
+        (
+            {"warmup_tokens": 160 + 8 * 256 + 1},
+            "10 steps and would end within its warm-up of 11",
+            "warmup_tokens",
+            "to 1",
+        ),
+        ({"decay_steps": 11}, "10 steps and would begin within its decay of 11 steps", "decay_steps", "to 9 or fewer"),
+        ({"decay_tokens": 2209}, "would begin within its decay of 2,209 tokens", "decay_tokens", "to 9 or fewer"),
+        (
+            {"warmup_steps": 4, "decay_steps": 7},
+            "would begin its decay of 7 before the end of its warm-up of 4",
+            "decay_steps",
+            "to 6 or fewer",
+        ),
+        ({"warmup_steps": 10, "decay_steps": 1}, "before the end of its warm-up", "decay_steps", "Shorten the warm-up"),
+    ],
+)
+def test_a_warm_up_or_decay_that_does_not_fit_is_refused(
+    keys: dict[str, int], words: str, where: str, remedy: str
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        resolved(**GROWING, schedule={"name": "wsd", **keys})
+    assert caught.value.where == f"schedule.{where}={keys[where]}" and remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"name": "wsd", "decay_steps": 5, "decay_fraction": 0.2}, "has both decay_fraction and decay_steps"),
+        ({"warmup_steps": 5, "warmup_tokens": 100}, "has both warmup_steps and warmup_tokens"),
+        ({"decay_steps": 5}, "decay_steps does nothing with name linear"),
+        ({"name": "cosine", "decay": "1-sqrt"}, "decay does nothing with name cosine"),
+        ({"name": "wsd", "decay_fraction": None}, "needs one of decay_fraction, decay_steps, decay_tokens"),
+    ],
+)
+def test_a_schedule_says_each_thing_once(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config_of(schedule=keys)
+
+
+def test_another_decay_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(resolved(schedule={"name": "wsd", "decay_fraction": 0.2})))
+    assert load_config(path).schedule.decay_fraction == 0.2
+    found = load_config(path, ["schedule.decay_tokens=1000", "schedule.decay=1-sqrt"]).schedule
+    assert (found.decay_tokens, found.decay_fraction, found.decay) == (1000, None, "1-sqrt")
+    line = describe_length(
+        resolved(schedule={"name": "wsd", "decay_steps": 20, "decay": "1-sqrt"}), plan_of(config_of())
+    )
+    assert line == [
+        "schedule: 3 steps of warm-up to 0.0006, then constant, over the last 20 steps to 0 of it, as 1-sqrt"
+    ]
+
+
 def test_the_resolved_config_says_the_same_again_as_a_file() -> None:
     found = resolved(train={"epochs": 3}, batch={"global_size": 8})
     again = parse_config(yaml.safe_load(dump_config(found)), "config.yaml")

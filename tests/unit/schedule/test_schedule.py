@@ -37,11 +37,23 @@ def test_warm_up_is_linear_from_zero(name: str):
         ("cosine", {"min_ratio": 0.1}, {60: 1.1, 110: 0.2}),
         ("wsd", {}, {60: 2.0, 99: 2.0, 104: 2 * 6 / 11, 110: 0.0}),  # 11 steps of decay: a tenth of all
         ("wsd", {"decay_fraction": 0.5, "min_ratio": 0.5}, {55: 2.0, 66: 1.8, 110: 1.0}),
+        ("wsd", {"decay_steps": 50, "min_ratio": 0.5}, {60: 2.0, 85: 1.5, 110: 1.0}),
+        ("wsd", {"decay_steps": 100, "decay": "cosine"}, {10: 2.0, 35: 1 + math.sqrt(0.5), 60: 1.0, 110: 0.0}),
+        ("wsd", {"decay_steps": 100, "decay": "1-sqrt"}, {10: 2.0, 11: 1.8, 35: 1.0, 91: 0.2, 110: 0.0}),
+        ("wsd", {"decay_steps": 100, "decay": "1-sqrt", "min_ratio": 0.5}, {11: 1.9, 35: 1.5, 110: 1.0}),
         ("constant", {}, {11: 2.0, 60: 2.0, 110: 2.0}),
     ],
 )
-def test_values_by_formula(name: str, settings: dict[str, float], values: dict[int, float]):
+def test_values_by_formula(name: str, settings: dict[str, Any], values: dict[int, float]):
     assert {step: rate(step, name, **settings) for step in values} == pytest.approx(values, abs=1e-12)
+
+
+def test_the_factor_of_a_phase_multiplies_whatever_the_rate_is():
+    schedule = ScheduleConfig(name="wsd", warmup_steps=10)
+    steps = (1, 5, 60, 104)
+    halved = [learning_rate(step, PEAK, TOTAL, schedule, 0.5) for step in steps]
+    assert halved == [rate(step, "wsd") / 2 for step in steps]
+    assert [learning_rate(step, PEAK, TOTAL, schedule, 1.0) for step in steps] == [rate(step, "wsd") for step in steps]
 
 
 @pytest.mark.parametrize("name", NAMES)

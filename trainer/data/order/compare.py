@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.config import RopeTheta
 from trainer.data.manifest import STARTS_OF
 from trainer.runtime.plain_text import listed
 from trainer.schedule.mask_ratio import ratio_differences
@@ -37,6 +38,11 @@ def order_differences(saved: dict[str, Any], current: dict[str, Any], samples: i
         return [*lines, _describe_phases(before, now, samples)]
     if "mask_ratio" in saved and "mask_ratio" in current:  # not before there were stages of it
         lines += ratio_differences(saved["mask_ratio"], current["mask_ratio"], _lengths(before), samples)
+    lines += [
+        f"the rope theta of phase {number} was {was}, now {becomes} (data.phases[].rope_theta, local_rope_theta)"
+        for number, (was, becomes) in enumerate(zip(*map(_thetas, (before, now)), strict=True), 1)
+        if was != becomes
+    ]
     for old, new in zip(before, now, strict=True):
         if not lines and _begun(old, samples) != _begun(new, samples):
             token = tokens_before(_lengths(before), old["first_sample"])
@@ -85,6 +91,12 @@ def _begun_phases(order: dict[str, Any], samples: int) -> list[dict[str, Any]]:
 
 def _lengths(phases: list[dict[str, Any]]) -> list[tuple[int, int]]:
     return [(phase["first_sample"], phase["seq_len"]) for phase in phases]
+
+
+def _thetas(phases: list[dict[str, Any]]) -> list[str]:
+    """Describe the rope theta of each phase; that of the first is compared with the model's config."""
+    thetas = [phase.get("rope_theta") for phase in phases]  # none where no phase changes it
+    return ["that of the first" if theta in (None, thetas[0]) else str(RopeTheta.of(theta)) for theta in thetas]
 
 
 def _begun(phase: dict[str, Any], samples: int) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -143,5 +155,5 @@ def _describe_mixture(saved: dict[str, Any], current: dict[str, Any], samples: i
     before, now = (_begun(phase, samples)[-1][2] for phase in (saved, current))
     return (
         f"the mixture of the {samples:,} samples seen so far was {before}, now {now} places: other weights can begin "
-        f"at token {first_token + earliest * saved['seq_len']:,} at the earliest (data.stages)"
+        f"at token {first_token + earliest * saved['seq_len']:,} at the earliest (data.stages, data.phases)"
     )

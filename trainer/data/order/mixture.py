@@ -9,7 +9,7 @@ from trainer.config import DataConfig
 from trainer.data.order.run_order import RunOrder, phase_seed
 from trainer.data.order.sample_order import SampleOrder
 from trainer.errors import UserError
-from trainer.schedule.phases import Phases
+from trainer.schedule.phases import Phases, changes
 
 
 def mixture_order(
@@ -26,7 +26,8 @@ def mixture_order(
         UserError: when a source that has a weight has no block.
     """
     stages = weight_stages(data, phases, tokens)
-    _check_stages(data, [start for start, _ in stages[1:]])
+    if data.stages:
+        _check_stages(data, [start for start, _ in stages[1:]])
     orders = []
     for number, (phase, counts) in enumerate(zip(phases, blocks, strict=True)):
         begun = max(place for place, (start, _) in enumerate(stages) if start <= phase.first_sample)
@@ -70,6 +71,14 @@ def weight_stages(data: DataConfig, phases: Phases, tokens: Sequence[int]) -> li
     else:
         weights = [1.0 if source.weight is None else source.weight for source in data.train]
     labels = [source.label for source in data.train]
+    if any(phase.weights is not None for phase in data.phases):
+        of_phases = [
+            weights if phase.weights is None else [phase.weights.get(label, 0.0) for label in labels]
+            for phase in data.phases
+        ]
+        # Of two that begin with the same sample the first has none.
+        begun = {phase.first_sample: each for phase, each in zip(phases, [*of_phases, weights], strict=True)}
+        return changes(list(begun.items()))
     later = [
         (phases.sample_at(stage.from_tokens), [stage.weights.get(label, 0.0) for label in labels])
         for stage in data.stages

@@ -85,7 +85,10 @@ class RunOrder:
         return [sum(map(int.__mul__, of_source, lengths)) for of_source in zip(*visits, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places]."""
+        """Describe all that decides the order as plain JSON; `spans` as [first sample of the phase, size, places].
+
+        And `rope_theta` where phases change it.
+        """
         first = self.orders[0]
         return {
             "version": ORDER_VERSION,
@@ -98,6 +101,7 @@ class RunOrder:
                     "seq_len": phase.seq_len,
                     "blocks": list(order.blocks),
                     "spans": order.describe()["spans"],
+                    **({} if phase.rope_theta is None else {"rope_theta": phase.rope_theta.keys}),
                 }
                 for phase, order in zip(self.phases, self.orders, strict=True)
             ],
