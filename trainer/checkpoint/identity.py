@@ -58,6 +58,7 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, *configs])[:16]}",
         "objective": _objective(inputs),
+        "optimizer": inputs.config.optimizer.family,
         "seed": inputs.config.run.seed,
         "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
     }

@@ -20,7 +20,6 @@ from trainer.config.base import (
     ModelFields,
     Name,
     NaturalInt,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
@@ -34,6 +33,7 @@ from trainer.config.data import DataConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import ObjectiveConfig
+from trainer.config.optimizer import OptimizerConfig
 from trainer.runtime.paths import user_path
 
 
@@ -153,21 +153,6 @@ class BatchConfig(Section):
                 f"{increment} (warmup.increment; default: start_size)"
             )
         return self
-
-
-class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
-    """AdamW (arXiv:1711.05101); biases and norms are not decayed."""
-    lr: PositiveFloat = 6.0e-4
-    """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
-    """Decay rates of the two moments."""
-    eps: PositiveFloat = 1.0e-6
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay a step, times the learning rate."""
-    clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
 
 
 class ScheduleConfig(Section):

@@ -19,6 +19,7 @@ import torch
 
 from trainer.config import CUDA_GRAPHS, OptimizerConfig
 from trainer.engine.deepspeed_config import QUANTIZED_KEYS
+from trainer.engine.flat_optimizer import FlatOptimizer, RankPlace
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.partitions import PARAMETER_NAMES, Partitions
@@ -29,8 +30,9 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
+from trainer.model.hidden_matrices import hidden_matrices
 from trainer.model.trained import forward_of
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import World, all_gather
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -126,13 +128,14 @@ class TrainingEngine:
         weights = dict(module.named_parameters())
         self.frozen = {name: weights[name].detach() for name in built.frozen if world.is_main}
         self._frozen_names = frozenset(built.frozen)
-        adamw = build_optimizer(module, optimizer, updates)
+        matrices = hidden_matrices(module, built.exports) if optimizer.name == "muon" else ()
+        own_optimizer = build_optimizer(module, optimizer, updates, matrices)
         # Any: DeepSpeed's own annotations leave its optimizer and device open
-        self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=ds_config)[0]
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=own_optimizer, config=ds_config)[0]
         self.network.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
-            patch_zero_optimizer(zero, adamw, world.size)
+            patch_zero_optimizer(zero, own_optimizer, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module, self.exports = module, built.exports
         self.device = world.device
@@ -142,7 +145,10 @@ class TrainingEngine:
         self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
-        self._guard = StepGuard(adamw, lambda: self._engine.optimizer._global_grad_norm)
+        if isinstance(own_optimizer, FlatOptimizer):
+            layouts = self.partitions.layouts(lambda value: all_gather(world, value))
+            own_optimizer.lay_out(layouts, RankPlace(world.rank, world.size, world.device))
+        self._guard = StepGuard(own_optimizer, lambda: self._engine.optimizer._global_grad_norm)
 
     def compile(self, mode: bool | str, shapes: int) -> None:
         """Compile the module by torch.compile; shapes are static.
