@@ -16,6 +16,7 @@ class ReferenceOptimizer:
     Attributes:
         weights: by name, fp64; updated by `step`.
         moments: by name and kind.
+        smallest_rate: that a parameter was updated by so far.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class ReferenceOptimizer:
         self.settings, self.matrices = settings, matrices
         self.weights = {name: weight.detach().double().clone() for name, weight in weights.items()}
         self.moments: dict[str, dict[str, torch.Tensor]] = {name: {} for name in weights}
-        self.steps = 0
+        self.steps, self.smallest_rate = 0, settings.lr
 
     def step(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Update all weights, with the gradients clipped as DeepSpeed clips them."""
@@ -45,6 +46,7 @@ class ReferenceOptimizer:
         if self.settings.name == "stable_adamw":
             ratio = gradient.square() / second.clamp(min=eps**2)
             rate /= max(1.0, math.sqrt(float(ratio.mean())))
+            self.smallest_rate = min(self.smallest_rate, rate)
         return first / (second.sqrt() + eps), rate
 
     def _muon(self, name: str, gradient: torch.Tensor) -> tuple[torch.Tensor, float]:

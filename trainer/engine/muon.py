@@ -23,8 +23,7 @@ from trainer.engine.matrix_exchange import MatrixExchange
 from trainer.engine.newton_schulz import orthogonalize, step_scale
 from trainer.engine.partitions import ONE_MOMENT
 from trainer.engine.state_layout import FlatLayout
-
-_AT_ONCE = 1 << 23  # elements of the matrices that are iterated on together: enough to fill a GPU
+from trainer.engine.state_size import ELEMENTS_AT_ONCE
 
 
 class Muon(FlatOptimizer):
@@ -82,7 +81,7 @@ def _lying(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _stacks(shapes: Mapping[int, tuple[int, ...]]) -> Iterator[list[int]]:
-    """Divide matrices into stacks of one shape and up to _AT_ONCE elements, or one matrix that has more.
+    """Divide matrices into stacks of one shape and up to ELEMENTS_AT_ONCE, enough to fill a GPU, or one matrix that has more.
 
     Args:
         shapes: by number.
@@ -91,6 +90,6 @@ def _stacks(shapes: Mapping[int, tuple[int, ...]]) -> Iterator[list[int]]:
     for number, shape in shapes.items():
         by_shape.setdefault(shape, []).append(number)
     for shape, numbers in by_shape.items():
-        most = max(1, _AT_ONCE // math.prod(shape))
+        most = max(1, ELEMENTS_AT_ONCE // math.prod(shape))
         for first in range(0, len(numbers), most):
             yield numbers[first : first + most]

@@ -21,8 +21,7 @@ import torch.distributed
 from trainer.engine.flat_optimizer import FlatOptimizer, Flats, adamw_settings
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.state_layout import FlatLayout, Piece
-
-_AT_ONCE = 1 << 23  # elements whose ratio is computed at once, beside the largest parameter: working memory
+from trainer.engine.state_size import ELEMENTS_AT_ONCE
 
 
 class StableAdamW(FlatOptimizer):
@@ -90,10 +89,10 @@ def _square_ratios(pieces: Sequence[Piece], flats: Flats, group: Mapping[str, An
 
 
 def _in_turn(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Divide pieces, in their order, into some of up to _AT_ONCE elements together, or one that is larger."""
+    """Divide pieces, in their order, into some of up to ELEMENTS_AT_ONCE together, or one that has more."""
     few: list[Piece] = []
     for piece in pieces:
-        if few and sum(each.length for each in few) + piece.length > _AT_ONCE:
+        if few and sum(each.length for each in few) + piece.length > ELEMENTS_AT_ONCE:
             yield few
             few = []
         few.append(piece)

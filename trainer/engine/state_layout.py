@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+_ALIGNMENT = 2  # elements that the parts of stages 1 and 2 begin at multiples of
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -66,3 +68,27 @@ def joined(layouts: Sequence[FlatLayout]) -> FlatLayout:
         pieces += (replace(piece, parameter=piece.parameter + before, flat=flat) for piece in layout.pieces)
         shapes += layout.shapes
     return FlatLayout(tuple(shapes), tuple(pieces))
+
+
+def planned(shapes: Sequence[tuple[int, ...]], stage: int, ranks: int) -> FlatLayout:
+    """Lay out the parameters of a group as DeepSpeed 0.19.8 does at a ZeRO stage, before there is an engine.
+
+    Stage 0 leaves them whole on all ranks, stages 1 and 2 cut the group into a part a rank, and stage 3 each parameter.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    part = -(-sum(sizes) // (_ALIGNMENT * ranks)) * _ALIGNMENT  # of a rank, at stages 1 and 2
+    pieces, place = [], 0
+    for number, size in enumerate(sizes):
+        own = -(-size // ranks)  # of a rank, at stage 3
+        for rank in range(ranks):
+            if stage == 0:
+                begin, end, start, flat = 0, size, 0, number
+            elif stage == 3:
+                begin, end, start, flat = min(rank * own, size), min((rank + 1) * own, size), place, 0
+            else:
+                begin, end = (min(max(edge * part - place, 0), size) for edge in (rank, rank + 1))
+                start, flat = place + begin - rank * part, 0
+            if begin < end:
+                pieces.append(Piece(number, rank, flat, begin, start, end - begin))
+        place += own if stage == 3 else size
+    return FlatLayout(tuple(map(tuple, shapes)), tuple(pieces))
