@@ -1,4 +1,4 @@
-"""AdamW, StableAdamW and Muon as their papers write them, a parameter at a time, in fp64: what ours are held against."""
+"""AdamW, StableAdamW and Muon as their papers write them, a parameter at a time, in fp64, to compare with."""
 
 from __future__ import annotations
 

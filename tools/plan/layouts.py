@@ -113,9 +113,7 @@ class Layouts:
         estimate = self.estimate
         precision, on_cpu = config.train.precision, estimate.device_type == "cpu"
         travelling = matrix_traffic(estimate.matrix_shapes, zero.stage, world_size, precision, on_cpu)
-        wire = plan_traffic(
-            zero, estimate.parameter_sizes, accumulation, precision, estimate.frozen_sizes, travelling
-        )
+        wire = plan_traffic(zero, estimate.parameter_sizes, accumulation, precision, estimate.frozen_sizes, travelling)
         return Layout(
             world_size=world_size,
             zero=zero,
@@ -145,7 +143,6 @@ class Layouts:
         rate = device.node_bytes if world_size <= self.gpus_per_node else device.network_bytes
         # Where overlap_comm is on, the backward pass hides a part of it; how much is not modelled.
         return StepTime(passes, wire.sent_bytes(world_size) / rate, update, iterations)
-
 
     def _iteration_flops(self, world_size: int) -> float:
         """Count what a rank computes of Muon's iterations: its share, or a matrix, which one rank computes alone."""

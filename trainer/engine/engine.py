@@ -128,8 +128,7 @@ class TrainingEngine:
         weights = dict(module.named_parameters())
         self.frozen = {name: weights[name].detach() for name in built.frozen if world.is_main}
         self._frozen_names = frozenset(built.frozen)
-        matrices = hidden_matrices(module, built.exports) if optimizer.name == "muon" else ()
-        own_optimizer = build_optimizer(module, optimizer, updates, matrices)
+        own_optimizer = build_optimizer(module, optimizer, updates, hidden_matrices(module, built.exports))
         # Any: DeepSpeed's own annotations leave its optimizer and device open
         self._engine: Any = deepspeed.initialize(model=module, optimizer=own_optimizer, config=ds_config)[0]
         self.network.call = self._engine
@@ -145,10 +144,14 @@ class TrainingEngine:
         self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
-        if isinstance(own_optimizer, FlatOptimizer):
-            layouts = self.partitions.layouts(lambda value: all_gather(world, value))
-            own_optimizer.lay_out(layouts, RankPlace(world.rank, world.size, world.device))
+        self._tell_layout(own_optimizer)
         self._guard = StepGuard(own_optimizer, lambda: self._engine.optimizer._global_grad_norm)
+
+    def _tell_layout(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell an optimizer of our own which parameters lie in the tensors that DeepSpeed has it update; a collective."""
+        if isinstance(optimizer, FlatOptimizer):
+            layouts = self.partitions.layouts(lambda value: all_gather(self.world, value))
+            optimizer.lay_out(layouts, RankPlace(self.world.rank, self.world.size, self.world.device))
 
     def compile(self, mode: bool | str, shapes: int) -> None:
         """Compile the module by torch.compile; shapes are static.

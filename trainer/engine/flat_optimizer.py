@@ -1,7 +1,7 @@
 """What the optimizers of our own have in common: they know which parameters lie in a flat tensor of ZeRO.
 
-DeepSpeed hands flat tensors to an optimizer, in which the parameters of a group lie end to end, or pieces of them. AdamW
-treats each element alone and need not know. Where an update depends on a whole parameter, it has to.
+DeepSpeed hands flat tensors to an optimizer, in which the parameters of a group lie end to end, or pieces of them.
+AdamW treats each element alone and need not know. Where an update depends on a whole parameter, it has to.
 """
 
 from __future__ import annotations

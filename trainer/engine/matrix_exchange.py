@@ -7,7 +7,6 @@ matrices (stage 0) they share the work, and only results travel. A step takes tw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch

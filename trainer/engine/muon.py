@@ -81,7 +81,7 @@ def _lying(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _stacks(shapes: Mapping[int, tuple[int, ...]]) -> Iterator[list[int]]:
-    """Divide matrices into stacks of one shape and up to ELEMENTS_AT_ONCE, enough to fill a GPU, or one matrix that has more.
+    """Divide matrices into stacks of one shape and up to ELEMENTS_AT_ONCE, or one matrix that has more.
 
     Args:
         shapes: by number.

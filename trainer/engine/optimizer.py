@@ -19,7 +19,7 @@ def build_optimizer(
     updates: Mapping[str, float] | None = None,
     matrices: Collection[str] = (),
 ) -> torch.optim.Optimizer:
-    """Build the optimizer with the usual groups: biases and norm weights are not decayed, nor what has no gradient here.
+    """Build it with the usual groups: biases and norm weights are not decayed, nor what has no gradient here.
 
     Those are the parameters of one dimension, XLNet's biases, which have two, and its segments and mask, which are not
     given to it.
@@ -30,7 +30,7 @@ def build_optimizer(
 
     Args:
         updates: that each parameter has had so far; of one that is not named none.
-        matrices: names of the parameters that Muon updates (`trainer.model.hidden_matrices`), if it is one.
+        matrices: names of the parameters that Muon updates, if the optimizer is Muon (`trainer.model.hidden_matrices`).
     """
     counts, is_muon = updates or {}, settings.name == "muon"
     groups: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = {}

@@ -30,9 +30,9 @@ class StepGuard:
                      │             └────────► WITHHELD
                      └──► stays OPEN where nobody asks for the norm: without a bound DeepSpeed judges by itself
 
-    At ZeRO 0 the engine calls `decide` before the step. At the other stages the optimizer's hook does, the first time that
-    it is called within the step: ZeRO calls it once for each flat partition, when it knows the norm and has waited for
-    it. Gradients are left in place: with offload they are buffers that DeepSpeed uses again.
+    At ZeRO 0 the engine calls `decide` before the step. At the other stages the optimizer's hook does, the first time
+    that it is called within the step: ZeRO calls it once for each flat partition, when it knows the norm and has waited
+    for it. Gradients are left in place: with offload they are buffers that DeepSpeed uses again.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, read_norm: Callable[[], torch.Tensor | float]) -> None:

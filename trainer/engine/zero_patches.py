@@ -32,7 +32,7 @@ def patch_zero_optimizer(zero: Any, optimizer: torch.optim.Optimizer, ranks: int
     zero.check_overflow = lambda *_, **__: None
 
     def divide_in_optimizer(_gradients: Any, norm: torch.Tensor) -> None:
-        """Let the optimizer divide, not `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
+        """Leave the division to the optimizer; norm is that of the gradients times the loss scale."""
         # Filled on the device: a copy of the host's number would wait for all that the device has still to do.
         scale = torch.full((), zero.loss_scale, dtype=torch.float32, device=norm.device)
         if zero.clip_grad > 0:

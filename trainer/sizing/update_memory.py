@@ -24,6 +24,9 @@ class OptimizerSizes:
     workspace: int = 0
 
 
+ADAMW = OptimizerSizes()
+
+
 def stable_adamw_workspace(sizes: Sequence[int], world_size: int) -> int:
     """Count the bytes of the ratios of gradients and moments, in fp32, of the parameters that are computed together.
 

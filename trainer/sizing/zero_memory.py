@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from trainer.config import TrainConfig
 from trainer.engine.state_size import MOMENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
-from trainer.sizing.update_memory import OptimizerSizes
+from trainer.sizing.update_memory import ADAMW, OptimizerSizes
 
 """Of a parameter in a training precision."""
 GPU_SHARE = 0.9
@@ -143,7 +143,7 @@ def rank_memory(
     passes: PassPeaks,
     on_cpu: bool = False,
     frozen: int = 0,
-    optimizer: OptimizerSizes = OptimizerSizes(),
+    optimizer: OptimizerSizes = ADAMW,
 ) -> RankMemory:
     """Compute the memory of a rank, of rank 0 where they differ.
 

@@ -80,9 +80,7 @@ def test_torchs_muon_updates_alike_in_half_precision() -> None:
         second.weight.copy_(first.weight)
     settings = OptimizerConfig(name="muon", lr=0.02, weight_decay=0.1)
     ours = build_optimizer(first, settings, matrices=["weight"])
-    theirs = torch.optim.Muon(
-        [second.weight], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    theirs = torch.optim.Muon([second.weight], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     start = first.weight.detach().clone()
     for _ in range(5):
         gradient = torch.randn_like(start)
