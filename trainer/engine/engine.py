@@ -148,7 +148,7 @@ class TrainingEngine:
         self._guard = StepGuard(own_optimizer, lambda: self._engine.optimizer._global_grad_norm)
 
     def _tell_layout(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell an optimizer of our own which parameters lie in the tensors that DeepSpeed has it update; a collective."""
+        """Tell an optimizer of our own which parameters lie in the tensors that it updates; a collective."""
         if isinstance(optimizer, FlatOptimizer):
             layouts = self.partitions.layouts(lambda value: all_gather(self.world, value))
             optimizer.lay_out(layouts, RankPlace(self.world.rank, self.world.size, self.world.device))
