@@ -78,6 +78,8 @@ def _train_all(configs: list[Config], folder: Path) -> int:
     for config in configs:
         engine = _engine(config, world)
         for step in range(STEPS):
+            if (step, world.size) == (1, 2):  # it leaves all as it was, and no rank waits
+                _step(engine, config, step, bound=1e-9)
             _step(engine, config, step)
         _save(engine, folder / _folder_name(config, world.size))
     distributed.stop()
@@ -109,11 +111,11 @@ def _engine(config: Config, world: Any) -> Any:
     return TrainingEngine(build(config), preset, config.optimizer, world)
 
 
-def _step(engine: Any, config: Config, number: int) -> None:
+def _step(engine: Any, config: Config, number: int, bound: float | None = None) -> None:
     rank, ranks = engine.world.rank, engine.world.size
     engine.begin_step(SEQUENCES // ranks, 1)
     engine.backward(loss_of(engine.network.call, ids_of(number)[rank::ranks].contiguous()))
-    assert engine.step(config.optimizer.lr)
+    assert engine.step(config.optimizer.lr, bound) == (bound is None)
 
 
 def _save(engine: Any, target: Path) -> None:

@@ -59,7 +59,7 @@ class MatrixExchange:
     """
 
     def __init__(self, layout: FlatLayout, rank: int, ranks: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout, self._rank, self._dtype, self._device = layout, rank, dtype, device
+        self._layout, self._dtype, self._device = layout, dtype, device
         owners, away = choose_owners(layout, ranks), pieces_away(layout, ranks)
         self.owned = [number for number, owner in enumerate(owners) if owner == rank]
         """Numbers of the matrices that this rank computes."""
