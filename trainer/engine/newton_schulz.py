@@ -27,12 +27,37 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """
     # Of rows first: on the CPU torch sums up the squares of a whole matrix with an error that grows with it.
     norms = torch.linalg.vector_norm(torch.linalg.vector_norm(matrices, dim=-1, keepdim=True), dim=-2, keepdim=True)
-    result = matrices / norms.clamp(min=_SMALLEST_NORM)
-    for _ in range(ITERATIONS):
-        gram = result @ result.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        result = torch.baddbmm(result, polynomial, result, beta=_A)
+    result, left = matrices / norms.clamp(min=_SMALLEST_NORM), ITERATIONS
+    n, m = matrices.shape[1:]
+    while left:
+        together = 2 if left > 1 and matrices.dtype == torch.float32 and 2 * m > 3 * n else 1
+        result = _twice(result) if together == 2 else torch.baddbmm(result, _polynomial(_gram(result)), result, beta=_A)
+        left -= together
     return result
+
+
+def _twice(matrices: torch.Tensor) -> torch.Tensor:
+    """Iterate twice with fewer FLOPs, if m > 1.5 n: the second Gram matrix follows from the first.
+
+    With A the Gram matrix of X and P = aI + bA + cA^2, which commutes with it, that of PX is PAP. Two steps at once lose
+    nothing in fp32, where X itself is multiplied once: A's small eigenvalues are rounded as much as its large ones, and
+    P hardly depends on them.
+    """
+    gram = _gram(matrices)
+    first = _polynomial(gram)
+    first.diagonal(dim1=-2, dim2=-1).add_(_A)
+    second = _polynomial(first @ gram @ first)
+    second.diagonal(dim1=-2, dim2=-1).add_(_A)
+    return second @ first @ matrices
+
+
+def _gram(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices @ matrices.mT
+
+
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """Compute what a step adds to a times the matrix, as a factor of it: bA + cA^2."""
+    return torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
 
 
 def step_scale(shape: Sequence[int]) -> float:
@@ -46,7 +71,8 @@ def step_scale(shape: Sequence[int]) -> float:
 def iteration_flops(shape: Sequence[int]) -> int:
     """Count the FLOPs that all iterations on a matrix take, an add and a multiply as two.
 
-    Each multiplies [n, m] by [m, n], [n, n] by itself, and [n, n] by [n, m], with n <= m.
+    Each multiplies [n, m] by [m, n], [n, n] by itself, and [n, n] by [n, m], with n <= m. In fp32 matrices of m > 1.5 n
+    take fewer (`_twice`).
     """
     n, m = min(shape), max(shape)
     return ITERATIONS * (4 * n * n * m + 2 * n**3)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.engine.state_size import ELEMENTS_AT_ONCE
-
-_STACKS = 5  # of an iteration: what goes in, its norm taken out, two results, and two Gram matrices of half a stack
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,21 @@ def stable_adamw_workspace(sizes: Sequence[int], world_size: int) -> int:
 
 
 def muon_workspace(shapes: Sequence[tuple[int, ...]], stage: int, world_size: int, on_cpu: bool) -> int:
-    """Count the bytes of a rank's matrices, of an iteration on some of them, and of what travels.
+    """Count the bytes of a rank's matrices or their results, and of an iteration on some of them or what travels.
 
     Args:
         shapes: of all matrices.
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    total, largest = sum(sizes), max(sizes)
-    own = max(largest, -(-total // world_size))
-    stack = min(own, max(ELEMENTS_AT_ONCE, largest))
-    # Sent and received: at stage 0 all results, at stage 3 a rank's share, else what the ends of its part cut through.
-    travels = 2 * (total if stage == 0 else own if stage == 3 else 2 * largest) if world_size > 1 else 0
-    return (4 if on_cpu else 2) * (own + max(_STACKS * stack, travels))
+    own, iterating, total = 0, 0, sum(map(math.prod, shapes))
+    for (n, m), count in Counter((min(shape), max(shape)) for shape in shapes).items():
+        here = -(-count // world_size)
+        stacked = min(here, max(1, ELEMENTS_AT_ONCE // (n * m)))
+        own += here * n * m
+        # What goes in, what comes out, and two Gram matrices of each; the stack itself is among the rank's own.
+        iterating = max(iterating, stacked * 2 * (n * m + n * n))
+    if stage in (0, 3):  # sent and received: all results, or a rank's share
+        travels = 2 * (total if stage == 0 else own) * (world_size - 1) // world_size
+    else:  # what the ends of its part cut through
+        travels = 4 * max(map(math.prod, shapes)) if world_size > 1 else 0
+    turned = own // 2  # of matrices that are taller than wide, whose results lie in another order
+    return (4 if on_cpu else 2) * (own + max(iterating, turned + travels))
