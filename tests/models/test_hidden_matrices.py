@@ -73,9 +73,12 @@ def test_both_models_of_replaced_token_detection_have_matrices(tmp_path: Path) -
 
 def test_a_run_whose_matrices_are_all_frozen_is_refused_at_once(tmp_path: Path) -> None:
     config = config_of(settings_of(tmp_path, "bert", "bert.encoder.*"))
-    for start in (build_trained, lambda *arguments: rehearse_trained(*arguments[:2], [SEQ_LEN], arguments[2])):
+    for start in (
+        lambda: build_trained(config, vocabulary(), "masked"),
+        lambda: rehearse_trained(config, vocabulary(), [SEQ_LEN], "masked"),
+    ):
         with pytest.raises(UserError) as caught:
-            start(config, vocabulary(), "masked")
+            start()
         assert caught.value.where == "optimizer.name=muon" and "model.frozen" in caught.value.remedy
     other = config_of(settings_of(tmp_path, "bert", "bert.encoder.*"), "adamw")
     rehearse_trained(other, vocabulary(), [SEQ_LEN], "masked")

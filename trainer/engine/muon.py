@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer.engine.flat_optimizer import FlatOptimizer, Flats, RankPlace, update_by_adamw
+from trainer.engine.flat_optimizer import FlatOptimizer, Flats, RankPlace, kernels, update_by_adamw
 from trainer.engine.matrix_exchange import MatrixExchange
 from trainer.engine.newton_schulz import orthogonalize, step_scale
 from trainer.engine.partitions import ONE_MOMENT
@@ -43,11 +43,11 @@ class Muon(FlatOptimizer):
             update_by_adamw(flats, group)
             return
         updates, momentum, rate = flats.gradients, group["momentum"], group["lr"]
-        torch._foreach_lerp_(flats.moments["exp_avg"], updates, 1 - momentum)
-        torch._foreach_lerp_(updates, flats.moments["exp_avg"], momentum)  # Nesterov's
+        kernels._foreach_lerp_(flats.moments["exp_avg"], updates, 1 - momentum)
+        kernels._foreach_lerp_(updates, flats.moments["exp_avg"], momentum)  # Nesterov's
         self._make_orthogonal(updates, flats.layout)
-        torch._foreach_mul_(flats.weights, 1 - rate * group["weight_decay"])
-        torch._foreach_add_(flats.weights, updates, alpha=-rate)
+        kernels._foreach_mul_(flats.weights, 1 - rate * group["weight_decay"])
+        kernels._foreach_add_(flats.weights, updates, alpha=-rate)
 
     def _make_orthogonal(self, updates: Sequence[torch.Tensor], layout: FlatLayout) -> None:
         """Replace updates, flat, by orthogonal ones of AdamW's RMS; a collective where matrices lie on several ranks.
@@ -65,7 +65,7 @@ class Muon(FlatOptimizer):
         exchange.give_back(results, updates)
         pieces = layout.own(self.place.rank)
         scales = [step_scale(layout.shapes[piece.parameter]) for piece in pieces]
-        torch._foreach_mul_([piece.of(updates) for piece in pieces], scales)
+        kernels._foreach_mul_([piece.of(updates) for piece in pieces], scales)
 
     def _exchange(self, layout: FlatLayout) -> MatrixExchange:
         if id(layout) not in self._exchanges:

@@ -39,9 +39,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 def _twice(matrices: torch.Tensor) -> torch.Tensor:
     """Iterate twice with fewer FLOPs, if m > 1.5 n: the second Gram matrix follows from the first.
 
-    With A the Gram matrix of X and P = aI + bA + cA^2, which commutes with it, that of PX is PAP. Two steps at once lose
-    nothing in fp32, where X itself is multiplied once: A's small eigenvalues are rounded as much as its large ones, and
-    P hardly depends on them.
+    With A the Gram matrix of X and P = aI + bA + cA^2, which commutes with it, that of PX is PAP. In fp32 nothing is
+    lost: what rounding adds to small eigenvalues of A hardly changes P, and X itself is multiplied, so that its small
+    singular values keep their digits. More than two steps would let the rounding grow.
     """
     gram = _gram(matrices)
     first = _polynomial(gram)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from trainer.engine.flat_optimizer import FlatOptimizer, Flats, adamw_settings
+from trainer.engine.flat_optimizer import FlatOptimizer, Flats, adamw_settings, kernels
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.state_layout import FlatLayout, Piece
 from trainer.engine.state_size import ELEMENTS_AT_ONCE
@@ -35,7 +35,7 @@ class StableAdamW(FlatOptimizer):
         counts = [math.prod(flats.layout.shapes[piece.parameter]) for piece in pieces]
         for piece, total, count in zip(pieces, whole, counts, strict=True):
             root = (total / count).sqrt().float()
-            torch._fused_adamw_(  # type: ignore[attr-defined]
+            kernels._fused_adamw_(
                 [piece.of(flats.weights)],
                 [piece.of(flats.gradients)],
                 [piece.of(flats.moments["exp_avg"])],
@@ -78,13 +78,13 @@ def _square_ratios(pieces: Sequence[Piece], flats: Flats, group: Mapping[str, An
     """Sum g^2 / max(û, eps^2) over each piece, with the second moment as this step will leave it; fp64 []."""
     decay = group["betas"][1]
     gradients = [piece.of(flats.gradients) for piece in pieces]
-    second = torch._foreach_mul([piece.of(flats.moments["exp_avg_sq"]) for piece in pieces], decay)
-    torch._foreach_addcmul_(second, gradients, gradients, value=1 - decay)
+    second = kernels._foreach_mul([piece.of(flats.moments["exp_avg_sq"]) for piece in pieces], decay)
+    kernels._foreach_addcmul_(second, gradients, gradients, value=1 - decay)
     for tensor, piece in zip(second, pieces, strict=True):
         tensor.div_(1 - decay ** flats.steps[piece.flat])
-    torch._foreach_clamp_min_(second, group["eps"] ** 2)
-    torch._foreach_rsqrt_(second)
-    torch._foreach_mul_(second, gradients)
+    kernels._foreach_clamp_min_(second, group["eps"] ** 2)
+    kernels._foreach_rsqrt_(second)
+    kernels._foreach_mul_(second, gradients)
     return [sum_of_squares([tensor]) for tensor in second]
 
 
