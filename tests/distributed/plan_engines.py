@@ -38,6 +38,7 @@ class EngineLayout:
     model: str = "roberta-base"
     objective: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    optimizer: str = "adamw"
 
     def preset(self) -> dict[str, Any]:
         preset = load_preset(f"zero{self.stage}")
@@ -53,6 +54,7 @@ class EngineLayout:
                 "frozen": list(self.frozen),
             },
             "objective": self.objective,
+            "optimizer": {"name": self.optimizer},
             "data": {"train": "unused", "seq_len": SEQ_LEN},
             "batch": {"global_size": 1},
             "train": {

@@ -68,6 +68,12 @@ FROZEN = {
         EngineLayout(3, "fp32", 1, 2, frozen=ENCODER),
     ],
 }
+OPTIMIZERS = [
+    EngineLayout(0, "fp32", 1, 2, optimizer="muon"),
+    EngineLayout(1, "fp32", 2, 2, optimizer="muon"),
+    EngineLayout(3, "bf16", 1, 2, optimizer="muon"),
+    EngineLayout(1, "bf16", 1, 2, optimizer="stable_adamw"),
+]
 
 
 def _status(name: str) -> int:
@@ -111,6 +117,7 @@ CASES = {
     "objectives": (1, OBJECTIVES),
     "frozen, 1 rank": (1, FROZEN[1]),
     "frozen, 2 ranks": (2, FROZEN[2]),
+    "optimizers": (2, OPTIMIZERS),
 }
 
 
@@ -121,9 +128,8 @@ def assert_within_15_percent(ranks: int, layouts: list[EngineLayout], folder: Pa
         sizes, _ = SIZES.get(layout.model, (MODEL, WARM_UP))
         memory = layout.estimate(**sizes).memory(layout.micro_size, ranks, layout.accumulation)
         assert measured > 100 * 2**20, "large beside what the libraries take"
-        ratios[f"{layout.model}, stage {layout.stage}, {layout.precision}, {layout.accumulation}"] = (
-            memory.peak / measured
-        )
+        name = f"{layout.model}, {layout.optimizer}, stage {layout.stage}, {layout.precision}, {layout.accumulation}"
+        ratios[name] = memory.peak / measured
         print(layout, f"{memory.peak / 2**20:.0f} modelled, {measured / 2**20:.0f} MiB measured", memory)
     assert all(0.85 <= ratio <= 1.15 for ratio in ratios.values()), ratios
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.plan_engines import EngineLayout, steps_of
 from tests.ranks import run_ranks
-from tools.plan.wire import plan_traffic
+from tools.plan.wire import matrix_traffic, plan_traffic
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.sizing.zero_memory import ZeroSettings
 
@@ -34,6 +34,10 @@ LAYOUTS = [
     EngineLayout(3, "bf16", accumulation=2),
     EngineLayout(1, "fp32", accumulation=2, frozen=("roberta.encoder.*",)),
     EngineLayout(3, "fp32", accumulation=2, frozen=("roberta.encoder.*",)),
+    EngineLayout(0, "fp32", accumulation=1, optimizer="muon"),
+    EngineLayout(1, "bf16", accumulation=1, optimizer="muon"),  # the cut is between the layers
+    EngineLayout(1, "bf16", accumulation=1, frozen=("*.layer.0.*.query.weight",), optimizer="muon"),
+    EngineLayout(3, "bf16", accumulation=1, optimizer="muon"),
 ]
 # How a ring moves a collective: which of its two tensors counts, and how often.
 _ALL_REDUCE, _ONCE = 2, 1
@@ -50,7 +54,10 @@ class CountedCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
-            self.bytes += _FACTORS[name] * max(map(_size, args))  # of input and output the whole one
+            if name == "alltoall_base_":  # sent and received, which with two ranks is what both send
+                self.bytes += sum(map(_size, args))
+            else:
+                self.bytes += _FACTORS[name] * max(map(_size, args))  # of input and output the whole one
         return func(*args, **(kwargs or {}))
 
 
@@ -82,7 +89,10 @@ def test_the_wire_bytes_are_those_of_the_collectives(tmp_path: Path) -> None:
     assert run_ranks(_count, RANKS, tmp_path / "counts.json") == [0, 0]
     for layout, counted in zip(LAYOUTS, json.loads((tmp_path / "counts.json").read_text()), strict=True):
         model, zero = layout.estimate(**MODEL), ZeroSettings.of(layout.preset())
-        wire = plan_traffic(zero, model.parameter_sizes, layout.accumulation, layout.precision, model.frozen_sizes)
+        travelling = matrix_traffic(model.matrix_shapes, layout.stage, RANKS, layout.precision, on_cpu=True)
+        wire = plan_traffic(
+            zero, model.parameter_sizes, layout.accumulation, layout.precision, model.frozen_sizes, travelling
+        )
         # Beside them go a norm, an overflow flag and some padding.
         assert wire.elements * WEIGHT_BYTES[layout.precision] == pytest.approx(counted, rel=1e-3), layout
         assert wire.sent_bytes(RANKS) == pytest.approx(counted / 2, rel=1e-3)

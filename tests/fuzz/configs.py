@@ -171,6 +171,8 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
             {"start_size": pick((1, 2, 4, 8, 100)), "tokens": pick((1, 300, 2_000, 10**9))},
             {"start_size": 2, "increment": pick((1, 2, 3, 100)), "tokens": 1_000},
         ],
+        "optimizer.name": ["adamw", "stable_adamw", "muon", "lamb"],
+        "optimizer.momentum": [0.0, 0.95],
         "optimizer.lr": [1e-6, 1e-3, 1],
         "optimizer.betas": [[0.0, 0.0], [0.9, 0.999]],
         "optimizer.clip": [0, 0.1, 1],

@@ -194,7 +194,7 @@ def test_prepared_data_take_the_place_of_drawn_tokens(workspace: Path, tmp_path:
 def test_a_group_leaves_out_what_the_machine_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stream = io.StringIO()
     said = Console(file=stream)
-    everything = [name for name in VARIANTS if name != "ours-documents"]
+    everything = [name for name in VARIANTS if name not in ("ours-documents", "ours-stable", "ours-muon")]
     here = everything if torch.cuda.is_available() else [name for name in everything if name != "ours-graphs"]
     assert list(members("all", said)) == here
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler there

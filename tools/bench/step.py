@@ -57,13 +57,15 @@ _ALL = (
     ),
     StepVariant("ours-graphs", "the same, with CUDA graphs", **_OURS, attention_dropout=False, compiled=CUDA_GRAPHS),
     StepVariant("ours-documents", "maskwright, attention within documents", **_OURS, document_attention=True),
+    StepVariant("ours-stable", "maskwright, StableAdamW", **_OURS, optimizer="stable_adamw"),
+    StepVariant("ours-muon", "maskwright, Muon", **_OURS, optimizer="muon"),
 )
 VARIANTS = {variant.name: variant for variant in _ALL}
 _LADDER = ("torch", "torch-head", "torch-masked", "torch-memory", "torch-fast", "ours-fast", "ours-compile")
 GROUPS = {
     "hf": ("hf", "torch-masked", "torch-memory", "ours", "ours-fast"),
     "ladder": _LADDER,
-    "all": tuple(variant.name for variant in _ALL if not variant.document_attention),
+    "all": tuple(variant.name for variant in _ALL if variant.is_the_same_work),
 }
 """What `--against` stands for."""
 _RATIOS = (
@@ -79,6 +81,8 @@ _RATIOS = (
     ("ours-compile", "torch-compile"),
     ("ours-graphs", "ours-compile"),
     ("ours-documents", "ours"),
+    ("ours-stable", "ours"),
+    ("ours-muon", "ours"),
 )
 # Without dropout all variants compute the same, up to the order of sums; with it, each has its own draws.
 _EXACT_BOUND, _HALF_BOUND, _DROPOUT_BOUND = 1e-4, 0.05, 0.1

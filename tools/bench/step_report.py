@@ -76,7 +76,7 @@ class StepReport:
                 self.measurements[variant.name][0].losses
                 for variant in self.variants
                 if (variant.attention_dropout or self.settings["dropout"] == 0.0) == dropped
-                and not variant.document_attention
+                and variant.is_the_same_work
             ]
             differences = [float(np.ptp(step)) for step in zip(*curves, strict=False)]
             found = [float(np.maximum(*pair)) for pair in itertools.zip_longest(found, differences, fillvalue=0.0)]

@@ -86,6 +86,7 @@ class StepVariant:
         compiled: as `model.compile` in a config.
         keeps_memory: `trainer.runtime.host_memory`, on CPU.
         deepspeed: under DeepSpeed, ZeRO stage 1.
+        optimizer: as `optimizer.name` in a config; of the loop "ours" alone.
     """
 
     name: str
@@ -98,6 +99,12 @@ class StepVariant:
     keeps_memory: bool = False
     deepspeed: bool = False
     document_attention: bool = False
+    optimizer: str = "adamw"
+
+    @property
+    def is_the_same_work(self) -> bool:
+        """Whether it computes what most variants do, so that losses are to be equal."""
+        return not self.document_attention and self.optimizer == "adamw"
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ def make_config(work: StepWork, variant: StepVariant) -> Config:
         },
         "data": {"train": "unused", "seq_len": work.seq_len},
         "batch": {"global_size": work.micro_size * work.ranks, "micro_size": work.micro_size},
+        "optimizer": {"name": variant.optimizer},
         "train": {"steps": work.all_steps, "precision": work.precision},
         "deepspeed": "zero1",
     }

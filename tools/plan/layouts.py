@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tools.plan.devices import Device, MeasuredStep
-from tools.plan.wire import Wire, plan_traffic
+from tools.plan.wire import Wire, matrix_traffic, plan_traffic
 from trainer.engine.deepspeed_config import load_preset, zero_stage
+from trainer.engine.newton_schulz import iteration_flops
 from trainer.engine.state_size import WEIGHT_BYTES
 from trainer.model.classes import attended_tokens
 from trainer.objectives.registry import family_of
@@ -19,15 +20,19 @@ from trainer.sizing.zero_memory import RankMemory, ZeroSettings
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step: all forward and backward passes, traffic as if nothing hid it, the update."""
+    """Seconds of one optimizer step: all forward and backward passes, traffic as if nothing hid it, the update.
+
+    `iterations` are those of Muon on its matrices, beside all that AdamW would do.
+    """
 
     passes: float
     traffic: float
     update: float
+    iterations: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.passes + self.traffic + self.update
+        return self.passes + self.traffic + self.update + self.iterations
 
     @property
     def traffic_share(self) -> float:
@@ -113,7 +118,9 @@ class Layouts:
         accumulation = config.batch.global_size // (micro_size * world_size)
         memory = self.estimate.memory(micro_size, world_size, accumulation, zero)
         estimate = self.estimate
-        wire = plan_traffic(zero, estimate.parameter_sizes, accumulation, config.train.precision, estimate.frozen_sizes)
+        precision, on_cpu = config.train.precision, estimate.device_type == "cpu"
+        travelling = matrix_traffic(estimate.matrix_shapes, zero.stage, world_size, precision, on_cpu)
+        wire = plan_traffic(zero, estimate.parameter_sizes, accumulation, precision, estimate.frozen_sizes, travelling)
         return Layout(
             world_size=world_size,
             zero=zero,
@@ -139,9 +146,15 @@ class Layouts:
             # gradients are copied into a bucket and scaled there.
             own = (28 + weight) * parameters / (world_size if zero.stage else 1)
             update = (own + 4 * weight * parameters) / device.memory_bandwidth
+        iterations = self._iteration_flops(world_size) / device.flops
         rate = device.node_bytes if world_size <= self.gpus_per_node else device.network_bytes
         # Where overlap_comm is on, the backward pass hides a part of it; how much is not modelled.
-        return StepTime(passes, wire.sent_bytes(world_size) / rate, update)
+        return StepTime(passes, wire.sent_bytes(world_size) / rate, update, iterations)
+
+    def _iteration_flops(self, world_size: int) -> float:
+        """Count what a rank computes of Muon's iterations: its share, or a matrix, which one rank computes alone."""
+        each = [iteration_flops(shape) for shape in self.estimate.matrix_shapes]
+        return max(sum(each) / world_size, *each) if each else 0.0
 
 
 def _preset(stage: int) -> ZeroSettings:

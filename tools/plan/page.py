@@ -135,6 +135,8 @@ def _step(plan: RunPlan) -> list[tuple[str, str]]:
     parts = f"passes {_ms(time.passes)}, traffic {_ms(time.traffic)}, update {_ms(time.update)}"
     if plan.measured is not None:
         parts = f"passes and update {_ms(time.passes)}, and traffic, which is modelled, {_ms(time.traffic)}"
+    if time.iterations:
+        parts += f", Muon's iterations {_ms(time.iterations)} ({time.iterations / time.seconds:.1%})"
     days = plan.days(chosen)
     saves, speed = plan.checkpoint, chosen.tokens_per_second
     lines = [
@@ -356,6 +358,7 @@ def _layout_json(plan: RunPlan, layout: Layout) -> dict[str, Any]:
         "wire": {
             "gradient_elements": layout.wire.gradients,
             "weight_elements": layout.wire.weights,
+            "matrix_elements": layout.wire.matrices,
             "sent_bytes_per_rank": layout.wire.sent_bytes(layout.world_size),
             "basis": "exact" if layout.wire.is_exact else "modelled",
         },

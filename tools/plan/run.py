@@ -167,7 +167,9 @@ def _check_options(options: PlanOptions) -> None:
 def _checkpoint(
     config: Config, facts: Facts, estimate: MemoryEstimate, layout: Layout, options: PlanOptions
 ) -> CheckpointCost:
-    size = checkpoint_bytes(estimate.parameters, layout.stage, config.train.precision, estimate.frozen)
+    size = checkpoint_bytes(
+        estimate.parameters, layout.stage, config.train.precision, estimate.frozen, estimate.matrices
+    )
     if config.checkpoint.in_background:
         seconds = size / layout.world_size / (HOST_COPY_GB_S * 1e9)
         basis = f"copied to the hosts' memory at {HOST_COPY_GB_S:g} GB/s a rank (assumed)"

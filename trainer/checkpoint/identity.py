@@ -13,6 +13,7 @@ from trainer.engine.deepspeed_config import zero_stage
 from trainer.inputs.inputs import Inputs, sha256_of
 from trainer.model.build import BuiltModel
 from trainer.model.classes import MAIN
+from trainer.model.hidden_matrices import hidden_matrices
 from trainer.model.model_code import code_of
 from trainer.model.rope_theta import put_theta
 from trainer.model.teacher import TeacherModel
@@ -25,7 +26,7 @@ def run_identity(inputs: Inputs, built: BuiltModel, world: World, teacher: Teach
     """Make the records of this start, before the engine: at ZeRO stage 3 that leaves no weight in the module."""
     taught = {} if teacher is None else {"teacher": teacher.identity}
     identity = {**_identity(inputs, built), **taught}
-    return Records(_layout(inputs, world), identity, inputs.data_order(), _model_summary(built))
+    return Records(_layout(inputs, world), identity, inputs.data_order(), _model_summary(inputs, built))
 
 
 def has_own_code(manifest: CheckpointManifest) -> bool:
@@ -60,6 +61,7 @@ def _identity(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
         "tokenizer": inputs.vocabulary.sha256[:16],
         "model": f"{type(built.model).__name__} {sha256_of([shapes, *configs])[:16]}",
         "objective": _objective(inputs),
+        "optimizer": inputs.config.optimizer.family,
         "seed": inputs.config.run.seed,
         "seq_len": inputs.order.phases[0].seq_len,  # of what is always consumed; the rest is in the data order
     }
@@ -93,12 +95,14 @@ def _fields(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _model_summary(built: BuiltModel) -> dict[str, Any]:
+def _model_summary(inputs: Inputs, built: BuiltModel) -> dict[str, Any]:
     sizes = {name: parameter.numel() for name, parameter in built.module.named_parameters()}
+    matrices = hidden_matrices(built.module, built.exports) if inputs.config.optimizer.name == "muon" else ()
     frozen = {"frozen": sum(sizes[name] for name in built.frozen)} if built.frozen else {}
     return {
         "class": type(built.model).__name__,
         "type": built.model.config.model_type,
         "parameters": sum(sizes.values()),
         **frozen,
+        **({"matrices": sum(sizes[name] for name in matrices)} if matrices else {}),
     }

@@ -11,7 +11,7 @@ from trainer.checkpoint.find import candidates, checkpoints_folder
 from trainer.checkpoint.identity import has_own_code
 from trainer.checkpoint.manifest import DATA_ORDER, MODEL_FOLDER, CheckpointManifest, Records
 from trainer.checkpoint.zero_files import ZeroFiles
-from trainer.config import ObjectiveConfig
+from trainer.config import ObjectiveConfig, OptimizerConfig
 from trainer.data.order.compare import order_differences
 from trainer.errors import UserError
 from trainer.inputs.inputs import sha256_of
@@ -113,7 +113,8 @@ def _without_stages(identity: dict[str, Any]) -> dict[str, Any]:
 
     A teacher may move to another place. Its weights are compared by `_teachers`.
     """
-    identity = {name: value for name, value in identity.items() if name != "teacher"}
+    before = {"optimizer": OptimizerConfig().family}  # of checkpoints from before there was another one
+    identity = {name: value for name, value in {**before, **identity}.items() if name != "teacher"}
     if not isinstance(identity.get("objective"), dict):  # what is no section at all differs, and is refused
         return identity
     objective = {f"objective.{key}": value for key, value in recorded_objective(identity).items()}

@@ -136,4 +136,5 @@ def estimated_bytes(records: Records) -> int:
     """Estimate the bytes that a checkpoint of this run should take."""
     frozen = records.model.get("frozen", 0)
     trained = records.model["parameters"] - frozen
-    return checkpoint_bytes(trained, records.layout["stage"], records.layout["precision"], frozen)
+    matrices = records.model.get("matrices", 0)
+    return checkpoint_bytes(trained, records.layout["stage"], records.layout["precision"], frozen, matrices)

@@ -5,6 +5,7 @@ from trainer.config.data import DataConfig, PhaseConfig, SourceConfig, StageConf
 from trainer.config.evaluation import EvalConfig, ProbeConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import GeneratorConfig, MaskRatioStage, ObjectiveConfig, PairConfig, TeacherConfig
+from trainer.config.optimizer import OptimizerConfig
 from trainer.config.rope_theta import RopeTheta
 from trainer.config.schedule import ScheduleConfig
 from trainer.config.schema import (
@@ -15,7 +16,6 @@ from trainer.config.schema import (
     Config,
     LoggingConfig,
     ModelConfig,
-    OptimizerConfig,
     ProfileConfig,
     ResilienceConfig,
     RunConfig,

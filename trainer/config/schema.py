@@ -18,7 +18,6 @@ from trainer.config.base import (
     Minutes,
     ModelFields,
     Name,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     Ratio,
@@ -31,6 +30,7 @@ from trainer.config.data import DataConfig
 from trainer.config.evaluation import EvalConfig
 from trainer.config.layers import LayersFromConfig
 from trainer.config.objective import ObjectiveConfig
+from trainer.config.optimizer import OptimizerConfig
 from trainer.config.schedule import ScheduleConfig
 from trainer.runtime.paths import user_path
 
@@ -153,19 +153,6 @@ class BatchConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
-    """AdamW (arXiv:1711.05101); biases and norms are not decayed."""
-    lr: PositiveFloat = 6.0e-4
-    """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.98)
-    """Decay rates of the two moments."""
-    eps: PositiveFloat = 1.0e-6
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay a step, times the learning rate."""
-    clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
 
 
 class ProfileConfig(Section):

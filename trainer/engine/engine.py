@@ -19,6 +19,7 @@ import torch
 
 from trainer.config import CUDA_GRAPHS, OptimizerConfig, RopeTheta
 from trainer.engine.deepspeed_config import QUANTIZED_KEYS
+from trainer.engine.flat_optimizer import FlatOptimizer, RankPlace
 from trainer.engine.grad_norm import sum_of_squares
 from trainer.engine.optimizer import build_optimizer
 from trainer.engine.partitions import PARAMETER_NAMES, Partitions
@@ -29,9 +30,10 @@ from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
 from trainer.model.cpu_dropout import seed_dropout, use_host_dropout
+from trainer.model.hidden_matrices import hidden_matrices
 from trainer.model.rope_theta import set_theta
 from trainer.model.trained import forward_of
-from trainer.runtime.distributed import World
+from trainer.runtime.distributed import World, all_gather
 
 # DeepSpeed otherwise warns at import, before our logging can hold it.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -127,13 +129,13 @@ class TrainingEngine:
         weights = dict(module.named_parameters())
         self.frozen = {name: weights[name].detach() for name in built.frozen if world.is_main}
         self._frozen_names = frozenset(built.frozen)
-        adamw = build_optimizer(module, optimizer, updates)
+        own_optimizer = build_optimizer(module, optimizer, updates, hidden_matrices(module, built.exports))
         # Any: DeepSpeed's own annotations leave its optimizer and device open
-        self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=ds_config)[0]
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=own_optimizer, config=ds_config)[0]
         self.network.call = self._engine
         zero = self._engine.optimizer
         if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
-            patch_zero_optimizer(zero, adamw, world.size)
+            patch_zero_optimizer(zero, own_optimizer, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module, self.exports = module, built.exports
         self._rope_theta: RopeTheta | None = None
@@ -144,7 +146,14 @@ class TrainingEngine:
         self._engine.checkpoint_engine = self._capturing
         # It copies scripts into the checkpoint, and a full disk cuts it short with an error on one rank.
         self._engine._copy_recovery_script = lambda *_: None
-        self._guard = StepGuard(adamw, lambda: self._engine.optimizer._global_grad_norm)
+        self._tell_layout(own_optimizer)
+        self._guard = StepGuard(own_optimizer, lambda: self._engine.optimizer._global_grad_norm)
+
+    def _tell_layout(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell an optimizer of our own which parameters lie in the tensors that it updates; a collective."""
+        if isinstance(optimizer, FlatOptimizer):
+            layouts = self.partitions.layouts(lambda value: all_gather(self.world, value))
+            optimizer.lay_out(layouts, RankPlace(self.world.rank, self.world.size, self.world.device))
 
     def compile(self, mode: bool | str, shapes: int) -> None:
         """Compile the module by torch.compile; shapes are static.

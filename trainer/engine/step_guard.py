@@ -1,4 +1,4 @@
-"""Skips the updates that must not happen: AdamW is left without parameters for one step."""
+"""Skips the updates that must not happen: the optimizer is left without parameters for one step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class StepState(Enum):
     OPEN = auto()
     """Nothing yet: the norm is known when ZeRO has reduced the gradients, in the middle of its step."""
     LET_THROUGH = auto()
-    """The norm is finite and below the bound: AdamW updates."""
+    """The norm is finite and below the bound: the optimizer updates."""
     WITHHELD = auto()
-    """It is not: AdamW is called and finds no parameters, so that weights and state stay."""
+    """It is not: the optimizer is called and finds no parameters, so that weights and state stay."""
 
 
 class StepGuard:
-    """Decides for each optimizer step whether AdamW may update, once the global norm of the gradients is known.
+    """Decides for each step whether the optimizer may update, once the global norm of the gradients is known.
 
     A step goes through these states:
 
@@ -30,12 +30,12 @@ class StepGuard:
                      │             └────────► WITHHELD
                      └──► stays OPEN where nobody asks for the norm: without a bound DeepSpeed judges by itself
 
-    At ZeRO 0 the engine calls `decide` before the step. At the other stages AdamW's hook does, the first time that it
-    is called within the step: ZeRO calls AdamW once for each flat partition, when it knows the norm and has waited for
-    it. Gradients are left in place: with offload they are buffers that DeepSpeed uses again.
+    At ZeRO 0 the engine calls `decide` before the step. At the other stages the optimizer's hook does, the first time
+    that it is called within the step: ZeRO calls it once for each flat partition, when it knows the norm and has waited
+    for it. Gradients are left in place: with offload they are buffers that DeepSpeed uses again.
     """
 
-    def __init__(self, adamw: torch.optim.Optimizer, read_norm: Callable[[], torch.Tensor | float]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, read_norm: Callable[[], torch.Tensor | float]) -> None:
         """Watch over an optimizer; `read_norm` gives the global norm, before clipping, in the middle of a step."""
         self._read_norm = read_norm
         self._bound: float | None = None
@@ -43,8 +43,8 @@ class StepGuard:
         self._parameters: list[tuple[dict[str, Any], Any]] = []  # of the groups that are without them just now
         self.norm: float | None = None
         """Global norm of the last step's gradients, where the host has read it."""
-        adamw.register_step_pre_hook(self._before)
-        adamw.register_step_post_hook(self._after)
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
 
     def begin(self, bound: float | None) -> None:
         """Begin a step; an update whose norm is above the bound is withheld, and None leaves the norm unread."""

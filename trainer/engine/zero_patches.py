@@ -3,7 +3,8 @@
 Each of these is a pass over all gradients, or a wait for the device:
 
 - **Clipping** multiplies the gradients, after looking whether the norm is finite once more for each optimizer group.
-  torch's fused AdamW divides by a scale as it reads them, and takes it from the device.
+  torch's fused AdamW divides by a scale as it reads them, and takes it from the device; the optimizers of our own do
+  too.
 - **The check for overflow** reads all gradients, and waits, before the norm is computed, which is finite only if they
   are. (Without the check DeepSpeed skips steps by the norm alone, in fp32 as it is.)
 - **The reduction of one rank** copies the gradients into a bucket, divides by one and copies them back.
@@ -21,25 +22,25 @@ import torch.distributed
 from trainer.engine.grad_norm import sum_of_squares
 
 
-def patch_zero_optimizer(zero: Any, adamw: torch.optim.AdamW, ranks: int) -> None:
+def patch_zero_optimizer(zero: Any, optimizer: torch.optim.Optimizer, ranks: int) -> None:
     """Replace the methods of one optimizer of DeepSpeed.
 
     Args:
         zero: a DeepSpeedZeroOptimizer of stage 1 or 2 that does not offload.
-        adamw: torch's, fused, which it wraps.
+        optimizer: which it wraps, and which divides by `grad_scale`: torch's AdamW, fused, or one of ours.
     """
     zero.check_overflow = lambda *_, **__: None
 
-    def divide_in_adamw(_gradients: Any, norm: torch.Tensor) -> None:
-        """Let AdamW divide, not `unscale_and_clip_grads`; norm is that of the gradients times the loss scale."""
+    def divide_in_optimizer(_gradients: Any, norm: torch.Tensor) -> None:
+        """Leave the division to the optimizer; norm is that of the gradients times the loss scale."""
         # Filled on the device: a copy of the host's number would wait for all that the device has still to do.
         scale = torch.full((), zero.loss_scale, dtype=torch.float32, device=norm.device)
         if zero.clip_grad > 0:
             scale = scale * (((norm / scale) + 1e-6) / zero.clip_grad).clamp(min=1.0)
-        adamw.grad_scale = scale  # type: ignore[attr-defined]  # torch's GradScaler sets it in the same way
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]  # torch's GradScaler sets it in the same way
 
     if zero.clip_grad > 0 or zero.loss_scale != 1.0:
-        zero.unscale_and_clip_grads = divide_in_adamw
+        zero.unscale_and_clip_grads = divide_in_optimizer
     zero.get_grad_norm_direct = lambda gradients, *_, **__: _global_norm(zero, gradients)
     # With fp32 accumulation of bf16 gradients the reduction adds them to the accumulator, whatever the ranks.
     if ranks == 1 and not zero.partition_gradients and zero.gradient_accumulation_dtype == zero.dtype:

@@ -18,6 +18,7 @@ from trainer.model.classes import DETECTING, GENERATOR, MAIN, MASKED
 from trainer.model.forward import Forward
 from trainer.model.frozen import describe_frozen, freeze
 from trainer.model.hf_config import build_config
+from trainer.model.hidden_matrices import require_matrices
 from trainer.model.rehearsal import rehearse
 from trainer.model.replaced_tokens import GeneratorAndDiscriminator, ReplacingForward, share_embeddings
 from trainer.model.rope_theta import check_theta, prove_theta
@@ -50,8 +51,16 @@ def build_trained(config: Config, vocabulary: Vocabulary, family: str) -> BuiltM
         family: of FAMILIES, that the objective trains.
 
     Raises:
-        UserError, DamagedError: as `build_model`, and for a generator that does not fit the model.
+        UserError, DamagedError: as `build_model`, for a generator that does not fit the model, and for Muon without
+            matrices.
     """
+    built = _build(config, vocabulary, family)
+    if config.optimizer.name != "muon":
+        return built
+    return replace(built, notes=(*built.notes, require_matrices(built.module, built.exports)))
+
+
+def _build(config: Config, vocabulary: Vocabulary, family: str) -> BuiltModel:
     if family != DETECTING:
         return build_model(config.model, vocabulary, config.data.seq_len, config.run.seed, family)
     built: dict[str, BuiltModel] = {}
@@ -79,18 +88,28 @@ def rehearse_trained(config: Config, vocabulary: Vocabulary, seq_lens: Sequence[
     """Do without storage what a start does with the models.
 
     Raises:
-        UserError: as `rehearse`, and for a generator that does not fit the model.
+        UserError: as `rehearse`, for a generator that does not fit the model, and for Muon without matrices.
     """
-    models = {}
+    models, module = _rehearse(config, vocabulary, seq_lens, family)
+    _prove_thetas(config, models)
+    if config.optimizer.name == "muon":
+        require_matrices(module, models_in(module))
+
+
+def _rehearse(
+    config: Config, vocabulary: Vocabulary, seq_lens: Sequence[int], family: str
+) -> tuple[dict[str, PreTrainedModel], nn.Module]:
+    """Rehearse each model by name; returns them, and what is trained."""
     if family != DETECTING:
-        models[MAIN] = rehearse(config.model, vocabulary, seq_lens, family)
-        _prove_thetas(config, models)
-        return
+        model = rehearse(config.model, vocabulary, seq_lens, family)
+        return {MAIN: model}, model
+    models = {}
     for name, part in _parts(config, vocabulary, family).items():
         with _named(config, name):
             models[name] = rehearse(part.settings, part.vocabulary, seq_lens, part.family)
-    _prove_thetas(config, models)
-    freeze(put_together(config, models), config.model.frozen)
+    module = put_together(config, models)
+    freeze(module, config.model.frozen)
+    return models, module
 
 
 def model_configs(config: Config, vocabulary: Vocabulary, family: str) -> dict[str, PretrainedConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,11 +14,13 @@ from trainer.errors import UserError
 from trainer.model.build import COMPUTE_DTYPES
 from trainer.model.classes import MAIN
 from trainer.model.frozen import freeze
+from trainer.model.hidden_matrices import hidden_matrices
 from trainer.model.teacher import TeacherModel, teacher_config
 from trainer.model.trained import model_configs, models_in, put_together, rehearse_trained
 from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.sizing.made_up import made_up_batch
 from trainer.sizing.meta_trace import META, DeviceType, StepTracer, TracedStep, meta_model
+from trainer.sizing.update_memory import OptimizerSizes, muon_workspace, stable_adamw_workspace
 from trainer.sizing.zero_memory import RankMemory, ZeroSettings, rank_memory
 
 
@@ -82,6 +85,19 @@ class MemoryEstimate:
         """Elements of all trained parameters."""
         return sum(self.parameter_sizes)
 
+    @cached_property
+    def matrix_shapes(self) -> list[tuple[int, ...]]:
+        """Of the weights that Muon updates; none with another optimizer."""
+        if self.config.optimizer.name != "muon":
+            return []
+        weights = dict(self.module.named_parameters())
+        return [tuple(weights[name].shape) for name in hidden_matrices(self.module, self.models)]
+
+    @property
+    def matrices(self) -> int:
+        """Elements of the weights that Muon updates."""
+        return sum(map(math.prod, self.matrix_shapes))
+
     @property
     def frozen(self) -> int:
         """Elements of all parameters that `model.frozen` names."""
@@ -121,6 +137,7 @@ class MemoryEstimate:
                 self.step(micro_size),
                 on_cpu=self.device_type == "cpu",
                 frozen=self.frozen,
+                optimizer=self._optimizer_sizes(world_size, zero or self.zero),
             )
             teacher = 0 if self.teacher is None else self.teacher.weight_bytes  # whole on each rank, at any stage
             return replace(memory, weights=memory.weights + teacher, update=memory.update + teacher)
@@ -136,6 +153,14 @@ class MemoryEstimate:
                 where="model",
                 remedy="Set batch.micro_size to a number and try it with `maskwright train --dry-run`.",
             ) from error
+
+    def _optimizer_sizes(self, world_size: int, zero: ZeroSettings) -> OptimizerSizes:
+        name, on_cpu = self.config.optimizer.name, self.device_type == "cpu"
+        if name == "muon":
+            work = muon_workspace(self.matrix_shapes, zero.stage, world_size, on_cpu)
+        else:
+            work = stable_adamw_workspace(self.parameter_sizes, world_size) if name == "stable_adamw" else 0
+        return OptimizerSizes(self.matrices, work)
 
     def largest(
         self, sizes: Sequence[int], world_size: int, budget_bytes: float, zero: ZeroSettings | None = None

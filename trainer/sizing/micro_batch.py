@@ -111,7 +111,9 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     for key, default in _NEWER_KEYS.items():
         if model[key] == default:  # records that are older than the key have none
             del model[key]
+    optimizer = {} if config.optimizer.name == "adamw" else {"optimizer": config.optimizer.name}  # it is a newer key
     return {
+        **optimizer,
         "objective": config.objective.model_dump(mode="json", include={"name", "pair", "teacher", "generator"}),
         "samples": config.data.samples,
         "ranks": world_size,

@@ -16,6 +16,9 @@ host's memory; in fp32 at stages 0 to 2 on CPU those are the weights themselves.
 
 Beside these, buckets: what is reduced at stages 1 to 3, and at stage 3 what weights arrive in.
 
+Muon has 4 bytes less for an element of its matrices, and the optimizers of our own work in memory of their own
+(`trainer.sizing.update_memory`).
+
 The activations of a pass come from `trainer.sizing.meta_trace`.
 """
 
@@ -25,7 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from trainer.config import TrainConfig
-from trainer.engine.state_size import OPTIMIZER_BYTES, WEIGHT_BYTES
+from trainer.engine.state_size import MOMENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES
+from trainer.sizing.update_memory import ADAMW, OptimizerSizes
 
 """Of a parameter in a training precision."""
 GPU_SHARE = 0.9
@@ -139,6 +143,7 @@ def rank_memory(
     passes: PassPeaks,
     on_cpu: bool = False,
     frozen: int = 0,
+    optimizer: OptimizerSizes = ADAMW,
 ) -> RankMemory:
     """Compute the memory of a rank, of rank 0 where they differ.
 
@@ -147,6 +152,7 @@ def rank_memory(
         accumulation: micro-batches a step.
         on_cpu: memory that is allocated and not yet written takes no room there, so a bucket grows as gradients come.
         frozen: elements of all parameters that have neither gradient nor optimizer state.
+        optimizer: where it is not AdamW.
     """
     share, weight = -(-parameters // world_size), WEIGHT_BYTES[train.precision]
     adds_in_fp32 = train.gradient_accumulation_dtype == "fp32"
@@ -154,14 +160,14 @@ def rank_memory(
     sizes = _Bytes(
         whole=weight * parameters,
         part=weight * share,
-        masters=OPTIMIZER_BYTES * share,
+        masters=OPTIMIZER_BYTES * share - MOMENT_BYTES * (optimizer.one_moment // world_size),
         own_gradients=(4 if adds_in_fp32 else weight) * share,
         bucket=min(bucket, weight * parameters) if on_cpu else bucket,
         update=2 * weight * share + (0 if weight == 4 else 4 * share),
     )
     accumulates = accumulation > 1
     if zero.stage == 0:
-        memory = _stage_0(sizes, passes, accumulates, parameters)
+        memory = _stage_0(sizes, passes, accumulates, parameters, optimizer)
     elif zero.stage == 1 and adds_in_fp32:
         memory = _stage_1_in_fp32(sizes, passes, accumulates, parameters)
     elif zero.stage == 1:
@@ -178,20 +184,24 @@ def rank_memory(
     else:
         memory = replace(memory, weights=memory.weights + weight * frozen)
     memory = _with_offload(memory, zero, share, share + frozen_share, weight)
+    if zero.stage:  # stage 0 has let go of its flat gradients by then
+        memory = replace(memory, update=memory.update + optimizer.workspace)
     unrounded = 4 * frozen if on_cpu and (weight < 4 or zero.stage == 3) else 0
     return replace(memory, weights=memory.weights + unrounded, update=memory.update + unrounded)
 
 
-def _stage_0(sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int) -> RankMemory:
+def _stage_0(
+    sizes: _Bytes, passes: PassPeaks, accumulates: bool, parameters: int, optimizer: OptimizerSizes
+) -> RankMemory:
     in_pass = passes.adding if accumulates else passes.with_gradients
     flat = sizes.whole // parameters * min(parameters, FLATTENED_AT_ONCE)
     return RankMemory(
         weights=sizes.whole,
-        optimizer=8 * parameters,
+        optimizer=2 * MOMENT_BYTES * parameters - MOMENT_BYTES * optimizer.one_moment,
         gradients=sizes.whole,
         buckets=0,
         activations=max(0, in_pass - sizes.whole),
-        update=sizes.whole + flat,
+        update=sizes.whole + max(flat, optimizer.workspace),
     )
 
 

@@ -19,6 +19,7 @@ from trainer.checkpoint import find
 from trainer.checkpoint.find import candidates, locate
 from trainer.checkpoint.manifest import HASH_THREADS, find_faults, read_checkpoint_manifest, share_files, step_folder
 from trainer.checkpoint.resume import check_resumable, describe_layout, set_aside
+from trainer.config import OptimizerConfig
 from trainer.errors import DamagedError, UserError
 from trainer.runtime.distributed import World
 
@@ -184,6 +185,20 @@ def test_a_resume_of_something_else_is_refused_with_each_difference(tmp_path: Pa
     check_resumable(folder, manifest, other, DATA_ORDER)
     other = replace(RECORDS, model={"class": "renamed"})  # a description, not an identity
     check_resumable(folder, manifest, other, DATA_ORDER)
+
+
+def test_a_checkpoint_that_says_no_optimizer_is_of_adamw(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 5)
+    manifest = read_checkpoint_manifest(folder)
+    assert "optimizer" not in manifest.identity
+    for name, is_refused in (("adamw", False), ("stable_adamw", False), ("muon", True)):
+        family = OptimizerConfig(name=name).family  # type: ignore[arg-type]
+        current = replace(RECORDS, identity={**RECORDS.identity, "optimizer": family})
+        if is_refused:
+            with pytest.raises(UserError, match="optimizer was adamw or stable_adamw, now muon"):
+                check_resumable(folder, manifest, current, DATA_ORDER)
+        else:
+            check_resumable(folder, manifest, current, DATA_ORDER)
 
 
 def test_a_change_of_layout_is_described() -> None:

@@ -59,6 +59,8 @@ def set_to(path: tuple[str, ...], value: Any) -> dict[str, Any]:
             if not isinstance(place.get(part), list if following == "0" else dict):
                 place[part] = [{}] if following == "0" else {}
             place = place[part]
+    if path[-1] == "momentum":
+        place["name"] = "muon"  # which alone has one
     place[path[-1]] = [value, value] if path[-1] == "betas" else {"d": value} if path[-1] == "weights" else value
     return raw
 
