@@ -66,9 +66,10 @@ def test_every_arm_begins_with_the_same_model_and_ends_at_the_loss(workspace: Pa
         ScheduleConfig(name="linear", warmup_steps=5),
         ScheduleConfig(name="cosine", warmup_steps=5, min_ratio=0.1),
         ScheduleConfig(name="wsd", warmup_steps=5, decay_fraction=0.25, min_ratio=0.1),
+        ScheduleConfig(name="wsd", warmup_steps=5, decay="1-sqrt", decay_steps=12),
         ScheduleConfig(name="constant", warmup_steps=5),
     ],
-    ids=lambda schedule: schedule.name,
+    ids=lambda schedule: f"{schedule.name} {schedule.decay}",
 )
 def test_the_tuned_trainer_has_the_rates_of_the_recipe(schedule: ScheduleConfig) -> None:
     import torch

@@ -31,6 +31,7 @@ from trainer.objectives.registry import family_of, make_criterion, make_samples
 from trainer.runtime.distributed import World
 from trainer.runtime.signals import StopRequest
 from trainer.schedule.batch_plan import micro_sizes
+from trainer.schedule.learning_rate import decay_steps
 
 _USUAL_BATCH = 8  # Trainer's default a device
 
@@ -133,13 +134,12 @@ def scheduler_arguments(schedule: ScheduleConfig, total_steps: int) -> dict[str,
         # Trainer's linear one falls to 0 only; the other can fall to anything by a line, over all that is left.
         "linear": ("warmup_stable_decay", {"decay_type": "linear", "min_lr_ratio": floor}),
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": floor}),
-        "wsd": ("warmup_stable_decay", {"decay_type": "linear", "min_lr_ratio": floor}),
+        "wsd": ("warmup_stable_decay", {"decay_type": schedule.decay, "min_lr_ratio": floor}),
         "constant": ("constant_with_warmup", {}),
     }[schedule.name]
     if name == "warmup_stable_decay":
-        share = schedule.decay_fraction if schedule.name == "wsd" else 1.0
         most = total_steps - (schedule.warmup_steps or 0)
-        more["num_decay_steps"] = min(most, max(1, round(share * total_steps)))
+        more["num_decay_steps"] = min(most, decay_steps(total_steps, schedule)) if schedule.name == "wsd" else most
     return {"warmup_steps": schedule.warmup_steps, "lr_scheduler_type": name, "lr_scheduler_kwargs": more}
 
 

@@ -78,6 +78,24 @@ def _in_steps(call: Callable[..., Any]) -> Callable[..., Any]:
     return begin_and_call
 
 
+def _refuse_what_the_device_cannot(ds_config: dict[str, Any], world: World) -> None:
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    if ds_config["fp16"]["enabled"] and not accelerator.is_fp16_supported():
+        raise UserError(
+            "This device cannot train in fp16.",
+            where="train.precision=fp16",
+            remedy="Set train.precision to bf16 or fp32.",
+        )
+    quantized = [key for key in QUANTIZED_KEYS if ds_config["zero_optimization"].get(key)]
+    if quantized and world.device.type == "cpu":
+        raise UserError(
+            "DeepSpeed quantizes on GPUs only.",
+            where=f"deepspeed: zero_optimization.{quantized[0]}",
+            remedy="Remove it, or train on GPUs.",
+        )
+
+
 class TrainingEngine:
     """A module under DeepSpeed: forward, backward, step, save.
 
@@ -105,21 +123,7 @@ class TrainingEngine:
         """
         self.world = world
         self.stage: int = ds_config["zero_optimization"]["stage"]
-        accelerator = get_accelerator()
-        assert accelerator is not None
-        if ds_config["fp16"]["enabled"] and not accelerator.is_fp16_supported():
-            raise UserError(
-                "This device cannot train in fp16.",
-                where="train.precision=fp16",
-                remedy="Set train.precision to bf16 or fp32.",
-            )
-        quantized = [key for key in QUANTIZED_KEYS if ds_config["zero_optimization"].get(key)]
-        if quantized and world.device.type == "cpu":
-            raise UserError(
-                "DeepSpeed quantizes on GPUs only.",
-                where=f"deepspeed: zero_optimization.{quantized[0]}",
-                remedy="Remove it, or train on GPUs.",
-            )
+        _refuse_what_the_device_cannot(ds_config, world)
         module = built.module
         self.network = forward_of(module, world.device, built.document_attention)
         if world.device.type == "cpu":
