@@ -196,8 +196,8 @@ ConfigSource = Annotated[
     str,
     typer.Argument(
         metavar="CONFIG",
-        help="A YAML file, or a recipe: adapt, bert-wwm-chinese, deberta-v3-base, demo, distilbert, electra-small, "
-        "roberta-base, roberta-base-fast, roberta-large, spanbert-base, tapt.",
+        help="A YAML file, or a recipe: adapt, bert-24h, bert-wwm-chinese, deberta-v3-base, demo, distilbert, "
+        "electra-small, modernbert-base, roberta-base, roberta-base-fast, roberta-large, spanbert-base, tapt.",
     ),
 ]
 Overrides = Annotated[

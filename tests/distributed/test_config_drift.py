@@ -71,6 +71,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"run": {"seed": 4}}, "seed was 3, now 4"),
     "sequence length": ({"data": {"seq_len": 24}}, "seq_len was 32, now 24"),
     "objective": ({"objective": {"mask_ratio": 0.3}}, "the mask ratio of the 16 samples seen so far was 0.15, now 0.3"),
+    "the share of masks of a phase that has begun": (
+        {"data": {"phases": [{"seq_len": 32, "until_tokens": 2048, "mask_ratio": 0.3}]}},
+        "the mask ratio of the 16 samples seen so far was 0.15, now 0.3",
+    ),
     "shapes of the model": (model(intermediate_size=96), "model was RobertaForMaskedLM"),
     "heads, in the same shapes": (model(num_attention_heads=4), "model was RobertaForMaskedLM"),
     "document attention": ({"model": {"document_attention": True}}, "document attention was off, now on"),
@@ -87,6 +91,17 @@ TAKEN: dict[str, tuple[dict[str, Any], str]] = {
     "schedule": (
         {"schedule": {"name": "cosine", "warmup_steps": 1}},
         "schedule.name linear → cosine, schedule.warmup_steps 4 → 1",
+    ),
+    "decay": (
+        {"schedule": {"name": "wsd", "warmup_steps": 1, "decay_steps": 2}},
+        "schedule.decay_fraction 0.1 → None, schedule.decay_steps None → 2, schedule.name linear → wsd",
+    ),
+    "the share of masks of what lies ahead": (
+        {
+            "data": {"phases": [{"seq_len": 32, "until_tokens": 512, "mask_ratio": 0.15, "lr_factor": 2}]},
+            "objective": {"mask_ratio": 0.05},
+        },
+        "objective.mask_ratio 0.15 → 0.05",
     ),
     "steps": ({"train": {"steps": 5}}, "train.steps 4 → 5"),
     "dropout": (model(hidden_dropout_prob=0.1), "model.overrides.hidden_dropout_prob 0.0 → 0.1"),

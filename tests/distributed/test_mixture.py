@@ -116,7 +116,7 @@ def test_weights_are_added_for_what_lies_ahead_and_refused_for_the_past(
     weights = {"large": 0, "small": 1}
     past = mixed(workspace, run_dir, data={"stages": [{"from_tokens": 70 * 32, "weights": weights}]})
     assert train(past) == EXIT_USER_MISTAKE
-    assert "other weights can begin at token 2,560 at the earliest (data.stages)" in capfd.readouterr().out
+    assert "other weights can begin at token 2,560 at the earliest (data.stages, data.phases)" in capfd.readouterr().out
     assert (run_dir / "data_order.json").read_text() == frozen
     ahead = mixed(workspace, run_dir, data={"stages": [{"from_tokens": 80 * 32, "weights": weights}]})
     assert train(ahead) == EXIT_FINISHED

@@ -40,7 +40,7 @@ def test_other_weights_may_follow_but_not_touch_a_mixture_block_that_has_begun(s
     same = all((a[:samples] == b[:samples]).all() for a, b in zip(located(one), located(other), strict=True))
     assert same == allowed, "the rule is what the order does"
     if not allowed:
-        assert "can begin at token 1,600 at the earliest (data.stages, data.phases)" in differences[0]  # 50 samples of 32
+        assert "can begin at token 1,600 at the earliest (data.stages, data.phases)" in differences[0]  # 50 × 32
 
 
 def located(order: SampleOrder) -> tuple[Any, Any]:
