@@ -196,6 +196,8 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("distilbert", (1, 8, 16)),
         ("electra-small", (1, 8)),
         ("deberta-v3-base", (1, 8, 16)),
+        ("modernbert-base", (1, 8, 16)),
+        ("bert-24h", (1, 8)),
         ("adapt", (1, 8, 32)),
         ("tapt", (1, 8, 32)),
     ],
@@ -225,6 +227,7 @@ def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
 
 def test_no_recipe_is_left_out_above() -> None:
     by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
-    assert recipe_names() == sorted([*by_masks, "adapt", "deberta-v3-base", "distilbert", "electra-small", "tapt"])
+    others = ["adapt", "bert-24h", "deberta-v3-base", "distilbert", "electra-small", "modernbert-base", "tapt"]
+    assert recipe_names() == sorted([*by_masks, *others])
     shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output.split())
     assert f"or a recipe: {', '.join(recipe_names())}." in shown
