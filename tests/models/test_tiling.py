@@ -29,9 +29,7 @@ def tiled(folder: Path, model_type: str, source: Path, layers: list[int] | None 
     own.mkdir(exist_ok=True)
     names = NAMES.get(model_type, {})
     settings = write_config(own, model_type, **{names.get(name, name): value for name, value in sizes.items()})
-    return settings.model_copy(
-        update={"layers_from": LayersFromConfig(model=str(source), layers=layers, tile=True)}
-    )
+    return settings.model_copy(update={"layers_from": LayersFromConfig(model=str(source), layers=layers, tile=True)})
 
 
 def built(settings: ModelConfig, family: str, size: int = VOCABULARY_SIZE) -> Any:
