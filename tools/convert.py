@@ -92,7 +92,9 @@ def convert(
     found = locate_several(source, average) if average else [locate_best(source) if best else locate(source)]
     folder, manifest = found[-1]
     steps = ", ".join(f"{each.step:,}" for _, each in found)
-    what = f"the mean of the {len(found)} checkpoints of steps {steps}" if average else f"{folder} (step {steps})"
+    what = (
+        f"the mean of {len(found)} checkpoints of {source} (steps {steps})" if average else f"{folder} (step {steps})"
+    )
     console.print(f"converting {what}", markup=False)
     if not best and not average and (note := _note_on_best(source, manifest)):
         console.print(note, markup=False)

@@ -9,11 +9,20 @@ import pytest
 import torch
 
 from tests.models.test_layers import loaded, logits
-from tests.tiny_models import SEQ_LEN, VOCABULARY_SIZE, family_of_type, saved, vocabulary, write_config
+from tests.tiny_models import (
+    SEQ_LEN,
+    VOCABULARY_SIZE,
+    family_of_type,
+    masked_batch,
+    saved,
+    tiny_model,
+    vocabulary,
+    write_config,
+)
 from trainer.config import LayersFromConfig, ModelConfig
 from trainer.errors import UserError
 from trainer.model.build import build_model
-from trainer.model.classes import DETECTING
+from trainer.model.classes import DETECTING, MASKED, PAIRED
 from trainer.model.rehearsal import rehearse
 from trainer.model.tiling import TILED, layers_for, spread
 
@@ -53,8 +62,110 @@ def test_layers_are_taken_by_how_far_up_they_are() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(TILED))
 def test_a_multiple_of_the_width_gives_the_logits_of_the_narrower_one(model_type: str, tmp_path: Path) -> None:
-    """The property behind the division: LayerNorm, attention and the head see each unit as often as any other."""
+    """The property behind the division: norms, attention and head see each unit as often as any other."""
     source, family = saved(tmp_path, model_type), family_of_type(model_type)
     model = built(tiled(tmp_path, model_type, source, **TWICE), family).model
     assert model.config.hidden_size == 64
     torch.testing.assert_close(logits(model), logits(loaded(source, model_type)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("electra", DETECTING), ("bert", PAIRED)])
+def test_so_does_one_with_another_head(model_type: str, family: str, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, model_type, family=family)
+    model.save_pretrained(tmp_path / "checkpoint")
+    wide = built(tiled(tmp_path, model_type, tmp_path / "checkpoint", **TWICE), family).model
+    with torch.no_grad():
+        one, other = (each.eval()(input_ids=masked_batch()[0]).to_tuple() for each in (wide, model))
+    assert len(one) == (2 if family == PAIRED else 1)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_each_element_is_that_which_the_rule_says(tmp_path: Path) -> None:
+    """ModernBERT's fused projections, by part, at a width that is no multiple."""
+    source = saved(tmp_path, "modernbert")
+    ours = built(tiled(tmp_path, "modernbert", source, **WIDER), MASKED).model.state_dict()
+    theirs = loaded(source, "modernbert").state_dict()
+    wide, inner = spread(32, 48, 8).tolist(), spread(48, 61).tolist()
+    assert wide[8:40] == list(range(32)), "the narrower model is whole in the middle, one head beside it on each side"
+    rows = {"attn.Wqkv": (3, 32, wide), "attn.Wo": (1, 32, wide), "mlp.Wi": (2, 48, inner), "mlp.Wo": (1, 32, wide)}
+    for name, (parts, height, places) in rows.items():
+        own, given = (each[f"model.layers.2.{name}.weight"] for each in (ours, theirs))
+        columns = inner if name == "mlp.Wo" else wide
+        taken = [part * height + place for part in range(parts) for place in places]
+        assert own.shape == (len(taken), len(columns))
+        for row, there in enumerate(taken):
+            expected = [float(given[there, place]) / columns.count(place) for place in columns]
+            torch.testing.assert_close(own[row], torch.tensor(expected), rtol=1e-6, atol=0)
+    table, norm = "model.embeddings.tok_embeddings.weight", "model.layers.2.mlp_norm.weight"
+    assert torch.equal(ours[table][:, 8:40], theirs[table]) and torch.equal(ours[table][:, :8], theirs[table][:, 24:])
+    assert torch.equal(ours[norm], theirs[norm][torch.tensor(wide)])
+    met = theirs["head.norm.weight"][torch.tensor(wide)] / torch.tensor([wide.count(place) for place in wide])
+    assert torch.equal(ours["head.norm.weight"], met), "the table of tokens is the decoder too, and is not divided"
+
+
+def test_an_untied_decoder_is_divided_and_the_norm_before_it_is_not(tmp_path: Path) -> None:
+    source = saved(tmp_path, "bert", tie_word_embeddings=False)
+    settings = tiled(tmp_path, "bert", source, **TWICE)
+    model = built(settings.model_copy(update={"overrides": {"tie_word_embeddings": False}}), MASKED).model
+    theirs = loaded(source, "bert")
+    assert torch.equal(model.cls.predictions.decoder.weight[:, 16:48], theirs.cls.predictions.decoder.weight / 2)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_deeper_one_takes_layers_of_a_kind(tmp_path: Path) -> None:
+    """ModernBERT: the first layer has no norm before its attention, and layers 0, 3 and 6 attend to all."""
+    source = saved(tmp_path, "modernbert")
+    found = built(tiled(tmp_path, "modernbert", source, num_hidden_layers=8, **WIDER), MASKED)
+    assert any(note.startswith("layers: 0, 1, 1, 3, 2, 2, 3, 2 of the 4 of ") for note in found.notes)
+    assert "layers: tiled from a width of 32 to 48" in found.notes
+    assert any("without dropout nothing but rounding parts them" in note for note in found.notes)
+    first, third = (found.model.model.layers[number].mlp.Wo.weight for number in (3, 6))
+    assert torch.equal(first, third) and not torch.equal(first, found.model.model.layers[4].mlp.Wo.weight)
+
+
+def test_layers_that_are_named_and_rows_of_the_tokenizer(tmp_path: Path) -> None:
+    source = saved(tmp_path, "roberta")
+    settings = tiled(tmp_path, "roberta", source, [1, 0, 1], num_hidden_layers=3, hidden_dropout_prob=0.1, **TWICE)
+    found = built(settings, MASKED, VOCABULARY_SIZE + 10)
+    assert not any("dropout" in note for note in found.notes)
+    layers = found.model.roberta.encoder.layer
+    given = loaded(source, "roberta")
+    assert torch.equal(layers[0].output.LayerNorm.weight[16:48], given.roberta.encoder.layer[1].output.LayerNorm.weight)
+    assert all(torch.equal(*pair) for pair in zip(layers[0].parameters(), layers[2].parameters(), strict=True))
+    table = found.model.get_input_embeddings().weight
+    assert len(table) == VOCABULARY_SIZE + 10
+    assert torch.equal(table[:VOCABULARY_SIZE, 16:48], given.get_input_embeddings().weight)
+
+
+def test_the_same_weights_each_time(tmp_path: Path) -> None:
+    """Whatever the seed, which draws nothing that is left."""
+    settings = tiled(tmp_path, "bert", saved(tmp_path, "bert"), num_hidden_layers=4, **WIDER)
+    one, other = (build_model(settings, vocabulary(), SEQ_LEN, seed).model.state_dict() for seed in (1, 2))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("own", "source", "sizes", "said"),
+    [
+        ("bert", "bert", {"hidden_size": 64}, "A head of the model is 16 wide, and one of"),
+        ("bert", "bert", {**TWICE, "intermediate_size": 40}, "weights do not grow from those in"),
+        ("bert", "bert", {"hidden_size": 16, "num_attention_heads": 2}, "weights do not grow from those in"),
+        ("bert", "bert", {**TWICE, "max_position_embeddings": 128}, "position_embeddings.weight is [128, 64], and"),
+        ("bert", "roberta", TWICE, "cannot begin with layers of one of type 'roberta', tiled"),
+        ("distilbert", "bert", TWICE, "cannot begin with layers of one of type 'bert', tiled"),
+        ("esm", "esm", TWICE, "How the weights of a 'esm' are tiled is not known"),
+        ("modernbert", "modernbert", {"global_attn_every_n_layers": 2, **TWICE}, "is of the kind of layer"),
+        ("bert", "bert", {"hidden_act": "relu", **TWICE}, "hidden_act is relu in the model"),
+    ],
+)
+def test_what_cannot_be_tiled_is_a_card_without_weights_and_with(
+    own: str, source: str, sizes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    settings = tiled(tmp_path, own, saved(tmp_path, source), **sizes)
+    for start in (
+        lambda: rehearse(settings, vocabulary(), [SEQ_LEN]),
+        lambda: build_model(settings, vocabulary(), SEQ_LEN, seed=0),
+    ):
+        with pytest.raises(UserError) as caught:
+            start()
+        assert said in str(caught.value) and caught.value.where.startswith("model.layers_from")

@@ -48,7 +48,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
 
 
 def identity_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Say in which of what belongs to a run two identities differ; a key that one was written without is its default."""
+    """Say how two identities differ in what belongs to a run; a key that one was written without is its default."""
     return [*_differences(_without_stages(saved), _without_stages(current)), *_teachers(saved, current)]
 
 
