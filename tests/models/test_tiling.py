@@ -123,6 +123,13 @@ def test_a_deeper_one_takes_layers_of_a_kind(tmp_path: Path) -> None:
     assert torch.equal(first, third) and not torch.equal(first, found.model.model.layers[4].mlp.Wo.weight)
 
 
+def test_a_kind_of_layer_that_is_not_there_is_a_card(tmp_path: Path) -> None:
+    """Of three layers the first alone attends to all, and it has no norm."""
+    source = saved(tmp_path, "modernbert", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"No layer of '.*' is of the kind of layer 3 of the model"):
+        built(tiled(tmp_path, "modernbert", source, **WIDER), MASKED)
+
+
 def test_layers_that_are_named_and_rows_of_the_tokenizer(tmp_path: Path) -> None:
     source = saved(tmp_path, "roberta")
     settings = tiled(tmp_path, "roberta", source, [1, 0, 1], num_hidden_layers=3, hidden_dropout_prob=0.1, **TWICE)
@@ -154,7 +161,6 @@ def test_the_same_weights_each_time(tmp_path: Path) -> None:
         ("bert", "roberta", TWICE, "cannot begin with layers of one of type 'roberta', tiled"),
         ("distilbert", "bert", TWICE, "cannot begin with layers of one of type 'bert', tiled"),
         ("esm", "esm", TWICE, "How the weights of a 'esm' are tiled is not known"),
-        ("modernbert", "modernbert", {"global_attn_every_n_layers": 2, **TWICE}, "is of the kind of layer"),
         ("bert", "bert", {"hidden_act": "relu", **TWICE}, "hidden_act is relu in the model"),
     ],
 )
