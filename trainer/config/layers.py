@@ -18,7 +18,7 @@ class LayersFromConfig(Section):
     tile it may be left out: then each layer takes the one that is as far up among those of its kind."""
     tile: bool = False
     """Let the model be wider: its weights are those of the narrower one over and over, from the centre outwards, as
-    Phi's and ModernBERT's large models began. Heads have the same width in both."""
+    ModernBERT's large model began. Heads have the same width in both."""
 
     @model_validator(mode="after")
     def says_which(self) -> Self:

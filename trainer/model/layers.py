@@ -137,7 +137,7 @@ def _find(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromC
     Raises:
         UserError: when one has none, or one of another shape, but for the rows of a table of tokens.
     """
-    layers = _refuse_other_kind(model, source, settings)
+    layers = _choose_layers(model, source, settings)
     tiling = Tiling(model, source.config) if settings.tile else None
     shapes, given = ({name: value.shape for name, value in each.state_dict().items()} for each in (model, source))
     rows = vocabulary_rows(model), vocabulary_rows(source)
@@ -165,14 +165,11 @@ def _find(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromC
             remedy="Choose layers that are built as the model's own, in their places.",
         )
     if unlike:
-        sizes = (
-            "no size below that of that model, and its number of positions"
-            if tiling
-            else ("the sizes of that model, all but the number of layers")
-        )
+        what, sizes = "are not alike", "the sizes of that model, all but the number of layers"
+        if tiling is not None:
+            what, sizes = "do not grow from those", "its number of positions, and no smaller size than it has"
         raise UserError(
-            f"{len(unlike)} weights {'do not grow from those' if tiling else 'are not alike'} in '{settings.model}': "
-            f"{listed(unlike, _LISTED, '; ')}.",
+            f"{len(unlike)} weights {what} in '{settings.model}': {listed(unlike, _LISTED, '; ')}.",
             where=f"{KEY}.model={settings.model}",
             remedy=f"Give model.overrides {sizes}.",
         )
@@ -185,8 +182,12 @@ def _left_over(source: PreTrainedModel, layers: Sequence[int], used: Collection[
     return [name for name in source.state_dict() if name.startswith(chosen) and name not in used]
 
 
-def _refuse_other_kind(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> Sequence[int]:
-    """Choose the layers; raises UserError where the models, or the layers, are not of a kind."""
+def _choose_layers(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> Sequence[int]:
+    """Choose which of the source's layers become the model's.
+
+    Raises:
+        UserError: where the models, or the layers, are not of a kind.
+    """
     config, given = model.config, source.config
     kinds = (config.model_type, given.model_type)
     if (kinds[0] != kinds[1] and (settings.tile or kinds != ("distilbert", "bert"))) or "albert" in kinds:

@@ -1,9 +1,10 @@
 """The weights of a narrower model laid over a wider one like tiles, from the centre outwards.
 
-Phi's and ModernBERT's way to begin a large model (Warner et al., arXiv:2412.13663; the rule itself is read from
-`init_model_from_pretrained` and `tile_weights_from_middle` in AnswerDotAI/ModernBERT), with one addition: what comes in
-from several copies of a unit is divided among them (Net2WiderNet, Chen et al., arXiv:1511.05641). So a copy adds
-nothing to a sum, and a model of a multiple of the width gives the logits of the narrower one.
+ModernBERT-large began so with the weights of the base model, after Phi (Warner et al., arXiv:2412.13663, appendix A.2;
+the rule is that of `init_model_from_pretrained` and `tile_weights_from_middle` in AnswerDotAI/ModernBERT). One thing is
+added: what a weight reads from several copies of a unit is divided among them (Net2WiderNet, Chen et al.,
+arXiv:1511.05641). So a copy adds nothing to a sum, and a model of a multiple of the width gives the
+logits of the narrower one.
 """
 
 from __future__ import annotations
