@@ -23,5 +23,5 @@ class LayersFromConfig(Section):
     @model_validator(mode="after")
     def says_which(self) -> Self:
         if self.layers is None and not self.tile:
-            raise ValueError("layers is needed: which of the model's layers are taken, such as [0, 2, 4, 7, 9, 11]")
+            raise ValueError("needs layers: which of that model's become this one's, such as [0, 2, 4, 7, 9, 11]")
         return self

@@ -111,7 +111,7 @@ def test_a_key_that_has_moved_is_named_with_its_new_place() -> None:
         (
             {"model": {"layers_from": {"model": "a"}}},
             "model.layers_from",
-            "layers is needed: which of the model's layers",
+            "needs layers: which of that model's become",
         ),
         (
             {"model": {"preset": None, "from_pretrained": "a", "layers_from": {"model": "a", "layers": [0]}}},
