@@ -7,10 +7,11 @@ import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tools.average import MeanFiles
 from trainer.checkpoint.contents import export_names
 from trainer.checkpoint.identity import has_own_code
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
@@ -22,18 +23,6 @@ from trainer.runtime.user_files import read_json
 
 if TYPE_CHECKING:
     from trainer.model.model_code import ModelCode
-
-
-class WeightFiles(Protocol):
-    """What weights are read from: the files of a checkpoint, or what stands in their place."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def shapes(self) -> Mapping[str, torch.Size]: ...
-    @property
-    def buffers(self) -> Mapping[str, torch.Tensor]: ...
-    def read_weight(self, name: str) -> torch.Tensor: ...
 
 
 def code_of_checkpoint(folder: Path, manifest: CheckpointManifest, may_run: bool) -> ModelCode | None:
@@ -65,17 +54,17 @@ def load_model(
     manifest: CheckpointManifest,
     code: ModelCode | None,
     name: str = MAIN,
-    files: WeightFiles | None = None,
+    mean: MeanFiles | None = None,
 ) -> Any:
     """Load a checkpoint's fp32 weights strictly into the stock model of this name, in evaluation mode.
 
     Args:
-        files: where weights come from instead of the checkpoint's own files.
+        mean: where weights come from instead of the checkpoint's own files.
     """
     from trainer.model.stock import read_config, stock_model, untie_if_trained_apart
 
     with quiet():
-        files = ZeroFiles(folder) if files is None else files
+        files = ZeroFiles(folder) if mean is None else mean
         config = read_config(folder / MODEL_FOLDER / name, code)
         weights = _weights_of(files, config, name, manifest)
         untie_if_trained_apart(config, weights.names)  # a run that an earlier version began did not
@@ -101,7 +90,7 @@ class _Weights:
         added: names of the model's weights that another one of the files is to be added to.
     """
 
-    files: WeightFiles
+    files: ZeroFiles | MeanFiles
     names: Mapping[str, str]
     buffers: Mapping[str, str]
     added: Mapping[str, str]
@@ -112,7 +101,7 @@ class _Weights:
         return weight + self.files.read_weight(self.added[name]) if name in self.added else weight
 
 
-def _weights_of(files: WeightFiles, config: Any, export: str, manifest: CheckpointManifest) -> _Weights:
+def _weights_of(files: ZeroFiles | MeanFiles, config: Any, export: str, manifest: CheckpointManifest) -> _Weights:
     """Find the weights of one of the models of a checkpoint."""
     from trainer.model.classes import GENERATOR
     from trainer.model.replaced_tokens import DISENTANGLED, trained_names

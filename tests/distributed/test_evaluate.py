@@ -29,7 +29,7 @@ from tools.evaluate.options import EvaluateOptions
 from tools.evaluate.run import evaluate, this_process
 from trainer.config.file import parse_config
 from trainer.data.batch import Batch
-from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.probe import cross_validate
 from trainer.objectives.registry import family_of
@@ -208,16 +208,16 @@ def test_a_masked_model_has_the_loss_of_plain_transformers(masked_model: Path, r
 def test_no_more_rows_are_computed_than_there_are_blocks(
     masked_model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, make_batch = list[int](), Evaluator.batch
+    rows, read = list[int](), Evaluator._read
 
-    def batch(evaluator: Evaluator, places: np.ndarray) -> Batch:
+    def counted(evaluator: Evaluator, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
         rows.append(len(places))
-        return make_batch(evaluator, places)
+        return read(evaluator, places)
 
-    monkeypatch.setattr(Evaluator, "batch", batch)
-    asked = {"data": str(workspace / "data"), "seq_len": 32, "samples": 6}
+    monkeypatch.setattr(Evaluator, "_read", counted)
+    asked: dict[str, Any] = {"data": str(workspace / "data"), "seq_len": 32, "samples": 6}
     found = [measure(masked_model, micro_size=size, **asked)["models"][0] for size in (6, 5000)]
-    assert set(rows) == {6} and found[0] == found[1]
+    assert rows == [6, 6] and found[0] == found[1]
 
 
 def test_a_causal_model_has_the_loss_of_plain_transformers(causal_model: Path, workspace: Path) -> None:

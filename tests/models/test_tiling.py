@@ -26,8 +26,8 @@ from trainer.model.classes import DETECTING, MASKED, PAIRED
 from trainer.model.rehearsal import rehearse
 from trainer.model.tiling import TILED, layers_for, spread
 
-TWICE = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
-WIDER = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 61}
+TWICE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
+WIDER: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 61}
 NAMES = {
     "distilbert": {"hidden_size": "dim", "num_attention_heads": "n_heads", "intermediate_size": "hidden_dim"},
 }
