@@ -124,10 +124,11 @@ def copy_layers(
     if _is_from_bert(model, source):
         own[_POSITIONS] += given[_TYPES][0]
     numbers = ", ".join(map(str, taken.layers))
+    widths = f"{source.config.hidden_size:,} to {model.config.hidden_size:,}"
     return [
         *(note for note in notes if note.startswith(("checkpoint", "vocabulary", "code"))),
         f"layers: {numbers} of the {_depth(source.config)} of {settings.model}, and its embeddings, norms and head",
-        *_tiling_notes(model.config, source.config, settings),
+        *([f"layers: tiled from a width of {widths}"] if settings.tile else []),
     ]
 
 
@@ -295,21 +296,6 @@ def _refuse_other_use(
                 where=f"{KEY}.model={settings.model}",
                 remedy=f"Set model.overrides.{name}={given}.",
             )
-
-
-def _tiling_notes(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> list[str]:
-    """Say how much wider the model is, and that nothing parts the copies where no dropout does."""
-    if not settings.tile:
-        return []
-    notes = [f"layers: tiled from a width of {source.hidden_size:,} to {config.hidden_size:,}"]
-    heads = ("classifier", "summary")  # of other classes
-    drops = [value for name, value in config.to_dict().items() if "dropout" in name and not name.startswith(heads)]
-    if not any(drops) and config.hidden_size > source.hidden_size:
-        notes.append(
-            "layers: copies of a unit have equal gradients, and without dropout nothing but rounding parts them; a "
-            "dropout in model.overrides does"
-        )
-    return notes
 
 
 def _is_from_bert(model: PreTrainedModel, source: PreTrainedModel) -> bool:

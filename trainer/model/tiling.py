@@ -3,12 +3,13 @@
 ModernBERT-large began so with the weights of the base model, after Phi (Warner et al., arXiv:2412.13663, appendix A.2;
 the rule is that of `init_model_from_pretrained` and `tile_weights_from_middle` in AnswerDotAI/ModernBERT). One thing is
 added: what a weight reads from several copies of a unit is divided among them (Net2WiderNet, Chen et al.,
-arXiv:1511.05641). So a copy adds nothing to a sum, and a model of a multiple of the width gives the
-logits of the narrower one.
+arXiv:1511.05641), and unevenly. Divided, so that a copy adds nothing to a sum, and a model of a multiple of the width
+gives the logits of the narrower one; unevenly, because copies that are read alike have equal gradients and never part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,23 @@ def spread(small: int, large: int, unit: int = 1) -> torch.Tensor:
     return (torch.arange(large) - before) % small
 
 
+def shares(places: torch.Tensor, rows: int) -> torch.Tensor:
+    """Divide what each row reads of a unit among the unit's copies, in other parts in each row.
+
+    Before they are made to add up to 1 they lie between 1/2 and 3/2, spread by Weyl's sequence in two directions.
+
+    Args:
+        places: int64 [large], as of `spread`.
+
+    Returns:
+        fp64 [rows, large]; 1 where there is one copy.
+    """
+    row, column = torch.arange(rows, dtype=torch.float64)[:, None], torch.arange(len(places), dtype=torch.float64)
+    uneven = 0.5 + (row * math.sqrt(2) + column * math.sqrt(3)) % 1.0
+    total = torch.zeros(rows, int(places.max()) + 1, dtype=torch.float64).index_add_(1, places, uneven)
+    return uneven / total[:, places]
+
+
 def layers_for(small: int, large: int) -> list[int]:
     """Say which layer of the shallower each of the deeper one takes: that which is as far up, by its middle.
 
@@ -104,7 +122,8 @@ class Tiling:
             places = self._places(small // parts, large // parts)
             weight = torch.cat([part.index_select(axis, places) for part in weight.chunk(parts, axis)], axis)
             if self._adds_up(name, axis):
-                weight = weight / torch.bincount(places)[places]  # along the last axis
+                rows = weight.view(-1, len(places))  # the axis is the last
+                weight = (rows * shares(places, len(rows))).float().view(weight.shape)
         return weight
 
     def _places(self, small: int, large: int) -> torch.Tensor:
