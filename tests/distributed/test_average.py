@@ -12,19 +12,23 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from tests.commands import assert_one_card, maskwright
 from tests.distributed.test_evaluate import measure
 from tests.objective_cases import CASES
 from tests.ranks import tiny_config, train
+from tools.average import MeanFiles
 from tools.convert import convert
-from trainer.checkpoint.manifest import read_checkpoint_manifest, write_manifest
+from trainer.checkpoint.manifest import FROZEN as FROZEN_FILE
+from trainer.checkpoint.manifest import KEPT, MODEL_FOLDER, read_checkpoint_manifest, write_manifest
 from trainer.checkpoint.zero_files import ZeroFiles
 from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
 from trainer.model.classes import GENERATOR, MAIN
+from trainer.runtime.files import file_hash
 
-FROZEN = ["roberta.encoder.layer.0.*"]
+PATTERNS = ["roberta.encoder.layer.0.*"]
 
 
 def run(workspace: Path, folder: Path, ranks: int, **sections: Any) -> Path:
@@ -36,7 +40,7 @@ def run(workspace: Path, folder: Path, ranks: int, **sections: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(workspace, tmp_path_factory.mktemp("zero2"), 2, deepspeed="zero2", model={"frozen": FROZEN})
+    return run(workspace, tmp_path_factory.mktemp("zero2"), 2, deepspeed="zero2", model={"frozen": PATTERNS})
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -127,6 +131,26 @@ def test_a_branch_counts_and_another_run_does_not(trained: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"step-00000010 and step-00000015 are not of one run: seed was 3, now 99\."):
         average(trained, tmp_path / "none", "10", seed)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_not_trained_has_to_be_the_same_in_all(trained: Path, tmp_path: Path) -> None:
+    folder, copy = folder_of(trained, 10), folder_of(tmp_path / "copy", 15)
+    shutil.copytree(folder_of(trained, 15), copy)
+    manifest, frozen = read_checkpoint_manifest(copy), load_file(copy / FROZEN_FILE)
+    name = next(iter(frozen))
+    assert torch.equal(MeanFiles([(folder, manifest), (copy, manifest)]).read_weight(name), frozen[name])
+    save_file({**frozen, name: frozen[name] + 1}, copy / FROZEN_FILE)
+    with pytest.raises(UserError, match=f"{name} is not trained, and yet differs"):
+        MeanFiles([(folder, manifest), (copy, manifest)]).read_weight(name)
+
+    save_file(frozen, copy / FROZEN_FILE)
+    kept = copy / MODEL_FOLDER / KEPT
+    save_file({"pooler": torch.ones(2)}, kept)
+    files = {**manifest.files, f"{MODEL_FOLDER}/{KEPT}": (kept.stat().st_size, file_hash(kept))}
+    files[FROZEN_FILE] = ((copy / FROZEN_FILE).stat().st_size, file_hash(copy / FROZEN_FILE))
+    write_manifest(copy, replace(manifest, files=files))
+    with pytest.raises(UserError, match="the weights that went past the training are others"):
+        average(trained, tmp_path / "model", "10", str(copy))
 
 
 def test_a_damaged_one_is_named_and_nothing_is_written(trained: Path, tmp_path: Path) -> None:
