@@ -228,6 +228,13 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     code: Annotated[bool, typer.Option("--code", help="Run the model's own code (of a run with model.code).")] = False,
     best: Annotated[bool, typer.Option("--best", help="The run's best evaluation (checkpoint.keep_best).")] = False,
+    average: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHECKPOINT...",
+            help="The mean of several: steps such as 500, `last:4` for the newest four, or paths.",
+        ),
+    ] = None,
 ) -> None:
     """Write a Hugging Face folder: safetensors, config, tokenizer and model card.
 
@@ -236,10 +243,11 @@ def convert(
     \b
     Example:
       maskwright convert runs/my --output my-model
+      maskwright convert runs/my --average last:4 --output my-mean
     """
     from tools.convert import convert as convert_checkpoint
 
-    convert_checkpoint(source, output, dtype, max_shard_size, make_console(), run_code=code, best=best)
+    convert_checkpoint(source, output, dtype, max_shard_size, make_console(), code, best, average or ())
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ MOST_LOCAL_RANKS = 1024
 """Processes that one command starts on a machine."""
 MOST_RANKS = 1 << 20
 """Far above any cluster; a larger number is a slip."""
-_OPTIONS_OF_SEVERAL_VALUES = ("--input", "--from", "--like")
+_OPTIONS_OF_SEVERAL_VALUES = ("--input", "--from", "--like", "--average")
 
 
 class Command(TyperCommand):

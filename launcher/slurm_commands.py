@@ -54,6 +54,12 @@ Chain = Annotated[
 AndConvert = Annotated[
     bool, typer.Option("--convert", help="Also queue a job that converts the finished run to RUN/model.")
 ]
+AndConvertBest = Annotated[
+    bool,
+    typer.Option(
+        "--convert-best", help="The same with the best evaluation (checkpoint.keep_best) of the finished run."
+    ),
+]
 Preflight = Annotated[bool, typer.Option("--preflight", help="Look at every node before each start.")]
 ExcludeBadNodes = Annotated[
     bool, typer.Option("--exclude-bad-nodes", help="The same, and go on without the nodes that are bad.")
@@ -79,6 +85,7 @@ def submit(
     site: Site = None,
     chain: Chain = 1,
     convert: AndConvert = False,
+    convert_best: AndConvertBest = False,
     preflight: Preflight = False,
     exclude_bad_nodes: ExcludeBadNodes = False,
     dry_run: DryRun = False,
@@ -110,7 +117,8 @@ def submit(
             more_sbatch=more_sbatch,
             site=site,
             chain=chain,
-            convert=convert,
+            convert=convert or convert_best,
+            convert_best=convert_best,
             preflight=preflight,
             exclude_bad_nodes=exclude_bad_nodes,
             dry_run=dry_run,

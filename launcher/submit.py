@@ -65,6 +65,7 @@ class Submission:
     site: str | None
     chain: int
     convert: bool
+    convert_best: bool
     preflight: bool
     exclude_bad_nodes: bool
     dry_run: bool
@@ -176,6 +177,12 @@ class _Jobs:
                 where="--chain, --exclude-bad-nodes",
                 remedy="Use --preflight, and submit again with --exclude.",
             )
+        if asked.convert_best and not self.config.checkpoint.keep_best:
+            raise UserError(
+                "The checkpoint of the best evaluation is not kept.",
+                where="--convert-best, checkpoint.keep_best=false",
+                remedy="Set checkpoint.keep_best=true, or use --convert, which takes the newest.",
+            )
         limit = parse_time(time) if (time := str(self._options().get("time") or "")) else None
         if limit is not None and limit < 2 * lead:
             raise UserError(
@@ -238,7 +245,7 @@ class _Jobs:
         settings = [
             assign("run_dir", str(self.run_dir)),
             assign("output", str(self.model)),
-            assign("options", ["--code"] if self.config.model.code else []),
+            assign("options", ["--code"] * self.config.model.code + ["--best"] * self.asked.convert_best),
             *self._common_settings(),
         ]
         comment = (f"Written by `maskwright submit --convert` for {self.run_dir}.",)
@@ -293,7 +300,8 @@ class _Jobs:
         several = f"; {', '.join(map(str, numbers[1:]))} go on after it" if len(numbers) > 1 else ""
         lines = [f"submitted job {first}: {ranks}{several}"]
         if conversion is not None:
-            lines.append(f"and job {conversion}, which converts the finished run to {self.model}")
+            what = "the best evaluation of the finished run" if self.asked.convert_best else "the finished run"
+            lines.append(f"and job {conversion}, which converts {what} to {self.model}")
         rows = {
             "run folder": run_dir,
             "script": f"{quote(str(self.script))} (sbatch it to submit the run again)",

@@ -2,7 +2,8 @@
 
 Three comparisons stand between the checkpoint and "done": the weights give the logits that the training engine
 recorded; the written folder, loaded back by plain transformers, has no missing or unexpected weight; and it gives
-the same logits as the weights that went in. The folder appears only when all hold, for each model in it.
+the same logits as the weights that went in. The folder appears only when all hold, for each model in it. Of a mean of
+checkpoints each one is held against its own recorded logits, and the folder against the mean.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from tools.average import OPTION, Found, MeanFiles, locate_several
 from tools.full_disk import full_disk_explained
 from tools.load_model import code_of_checkpoint, load_model, quiet
 from tools.model_card import write_model_card
@@ -51,7 +53,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted and how well it agrees (differences are absolute, over the probe's logits)."""
+    """What was converted and how well it agrees (differences are absolute, over the probe's logits).
+
+    Attributes:
+        checkpoint, step: of a mean the newest.
+    """
 
     output: Path
     checkpoint: Path
@@ -68,40 +74,51 @@ def convert(
     console: Console,
     run_code: bool = False,
     best: bool = False,
+    average: Sequence[str] = (),
 ) -> Conversion:
     """Convert a run's newest whole checkpoint, or the one given.
 
     Args:
         run_code: run the code of its own that the checkpoint's model may have.
         best: convert that of the run's best evaluation.
+        average: convert the mean of these, as `locate_several` finds them.
 
     Raises:
         UserError: no such checkpoint, unknown dtype, an output folder that is not empty, or code that may not be run.
-        DamagedError: the checkpoint is damaged, or the logits do not agree.
+        DamagedError: a checkpoint is damaged, or the logits do not agree.
     """
-    _check_arguments(dtype, max_shard_size)
+    _check_arguments(dtype, max_shard_size, best, average)
     target = new_folder(output)
-    folder, manifest = locate_best(source) if best else locate(source)
-    console.print(f"converting {folder} (step {manifest.step:,})", markup=False)
-    if not best and (note := _note_on_best(source, manifest)):
+    found = locate_several(source, average) if average else [locate_best(source) if best else locate(source)]
+    folder, manifest = found[-1]
+    steps = ", ".join(f"{each.step:,}" for _, each in found)
+    what = (
+        f"the mean of {len(found)} checkpoints of {source} (steps {steps})" if average else f"{folder} (step {steps})"
+    )
+    console.print(f"converting {what}", markup=False)
+    if not best and not average and (note := _note_on_best(source, manifest)):
         console.print(note, markup=False)
     _remove_leftovers(target)
     code = code_of_checkpoint(folder, manifest, run_code)
     temporary = target.with_name(_temporary_prefix(target) + str(os.getpid()))
     try:
         temporary.mkdir(parents=True)
-        found = {
-            name: _convert_model(folder, manifest, name, code, target, temporary, dtype, max_shard_size)
+        written = {
+            name: _convert_model(found, name, code, target, temporary, dtype, max_shard_size)
             for name in export_names(folder)
         }
         with full_disk_explained(target, "model"):
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    from_training = max(each.difference_from_training for each in found.values())
-    after_reload = max(each.difference_after_reload for each in found.values())
-    console.print(f"logits: {from_training:.3g} from the training engine's, {after_reload:.3g} after reload as {dtype}")
-    for name, each in found.items():
+    from_training = max(each.difference_from_training for each in written.values())
+    after_reload = max(each.difference_after_reload for each in written.values())
+    of_each, of_mean = ("of each checkpoint ", "of the mean, which training never ran, ") if average else ("", "")
+    console.print(
+        f"logits: {of_each}{from_training:.3g} from the training engine's, "
+        f"{of_mean}{after_reload:.3g} after reload as {dtype}"
+    )
+    for name, each in written.items():
         loader = f"{each.auto_class}.from_pretrained{'' if code is None else '(…, trust_remote_code=True)'}"
         console.print(f"wrote {target / name}: {each.class_name}, load it with {loader}", markup=False)
     return Conversion(target, folder, manifest.step, from_training, after_reload)
@@ -127,8 +144,7 @@ class _Converted:
 
 
 def _convert_model(
-    folder: Path,
-    manifest: CheckpointManifest,
+    found: Sequence[Found],
     name: str,
     code: ModelCode | None,
     target: Path,
@@ -136,15 +152,16 @@ def _convert_model(
     dtype: str,
     shard_size: str,
 ) -> _Converted:
-    """Load, compare, write and read back one model of a checkpoint.
+    """Load, compare, write and read back one model of a checkpoint, or of the mean of several.
 
     Args:
+        found: the checkpoints, the newest last.
         name: of `export_names`.
         code: of its class, where that is not one of transformers.
     """
-    model, has_code = load_model(folder, manifest, code, name), code is not None
-    probe = read_probe(probe_folder(folder, name)).for_cpu()
-    from_training = _compare_with_training(model, probe, folder)
+    folder, manifest = found[-1]
+    has_code, probe = code is not None, read_probe(probe_folder(folder, name)).for_cpu()
+    model, from_training = _load_proven(found, code, name)
     class_name, before = type(model).__name__, _outputs(model, probe)
     auto_class, output = _auto_class(model), temporary / name
     kept = kept_weights(folder, name)
@@ -156,11 +173,27 @@ def _convert_model(
             code.write(output)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         described = f"`{class_name}` ({parameters:,} parameters, {dtype})"
-        write_model_card(output, folder, manifest, described, name, has_code=has_code, kept=sorted(kept))
+        mean_of = [each.step for _, each in found] if len(found) > 1 else []
+        write_model_card(
+            output, folder, manifest, described, name, has_code=has_code, kept=sorted(kept), mean_of=mean_of
+        )
     del model  # what is compared from here on is a model read back: there need not be two in memory
     with _modules_of_its_own():
         after_reload = _compare_after_reload(output, auto_class, DTYPES[dtype], probe, before, has_code, set(kept))
     return _Converted(class_name, auto_class, from_training, after_reload)
+
+
+def _load_proven(found: Sequence[Found], code: ModelCode | None, name: str) -> tuple[Any, float]:
+    """Load a model that gives the logits which training recorded, or the mean of several that do, one after the other.
+
+    Returns:
+        the model, and the largest difference from what was recorded.
+    """
+    if len(found) == 1:
+        model = load_model(*found[0], code, name)
+        return model, _compare_with_training(model, found[0][0], name)
+    differences = [_compare_with_training(load_model(*each, code, name), each[0], name) for each in found]
+    return load_model(*found[-1], code, name, MeanFiles(found)), max(differences)
 
 
 def _temporary_prefix(target: Path) -> str:
@@ -186,7 +219,13 @@ def _check_space(target: Path, model: Any, dtype: torch.dtype) -> None:
         )
 
 
-def _check_arguments(dtype: str, max_shard_size: str) -> None:
+def _check_arguments(dtype: str, max_shard_size: str, best: bool, average: Sequence[str]) -> None:
+    if best and average:
+        raise UserError(
+            f"--best is one checkpoint, and {OPTION} the mean of several.",
+            where=f"--best {OPTION} {' '.join(average)}",
+            remedy="Leave one of them out.",
+        )
     size = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) *[KMGT]B", max_shard_size.upper())
     if size is None or float(size[1]) == 0:
         raise UserError(
@@ -202,10 +241,11 @@ def _auto_class(model: Any) -> str:
     return auto_class_of(model.config)
 
 
-def _compare_with_training(model: Any, probe: Probe, folder: Path) -> float:
+def _compare_with_training(model: Any, folder: Path, name: str) -> float:
     """Compute the largest difference from the logits that the training engine recorded, in training's precision."""
     from trainer.model.build import fp32_buffers, restore_fp32_buffers
 
+    probe = read_probe(probe_folder(folder, name)).for_cpu()
     dtype = probe.logits.dtype
     buffers = fp32_buffers(model)
     trained = model

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tools.average import MeanFiles
 from trainer.checkpoint.contents import export_names
 from trainer.checkpoint.identity import has_own_code
 from trainer.checkpoint.manifest import MODEL_FOLDER, CheckpointManifest
@@ -48,12 +49,22 @@ def code_of_checkpoint(folder: Path, manifest: CheckpointManifest, may_run: bool
     return read_code(folder / MODEL_FOLDER, "--code", fields)
 
 
-def load_model(folder: Path, manifest: CheckpointManifest, code: ModelCode | None, name: str = MAIN) -> Any:
-    """Load the checkpoint's fp32 weights strictly into the stock model of this name, in evaluation mode."""
+def load_model(
+    folder: Path,
+    manifest: CheckpointManifest,
+    code: ModelCode | None,
+    name: str = MAIN,
+    mean: MeanFiles | None = None,
+) -> Any:
+    """Load a checkpoint's fp32 weights strictly into the stock model of this name, in evaluation mode.
+
+    Args:
+        mean: where weights come from instead of the checkpoint's own files.
+    """
     from trainer.model.stock import read_config, stock_model, untie_if_trained_apart
 
     with quiet():
-        files = ZeroFiles(folder)
+        files = ZeroFiles(folder) if mean is None else mean
         config = read_config(folder / MODEL_FOLDER / name, code)
         weights = _weights_of(files, config, name, manifest)
         untie_if_trained_apart(config, weights.names)  # a run that an earlier version began did not
@@ -79,7 +90,7 @@ class _Weights:
         added: names of the model's weights that another one of the files is to be added to.
     """
 
-    files: ZeroFiles
+    files: ZeroFiles | MeanFiles
     names: Mapping[str, str]
     buffers: Mapping[str, str]
     added: Mapping[str, str]
@@ -90,7 +101,7 @@ class _Weights:
         return weight + self.files.read_weight(self.added[name]) if name in self.added else weight
 
 
-def _weights_of(files: ZeroFiles, config: Any, export: str, manifest: CheckpointManifest) -> _Weights:
+def _weights_of(files: ZeroFiles | MeanFiles, config: Any, export: str, manifest: CheckpointManifest) -> _Weights:
     """Find the weights of one of the models of a checkpoint."""
     from trainer.model.classes import GENERATOR
     from trainer.model.replaced_tokens import DISENTANGLED, trained_names

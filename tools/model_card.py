@@ -34,6 +34,7 @@ def write_model_card(
     export: str = MAIN,
     has_code: bool = False,
     kept: Sequence[str] = (),
+    mean_of: Sequence[int] = (),
 ) -> None:
     """Write `folder/README.md`: data, tokens seen, hyper-parameters, curve, final perplexity, versions.
 
@@ -42,6 +43,7 @@ def write_model_card(
         export: which of the models that were trained it is, of `trainer.checkpoint.contents.export_names`.
         has_code: whether it has code of its own, which is to be told that it may be run.
         kept: names of the weights in the folder that were not trained, but are those of the source.
+        mean_of: the steps of the checkpoints whose weights were averaged, if there are several.
     """
     run_dir = real_path(checkpoint).parent.parent
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["step"] <= manifest.step]
@@ -54,7 +56,7 @@ def write_model_card(
         f"---\nlibrary_name: transformers\npipeline_tag: {card.tags[0]}\n"
         f"tags: [{', '.join([*card.tags[1:], 'maskwright'])}]\n---",
         f"# {' '.join(filter(None, (name, export)))}",
-        _summary(manifest, card, model, evaluations),
+        _summary(manifest, card, model, evaluations, mean_of),
         f"```python\n{_use(card, has_code)}\n```",
         _data(config, manifest) if config else "",
         _training(config, card, manifest, kept) if config else "",
@@ -69,7 +71,13 @@ def _use(card: ObjectiveCard, has_code: bool) -> str:
     return re.sub(r'("PATH_OF_THIS_FOLDER")(?=\))', r"\1, trust_remote_code=True", card.use) if has_code else card.use
 
 
-def _summary(manifest: CheckpointManifest, card: ObjectiveCard, model: str, evaluations: list[dict[str, Any]]) -> str:
+def _summary(
+    manifest: CheckpointManifest,
+    card: ObjectiveCard,
+    model: str,
+    evaluations: list[dict[str, Any]],
+    mean_of: Sequence[int],
+) -> str:
     state = TrainState(**manifest.state)
     lengths = [(phase["first_sample"], phase["seq_len"]) for phase in recorded_phases(manifest.data_order)]
     tokens = state.tokens - state.skipped_tokens(lambda samples: tokens_before(lengths, samples))
@@ -78,11 +86,18 @@ def _summary(manifest: CheckpointManifest, card: ObjectiveCard, model: str, eval
         ("steps", f"{manifest.step:,}"),
         ("tokens seen", f"{tokens:,}"),
     ]
+    if mean_of:
+        rows.append(
+            (
+                "weights",
+                f"the mean of the checkpoints of steps {', '.join(map('{:,}'.format, mean_of))} (arXiv:2505.12082)",
+            )
+        )
     if evaluations:
-        last = evaluations[-1]
+        last, whose = evaluations[-1], "the weights of step" if mean_of else "step"  # nobody has evaluated the mean
         for name, (what, form) in card.results.items():
             if last.get(name) is not None:
-                rows.append((what, f"{last[name]:{form}} (step {last['step']:,})"))
+                rows.append((what, f"{last[name]:{form}} ({whose} {last['step']:,})"))
     return _table(("", ""), rows)
 
 

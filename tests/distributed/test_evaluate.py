@@ -28,7 +28,9 @@ from tools.convert import convert
 from tools.evaluate.options import EvaluateOptions
 from tools.evaluate.run import evaluate, this_process
 from trainer.config.file import parse_config
-from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.data.batch import Batch
+from trainer.errors import EXIT_DAMAGED, EXIT_FINISHED, EXIT_USER_MISTAKE, MaskwrightError
+from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.probe import cross_validate
 from trainer.objectives.registry import family_of
 
@@ -203,6 +205,21 @@ def test_a_masked_model_has_the_loss_of_plain_transformers(masked_model: Path, r
 
 
 @torch.no_grad()
+def test_no_more_rows_are_computed_than_there_are_blocks(
+    masked_model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, read = list[int](), Evaluator._read
+
+    def counted(evaluator: Evaluator, places: np.ndarray) -> tuple[Batch | None, MaskwrightError | None]:
+        rows.append(len(places))
+        return read(evaluator, places)
+
+    monkeypatch.setattr(Evaluator, "_read", counted)
+    asked: dict[str, Any] = {"data": str(workspace / "data"), "seq_len": 32, "samples": 6}
+    found = [measure(masked_model, micro_size=size, **asked)["models"][0] for size in (6, 5000)]
+    assert rows == [6, 6] and found[0] == found[1]
+
+
 def test_a_causal_model_has_the_loss_of_plain_transformers(causal_model: Path, workspace: Path) -> None:
     data = str(workspace / "data")
     found = measure(causal_model, data=data, seq_len=32, samples=40)["models"][0]

@@ -199,7 +199,12 @@ def plausible(generator: Random, workspace: Path) -> dict[str, Any]:
         "eval.probe": [None, {"path": "nosuch.csv"}, {"path": str(workspace / "text.txt"), "folds": 2}],
         "resilience.on_divergence": ["stop", "rollback"],
         "resilience.max_loss_ratio": [None, 1.5],
-        "model.layers_from": [None, {"model": str(workspace), "layers": [0]}, {"model": "nosuch", "layers": []}],
+        "model.layers_from": [
+            None,
+            {"model": str(workspace), "layers": [0]},
+            {"model": str(workspace), "tile": True},
+            {"model": "nosuch", "layers": []},
+        ],
         "model.document_attention": [True, False],
         "model.activation_checkpointing": [True, False],
         "model.frozen": [[], ["roberta.encoder.*"], ["*.bias"], ["roberta.*"], ["nosuch.*"], ["*"], ["[", "*r*"]],

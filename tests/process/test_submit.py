@@ -32,6 +32,7 @@ DRY = Submission(
     site=None,
     chain=1,
     convert=False,
+    convert_best=False,
     preflight=False,
     exclude_bad_nodes=False,
     dry_run=True,
@@ -99,6 +100,23 @@ def test_options_come_from_the_command_then_the_site_then_the_template(
     assert options[-2:] == ["--mem 0", "'--comment=a b'"]
     assert "--no-requeue" in options and "--requeue" not in options and "on_stop=exit" in script.splitlines()
     assert not [option for option in options if "open-mode" in option or "qos" in option]
+
+
+def test_the_conversion_of_the_best_evaluation(
+    run: Submission, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = dataclasses.replace(run, convert=True)
+    assert "options=()" in script_of(asked, capsys).splitlines()
+    with pytest.raises(UserError, match="The checkpoint of the best evaluation is not kept"):
+        script_of(asked, capsys, convert_best=True)
+    kept = {
+        "checkpoint": {"keep_best": True},
+        "data": {"validation": str(workspace / "data")},
+        "eval": {"every_steps": 5},
+    }
+    config = write_config(tiny_config(workspace, tmp_path / "runs" / "my", **ADDING, **kept), tmp_path / "best.yaml")
+    lines = script_of(asked, capsys, config=str(config), convert_best=True).splitlines()
+    assert "options=(--best)" in lines
 
 
 def test_containers_modules_and_variables_are_lines_of_the_script(

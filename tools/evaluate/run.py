@@ -24,6 +24,7 @@ from tools.evaluate.words import Hidden, hide_words, recover
 from tools.load_model import quiet
 from tools.progress import StepProgress
 from trainer.config import ProbeConfig
+from trainer.data.block_reader import block_count
 from trainer.data.labels import LabelledTexts, read_labelled, tokenize
 from trainer.errors import UserError
 from trainer.evaluation.evaluator import Evaluator
@@ -218,6 +219,9 @@ class _Evaluation:
         self.notes += [f"{subject.name}: {note}" for note in of_model]
         model = ModelAtRest(module, world.device, self.options.precision, config.model.document_attention)
         samples, micro_size = self.settings.samples, self.settings.micro_size
+        if self.options.micro_size is not None:  # that of a run stays: its numbers are those of training, bit for bit
+            there = min(samples, block_count(data.shards, data.samples))
+            micro_size = min(micro_size, math.ceil(there / world.size))  # rows beyond would be padding
         probe = distributed.run_on_all_ranks(world, lambda: self._probe(subject))
         evaluator = Evaluator(data.shards, data.samples, make_criterion(config), samples, micro_size, probe)
         values = self._run(evaluator, model, subject.name)

@@ -81,6 +81,22 @@ def _recorded_best(found: Sequence[Candidate]) -> int | None:
     return manifest.state.get("best_step") if manifest is not None else None
 
 
+def candidates_of_run(run: str | Path, option: str, purpose: str) -> list[Candidate]:
+    """List all step folders of a run, newest first, for an option that is about a run as a whole.
+
+    Raises:
+        UserError: when there are none, or a checkpoint was given.
+    """
+    found = _meant_by(run)
+    if found[0].folder == user_path(run):
+        raise UserError(
+            f"'{run}' is a checkpoint, and {option} {purpose}.",
+            where=f"{option} {run}",
+            remedy=f"Give the run folder, or leave {option} out.",
+        )
+    return found
+
+
 def locate_best(run: str | Path) -> tuple[Path, CheckpointManifest]:
     """Find the checkpoint of a run's best evaluation.
 
@@ -88,13 +104,7 @@ def locate_best(run: str | Path) -> tuple[Path, CheckpointManifest]:
         UserError: when there is none, or a checkpoint was given.
         DamagedError: when it is not whole; another one is not the best.
     """
-    found = _meant_by(run)
-    if found[0].folder == user_path(run):
-        raise UserError(
-            f"'{run}' is a checkpoint, and --best asks for that of a run's best evaluation.",
-            where=f"--best {run}",
-            remedy="Give the run folder, or leave --best out.",
-        )
+    found = candidates_of_run(run, "--best", "asks for that of a run's best evaluation")
     best = find_best(found)
     if best is None:
         raise _no_best(run, found)

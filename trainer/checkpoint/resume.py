@@ -34,8 +34,7 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
     ratio = {"mask_ratio": recorded_objective(manifest.identity)["mask_ratio"]}
     saved_order = {**ratio, **_with_shards(folder, manifest.data_order)}
     differences = [
-        *_differences(_without_stages(manifest.identity), _without_stages(current.identity)),
-        *_teachers(manifest.identity, current.identity),
+        *identity_differences(manifest.identity, current.identity),
         *order_differences(saved_order, data_order, manifest.state["samples"]),
     ]
     if differences:
@@ -46,6 +45,11 @@ def check_resumable(folder: Path, manifest: CheckpointManifest, current: Records
             remedy="Restore these settings to resume it, or start a new run in another run.dir. To continue from its "
             f"weights on other data, convert it and set model.from_pretrained.{code}",
         )
+
+
+def identity_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Say how two identities differ in what belongs to a run; a key that one was written without is its default."""
+    return [*_differences(_without_stages(saved), _without_stages(current)), *_teachers(saved, current)]
 
 
 def describe_layout(saved: dict[str, Any], current: dict[str, Any]) -> str:

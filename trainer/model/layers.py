@@ -1,8 +1,9 @@
-"""A model that begins with some layers of a trained one, as DistilBERT does (Sanh et al., arXiv:1910.01108)."""
+"""A model that begins with layers of a trained one: some, as DistilBERT (Sanh et al., arXiv:1910.01108), or widened."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from trainer.config import LayersFromConfig, ModelConfig
 from trainer.errors import UserError
 from trainer.model.account import account_for_weights
-from trainer.model.hf_config import build_config, heads_of, vocabulary_rows
+from trainer.model.hf_config import build_config, head_width_of, heads_of, vocabulary_rows
 from trainer.model.source import cards_for
 from trainer.model.stock import stock_model, tied_to
+from trainer.model.tiling import TILED, Tiling, layers_for
 from trainer.model.weight_files import weight_shapes
 from trainer.runtime.plain_text import listed
 
@@ -55,6 +57,27 @@ def source_settings(settings: LayersFromConfig) -> ModelConfig:
     return ModelConfig(from_pretrained=settings.model)
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """What fills a model.
+
+    Attributes:
+        layers: which of the source's layers become the model's, in this order.
+        pairs: each weight and buffer of the model → the name of the one there.
+        tiling: how weights are widened; None where they are alike.
+    """
+
+    layers: Sequence[int]
+    pairs: Mapping[str, str]
+    tiling: Tiling | None
+
+    def value(self, name: str, own: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Make what fills a weight; of a table of tokens the first rows, as many as the model has."""
+        value = given[self.pairs[name]]
+        value = value[: len(own)] if own.ndim else value
+        return value if self.tiling is None else self.tiling.make(name, value, own.shape)
+
+
 def check_layers(model: PreTrainedModel, settings: LayersFromConfig, vocabulary: Vocabulary, family: str) -> None:
     """Check without storage whether the layers fit a model, which may be on torch's meta device.
 
@@ -64,7 +87,7 @@ def check_layers(model: PreTrainedModel, settings: LayersFromConfig, vocabulary:
     with cards_for(f"{KEY}.model", _OF):
         config = build_config(source_settings(settings), vocabulary, seq_len=1, family=family)
         account_for_weights(config, settings.model, weight_shapes(settings.model))
-    _pair_names(model, stock_model(config, "meta"), settings)
+    _find(model, stock_model(config, "meta"), settings)
 
 
 def copy_layers(
@@ -86,12 +109,12 @@ def copy_layers(
     """
     with cards_for(f"{KEY}.model", _OF):
         source, notes = load(source_settings(settings))
-    pairs, given = _pair_names(model, source, settings), source.state_dict()
+    taken, given = _find(model, source, settings), source.state_dict()
     own, ties = model.state_dict(), tied_to(model)
-    for name, other in pairs.items():
-        value = _rows_for(own[name], given[other])
+    for name in taken.pairs:
+        value = taken.value(name, own[name], given)
         first = ties.get(name, name)
-        if first != name and not torch.equal(_rows_for(own[name], given[pairs[first]]), value):
+        if first != name and not torch.equal(taken.value(first, own[name], given), value):
             raise UserError(
                 f"{name} and {first} are one weight of the model, and two different ones in '{settings.model}'.",
                 where=f"{KEY}.model",
@@ -100,20 +123,23 @@ def copy_layers(
         own[name].copy_(value)
     if _is_from_bert(model, source):
         own[_POSITIONS] += given[_TYPES][0]
-    numbers = ", ".join(map(str, settings.layers))
+    numbers = ", ".join(map(str, taken.layers))
+    widths = f"{source.config.hidden_size:,} to {model.config.hidden_size:,}"
     return [
         *(note for note in notes if note.startswith(("checkpoint", "vocabulary", "code"))),
         f"layers: {numbers} of the {_depth(source.config)} of {settings.model}, and its embeddings, norms and head",
+        *([f"layers: tiled from a width of {widths}"] if settings.tile else []),
     ]
 
 
-def _pair_names(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> dict[str, str]:
+def _find(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> _Taken:
     """Find for each weight and buffer of a model the name of the one that fills it.
 
     Raises:
         UserError: when one has none, or one of another shape, but for the rows of a table of tokens.
     """
-    _refuse_other_kind(model.config, source.config, settings)
+    layers = _choose_layers(model, source, settings)
+    tiling = Tiling(model, source.config) if settings.tile else None
     shapes, given = ({name: value.shape for name, value in each.state_dict().items()} for each in (model, source))
     rows = vocabulary_rows(model), vocabulary_rows(source)
     stack, from_bert = f"{_path_of_layers(model)}.", _is_from_bert(model, source)
@@ -122,61 +148,124 @@ def _pair_names(model: PreTrainedModel, source: PreTrainedModel, settings: Layer
         other = name
         if name.startswith(stack):
             number, _, rest = name.removeprefix(stack).partition(".")
-            other = f"{stack}{settings.layers[int(number)]}.{rest}"
+            other = f"{stack}{layers[int(number)]}.{rest}"
         if from_bert:
             for part, in_bert in _BERT_OF_DISTILBERT.items():
                 other = other.replace(part, in_bert)
         pairs[name] = other
         there = given.get(other)
-        of_tokens = there is not None and (*shape[:1], *there[:1]) == rows and shape[1:] == there[1:]
-        if there != shape and not of_tokens:
+        of_tokens = there is not None and (*shape[:1], *there[:1]) == rows
+        taken = (*shape[:1], *there[1:]) if there is not None and of_tokens else there
+        if taken != shape and not (tiling is not None and taken is not None and tiling.fits(name, taken, shape)):
             unlike.append(f"{name} is {list(shape)}, and there it is {'missing' if there is None else list(there)}")
-    unused = _left_over(source, settings, set(pairs.values()))
+    unused = _left_over(source, layers, set(pairs.values()))
     if unused:
         raise UserError(
             f"{len(unused)} weights of the layers have no place in the model: {listed(unused, _LISTED)}.",
-            where=f"{KEY}.layers={settings.layers}",
+            where=f"{KEY}.layers={list(layers)}",
             remedy="Choose layers that are built as the model's own, in their places.",
         )
     if unlike:
+        what, sizes = "are not alike", "the sizes of that model, all but the number of layers"
+        if tiling is not None:
+            what, sizes = "do not grow from those", "its number of positions, and no smaller size than it has"
         raise UserError(
-            f"{len(unlike)} weights are not alike in '{settings.model}': {listed(unlike, _LISTED, '; ')}.",
+            f"{len(unlike)} weights {what} in '{settings.model}': {listed(unlike, _LISTED, '; ')}.",
             where=f"{KEY}.model={settings.model}",
-            remedy="Give model.overrides the sizes of that model, all but the number of layers.",
+            remedy=f"Give model.overrides {sizes}.",
         )
-    return pairs
+    return _Taken(layers, pairs, tiling)
 
 
-def _left_over(source: PreTrainedModel, settings: LayersFromConfig, used: Collection[str]) -> list[str]:
+def _left_over(source: PreTrainedModel, layers: Sequence[int], used: Collection[str]) -> list[str]:
     """List the weights of the chosen layers that no weight of the model takes."""
-    chosen = tuple(f"{_path_of_layers(source)}.{number}." for number in settings.layers)
+    chosen = tuple(f"{_path_of_layers(source)}.{number}." for number in layers)
     return [name for name in source.state_dict() if name.startswith(chosen) and name not in used]
 
 
-def _refuse_other_kind(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> None:
-    kinds = (config.model_type, source.model_type)
-    if (kinds[0] != kinds[1] and kinds != ("distilbert", "bert")) or "albert" in kinds:
+def _choose_layers(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> Sequence[int]:
+    """Choose which of the source's layers become the model's.
+
+    Raises:
+        UserError: where the models, or the layers, are not of a kind.
+    """
+    config, given = model.config, source.config
+    kinds = (config.model_type, given.model_type)
+    if (kinds[0] != kinds[1] and (settings.tile or kinds != ("distilbert", "bert"))) or "albert" in kinds:
         raise UserError(
-            f"A model of type '{kinds[0]}' cannot begin with layers of one of type '{kinds[1]}'.",
+            f"A model of type '{kinds[0]}' cannot begin with layers of one of type '{kinds[1]}'"
+            f"{', tiled' if settings.tile else ''}.",
             where=f"{KEY}.model={settings.model}",
             remedy="Train one of the same type, or a distilbert with layers of a bert; albert's layers share weights.",
         )
-    wanted, there = _depth(config), _depth(source)
-    beyond = [number for number in settings.layers if number >= there]
+    if settings.tile and kinds[0] not in TILED:
+        raise UserError(
+            f"How the weights of a '{kinds[0]}' are tiled is not known.",
+            where=f"{KEY}.tile",
+            remedy=f"Train one of {', '.join(TILED)}, or leave tile out and give the model the sizes of that one.",
+        )
+    layers = _layers_by_kind(model, source, settings) if settings.layers is None else settings.layers
+    wanted, there = _depth(config), _depth(given)
+    beyond = [number for number in layers if number >= there]
     if beyond:
         raise UserError(
             f"'{settings.model}' has {there} layers, and so none of number {beyond[0]}: they are counted from 0.",
             where=f"{KEY}.layers",
             remedy=f"Give numbers up to {there - 1}.",
         )
-    if len(settings.layers) != wanted:
+    if len(layers) != wanted:
         raise UserError(
-            f"The model has {wanted} layers, and {len(settings.layers)} are taken.",
+            f"The model has {wanted} layers, and {len(layers)} are taken.",
             where=f"{KEY}.layers",
             remedy="Give as many numbers as it has layers, or set the number of layers in model.overrides.",
         )
-    _refuse_other_use(config, source, settings)
-    if heads_of(config) != heads_of(source):
+    _refuse_other_use(config, given, settings, layers)
+    _refuse_other_heads(config, given, settings)
+    return layers
+
+
+def _layers_by_kind(model: PreTrainedModel, source: PreTrainedModel, settings: LayersFromConfig) -> list[int]:
+    """Choose by `layers_for` among the layers of each kind: with the same weights, and the same reach of attention.
+
+    ModernBERT's first layer lacks a norm that the others have, and every third attends to all.
+    """
+    own, given = _kinds(model), _kinds(source)
+    chosen: dict[int, int] = {}
+    for kind, numbers in own.items():
+        if kind not in given:
+            raise UserError(
+                f"No layer of '{settings.model}' is of the kind of layer {numbers[0]} of the model.",
+                where=f"{KEY}.model={settings.model}",
+                remedy="Give a model of more layers, or of the same fields.",
+            )
+        there = given[kind]
+        chosen |= zip(numbers, (there[place] for place in layers_for(len(there), len(numbers))), strict=True)
+    return [chosen[number] for number in range(_depth(model.config))]
+
+
+def _kinds(model: PreTrainedModel) -> dict[tuple[str, frozenset[str]], list[int]]:
+    """Sort the numbers of a model's layers by kind."""
+    stack, types = f"{_path_of_layers(model)}.", getattr(model.config, "layer_types", None)
+    names: dict[int, set[str]] = {number: set() for number in range(_depth(model.config))}
+    for name in model.state_dict():
+        if name.startswith(stack):
+            number, _, rest = name.removeprefix(stack).partition(".")
+            names[int(number)].add(rest)
+    kinds: dict[tuple[str, frozenset[str]], list[int]] = {}
+    for number, weights in names.items():
+        kinds.setdefault((types[number] if types else "", frozenset(weights)), []).append(number)
+    return kinds
+
+
+def _refuse_other_heads(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> None:
+    if settings.tile and head_width_of(config) != head_width_of(source):
+        raise UserError(
+            f"A head of the model is {head_width_of(config)} wide, and one of '{settings.model}' "
+            f"{head_width_of(source)}: heads are taken whole.",
+            where=f"{KEY}.tile",
+            remedy=f"Give model.overrides a head for each {head_width_of(source)} of the width.",
+        )
+    if not settings.tile and heads_of(config) != heads_of(source):
         raise UserError(
             f"The model has {heads_of(config)} attention heads, and that of the layers {heads_of(source)}: the same "
             "weights would be used otherwise.",
@@ -185,14 +274,16 @@ def _refuse_other_kind(config: PretrainedConfig, source: PretrainedConfig, setti
         )
 
 
-def _refuse_other_use(config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig) -> None:
+def _refuse_other_use(
+    config: PretrainedConfig, source: PretrainedConfig, settings: LayersFromConfig, layers: Sequence[int]
+) -> None:
     """Refuse fields by which the same weights would compute something else."""
     ours, theirs = (getattr(each, "layer_types", None) for each in (config, source))
-    if ours and theirs and list(ours) != [theirs[number] for number in settings.layers]:
+    if ours and theirs and list(ours) != [theirs[number] for number in layers]:
         raise UserError(
             f"The model's layers are {', '.join(ours)}, and those that are taken "
-            f"{', '.join(theirs[number] for number in settings.layers)}.",
-            where=f"{KEY}.layers={settings.layers}",
+            f"{', '.join(theirs[number] for number in layers)}.",
+            where=f"{KEY}.layers={list(layers)}",
             remedy="Choose layers of the same kinds in the same order.",
         )
     for name, other in _USES.items():
@@ -226,8 +317,3 @@ def _path_of_layers(model: PreTrainedModel) -> str:
         where=KEY,
         remedy="Leave it out, or train a model of another type.",
     )
-
-
-def _rows_for(own: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Take the first rows of a table of tokens, as many as there are for them; other weights are alike."""
-    return given[: len(own)] if own.ndim else given

@@ -111,6 +111,8 @@ def memory_layout(config: Config, world_size: int, device: str) -> dict[str, Any
     for key, default in _NEWER_KEYS.items():
         if model[key] == default:  # records that are older than the key have none
             del model[key]
+    if "layers_from" in model and not model["layers_from"]["tile"]:
+        del model["layers_from"]["tile"]
     optimizer = {} if config.optimizer.name == "adamw" else {"optimizer": config.optimizer.name}  # it is a newer key
     return {
         **optimizer,

@@ -109,6 +109,11 @@ def test_a_key_that_has_moved_is_named_with_its_new_place() -> None:
         ({"objective": {"name": "plm", "teacher": {"model": "a"}}}, "objective", "teacher does nothing with name plm"),
         ({"model": {"layers_from": {"model": "a", "layers": []}}}, "model.layers_from.layers", "at least 1 item"),
         (
+            {"model": {"layers_from": {"model": "a"}}},
+            "model.layers_from",
+            "needs layers: which of that model's become",
+        ),
+        (
             {"model": {"preset": None, "from_pretrained": "a", "layers_from": {"model": "a", "layers": [0]}}},
             "model",
             "has both from_pretrained and layers_from",
