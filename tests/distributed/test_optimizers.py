@@ -185,7 +185,8 @@ def _errors(reference: ReferenceOptimizer, checkpoint: Path) -> dict[str, float]
     for name, weight in reference.weights.items():
         if name.endswith("key.bias"):  # its gradient is nought but for rounding, which an adaptive step makes large
             continue
-        errors[name] = float((files.read_weight(name).double() - weight).norm() / (weight - start[name]).norm())
+        moved = (weight - start[name].detach()).norm()
+        errors[name] = float((files.read_weight(name).double() - weight).norm() / moved)
         for kind, moment in reference.moments[name].items():
             found = torch.empty(moment.numel())
             files.read_into(name, 0, found, kind)

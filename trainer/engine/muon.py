@@ -65,7 +65,8 @@ class Muon(FlatOptimizer):
         exchange.give_back(results, updates)
         pieces = layout.own(self.place.rank)
         scales = [step_scale(layout.shapes[piece.parameter]) for piece in pieces]
-        kernels._foreach_mul_([piece.of(updates) for piece in pieces], scales)
+        if pieces:  # of few matrices and many ranks a rank may have padding alone
+            kernels._foreach_mul_([piece.of(updates) for piece in pieces], scales)
 
     def _exchange(self, layout: FlatLayout) -> MatrixExchange:
         if id(layout) not in self._exchanges:
