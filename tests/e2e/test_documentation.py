@@ -11,14 +11,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.console import make_console
-from tests.teachers import make_teacher
-from tools.prepare import prepare
-from trainer.config.file import load_config, recipe_names
-from trainer.inputs.inputs import open_inputs
+from trainer.config.file import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -166,70 +161,3 @@ def test_the_table_for_those_who_come_from_run_mlm_has_all_its_flags_and_keys_th
             load_config("adapt", [text])
         else:
             assert f"| `{key}` |" in reference, text
-
-
-@pytest.fixture(scope="module")
-def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace's text with its words marked, in two splits."""
-    folder = tmp_path_factory.mktemp("words") / "data"
-    prepare(
-        [str(workspace / "text.txt")],
-        str(workspace / "tokenizer"),
-        str(folder),
-        workers=1,
-        validation_fraction=0.1,
-        word_starts="tokenizer",
-        console=make_console(),
-    )
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "ranks"),
-    [
-        ("demo", (1, 2)),
-        ("roberta-base", (1, 8, 64)),
-        ("roberta-base-fast", (1, 8, 64)),
-        ("roberta-large", (1, 8, 64)),
-        ("bert-wwm-chinese", (1, 8, 16)),
-        ("spanbert-base", (1, 8)),
-        ("distilbert", (1, 8, 16)),
-        ("electra-small", (1, 8)),
-        ("deberta-v3-base", (1, 8, 16)),
-        ("modernbert-base", (1, 8, 16)),
-        ("bert-24h", (1, 8)),
-        ("adapt", (1, 8, 32)),
-        ("tapt", (1, 8, 32)),
-    ],
-)
-def test_every_recipe_validates(
-    name: str, ranks: tuple[int, ...], workspace: Path, words: Path, tmp_path: Path
-) -> None:
-    assert name in recipe_names()
-    own = [f"model.tokenizer={workspace / 'tokenizer'}", f"data.train={words}", f"data.validation={words}"]
-    if load_config(name).data.seq_len > 1024:  # of which the text has none to hold out
-        own[-1] = "data.validation=null"
-    if load_config(name).model.from_pretrained is not None:  # a name on the hub
-        own.append("model.preset=bert-base")
-    if load_config(name).objective.teacher is not None:  # another one
-        own += with_tiny_teacher(tmp_path / "teacher", str(workspace / "tokenizer"))
-    config = load_config(name, own)
-    for world_size in ranks:
-        plan = open_inputs(config, world_size).plan
-        assert plan.micro_size * plan.accumulation * world_size == config.batch.global_size
-
-
-def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
-    """Overrides for a recipe with a BERT for its teacher; its layers are numbered as those of the published one."""
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    make_teacher(folder, tokenizer, "bert-base", sizes)
-    model = ["model.overrides={dim: 32, n_heads: 2, hidden_dim: 64}", f"model.layers_from.model={folder}"]
-    return [*model, f"objective.teacher.model={folder}"]
-
-
-def test_no_recipe_is_left_out_above() -> None:
-    by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
-    others = ["adapt", "bert-24h", "deberta-v3-base", "distilbert", "electra-small", "modernbert-base", "tapt"]
-    assert recipe_names() == sorted([*by_masks, *others])
-    shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output.split())
-    assert f"or a recipe: {', '.join(recipe_names())}." in shown
