@@ -36,13 +36,28 @@ from trainer.tracking.metrics import ThroughputMeter, as_json
 @pytest.mark.parametrize("model_type", [*(name for name in ARCHITECTURES if name != "nezha"), *CAUSAL_ARCHITECTURES])
 def test_three_times_what_the_forward_pass_does(model_type, tmp_path):
     input_ids, index, *_ = masked_batch()
-    model = tiny_model(tmp_path, model_type)
+    model = tiny_model(tmp_path, model_type, **far_sighted(model_type))
     positions = install(model)
     # The counter does not know the CPU's flash kernel; the plain one does the same products.
     with sdpa_kernel(SDPBackend.MATH), positions.select(index), FlopCounterMode(display=False) as counter:
         model(input_ids=input_ids, **constant_inputs(model, SEQ_LEN, torch.device("cpu")))
     counted = flops_per_token(model, SEQ_LEN, PREDICTIONS / SEQ_LEN) * BLOCKS * SEQ_LEN
     assert counted == pytest.approx(3 * (counter.get_total_flops() - once_a_batch(model.config)), rel=1e-12)
+
+
+def far_sighted(model_type):
+    """Windows of local layers that see all of a block: what a mask hides is computed here, and not counted."""
+    return {"local_attention": 4 * SEQ_LEN} if "modernbert" in model_type else {}
+
+
+@pytest.mark.parametrize(("model_type", "seen"), [("modernbert", 9), ("modernbert-decoder", 4)])
+def test_a_local_layer_counts_its_window(model_type, seen, tmp_path):
+    model = tiny_model(tmp_path, model_type)  # a window of 8; two of its four layers are local
+    config = model.config
+    assert config.local_attention == 8 and config.layer_types.count("sliding_attention") == 2
+    a_token = 3 * 4 * config.hidden_size  # of scores and their sums, in one layer, for each token that is attended to
+    none, few, many = (flops_per_token(model, attended, 1.0) for attended in (0.0, 3.0, 24.0))
+    assert few - none == 4 * a_token * 3 and many - none == a_token * (2 * 24 + 2 * seen)
 
 
 def once_a_batch(config):
@@ -128,7 +143,7 @@ def test_xlnet_formula():
 
 @pytest.mark.parametrize("model_type", sorted(DOCUMENT_ATTENTION_MODELS))
 def test_document_attention_counts_what_the_documents_alone_would_take(model_type, tmp_path):
-    model = tiny_model(tmp_path, model_type)
+    model = tiny_model(tmp_path, model_type, **far_sighted(model_type))
     lengths = [7, 1, 13, 3]
     assert sum(lengths) == SEQ_LEN
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():

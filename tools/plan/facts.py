@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Facts:
         phases: of the run.
         tokens: in the training data; None when there is none to look at.
         epochs: passes over each source by name; empty when the data are not known.
-        attended_tokens: how many tokens a token attends to on average.
+        attended_tokens: how many tokens a token attends to on average, in each phase.
         unknown: a line for each thing that was not there to be looked at, and what stands in for it.
     """
 
@@ -46,7 +47,7 @@ class Facts:
     steps_known: bool = True
     tokens: int | None = None
     epochs: dict[str, float] = field(default_factory=dict)
-    attended_tokens: float = 0.0
+    attended_tokens: Sequence[float] = ()
     unknown: list[str] = field(default_factory=list)
 
     @property
@@ -84,7 +85,7 @@ def gather_facts(config: Config, world_size: int, vocabulary_size: int | None) -
         plan,
         phases,
         unknown=unknown,
-        attended_tokens=attended_tokens(config.data.seq_len, family_of(config)),
+        attended_tokens=[attended_tokens(phase.seq_len, family_of(config)) for phase in phases],
     )
     facts.steps_known = config.train.epochs is None or tokens is not None
     if facts.steps_known:
@@ -137,7 +138,7 @@ def _tokens_of_sources(config: Config, unknown: list[str]) -> list[int] | None:
 
 def _attended(facts: Facts, world_size: int) -> None:
     try:
-        facts.attended_tokens = open_inputs(facts.config, world_size).attended_tokens[-1]
+        facts.attended_tokens = open_inputs(facts.config, world_size).attended_tokens
     except MaskwrightError:
         facts.unknown.append(
             f"documents: their lengths are not known; FLOPs are counted for {facts.config.data.seq_len:,} tokens each"

@@ -10,8 +10,6 @@ from tools.plan.wire import Wire, matrix_traffic, plan_traffic
 from trainer.engine.deepspeed_config import load_preset, zero_stage
 from trainer.engine.newton_schulz import iteration_flops
 from trainer.engine.state_size import WEIGHT_BYTES
-from trainer.model.classes import attended_tokens
-from trainer.objectives.registry import family_of
 from trainer.schedule.batch_plan import micro_sizes
 from trainer.sizing.flops import flops_per_token, prediction_flops, step_flops
 from trainer.sizing.memory_estimate import MemoryEstimate
@@ -91,10 +89,14 @@ class Layouts:
             a_token += flops_per_token(teacher.model, self._attended_tokens, predicted)
         return a_token
 
-    def attention_share(self, seq_len: int) -> float:
-        """Compute which share of a token's training FLOPs is that of scores and their sums, in blocks of so many."""
-        models, attended = self.estimate.models, attended_tokens(seq_len, family_of(self.config))
-        return 1 - step_flops(models, 0.0, seq_len) / step_flops(models, attended, seq_len)
+    def attention_share(self, attended_tokens: float, seq_len: int) -> float:
+        """Compute which share of a token's training FLOPs is that of scores and their sums.
+
+        Args:
+            attended_tokens: how many tokens a token attends to on average, in blocks of `seq_len`.
+        """
+        models = self.estimate.models
+        return 1 - step_flops(models, 0.0, seq_len) / step_flops(models, attended_tokens, seq_len)
 
     @cached_property
     def stages(self) -> dict[int, ZeroSettings]:

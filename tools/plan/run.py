@@ -120,7 +120,7 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
     lengths = [config.data.seq_len, *(phase.seq_len for phase in config.data.phases)]
     rehearse_trained(config, facts.vocabulary, lengths, family_of(config))
     estimate = MemoryEstimate(config, facts.vocabulary, preset, device.kind)
-    layouts = Layouts(estimate, device, options.gpus_per_node, facts.attended_tokens, measured)
+    layouts = Layouts(estimate, device, options.gpus_per_node, facts.attended_tokens[-1], measured)
     best = best_of_each_stage(layouts, world_size)
     own = layouts.stages[estimate.zero.stage]
     largest = best[own.stage]
@@ -138,7 +138,10 @@ def make_plan(config: Config, options: PlanOptions) -> RunPlan:
         measured=measured,
         estimate=estimate,
         flops_per_token=layouts.flops_per_token,
-        attention_shares=[layouts.attention_share(phase.seq_len) for phase in facts.phases],
+        attention_shares=[
+            layouts.attention_share(attended, phase.seq_len)
+            for attended, phase in zip(facts.attended_tokens, facts.phases, strict=True)
+        ],
         chosen=chosen,
         by_stage={stage: layouts.layout(world_size, micro_size, zero) for stage, zero in layouts.stages.items()},
         best=best,

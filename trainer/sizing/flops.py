@@ -12,7 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
-from trainer.model.classes import is_detector
+from trainer.model.causal_attention import LOCAL, local_window
+from trainer.model.classes import CAUSAL, is_detector, is_in
 from trainer.model.hf_config import head_width_of, heads_of
 
 _NOT_IN_A_STEP = ("contact_head",)  # part of some encoders, not computed in masked language modelling
@@ -33,8 +34,9 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     classes are counted by the same rule from their nn.Linear modules (GPT-2's Conv1D are such, transposed). What a
     block takes once is in `block_flops`. Elementwise work, norms, softmax, embedding look-ups and recomputation are not
     counted. With document attention only products within a document count, even where a block mask makes sdpa compute
-    the others as well: they are no work of the model. Local attention (ModernBERT) is counted as if it were full, and
-    attention of another kind (Perceiver's) not at all. Of experts those count that a token passes through.
+    the others as well: they are no work of the model. For the same reason a layer with local attention (ModernBERT's)
+    counts the tokens of its window, where those are fewer. Attention of another kind (Perceiver's) is not counted at
+    all. Of experts those count that a token passes through.
 
     XLNet has a stream that sees tokens and one that predicts, and a matrix for positions, of which there are twice as
     many as tokens: 3 · [L · (12H² + 4HI) + 16·L·A·H + r · (L · (4H² + 4HI) + 2HV)]. Its class computes the attention of
@@ -57,7 +59,7 @@ def flops_per_token(model: PreTrainedModel, attended_tokens: float, prediction_r
     """
     config = model.config
     encoder_matmuls, head_matmuls, _ = _matmul_flops(model)
-    attention = 4 * attended_tokens * heads_of(config) * head_width_of(config)
+    attention = 4 * _mean_over_layers(config, attended_tokens) * heads_of(config) * head_width_of(config)
     attention += _relative_positions(config)
     attention *= getattr(config, "num_hidden_layers", 0) * getattr(config, "inner_group_num", 1)
     attention *= _attention_share(model)
@@ -179,6 +181,16 @@ def _from_below(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
     for part, child in module.named_children():
         yield from _from_below(child, f"{name}.{part}" if name else part)
     yield name, module
+
+
+def _mean_over_layers(config: PretrainedConfig, attended_tokens: float) -> float:
+    """Compute how many tokens a token attends to in the mean of the layers, of which some may see a window alone."""
+    window = local_window(config)
+    if window is None:
+        return attended_tokens
+    seen = window if is_in(config, CAUSAL) else 2 * window + 1  # to the left, or to either side
+    local = config.layer_types.count(LOCAL) / len(config.layer_types)
+    return (1 - local) * attended_tokens + local * min(attended_tokens, seen)
 
 
 def _relative_positions(config: PretrainedConfig) -> int:
