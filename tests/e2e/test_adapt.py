@@ -37,7 +37,7 @@ KINDS: dict[str, Any] = {
     "bert": (BertForMaskedLM, BertConfig, {}),
     "roformer": (RoFormerForMaskedLM, RoFormerConfig, {"embedding_size": 32}),
 }
-FIT = ["data.seq_len=32", "data.workers=0", "batch.micro_size=16", "train.precision=fp32", "optimizer.lr=5e-3"]
+FIT = ["data.seq_len=32", "data.workers=0", "batch.micro_size=8", "train.precision=fp32", "optimizer.lr=5e-3"]
 """What makes a recipe fit a model of 34 positions that has learnt nothing yet."""
 
 

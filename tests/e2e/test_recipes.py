@@ -100,7 +100,7 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deberta-v3-base", (1, 8, 16)),
         ("modernbert-base", (1, 8, 16)),
         ("bert-24h", (1, 8)),
-        ("adapt", (1, 8, 32)),
+        ("adapt", (1, 8, 16)),
         ("tapt", (1, 8, 32)),
     ],
 )
