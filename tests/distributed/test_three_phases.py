@@ -25,7 +25,7 @@ from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
 from trainer.checkpoint.manifest import MODEL_FOLDER
 from trainer.config import Config, RopeTheta
-from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 from trainer.inputs.inputs import open_inputs
 from trainer.schedule.learning_rate import learning_rate
 
@@ -185,6 +185,17 @@ def test_metrics_checkpoints_and_what_is_converted_say_with_what_each_step_was_m
     )
     assert f"| sequence length | 32, 64 from token {FIRST:,} on |" in card
     assert f"wsd (decay 1-sqrt), 2 warm-up steps, × 0.5 up to token {SECOND:,}" in card
+
+
+def test_a_mean_is_of_checkpoints_with_one_theta(clean: Config, tmp_path: Path) -> None:
+    run_dir, across, within = str(run_dir_of(clean)), tmp_path / "across", tmp_path / "within"
+    with pytest.raises(
+        UserError, match="step-00000003 was trained with a rope theta of 10,000 and 10,000 of"
+    ):
+        convert(run_dir, str(across), "float32", "5GB", make_console(), average=["3", "6"])
+    assert not across.exists()
+    convert(run_dir, str(within), "float32", "5GB", make_console(), average=["1", "3"])
+    assert theta_in(within) == THETAS[0]
 
 
 def test_validate_says_what_each_phase_changes(clean: Config) -> None:
