@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -12,8 +14,11 @@ from trainer.checkpoint.find import candidates_of_run, checkpoints_folder, locat
 from trainer.checkpoint.manifest import KEPT, MODEL_FOLDER, CheckpointManifest, step_folder
 from trainer.checkpoint.resume import identity_differences
 from trainer.checkpoint.zero_files import ZeroFiles
+from trainer.config import RopeTheta
 from trainer.errors import UserError
+from trainer.model.rope_theta import theta_of
 from trainer.runtime.paths import real_path, user_path
+from trainer.runtime.user_files import read_json
 
 OPTION = "--average"
 _STEP = re.compile(r"(?:step-)?(\d{1,18})")
@@ -30,7 +35,8 @@ def locate_several(run: str, names: Sequence[str]) -> list[Found]:
             branch of the run: what counts is that model, tokenizer, objective and seed are the same.
 
     Raises:
-        UserError: when there is no such checkpoint, fewer than two, one twice, or one that belongs to another run.
+        UserError: when there is no such checkpoint, fewer than two, one twice, or one that belongs to another run or
+            was trained with another rope theta.
         DamagedError: when one is not whole.
     """
     where = f"{OPTION} {' '.join(names)}"
@@ -73,6 +79,19 @@ def _refuse_another_run(one: Found, newest: Found, where: str) -> None:
             where=where,
             remedy="Average checkpoints of one run, or of branches that go on from one of them.",
         )
+    before, now = (_theta(folder) for folder, _ in (one, newest))
+    if before != now:  # phases change it in the course of a run, so it is no part of what a run is
+        raise UserError(
+            f"{one[0].name} was trained with a rope theta of {before}, and {newest[0].name} with {now}: the mean of "
+            "their weights fits neither.",
+            where=where,
+            remedy="Average checkpoints of phases that have one theta (data.phases[].rope_theta).",
+        )
+
+
+def _theta(folder: Path) -> RopeTheta | None:
+    config: Any = SimpleNamespace(**read_json(folder / MODEL_FOLDER / "config.json"))
+    return theta_of(config)
 
 
 class MeanFiles:

@@ -25,7 +25,7 @@ from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
 from trainer.checkpoint.manifest import MODEL_FOLDER
 from trainer.config import Config, RopeTheta
-from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE
+from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 from trainer.inputs.inputs import open_inputs
 from trainer.schedule.learning_rate import learning_rate
 
@@ -187,6 +187,15 @@ def test_metrics_checkpoints_and_what_is_converted_say_with_what_each_step_was_m
     assert f"wsd (decay 1-sqrt), 2 warm-up steps, × 0.5 up to token {SECOND:,}" in card
 
 
+def test_a_mean_is_of_checkpoints_with_one_theta(clean: Config, tmp_path: Path) -> None:
+    run_dir, across, within = str(run_dir_of(clean)), tmp_path / "across", tmp_path / "within"
+    with pytest.raises(UserError, match="step-00000003 was trained with a rope theta of 10,000 and 10,000 of"):
+        convert(run_dir, str(across), "float32", "5GB", make_console(), average=["3", "6"])
+    assert not across.exists()
+    convert(run_dir, str(within), "float32", "5GB", make_console(), average=["1", "3"])
+    assert theta_in(within) == THETAS[0]
+
+
 def test_validate_says_what_each_phase_changes(clean: Config) -> None:
     lines = "\n".join(open_inputs(clean, 2).describe())
     ends = ("masks 0.3; rope theta 10,000 and 10,000 of the local layers; rate × 1",
@@ -196,6 +205,14 @@ def test_validate_says_what_each_phase_changes(clean: Config) -> None:
         assert any(line.startswith(f"  phase {number}: ") and line.endswith(end) for line in lines.splitlines()), lines
     assert f"a: 100.00%, 50.00% from token {FIRST:,} on" in lines
     assert "schedule: 2 steps of warm-up to 0.005, then constant, over the last 4 steps to 0 of it, as 1-sqrt" in lines
+
+
+def test_a_phase_that_the_one_before_reaches_over_is_said_to_have_no_step(workspace: Path, tmp_path: Path) -> None:
+    within = {**PHASES[1], "until_tokens": FIRST - 1}  # a step has 256 tokens: four of them reach over both
+    config = three_phases(workspace, tmp_path / "run", [{**PHASES[0], "until_tokens": FIRST - 2}, within])
+    lines = open_inputs(config, 2).describe()
+    assert any(line.startswith("  phase 2: ") and "it has no step, as the last one" in line for line in lines), lines
+    assert not any("the run ends" in line for line in lines)
 
 
 def changed(number: int, **keys: Any) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ from transformers import get_scheduler
 
 from tests.commands import assert_one_card, maskwright
 from tests.ranks import tiny_config, write_config
-from tools.bench.recipe import cut_at, read_curve
+from tools.bench.recipe import RecipeBenchmark, bench_recipe, cut_at, read_curve
 from tools.bench.recipe_report import Arm, RecipeMeasurement, RecipeReport, draw_curves
 from tools.bench.recipe_trainer import scheduler_arguments
 from trainer.config import ScheduleConfig
+from trainer.errors import UserError
 from trainer.schedule.learning_rate import learning_rate
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**34, "load_average": 0.5, "python": "3", "versions": {}}
@@ -120,6 +121,43 @@ def test_what_was_not_reached_has_no_figure_and_ratios_are_by_seed(tmp_path: Pat
     assert "| lost | 1 of 2 | 1 of 2 |" in report.to_markdown()
     draw_curves(report, tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png").std() > 0.01
+
+
+def test_a_loss_that_the_first_weights_have_takes_no_time_and_is_no_measure(tmp_path: Path) -> None:
+    start = (0, 0, 0.0, 6.0)
+    report = report_of(7.0, ours=[measured(start)], later=[measured((0, 0, 0.0, 7.5), (5, 100, 1.0, 6.0))])
+    facts = {name: report.facts(name) for name in ("ours", "later")}
+    assert facts["ours"]["seconds_to_loss"]["median"] == 0 and facts["ours"]["tokens_per_second"]["median"] == 0
+    assert facts["later"]["over_first"] == {"seconds_to_loss": None, "tokens_to_loss": None}
+    assert "| ours | 0 | 0 |" in report.to_markdown()
+    draw_curves(report, tmp_path / "curves.png")
+
+
+NOT_BY_TRAINER = {
+    "pair": ({"objective": {"pair": {"task": "sop"}}}, "both", "objective.pair"),
+    "teacher": ({"objective": {"teacher": {"model": "teacher"}}}, "defaults", "objective.teacher"),
+    "attention": ({"model": {"document_attention": True}}, "defaults", "model.document_attention"),
+    "rows": ({"data": {"samples": "documents"}}, "tuned", "data.samples"),
+    "weights": ({"data": {"train": [{"path": "a", "weight": 3}, {"path": "b"}]}}, "defaults", "data.train"),
+    "phases": ({"data": {"phases": [{"seq_len": 16, "until_tokens": 9}]}}, "tuned", "data.phases"),
+    "growing batch": ({"batch": {"warmup": {"start_size": 2, "tokens": 9}}}, "both", "batch.warmup"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BY_TRAINER)
+def test_what_trainer_would_not_do_is_refused_before_anything_is_trained(
+    name: str, workspace: Path, tmp_path: Path
+) -> None:
+    """Or hours of the first arm would go before an assertion of the second, or a comparison with something else."""
+    sections, against, key = NOT_BY_TRAINER[name]
+    held_out = {"data": {"validation": "auto", **sections.get("data", {})}}
+    path = str(
+        write_config(tiny_config(workspace, tmp_path / "unused", **{**sections, **held_out}), tmp_path / "c.yaml")
+    )
+    with pytest.raises(UserError, match="Trainer is compared") as caught:
+        bench_recipe(RecipeBenchmark((path,), against=against), Console())
+    assert key in caught.value.where
+    assert ("--against defaults" in caught.value.remedy) == (name in ("phases", "growing batch"))
 
 
 def test_what_cannot_be_compared_is_refused(workspace: Path, tmp_path: Path) -> None:

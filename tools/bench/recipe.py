@@ -125,13 +125,36 @@ def _check(configs: Mapping[str, Config], settings: RecipeBenchmark) -> None:
                 remedy="Set data.validation=auto, or name a text or a data set.",
             )
     first = configs[settings.configs[0]]
-    if AGAINST[settings.against] and first.objective.name != "mlm":
-        raise UserError(
-            f"Trainer is compared on masked language modelling, and {settings.configs[0]} trains by "
-            f"{first.objective.name}.",
-            where=f"--against {settings.against}",
-            remedy="Add --against none, which compares recipes alone.",
-        )
+    for arm in AGAINST[settings.against]:
+        if found := _not_by_trainer(first, arm):
+            what, key = found
+            raise UserError(
+                f"Trainer is compared on masked language modelling, and {settings.configs[0]} {what}.",
+                where=f"--against {settings.against}, {key}",
+                remedy="Add --against none, which compares recipes alone"
+                + (", or --against defaults." if arm == TUNED and not _not_by_trainer(first, DEFAULTS) else "."),
+            )
+
+
+def _not_by_trainer(config: Config, arm: str) -> tuple[str, str] | None:
+    """Say what of a config this arm of Trainer would not do, and would be compared as if it did; and its key."""
+    objective, data = config.objective, config.data
+    by_size = len(data.train) == 1 or (data.temperature == 1 and not data.stages)
+    of_any = (
+        (objective.name != "mlm", f"trains by {objective.name}", "objective.name"),
+        (objective.pair is not None, "tells pairs as well", "objective.pair"),
+        (objective.teacher is not None, "has a teacher", "objective.teacher"),
+        (data.samples == "documents", "reads whole documents", "data.samples"),
+        (config.model.document_attention, "keeps attention within documents", "model.document_attention"),
+        (not by_size, "mixes sources by their weights", "data.train"),
+    )
+    of_tuned = (
+        (bool(data.phases), "has phases", "data.phases"),
+        (config.batch.warmup is not None, "has a batch that grows", "batch.warmup"),
+        (len(objective.mask_ratios) > 1, "has several mask ratios", "objective.mask_ratio"),
+    )
+    checks = (*of_any, *of_tuned) if arm == TUNED else of_any
+    return next(((what, key) for is_so, what, key in checks if is_so), None)
 
 
 def _describe(config: Config) -> str:

@@ -36,6 +36,11 @@ class RecipeMeasurement(Measurement):
         """The evaluation with the lowest loss."""
         return min(self.curve, key=lambda point: point[3])
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of training; 0 where the first weights were at the loss already."""
+        return self.tokens / self.wall_seconds if self.wall_seconds else 0.0
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -71,12 +76,14 @@ class RecipeReport:
         return Figure.of([point[place] for point in found if point]) if all(found) else None
 
     def ratio(self, name: str, place: int) -> Figure | None:
-        """Find how many times as much an arm took to the target as the first one, seed by seed."""
+        """Find how many times as much an arm took to the target as the first one, seed by seed; None if that took 0."""
         if self.to_target(name, place) is None or self.to_target(self.first, place) is None or self.target is None:
             return None
         pairs = zip(self.measurements[name], self.measurements[self.first], strict=True)
         both = [(one.reaching(self.target), other.reaching(self.target)) for one, other in pairs]
-        return Figure.of([one[place] / max(other[place], 1e-9) for one, other in both if one and other])
+        if not all(other and other[place] for _, other in both):
+            return None
+        return Figure.of([one[place] / other[place] for one, other in both if one and other])
 
     def facts(self, name: str) -> dict[str, Any]:
         """Collect what is known of an arm, as plain JSON."""
@@ -87,7 +94,7 @@ class RecipeReport:
             **{key: _json(self.to_target(name, place)) for key, place in found.items()},
             "reached": None if self.target is None else sum(row.reaching(self.target) is not None for row in rows),
             "lowest_loss": asdict(Figure.of([row.best[3] for row in rows])),
-            "tokens_per_second": asdict(Figure.of([row.tokens / row.wall_seconds for row in rows])),
+            "tokens_per_second": asdict(Figure.of([row.tokens_per_second for row in rows])),
             "cpu_seconds": asdict(Figure.of([row.cpu_seconds for row in rows])),
             "curves": [row.curve for row in rows],
             "over_first": {key: _json(self.ratio(name, place)) for key, place in found.items()},
@@ -134,7 +141,7 @@ class RecipeReport:
             missing if tokens is None else _spread(tokens, ",.0f"),
             _spread(best, ".4f"),
             f"{Figure.of([row.best[1] for row in rows]).median:,.0f}",
-            f"{Figure.of([row.tokens / row.wall_seconds for row in rows]).median:,.0f}",
+            f"{Figure.of([row.tokens_per_second for row in rows]).median:,.0f}",
             arm.what,
         ]
 

@@ -15,7 +15,7 @@ from tools.plan.advice import GPU_COUNTS
 from tools.plan.facts import Facts
 from tools.plan.layouts import Layout
 from tools.plan.run import RunPlan
-from trainer.inputs.summary import describe_changes
+from trainer.inputs.summary import describe_changes, why_without_steps
 from trainer.schedule.run_length import describe_length
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def _phases(plan: RunPlan) -> list[tuple[str, str]]:
         if phase.end_sample is not None:
             parts.append(f"up to token {phases.tokens(phase.end_sample):,}")
         if plan.facts.steps_known:
-            parts.append(f"{steps[number]:,} steps" if number in steps else "the run ends before it begins")
+            parts.append(f"{steps[number]:,} steps" if number in steps else why_without_steps(phase))
         parts += describe_changes(config, phases, number)
         parts.append(f"attention is {share:.1%} of the FLOPs")
         lines.append((f"phase {number + 1}", "; ".join(parts)))

@@ -153,8 +153,6 @@ class BatchConfig(Section):
         return self
 
 
-
-
 class ProfileConfig(Section):
     start: PositiveInt
     """First step that is profiled; the first steps of a start are slower than the others."""

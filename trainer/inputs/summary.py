@@ -13,7 +13,7 @@ from trainer.data.order.run_order import RunOrder
 from trainer.data.rows import row_index
 from trainer.schedule.batch_plan import BatchPlan
 from trainer.schedule.mask_ratio import describe_ratio
-from trainer.schedule.phases import Phases
+from trainer.schedule.phases import Phase, Phases
 from trainer.schedule.run_length import describe_length
 
 LITTLE_FILLED = 0.7
@@ -104,7 +104,7 @@ def _describe_phases(config: Config, plan: BatchPlan, order: RunOrder) -> list[s
     for number, (phase, one) in enumerate(zip(order.phases, order.orders, strict=True)):
         line = f"  phase {number + 1}: {sum(one.blocks):,} blocks of {phase.seq_len}"
         if number not in steps:
-            lines.append(f"{line}; the run ends before it begins")
+            lines.append(f"{line}; {why_without_steps(phase)}")
             continue
         if phase.end_sample is not None:
             line += f", up to token {order.phases.tokens(phase.end_sample):,}"
@@ -115,6 +115,13 @@ def _describe_phases(config: Config, plan: BatchPlan, order: RunOrder) -> list[s
             line += f", of {phase.global_size} sequences in micro-batches of {phase.micro_size}"
         lines.append("; ".join([line, *describe_changes(config, order.phases, number)]))
     return lines
+
+
+def why_without_steps(phase: Phase) -> str:
+    """Say why a run makes no step of one of its phases."""
+    if phase.end_sample == phase.first_sample:
+        return "it has no step, as the last one before reaches its until_tokens"
+    return "the run ends before it begins"
 
 
 def describe_changes(config: Config, phases: Phases, number: int) -> list[str]:
