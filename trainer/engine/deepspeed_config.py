@@ -198,6 +198,13 @@ def check_preset(preset: Any, where: str) -> None:
                 where=f"{where}: {path}.device",
                 remedy="Set it to cpu; an encoder's optimizer state fits in the memory of any host.",
             )
+    if zero.get("round_robin_gradients") and zero.get("stage") in (1, 2):
+        raise UserError(
+            "DeepSpeed records other places of weights than round_robin_gradients gives them: such a checkpoint can "
+            "neither be converted nor resumed in another layout.",
+            where=f"{where}: zero_optimization.round_robin_gradients",
+            remedy="Remove it, and begin anew: a run that was begun with it would go on without it with wrong weights.",
+        )
     if "stage" not in zero:
         raise UserError(
             "zero_optimization.stage must be 0, 1, 2 or 3, got None.",
@@ -285,6 +292,7 @@ def compose(config: Config, preset: dict[str, Any], plan: BatchSizes) -> dict[st
         },
         # AdamW comes from torch, which DeepSpeed has not on its list of tested optimizers.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # nor is offload to insist on its own, which is compiled on the node
         # The throughput timer synchronises the device at every forward and step.
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 1_000_000_000,
