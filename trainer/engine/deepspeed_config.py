@@ -198,6 +198,17 @@ def check_preset(preset: Any, where: str) -> None:
                 where=f"{where}: {path}.device",
                 remedy="Set it to cpu; an encoder's optimizer state fits in the memory of any host.",
             )
+    _refuse_what_cannot_run(preset, zero, where)
+    if "stage" not in zero:
+        raise UserError(
+            "zero_optimization.stage must be 0, 1, 2 or 3, got None.",
+            where=f"{where}: zero_optimization.stage",
+            remedy="Set the stage.",
+        )
+
+
+def _refuse_what_cannot_run(preset: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> None:
+    """Refuse what DeepSpeed 0.19.8 takes and fails of later, or computes wrongly."""
     if zero.get("round_robin_gradients") and zero.get("stage") in (1, 2):
         raise UserError(
             "DeepSpeed records other places of weights than round_robin_gradients gives them: such a checkpoint can "
@@ -205,11 +216,13 @@ def check_preset(preset: Any, where: str) -> None:
             where=f"{where}: zero_optimization.round_robin_gradients",
             remedy="Remove it, and begin anew: a run that was begun with it would go on without it with wrong weights.",
         )
-    if "stage" not in zero:
+    has_ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0) < 1.0
+    if has_ratio or preset.get("zero_force_ds_cpu_optimizer"):
+        key = "zero_optimization.offload_optimizer.ratio" if has_ratio else "zero_force_ds_cpu_optimizer"
         raise UserError(
-            "zero_optimization.stage must be 0, 1, 2 or 3, got None.",
-            where=f"{where}: zero_optimization.stage",
-            remedy="Set the stage.",
+            "It needs DeepSpeed's own AdamW on the host, and optimizers here are torch's and ours.",
+            where=f"{where}: {key}",
+            remedy="Remove it.",
         )
 
 
