@@ -305,13 +305,14 @@ def compose(config: Config, preset: dict[str, Any], plan: BatchSizes) -> dict[st
         },
         # AdamW comes from torch, which DeepSpeed has not on its list of tested optimizers.
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # nor is offload to insist on its own, which is compiled on the node
         # The throughput timer synchronises the device at every forward and step.
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         **preset,
     }
+    if preset["zero_optimization"].get("offload_optimizer"):  # DeepSpeed's own is compiled on the node
+        composed["zero_force_ds_cpu_optimizer"] = False
     if config.train.gradient_accumulation_dtype is not None:
         composed["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation_dtype}
     return composed
