@@ -33,6 +33,7 @@ LAYOUTS = [
     ({"precision": "fp16"}, "zero1"),
     ({"precision": "fp32"}, "zero2_offload"),
     ({"precision": "fp32"}, "zero3_offload"),
+    ({"precision": "bf16", "gradient_accumulation_dtype": "fp32"}, "zero2_offload"),
 ]
 at_every_stage = pytest.mark.parametrize(("train_section", "preset"), LAYOUTS)
 

@@ -221,7 +221,10 @@ def test_resume_modes_do_what_they_say_and_say_why(
     assert (checkpoint(copy, 20) / "manifest.json").read_bytes() != newest
     elsewhere = tiny_config(workspace, tmp_path / "empty", checkpoint={"every_steps": 10})
     assert train(elsewhere, resume=str(checkpoint(copy, 10))) == EXIT_FINISHED
-    assert train(elsewhere, resume=str(checkpoint(copy, 10))) == EXIT_USER_MISTAKE
+    assert train(elsewhere, resume=str(checkpoint(copy, 10))) == EXIT_FINISHED  # its own command goes on with a branch
+    assert "nothing changed" in capsys.readouterr().out
+    third = shutil.copytree(checkpoint(copy, 10), tmp_path / "third" / "checkpoints" / "step-00000010")
+    assert train(elsewhere, resume=str(third)) == EXIT_USER_MISTAKE
     assert "is a checkpoint of another run" in capsys.readouterr().out
     assert train(copy, resume="never") == EXIT_FINISHED
     assert "starting afresh (--resume never)" in capsys.readouterr().out

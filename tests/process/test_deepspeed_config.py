@@ -164,6 +164,9 @@ def test_a_scheduler_in_a_preset_is_refused(tmp_path: Path):
         ({"zero_optimization": 1}, "zero_optimization must be an object, got 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param must be an object, got 'cpu'"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "could not resume"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "neither be converted nor resumed"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, "DeepSpeed's own AdamW on the host"),
+        ({"zero_optimization": {"stage": 1}, "zero_force_ds_cpu_optimizer": True}, "DeepSpeed's own AdamW on the host"),
         ({"zero_optimization": {"stage": 1, "reduce_bucket_size": math.inf}}, "reduce_bucket_size must be a finite"),
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},

@@ -198,11 +198,31 @@ def check_preset(preset: Any, where: str) -> None:
                 where=f"{where}: {path}.device",
                 remedy="Set it to cpu; an encoder's optimizer state fits in the memory of any host.",
             )
+    _refuse_what_cannot_run(preset, zero, where)
     if "stage" not in zero:
         raise UserError(
             "zero_optimization.stage must be 0, 1, 2 or 3, got None.",
             where=f"{where}: zero_optimization.stage",
             remedy="Set the stage.",
+        )
+
+
+def _refuse_what_cannot_run(preset: Mapping[str, Any], zero: Mapping[str, Any], where: str) -> None:
+    """Refuse what DeepSpeed 0.19.8 takes and fails of later, or computes wrongly."""
+    if zero.get("round_robin_gradients") and zero.get("stage") in (1, 2):
+        raise UserError(
+            "DeepSpeed records other places of weights than round_robin_gradients gives them: such a checkpoint can "
+            "neither be converted nor resumed in another layout.",
+            where=f"{where}: zero_optimization.round_robin_gradients",
+            remedy="Remove it, and begin anew: a run that was begun with it would go on without it with wrong weights.",
+        )
+    has_ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1.0) < 1.0
+    if has_ratio or preset.get("zero_force_ds_cpu_optimizer"):
+        key = "zero_optimization.offload_optimizer.ratio" if has_ratio else "zero_force_ds_cpu_optimizer"
+        raise UserError(
+            "It needs DeepSpeed's own AdamW on the host, and optimizers here are torch's and ours.",
+            where=f"{where}: {key}",
+            remedy="Remove it.",
         )
 
 
@@ -291,6 +311,8 @@ def compose(config: Config, preset: dict[str, Any], plan: BatchSizes) -> dict[st
         "wall_clock_breakdown": False,
         **preset,
     }
+    if preset["zero_optimization"].get("offload_optimizer"):  # DeepSpeed's own is compiled on the node
+        composed["zero_force_ds_cpu_optimizer"] = False
     if config.train.gradient_accumulation_dtype is not None:
         composed["data_types"] = {"grad_accum_dtype": config.train.gradient_accumulation_dtype}
     return composed

@@ -25,7 +25,7 @@ from trainer.engine.optimizer import build_optimizer
 from trainer.engine.partitions import PARAMETER_NAMES, Partitions
 from trainer.engine.snapshot import HostBuffers, Snapshot
 from trainer.engine.step_guard import StepGuard
-from trainer.engine.zero_patches import patch_zero_optimizer, raise_scale_after_step
+from trainer.engine.zero_patches import forget_skipped_gradients, patch_zero_optimizer, raise_scale_after_step
 from trainer.errors import UserError
 from trainer.model.build import BuiltModel
 from trainer.model.compiling import compile_options, expect_shapes
@@ -138,8 +138,11 @@ class TrainingEngine:
         self._engine: Any = deepspeed.initialize(model=module, optimizer=own_optimizer, config=ds_config)[0]
         self.network.call = self._engine
         zero = self._engine.optimizer
-        if isinstance(zero, DeepSpeedZeroOptimizer) and not zero.cpu_offload:
-            patch_zero_optimizer(zero, own_optimizer, world.size)
+        if isinstance(zero, DeepSpeedZeroOptimizer):
+            if zero.cpu_offload:
+                forget_skipped_gradients(zero)
+            else:
+                patch_zero_optimizer(zero, own_optimizer, world.size)
         self._raise_scale = raise_scale_after_step(zero) if self._engine.fp16_enabled() else lambda: None
         self.module, self.exports = module, built.exports
         self._rope_theta: RopeTheta | None = None

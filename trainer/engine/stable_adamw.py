@@ -82,7 +82,8 @@ def _square_ratios(pieces: Sequence[Piece], flats: Flats, group: Mapping[str, An
     kernels._foreach_addcmul_(second, gradients, gradients, value=1 - decay)
     for tensor, piece in zip(second, pieces, strict=True):
         tensor.div_(1 - decay ** flats.steps[piece.flat])
-    kernels._foreach_clamp_min_(second, group["eps"] ** 2)
+    # The square of an eps below 1e-23 is nought in fp32, and so would be the bound for what never had a gradient.
+    kernels._foreach_clamp_min_(second, max(group["eps"] ** 2, torch.finfo(torch.float32).tiny))
     kernels._foreach_rsqrt_(second)
     kernels._foreach_mul_(second, gradients)
     return [sum_of_squares([tensor]) for tensor in second]

@@ -1,6 +1,7 @@
-"""What DeepSpeed's ZeRO 1 and 2 do in a step without need, left out. The arithmetic stays theirs.
+"""What DeepSpeed's optimizers do amiss in a step; the arithmetic stays theirs.
 
-Each of these is a pass over all gradients, or a wait for the device:
+ZeRO 1 and 2 do things without need, which are left out. Each of these is a pass over all gradients, or a wait for the
+device:
 
 - **Clipping** multiplies the gradients, after looking whether the norm is finite once more for each optimizer group.
   torch's fused AdamW divides by a scale as it reads them, and takes it from the device; the optimizers of our own do
@@ -45,6 +46,24 @@ def patch_zero_optimizer(zero: Any, optimizer: torch.optim.Optimizer, ranks: int
     # With fp32 accumulation of bf16 gradients the reduction adds them to the accumulator, whatever the ranks.
     if ranks == 1 and not zero.partition_gradients and zero.gradient_accumulation_dtype == zero.dtype:
         zero.reduce_ready_partitions_and_remove_grads = lambda *_: None
+
+
+def forget_skipped_gradients(zero: Any) -> None:
+    """Have a skipped step's gradients let go of under offload as without it.
+
+    With fp32 accumulation of bf16 gradients DeepSpeed keeps the buffer of a step that it skips, and adds those of the
+    next one to it: after one NaN every step is skipped.
+
+    Args:
+        zero: a DeepSpeedZeroOptimizer of stage 1 or 2 that offloads.
+    """
+    reset = zero.reset_cpu_buffers  # which each step ends with, skipped or not
+
+    def reset_and_forget() -> None:
+        reset()
+        zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+
+    zero.reset_cpu_buffers = reset_and_forget
 
 
 def raise_scale_after_step(zero: Any) -> Callable[[], None]:

@@ -59,6 +59,16 @@ def test_stable_adamw_takes_shorter_steps_where_a_gradient_was_not_foreseen() ->
     assert moved["stable_adamw"] == pytest.approx(moved["adamw"] / 3**0.5, rel=0.01)
 
 
+def test_stable_adamw_leaves_what_has_no_gradient_with_an_eps_whose_square_is_nought_in_fp32() -> None:
+    module = torch.nn.Embedding(3, 4)
+    before = module.weight.detach().clone()
+    optimizer = build_optimizer(module, OptimizerConfig(name="stable_adamw", eps=1e-30, weight_decay=0))
+    module.weight.grad = torch.zeros(3, 4)
+    module.weight.grad[0] = 1.0
+    optimizer.step()
+    assert module.weight.isfinite().all() and torch.equal(module.weight[1:], before[1:])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_iteration_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
