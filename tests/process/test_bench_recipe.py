@@ -35,7 +35,7 @@ def report_of(target: float | None, **arms: list[RecipeMeasurement]) -> RecipeRe
 
 
 def test_every_arm_begins_with_the_same_model_and_ends_at_the_loss(workspace: Path, tmp_path: Path) -> None:
-    sections = {"data": {"validation": str(workspace / "data")}, "eval": {"every_steps": 5, "samples": 8}}
+    sections = {"data": {"validation": str(workspace / "data")}, "eval": {"every_steps": None, "samples": 8}}
     config = tiny_config(workspace, tmp_path / "unused", train={"steps": 30}, **sections)
     path = write_config(config, tmp_path / "tiny.yaml")
     chart = tmp_path / "curves.png"

@@ -233,9 +233,14 @@ def _steps_of_twentieth(settings: RecipeBenchmark, name: str) -> int:
 
 
 def _train_by_trainer(settings: RecipeBenchmark, arm: str, seed: int, folder: Path) -> RecipeMeasurement:
+    own = [
+        f"run.seed={seed}",
+        f"data.text.cache={folder / 'text-cache'}",
+        "eval.every_steps=1",  # any number opens the held-out data, also where the config asks for no evaluation
+    ]
     arguments: dict[str, Any] = {
         "name": settings.configs[0],
-        "overrides": [*settings.overrides, f"run.seed={seed}", f"data.text.cache={folder / 'text-cache'}"],
+        "overrides": [*settings.overrides, *own],
         "tuned": arm == TUNED,
         "every_steps": settings.every_steps,
         "target": settings.target,
