@@ -204,7 +204,8 @@ def test_validate_says_what_each_phase_changes(clean: Config) -> None:
     for number, end in enumerate(ends, 1):
         assert any(line.startswith(f"  phase {number}: ") and line.endswith(end) for line in lines.splitlines()), lines
     assert f"a: 100.00%, 50.00% from token {FIRST:,} on" in lines
-    assert "schedule: 2 steps of warm-up to 0.005, then constant, over the last 4 steps to 0 of it, as 1-sqrt" in lines
+    falls = "constant, over the last 4 steps to 0 of it, as 1-sqrt, times the factor of each phase"
+    assert f"schedule: 2 steps of warm-up to 0.005, then {falls}" in lines
 
 
 def test_a_phase_that_the_one_before_reaches_over_is_said_to_have_no_step(workspace: Path, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def describe_length(config: Config, plan: BatchPlan, passes: float | None = None
         passes: over the training data, over that which is seen most often; None where they are not known.
     """
     warmup = config.schedule.warmup_steps or 0
-    line = describe_schedule(config.schedule, config.optimizer.lr, plan.total_steps)
+    factors = [phase.lr_factor for phase in config.data.phases]
+    line = describe_schedule(config.schedule, config.optimizer.lr, plan.total_steps, factors)
     if warmup > plan.total_steps:
         line = (
             f"schedule: THE RUN ENDS WITHIN THE WARM-UP of {warmup:,} steps, before the rate reaches its peak; a new "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 from trainer.config import ScheduleConfig
@@ -48,8 +49,12 @@ def resolve_schedule(schedule: ScheduleConfig, plan: BatchPlan, usual_warmup: in
     return schedule.model_copy(update={**steps, "warmup_fraction": None, "warmup_tokens": None, "decay_tokens": None})
 
 
-def describe_schedule(schedule: ScheduleConfig, peak: float, total_steps: int) -> str:
-    """Describe a resolved schedule in a line."""
+def describe_schedule(schedule: ScheduleConfig, peak: float, total_steps: int, factors: Sequence[float] = ()) -> str:
+    """Describe a resolved schedule in a line.
+
+    Args:
+        factors: by which phases multiply the rate.
+    """
     after = f"{schedule.name} to {schedule.min_ratio:g} of it"
     if schedule.name == "wsd":
         share = (
@@ -63,7 +68,8 @@ def describe_schedule(schedule: ScheduleConfig, peak: float, total_steps: int) -
         after = f"constant, {ends} to {schedule.min_ratio:g} of it{shape}"
     elif schedule.name == "constant":
         after = "constant"
-    return f"schedule: {schedule.warmup_steps or 0:,} steps of warm-up to {peak:.3g}, then {after}"
+    times = ", times the factor of each phase" if any(factor != 1.0 for factor in factors) else ""
+    return f"schedule: {schedule.warmup_steps or 0:,} steps of warm-up to {peak:.3g}, then {after}{times}"
 
 
 def _longer_than_the_run(schedule: ScheduleConfig, total: int, warmup: int, fitting: int) -> UserError:
