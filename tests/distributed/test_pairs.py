@@ -169,11 +169,11 @@ def _compared(folder: Path, with_probe: Path) -> float:
     """Compare a checkpoint's weights with the probe of another folder."""
     from tools.convert import _compare_with_training
     from tools.load_model import load_model
-    from trainer.checkpoint.contents import read_probe
     from trainer.checkpoint.manifest import read_checkpoint_manifest
+    from trainer.model.classes import MAIN
 
     model = load_model(folder, read_checkpoint_manifest(folder), None)
-    return _compare_with_training(model, read_probe(with_probe), folder)
+    return _compare_with_training(model, with_probe, MAIN)
 
 
 def test_partners_are_of_the_same_source_and_phase_in_any_layout(
