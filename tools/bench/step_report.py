@@ -169,7 +169,7 @@ class StepReport:
         for line in ["; ".join(legend), *self._ratio_lines(), *self._notes()]:
             console.print(line)
 
-    def tomarkdown_table(self) -> str:
+    def to_markdown(self) -> str:
         """Write the tables, the ratios, the notes, and the profile of each of our variants as Markdown."""
         legend = [f"`{variant.name}`: {variant.what}" for variant in self.variants]
         parts = [
