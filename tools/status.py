@@ -220,7 +220,8 @@ def _branch(status: Status) -> str:
     if not status.branch_of:
         return ""
     checkpoint = Path(status.branch_of)
-    return f"of {checkpoint.parent.parent} at step {int(checkpoint.name.removeprefix('step-')):,}"
+    step = checkpoint.name.removeprefix("step-")
+    return f"of {checkpoint.parent.parent} at step {int(step):,}" if step.isdecimal() else f"of {checkpoint}"
 
 
 def _heartbeat(view: RunView) -> str:
