@@ -46,6 +46,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(mark)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests on SLURM: they wait more than they compute, and the last file of a run is run alone."""
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
