@@ -8,6 +8,8 @@ I4  the resumed run equals the uninterrupted one: bit for bit at the same number
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 
 import torch
 
+from tests.commands import start_maskwright
 from tests.fault_points import Fault, inject
+from tests.gate import Gate
 from tests.ranks import losses, started_ranks, tiny_config
+from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from trainer.checkpoint.find import candidates
 from trainer.checkpoint.manifest import find_faults
 from trainer.checkpoint.zero_files import ZeroFiles
@@ -88,6 +93,23 @@ def assert_same_weights(run_dir: Path, clean_dir: Path) -> None:
     assert ours.shapes == theirs.shapes
     different = [name for name in theirs.shapes if not torch.equal(ours.read_weight(name), theirs.read_weight(name))]
     assert not different, different
+
+
+def kill_a_rank_after_each(steps: Sequence[int], command: Sequence[str | Path], folder: Path, run_dir: Path) -> None:
+    """Start a run of two ranks for each of the steps, and kill one of them when that step is done; each goes on.
+
+    Args:
+        folder: for the gate that holds the ranks at the step.
+    """
+    gate = Gate(folder)
+    for step in steps:
+        gate.close_after(step)
+        process = start_maskwright(*command, **gate.environment)
+        wait_for_step(process, run_dir, step)
+        os.kill(rank_processes(process)[step % 2], signal.SIGKILL)
+        gate.open()
+        output = process.communicate(timeout=TIMEOUT_S)[0]
+        assert process.returncode == 1, output
 
 
 def assert_all_ranks_say(run_dir: Path, words: str, world_size: int = 2) -> None:

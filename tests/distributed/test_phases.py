@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import numpy as np
 import pytest
 
 from launcher.console import make_console
-from tests.commands import maskwright, start_maskwright
+from tests.commands import maskwright
 from tests.elastic_matrix import _train_all
-from tests.faults import assert_same_weights, with_dropout
-from tests.gate import Gate
+from tests.faults import assert_same_weights, kill_a_rank_after_each, with_dropout
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
-from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
 from tools.simulate import SimulateOptions, plan_simulation
 from tools.simulate.exactness import check_exactness
@@ -92,15 +89,7 @@ def test_killed_in_the_warm_up_and_around_the_change_of_blocks_it_ends_bit_for_b
 ) -> None:
     config = growing(with_dropout, workspace, tmp_path / "run", data={"workers": 1})
     command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
-    gate = Gate(tmp_path)
-    for step in (5, 16):
-        gate.close_after(step)
-        process = start_maskwright(*command, **gate.environment)
-        wait_for_step(process, tmp_path / "run", step)
-        os.kill(rank_processes(process)[step % 2], signal.SIGKILL)
-        gate.open()
-        output = process.communicate(timeout=TIMEOUT_S)[0]
-        assert process.returncode == 1, output
+    kill_a_rank_after_each((5, 16), command, tmp_path, tmp_path / "run")
     finished = maskwright(*command)
     assert finished.returncode == EXIT_FINISHED, finished.stdout + finished.stderr
     assert "resuming from step-" in finished.stdout

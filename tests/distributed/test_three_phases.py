@@ -7,21 +7,17 @@ goes on in other layouts, and what comes out says with which theta it was traine
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.console import make_console
-from tests.commands import maskwright, start_maskwright
+from tests.commands import maskwright
 from tests.elastic_matrix import _train_all
-from tests.faults import assert_same_weights
-from tests.gate import Gate
+from tests.faults import assert_same_weights, kill_a_rank_after_each
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train, write_config
-from tests.waiting import TIMEOUT_S, rank_processes, wait_for_step
 from tools.convert import convert
 from trainer.checkpoint.manifest import MODEL_FOLDER
 from trainer.config import Config, RopeTheta
@@ -105,15 +101,7 @@ def test_killed_in_each_phase_it_ends_bit_for_bit_as_if_it_had_not_been(
 ) -> None:
     config = three_phases(workspace, tmp_path / "run")
     command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
-    gate = Gate(tmp_path)
-    for step in (3, 6, 10):
-        gate.close_after(step)
-        process = start_maskwright(*command, **gate.environment)
-        wait_for_step(process, tmp_path / "run", step)
-        os.kill(rank_processes(process)[step % 2], signal.SIGKILL)
-        gate.open()
-        output = process.communicate(timeout=TIMEOUT_S)[0]
-        assert process.returncode == 1, output
+    kill_a_rank_after_each((3, 6, 10), command, tmp_path, tmp_path / "run")
     finished = maskwright(*command)
     assert finished.returncode == EXIT_FINISHED, finished.stdout + finished.stderr
     assert losses(tmp_path / "run") == losses(run_dir_of(clean))

@@ -180,13 +180,8 @@ class HeldOutLoss(TrainerCallback):
         self._evaluator = Evaluator(
             inputs.validation, samples, make_criterion(config), config.eval.samples, inputs.plan.micro_size
         )
-        self._model, self._every, self._steps, self._step_tokens, self._target = (
-            model,
-            every,
-            steps,
-            step_tokens,
-            target,
-        )
+        self._model, self._every, self._steps = model, every, steps
+        self._step_tokens, self._target = step_tokens, target
         self._precision = config.train.precision
         self._seconds, self._started = 0.0, 0.0
         self.curve: list[list[float]] = []
