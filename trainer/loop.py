@@ -76,7 +76,7 @@ class Loop:
         self.watch = DivergenceWatch(self.config.resilience)
         self.step_metrics = StepMetrics(self.config, self.plan, self.world, self.criterion, self.order, self.meter)
         self.rank_timer = RankTimer(self.world.device)
-        self.evaluations = Evaluations(self.evaluator, self.config.eval.every_steps, self.plan.total_steps)
+        self.evaluations = Evaluations(self.evaluator, self.config.eval, self.plan.total_steps)
         self.save_due = self.best_is_unsaved = False
         self.loss_to_judge: Callable[[], float] | None = None  # this rank's share of the last step's mean loss
 

@@ -17,6 +17,7 @@ from tests.ranks import tiny_config, write_config
 from tools.bench.recipe import RecipeBenchmark, bench_recipe, cut_at, read_curve
 from tools.bench.recipe_report import Arm, RecipeMeasurement, RecipeReport, draw_curves
 from tools.bench.recipe_trainer import scheduler_arguments
+from trainer.checkpoint.manifest import read_checkpoint_manifest, step_folder
 from trainer.config import ScheduleConfig
 from trainer.errors import UserError
 from trainer.schedule.learning_rate import learning_rate
@@ -160,6 +161,26 @@ def test_what_trainer_would_not_do_is_refused_before_anything_is_trained(
     assert ("--against defaults" in caught.value.remedy) == (name in ("phases", "growing batch"))
 
 
+def test_recipes_with_other_masks_are_judged_by_those_of_the_first(workspace: Path, tmp_path: Path) -> None:
+    sections = {"data": {"validation": str(workspace / "data")}, "eval": {"samples": 8}, "train": {"steps": 1}}
+    paths = [
+        write_config(
+            tiny_config(workspace, tmp_path / "unused", objective={"mask_ratio": ratio}, **sections),
+            tmp_path / f"{ratio}.yaml",
+        )
+        for ratio in (0.15, 0.4)
+    ]
+    folder = tmp_path / "runs"
+    asked = RecipeBenchmark(tuple(map(str, paths)), against="none", every_steps=1, folder=str(folder))
+    report = bench_recipe(asked, Console(quiet=True))
+    less, more = (report.measurements[str(path)][0].curve for path in paths)
+    assert less[0][3] == more[0][3], "the same first weights, blocks and masks"
+    assert less[1][3] != more[1][3], "trained with others"
+    runs = [folder / f"recipe-{number}-seed-0" / "checkpoints" for number in (0, 1)]
+    first, second = (read_checkpoint_manifest(step_folder(run, 1)).state["evaluated_on"] for run in runs)
+    assert second == f"{first}, 0.15 of their tokens predicted", "no best of one is a best of the other"
+
+
 def test_what_cannot_be_compared_is_refused(workspace: Path, tmp_path: Path) -> None:
     alone = write_config(tiny_config(workspace, tmp_path / "unused"), tmp_path / "alone.yaml")
     assert_one_card(maskwright("bench", "recipe", alone), 2, "no held-out data", "data.validation")
@@ -168,3 +189,10 @@ def test_what_cannot_be_compared_is_refused(workspace: Path, tmp_path: Path) -> 
     causal = ["data.validation=auto", "objective.name=clm", "model.preset=gpt2", "model.overrides={}"]
     assert_one_card(maskwright("bench", "recipe", alone, *causal), 2, "masked language modelling", "--against none")
     assert maskwright("bench", "recipe", alone, "--seeds", "0,x").returncode == 2
+    short = write_config(
+        tiny_config(workspace, tmp_path / "unused", data={"seq_len": 16, "validation": "auto"}), tmp_path / "short.yaml"
+    )
+    held_out = ["data.validation=auto", "--against", "none"]
+    assert_one_card(
+        maskwright("bench", "recipe", alone, short, *held_out), 2, "could not be compared", "data.seq_len is 16 and 32"
+    )

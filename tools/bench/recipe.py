@@ -2,13 +2,14 @@
 
 A recipe is trained by `maskwright train` as a user would start it, with an evaluation every so many steps. Trainer gets
 the same first weights, blocks and held-out blocks, twice: with its own defaults, and with the first recipe's numbers.
-All have as many tokens before them; each stops when it is down to the loss. Seconds are those of training alone:
-neither starting nor evaluating is in them. The arms take turns, once for each seed.
+All have as many tokens before them and are judged by the same masks; each stops when it is down to the loss. Seconds
+are those of training alone: neither starting nor evaluating is in them. The arms take turns, once for each seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -31,7 +32,9 @@ from trainer.config import Config
 from trainer.config.file import load_config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, MaskwrightError, UserError
 from trainer.runtime.paths import user_path
+from trainer.runtime.plain_text import shorten
 from trainer.runtime.process import make_die_with_parent
+from trainer.schedule.mask_ratio import evaluated_ratio
 from trainer.tracking.jsonl import read_metrics
 
 DEFAULTS, TUNED = "trainer", "trainer-tuned"
@@ -41,6 +44,12 @@ _WHAT = {
     DEFAULTS: "Hugging Face Trainer, its defaults: batches of 8, 5e-5 falling linearly, masks of 15 %",
     TUNED: "Hugging Face Trainer with the recipe's batch, AdamW, schedule and mask ratio",
 }
+_HELD_OUT = (
+    *(f"objective.{key}" for key in ("name", "pair", "teacher", "scheme", "lengths", "replace_by")),
+    *("objective.replace_mask", "objective.replace_random", "data.validation", "data.samples", "data.seq_len"),
+    *("model.tokenizer", "eval.samples"),
+)
+"""What a held-out loss is of. The share that is predicted is that of the first recipe for all of them."""
 EVALUATIONS = 20
 """Of a run, where nobody says how many steps are between two."""
 _POLL_SECONDS = 0.5
@@ -125,6 +134,15 @@ def _check(configs: Mapping[str, Config], settings: RecipeBenchmark) -> None:
                 remedy="Set data.validation=auto, or name a text or a data set.",
             )
     first = configs[settings.configs[0]]
+    for name, config in configs.items():
+        keys = (*_HELD_OUT, "data.train") if first.data.validation == "auto" else _HELD_OUT
+        if unlike := next((key for key in keys if _value(config, key) != _value(first, key)), None):
+            raise UserError(
+                f"The held-out losses of {name} and {settings.configs[0]} could not be compared: {unlike} is "
+                f"{_shown(_value(config, unlike))} and {_shown(_value(first, unlike))}.",
+                where=unlike,
+                remedy=f"Give both the same, or add {unlike}=... to the command, which holds for all of them.",
+            )
     for arm in AGAINST[settings.against]:
         if found := _not_by_trainer(first, arm):
             what, key = found
@@ -134,6 +152,15 @@ def _check(configs: Mapping[str, Config], settings: RecipeBenchmark) -> None:
                 remedy="Add --against none, which compares recipes alone"
                 + (", or --against defaults." if arm == TUNED and not _not_by_trainer(first, DEFAULTS) else "."),
             )
+
+
+def _value(config: Config, key: str) -> Any:
+    """Read a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else shorten(str(value))
 
 
 def _not_by_trainer(config: Config, arm: str) -> tuple[str, str] | None:
@@ -179,12 +206,15 @@ def _folder_of(settings: RecipeBenchmark) -> Iterator[Path]:
 def _train_recipe(settings: RecipeBenchmark, name: str, config: Config, seed: int, folder: Path) -> RecipeMeasurement:
     """Train by the command, and end it when its loss is down to the target."""
     number = settings.configs.index(name)
+    ratio = evaluated_ratio(load_config(settings.configs[0], settings.overrides))
+    judged = [f"eval.mask_ratio={ratio}"] if evaluated_ratio(config) != ratio else []
     run = folder / f"recipe-{number}-seed-{seed}"
     every = settings.every_steps or _steps_of_twentieth(settings, name)
     own = [
         f"run.dir={run}",
         f"run.seed={seed}",
         f"eval.every_steps={every}",
+        *judged,
         f"logging.every_steps={every}",  # so that each line has the speed of the steps before one evaluation
         "eval.patience=null",
         "checkpoint.keep_best=false",

@@ -11,8 +11,7 @@ from tools.evaluate.subject import Subject
 from trainer.config import Config, EvalConfig, SourceConfig, TextConfig
 from trainer.errors import UserError
 from trainer.model.hf_config import keeps_documents
-from trainer.schedule.mask_ratio import mask_ratios
-from trainer.schedule.phases import lay_out
+from trainer.schedule.mask_ratio import evaluated_ratio
 from trainer.sizing.micro_batch import read_records
 
 _USUAL_SEQ_LEN = 512
@@ -66,10 +65,8 @@ def choose_settings(subjects: Sequence[Subject], options: EvaluateOptions) -> Se
 
 
 def _masks_of(config: Config) -> dict[str, Any]:
-    """Return what decides the masks of an evaluation: of several ratios the first one, as in training."""
-    objective = config.objective
-    (_, ratio), *_ = mask_ratios(objective, config.data, lay_out(config.data, config.batch))
-    return {"mask_ratio": ratio, **{name: getattr(objective, name) for name in _MASKS}}
+    """Return what decides the masks of an evaluation, as in training."""
+    return {"mask_ratio": evaluated_ratio(config), **{name: getattr(config.objective, name) for name in _MASKS}}
 
 
 def _micro_size(subject: Subject) -> int:

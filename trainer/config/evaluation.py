@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from trainer.config.base import Line, PositiveInt, Section, StepsOrAuto
+from trainer.config.base import Line, OpenFraction, PositiveInt, Section, StepsOrAuto
 
 
 class ProbeConfig(Section):
@@ -28,6 +28,9 @@ class EvalConfig(Section):
     and at most 500."""
     samples: PositiveInt = 1024
     """Blocks of validation data an evaluation; always the same ones, with the same masks."""
+    mask_ratio: OpenFraction | None = None
+    """Share of a block's content tokens that is predicted in evaluations, whatever training predicts: losses of runs
+    with different masks can be compared only so. null: the share with which the run begins. A resume may change it."""
     patience: PositiveInt | None = None
     """End the run, saved and with exit code 0, when so many evaluations in a row were no better than the best before
     them. The learning rate follows the whole length all the same. With a larger number, or null, the run goes on."""

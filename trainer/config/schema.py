@@ -335,6 +335,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def evaluations_mask_where_something_is_masked(self) -> Self:
+        if self.eval.mask_ratio is not None:
+            self.objective.refuse_unused("mask_ratio", "eval.mask_ratio")
+        return self
+
+    @model_validator(mode="after")
     def micro_size_is_known_to_cuda_graphs(self) -> Self:
         if self.model.compile == CUDA_GRAPHS and self.batch.micro_size == "auto":
             raise ValueError(

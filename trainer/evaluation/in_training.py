@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config import EvalConfig
 from trainer.evaluation.evaluated import Evaluated
 from trainer.evaluation.evaluator import Evaluator
 from trainer.runtime import distributed
@@ -22,24 +23,27 @@ class Evaluations:
 
     Attributes:
         evaluator: None where there is no validation data.
-        every_steps: None where none is made.
+        settings: resolved, so that `every_steps` is no auto.
         total_steps: after the last of which there is one in any case.
     """
 
     evaluator: Evaluator | None
-    every_steps: int | str | None  # a resolved config has no auto left
+    settings: EvalConfig
     total_steps: int
 
     def is_due(self, step: int) -> bool:
         """Tell whether there is one after this step; after step 0 it is of the untrained model."""
-        is_nth = isinstance(self.every_steps, int) and step % self.every_steps == 0
+        every = self.settings.every_steps
+        is_nth = isinstance(every, int) and step % every == 0
         return self.evaluator is not None and (is_nth or step == self.total_steps)
 
     @property
     def blocks(self) -> str:
         """Name what they are over: losses of others cannot be compared with theirs."""
         assert self.evaluator is not None
-        return f"{self.evaluator.samples} blocks of {self.evaluator.data.fingerprint}"
+        ratio = self.settings.mask_ratio  # one of its own; the run's first share is the same in all of them
+        masked = "" if ratio is None else f", {ratio:g} of their tokens predicted"
+        return f"{self.evaluator.samples} blocks of {self.evaluator.data.fingerprint}{masked}"
 
     @property
     def examples(self) -> list[dict[str, Any]]:

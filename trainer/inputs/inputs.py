@@ -77,7 +77,8 @@ class Inputs:
         """The most shapes of batches, in training and in evaluation, that a compiled model is given."""
         shares = len({share for _, share in mask_ratios(self.config.objective, self.config.data, self.order.phases)})
         most = max(objective.shape_count for objective in self.objectives)
-        return self.plan.shape_count * most * (shares if self.config.data.phases else 1)
+        apart = most if self.config.eval.mask_ratio is not None else 0  # evaluations predict a share of their own
+        return self.plan.shape_count * most * (shares if self.config.data.phases else 1) + apart
 
     @cached_property
     def attended_tokens(self) -> tuple[float, ...]:

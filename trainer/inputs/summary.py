@@ -50,7 +50,11 @@ def summarize_run(
     lines.append(f"deepspeed: {config.deepspeed} (stage {stage}), {config.train.precision}")
     lines += _describe_accumulation(config, plan)
     if validation_blocks is not None:
-        lines.append(f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks")
+        ratio = config.eval.mask_ratio
+        masked = "" if ratio is None else f", {ratio} of their tokens predicted"
+        lines.append(
+            f"validation: {min(config.eval.samples, validation_blocks):,} of {validation_blocks:,} blocks{masked}"
+        )
     if config.train.profile is not None and config.train.profile.start > plan.total_steps:
         lines.append(f"profile: the run ends before step {config.train.profile.start:,}, so nothing is profiled")
     return lines

@@ -15,7 +15,7 @@ from trainer.objectives import clm, mlm, pairs, plm, rtd, teacher
 from trainer.objectives.cross_entropy import CrossEntropies, cross_entropies
 from trainer.objectives.language_model import LanguageModelLoss
 from trainer.objectives.objective import Criterion, ObjectiveCard
-from trainer.schedule.mask_ratio import Stages, ratio_stages, stages_within
+from trainer.schedule.mask_ratio import Stages, evaluated_ratio, ratio_stages, stages_within
 from trainer.schedule.phases import lay_out
 
 
@@ -39,11 +39,11 @@ class Objective:
 
 
 def _ratios(config: Config, evaluating: bool, phase: int | None) -> Stages:
+    if evaluating:
+        return ((0, evaluated_ratio(config)),)
     phases = lay_out(config.data, config.batch)
     ratios = ratio_stages(config.objective, config.data, phases)
-    if phase is not None:
-        return stages_within(ratios, phases, phase)
-    return ratios[:1] if evaluating else ratios  # all alike, whatever the run has come to
+    return ratios if phase is None else stages_within(ratios, phases, phase)
 
 
 def _masked_samples(config: Config, vocabulary: Vocabulary, seq_len: int, ratios: Stages) -> Samples:

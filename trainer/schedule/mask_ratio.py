@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config import DataConfig, ObjectiveConfig
+from trainer.config import Config, DataConfig, ObjectiveConfig
 from trainer.errors import UserError
-from trainer.schedule.phases import Phases, changes, sample_at, tokens_before
+from trainer.schedule.phases import Phases, changes, lay_out, sample_at, tokens_before
 
 Stages = tuple[tuple[int, float], ...]
 """(first sample, share of the content tokens that is predicted), the first from sample 0 on."""
@@ -31,6 +31,14 @@ def mask_ratios(settings: ObjectiveConfig, data: DataConfig, phases: Phases) -> 
     # Of two that begin with the same sample the first has none.
     stages = {phases.tokens(phase.first_sample): ratio for phase, ratio in zip(phases, ratios, strict=True)}
     return changes(list(stages.items()))
+
+
+def evaluated_ratio(config: Config) -> float:
+    """Find the share that evaluations predict, whatever the run has come to: their own, or the one it begins with."""
+    if config.eval.mask_ratio is not None:
+        return config.eval.mask_ratio
+    (_, first), *_ = mask_ratios(config.objective, config.data, lay_out(config.data, config.batch))
+    return first
 
 
 def recorded_ratio(settings: ObjectiveConfig, data: DataConfig, phases: Phases) -> Any:

@@ -220,6 +220,12 @@ def test_a_share_of_masks_has_one_place(objective: dict[str, Any], words: str):
     assert parse_config(with_(data={"train": "a", "phases": phase()}, objective=objective), "x").data.phases
 
 
+def test_evaluations_have_a_share_of_their_own_where_something_is_masked():
+    assert parse_config(with_(eval={"mask_ratio": 0.2}), "x").eval.mask_ratio == 0.2
+    causal = with_(objective={"name": "clm"}, eval={"mask_ratio": 0.2})
+    assert "eval.mask_ratio does nothing with name clm" in refusal(causal).problem
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
