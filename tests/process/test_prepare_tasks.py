@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -272,6 +273,21 @@ def finalize_and_die(arguments: dict, moment: str) -> None:
     else:
         tools.prepare.finalize.shutil.rmtree = remove_and_die
     finalize_job(open_job(**arguments))
+
+
+def test_a_copy_of_the_tokenizer_that_was_damaged_between_two_tasks_is_written_anew(
+    tmp_path: Path, make_job, units
+) -> None:
+    write_text(tmp_path / "text.txt", 300, seed=5)
+    job = make_job([tmp_path / "text.txt"], tmp_path / "data")
+    prepare_task(job, 0, 2)
+    copy = {path.name: path.read_bytes() for path in job.tokenizer_folder.iterdir()}
+    path = job.tokenizer_folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "mask_token": settings["pad_token"]}))  # the ids of text are the same
+    prepare_task(job, 1, 2)
+    finalize_job(job)
+    assert {path.name: path.read_bytes() for path in job.tokenizer_folder.iterdir()} == copy
 
 
 @pytest.mark.parametrize("moment", ["manifests", "work folder"])

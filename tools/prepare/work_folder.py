@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +22,8 @@ from tools.prepare.plan import Unit
 from tools.prepare.summary import counted, say
 from tools.prepare.worker import record_path
 from trainer.data.manifest import SPLITS
-from trainer.data.tokenizer import load_tokenizer, tokenizer_sha256
 from trainer.errors import DamagedError, UserError
-from trainer.runtime.files import create_synced, replace_synced, sync_files, sync_folder, unique_token
+from trainer.runtime.files import create_synced, file_sums, replace_synced, sync_files, sync_folder, unique_token
 from trainer.runtime.plain_text import listed
 
 
@@ -80,21 +80,34 @@ def enter(job: Job, tasks: int | None, console: Console) -> None:
 
 
 def place_tokenizer(job: Job) -> None:
-    """Save the tokenizer beside the shards, unless it is there: whole or not at all, whoever else does the same."""
+    """Save the tokenizer beside the shards, unless it is there: whole or not at all, whoever else does the same.
+
+    Compared by every byte: the manifest will vouch for these files, and a copy that an earlier start left may have been
+    damaged since, in a place that changes no ids.
+    """
     folder, token = job.tokenizer_folder, unique_token()
-    if _is_tokenizer_of(job, folder):
-        return
     temporary = job.work_folder / f"tokenizer.{token}.tmp"
     job.tokenizer.save_pretrained(str(temporary))
+    expected = file_sums(temporary)
+    if _holds(folder, expected):
+        shutil.rmtree(temporary)
+        return
     sync_files(temporary)
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, job.work_folder / f"tokenizer.{token}.old")  # an earlier job's
     try:
         os.rename(temporary, folder)
     except OSError:
-        if not _is_tokenizer_of(job, folder):  # else another task was first
+        if not _holds(folder, expected):  # else another task was first
             raise
     sync_folder(job.output)
+
+
+def _holds(folder: Path, expected: Mapping[str, tuple[int, str]]) -> bool:
+    try:
+        return file_sums(folder) == expected
+    except (FileNotFoundError, NotADirectoryError):  # or another task has moved it away
+        return False
 
 
 def check_job(job: Job) -> int | None:
@@ -210,10 +223,3 @@ def _remove_foreign_parts(job: Job) -> None:
         folder = job.output / name
         if name not in job.folders and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _is_tokenizer_of(job: Job, folder: Path) -> bool:
-    try:
-        return folder.is_dir() and tokenizer_sha256(load_tokenizer(folder)) == job.vocabulary.sha256
-    except UserError:
-        return False
