@@ -197,7 +197,8 @@ ConfigSource = Annotated[
     typer.Argument(
         metavar="CONFIG",
         help="A YAML file, or a recipe: adapt, bert-24h, bert-wwm-chinese, deberta-v3-base, demo, distilbert, "
-        "electra-small, modernbert-base, roberta-base, roberta-base-fast, roberta-large, spanbert-base, tapt.",
+        "electra-small, modernbert-base, roberta-2026, roberta-base, roberta-base-fast, roberta-large, spanbert-base, "
+        "tapt.",
     ),
 ]
 Overrides = Annotated[

@@ -93,6 +93,7 @@ def words(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("roberta-base", (1, 8, 64)),
         ("roberta-base-fast", (1, 8, 64)),
         ("roberta-large", (1, 8, 64)),
+        ("roberta-2026", (1, 8, 64)),
         ("bert-wwm-chinese", (1, 8, 16)),
         ("spanbert-base", (1, 8)),
         ("distilbert", (1, 8, 16)),
@@ -132,7 +133,7 @@ def with_tiny_teacher(folder: Path, tokenizer: str) -> list[str]:
 def test_no_recipe_is_left_out_above() -> None:
     by_masks = ["bert-wwm-chinese", "demo", "roberta-base", "roberta-base-fast", "roberta-large", "spanbert-base"]
     others = ["adapt", "bert-24h", "deberta-v3-base", "distilbert", "electra-small", "modernbert-base", "tapt"]
-    assert recipe_names() == sorted([*by_masks, *others])
+    assert recipe_names() == sorted([*by_masks, *others, "roberta-2026"])
     shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output.split())
     shown = shown.replace("- ", "-")  # where a name was broken
     assert f"or a recipe: {', '.join(recipe_names())}." in shown
