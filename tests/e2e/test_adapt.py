@@ -140,7 +140,8 @@ def test_tapt_takes_a_line_or_a_row_for_a_sample(model: Path, tmp_path: Path) ->
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     for name in ("lines.txt", "rows.jsonl"):
         run_dir = tmp_path / name.partition(".")[0] / "run"
-        config = config_of("tapt", model, tmp_path / name, run_dir, "train.epochs=8", "logging.every_steps=1")
+        length = ("train.min_steps=20", "train.epochs=0.01")
+        config = config_of("tapt", model, tmp_path / name, run_dir, *length, "logging.every_steps=1")
         assert any(line.startswith("documents: 2") for line in train_and_describe(config))
         assert {*documents(prepared(run_dir) / "train")}.isdisjoint(documents(prepared(run_dir) / "validation"))
         found = evaluations(run_dir)
@@ -157,7 +158,7 @@ def test_a_class_that_cannot_keep_documents_apart_says_what_to_set(workspace: Pa
     model = made("roformer", workspace, tmp_path / "model")
     given = [f"model.from_pretrained={model}", f"data.train={text}", f"run.dir={tmp_path / 'run'}", *FIT]
     assert_one_card(maskwright("validate", "tapt", *given), EXIT_USER_MISTAKE, "data.samples=stream")
-    stream = config_of("tapt", model, text, tmp_path / "run", "data.samples=stream", "train.epochs=1")
+    stream = config_of("tapt", model, text, tmp_path / "run", "data.samples=stream", "train.steps=1")
     assert train(stream) == EXIT_FINISHED
 
 
