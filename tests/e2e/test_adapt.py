@@ -113,8 +113,8 @@ def test_one_command_adapts_a_model_to_50_kb_of_text(model: Path, text: Path, tm
 
 def test_the_part_is_held_out_the_same_for_any_ranks_and_over_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
     runs = {ranks: tmp_path / f"{ranks}" / "run" for ranks in (1, 2)}
-    for ranks, run_dir in runs.items():
-        config = config_of("adapt", model, text, run_dir, "train.min_steps=12", "train.epochs=0.01")
+    for (ranks, run_dir), steps in zip(runs.items(), (4, 1), strict=True):
+        config = config_of("adapt", model, text, run_dir, f"train.min_steps={steps}", "train.epochs=0.01")
         assert train(config, ranks) == EXIT_FINISHED
     one, two = (prepared(run_dir) for run_dir in runs.values())
     assert one.name == two.name
@@ -128,9 +128,9 @@ def test_the_part_is_held_out_the_same_for_any_ranks_and_over_a_resume(model: Pa
     assert 0.2 <= sizes[0] / sum(sizes) < 0.25
 
     without = ["eval.every_steps=null", "eval.patience=null", "checkpoint.keep_best=false"]
-    longer = config_of("adapt", model, text, runs[1], "train.min_steps=16", "train.epochs=0.01", *without)
+    longer = config_of("adapt", model, text, runs[1], "train.min_steps=6", "train.epochs=0.01", *without)
     assert train(longer, 2, resume="must") == EXIT_FINISHED
-    assert len(losses(runs[1])) == 16, "without an evaluation, it is the same data that it goes on with"
+    assert len(losses(runs[1])) == 6, "without an evaluation, it is the same data that it goes on with"
 
 
 def test_tapt_takes_a_line_or_a_row_for_a_sample(model: Path, tmp_path: Path) -> None:
