@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkProcess, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -98,9 +98,13 @@ def become(words: Sequence[str], environ: Mapping[str, str]) -> None:
 
 
 def fork_workers() -> None:
-    """Have the workers of this process forked from it: those of a fork server would come from that of the tests."""
+    """Have the workers of this process forked from it: those of a fork server would come from that of the tests.
+
+    A fork server of its own would be a new interpreter with the imports of all tests, and nothing to do.
+    """
     multiprocessing.set_start_method("fork", force=True)
     ForkServerProcess._Popen = staticmethod(ForkProcess._Popen)  # type: ignore[method-assign]
+    forkserver.ensure_running = lambda: None  # type: ignore[assignment]
 
 
 def take_place(environ: Mapping[str, str]) -> None:

@@ -55,16 +55,23 @@ def wait_at_the_gate(path: str | Path) -> None:
     Loop._agree = agree_when_open  # type: ignore[method-assign,assignment]
 
 
-def record_gate(folder: Path, limit: int) -> dict[str, str]:
+def record_gate(folder: Path, limit: int, unit_bytes: int | None = None) -> dict[str, str]:
     """Variables with which processes that prepare or import wait, when so many units are finished, for their end.
 
     Each worker may finish one more.
+
+    Args:
+        unit_bytes: of text that a unit has, in place of MINIMUM_UNIT_BYTES, so that a small text has several.
     """
-    return _environment(folder, f"gate-of-{limit}-records", f"wait_before_records({limit})")
+    return _environment(folder, f"gate-of-{limit}-records", f"wait_before_records({limit}, {unit_bytes})")
 
 
-def wait_before_records(limit: int) -> None:
+def wait_before_records(limit: int, unit_bytes: int | None = None) -> None:
     """Runs in a process that prepares or imports: wait where the record of a unit gets its name."""
+    if unit_bytes is not None:
+        import tools.prepare.plan
+
+        tools.prepare.plan.MINIMUM_UNIT_BYTES = unit_bytes
 
     def watch(event: str, arguments: tuple) -> None:
         if event == "os.rename" and _RECORD.search(new := os.fsdecode(arguments[1])):

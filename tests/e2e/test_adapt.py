@@ -113,8 +113,8 @@ def test_one_command_adapts_a_model_to_50_kb_of_text(model: Path, text: Path, tm
 
 def test_the_part_is_held_out_the_same_for_any_ranks_and_over_a_resume(model: Path, text: Path, tmp_path: Path) -> None:
     runs = {ranks: tmp_path / f"{ranks}" / "run" for ranks in (1, 2)}
-    for ranks, run_dir in runs.items():
-        config = config_of("adapt", model, text, run_dir, "train.min_steps=12", "train.epochs=0.01")
+    for (ranks, run_dir), steps in zip(runs.items(), (4, 1), strict=True):
+        config = config_of("adapt", model, text, run_dir, f"train.min_steps={steps}", "train.epochs=0.01")
         assert train(config, ranks) == EXIT_FINISHED
     one, two = (prepared(run_dir) for run_dir in runs.values())
     assert one.name == two.name
@@ -128,9 +128,9 @@ def test_the_part_is_held_out_the_same_for_any_ranks_and_over_a_resume(model: Pa
     assert 0.2 <= sizes[0] / sum(sizes) < 0.25
 
     without = ["eval.every_steps=null", "eval.patience=null", "checkpoint.keep_best=false"]
-    longer = config_of("adapt", model, text, runs[1], "train.min_steps=16", "train.epochs=0.01", *without)
+    longer = config_of("adapt", model, text, runs[1], "train.min_steps=6", "train.epochs=0.01", *without)
     assert train(longer, 2, resume="must") == EXIT_FINISHED
-    assert len(losses(runs[1])) == 16, "without an evaluation, it is the same data that it goes on with"
+    assert len(losses(runs[1])) == 6, "without an evaluation, it is the same data that it goes on with"
 
 
 def test_tapt_takes_a_line_or_a_row_for_a_sample(model: Path, tmp_path: Path) -> None:
@@ -140,7 +140,8 @@ def test_tapt_takes_a_line_or_a_row_for_a_sample(model: Path, tmp_path: Path) ->
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     for name in ("lines.txt", "rows.jsonl"):
         run_dir = tmp_path / name.partition(".")[0] / "run"
-        config = config_of("tapt", model, tmp_path / name, run_dir, "train.epochs=8", "logging.every_steps=1")
+        length = ("train.min_steps=20", "train.epochs=0.01")
+        config = config_of("tapt", model, tmp_path / name, run_dir, *length, "logging.every_steps=1")
         assert any(line.startswith("documents: 2") for line in train_and_describe(config))
         assert {*documents(prepared(run_dir) / "train")}.isdisjoint(documents(prepared(run_dir) / "validation"))
         found = evaluations(run_dir)
@@ -157,7 +158,7 @@ def test_a_class_that_cannot_keep_documents_apart_says_what_to_set(workspace: Pa
     model = made("roformer", workspace, tmp_path / "model")
     given = [f"model.from_pretrained={model}", f"data.train={text}", f"run.dir={tmp_path / 'run'}", *FIT]
     assert_one_card(maskwright("validate", "tapt", *given), EXIT_USER_MISTAKE, "data.samples=stream")
-    stream = config_of("tapt", model, text, tmp_path / "run", "data.samples=stream", "train.epochs=1")
+    stream = config_of("tapt", model, text, tmp_path / "run", "data.samples=stream", "train.steps=1")
     assert train(stream) == EXIT_FINISHED
 
 

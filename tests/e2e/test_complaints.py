@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -272,12 +273,21 @@ def test_validate_needs_no_gpu_writes_nothing_and_works_from_any_folder(workspac
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(
-    kind: str, workspace: Path, tmp_path: Path
-) -> None:
-    paragraphs = (workspace / "text.txt").read_text().split("\n\n") * 3
-    source = tmp_path / f"input.{'txt' if kind == 'text' else kind}"
+# All commands of a list in one new process, which alone can have caches of its own.
+ONE_AFTER_ANOTHER = """
+import json, sys
+from launcher.cli import app
+for words in json.loads(sys.argv[1]):
+    try:
+        app(words, prog_name="maskwright")
+    except SystemExit as end:
+        assert not end.code, words
+    print("--- done", file=sys.stderr, flush=True)
+"""
+
+
+def write_input(kind: str, paragraphs: list[str], folder: Path) -> Path:
+    source = folder / f"input.{'txt' if kind == 'text' else kind}"
     if kind == "text":
         source.write_text("\n\n".join(paragraphs))
     elif kind == "jsonl":
@@ -286,26 +296,47 @@ def test_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(
         from datasets import Dataset
 
         Dataset.from_dict({"text": paragraphs}).to_parquet(source)
+    return source
+
+
+def test_prepare_writes_two_bytes_a_token_no_cache_and_says_first_how_much(workspace: Path, tmp_path: Path) -> None:
+    paragraphs = (workspace / "text.txt").read_text().split("\n\n") * 3
     caches = {name: tmp_path / name for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "TMPDIR")}
     for folder in caches.values():
         folder.mkdir()
-    output = tmp_path / "data"
-    arguments = ("--input", source, "--tokenizer", workspace / "tokenizer", "--output", output, "--workers", "1")
-    result = maskwright("prepare", *arguments, **{name: str(folder) for name, folder in caches.items()})
+    commands, kinds = [], ("text", "jsonl", "parquet")
+    for kind in kinds:
+        source, output = write_input(kind, paragraphs, tmp_path), tmp_path / f"data-{kind}"
+        words = ("--input", source, "--tokenizer", workspace / "tokenizer", "--output", output, "--workers", "1")
+        commands.append(["prepare", *map(str, words)])
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)],
+        env={**os.environ, **{name: str(folder) for name, folder in caches.items()}},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
     assert result.returncode == EXIT_FINISHED, result.stderr
+    for folder in caches.values():
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0, folder
+    said = result.stderr.split("--- done\n")
+    assert len(said) == len(kinds) + 1
+    for kind, shown in zip(kinds, said, strict=False):
+        assert_written_as_foreseen(tmp_path / f"data-{kind}", shown)
 
+
+def assert_written_as_foreseen(output: Path, shown: str) -> None:
+    """Two bytes a token and little beside them, of which the command has told before it wrote."""
     manifest = read_data_manifest(output)
     assert manifest.dtype == "<u2"
     written = sum(path.stat().st_size for path in output.glob("shard-*"))
     assert 2 * manifest.tokens <= written <= 2 * manifest.tokens + 8 * (manifest.documents + 1) + 64
     beside = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) - written
     assert beside < 100_000, "the tokenizer and the manifest"
-    for folder in caches.values():
-        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == 0, folder
 
-    estimate = re.search(r"Expect about ([\d,]+) tokens, ([\d.]+) kB of shards", result.stderr)
-    assert estimate, result.stderr
+    estimate = re.search(r"Expect about ([\d,]+) tokens, ([\d.]+) kB of shards", shown)
+    assert estimate, shown
     assert int(estimate[1].replace(",", "")) == pytest.approx(manifest.tokens, rel=0.1)
     expected_bytes = float(estimate[2]) * 1e3
     assert expected_bytes == pytest.approx(written, rel=0.1)
-    assert estimate.start() < result.stderr.index("longest document")
+    assert estimate.start() < shown.index("longest document")

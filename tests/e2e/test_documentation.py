@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,14 @@ def maskwright_commands() -> list[tuple[Path, list[str]]]:
     return found
 
 
+@cache
+def program() -> Any:
+    return typer.main.get_command(app)
+
+
 def parse(arguments: list[str]) -> list[str]:
     """Parse a command line as the program does, without running it; returns the names of the commands."""
-    command: Any = typer.main.get_command(app)
+    command = program()
     names: list[str] = []
     context = None
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -92,16 +91,15 @@ def launch(config: Config, folder: Path, **variables: str) -> Started:
     return start_maskwright("train", path, "--nproc-per-node", "2", **variables)
 
 
-def large_text(folder: Path) -> Path:
-    """Text of some 24 MB: six units of 4 MiB."""
+UNIT_BYTES = 1 << 16
+
+
+def text_of_six_units(folder: Path) -> Path:
+    """Six files that make a unit each, where units are of UNIT_BYTES."""
     folder.mkdir()
-    text = write_text(folder / "block.txt", documents=4000, seed=9).read_text()
-    generator = random.Random(0)
-    paragraphs = text.split("\n\n")
     for number in range(6):
-        generator.shuffle(paragraphs)
-        (folder / f"part-{number}.txt").write_text("\n\n".join(paragraphs * 6))
-    (folder / "block.txt").unlink()
+        path = write_text(folder / f"part-{number}.txt", documents=320, seed=number)
+        assert UNIT_BYTES / 2 < path.stat().st_size < UNIT_BYTES, "no two of them share one"
     return folder
 
 
@@ -112,11 +110,11 @@ def wait_for_units(run_dir: Path, count: int) -> None:
 
 @pytest.mark.timeout(1800)
 def test_killed_and_stopped_while_preparing_it_goes_on_and_the_bytes_are_those_of_prepare(
-    workspace: Path, tmp_path: Path
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, run_dir = large_text(tmp_path / "texts"), tmp_path / "run"
+    texts, run_dir = text_of_six_units(tmp_path / "texts"), tmp_path / "run"
     config = from_text(workspace, run_dir, texts, train={"steps": 1})
-    process = launch(config, tmp_path, **record_gate(tmp_path, 1))
+    process = launch(config, tmp_path, **record_gate(tmp_path, 1, UNIT_BYTES))
     wait_for_units(run_dir, 1)
     os.kill(rank_processes(process)[1], signal.SIGKILL)
     output = process.communicate(timeout=TIMEOUT_S)[0]
@@ -124,7 +122,7 @@ def test_killed_and_stopped_while_preparing_it_goes_on_and_the_bytes_are_those_o
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "text-cache").glob("*/.prepare/unit-*.json")}
     assert kept
 
-    process = launch(config, tmp_path, **record_gate(tmp_path, len(kept) + 1))
+    process = launch(config, tmp_path, **record_gate(tmp_path, len(kept) + 1, UNIT_BYTES))
     wait_for_units(run_dir, len(kept) + 1)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=TIMEOUT_S)[0]
@@ -132,10 +130,11 @@ def test_killed_and_stopped_while_preparing_it_goes_on_and_the_bytes_are_those_o
     assert "stopped on SIGTERM; the same command goes on" in output
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items()), "finished units are kept"
 
-    process = launch(config, tmp_path)
+    process = launch(config, tmp_path, **record_gate(tmp_path, 100, UNIT_BYTES))
     output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == EXIT_FINISHED, output
     clean = tmp_path / "clean"
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", UNIT_BYTES)
     prepare([str(texts)], str(workspace / "tokenizer"), str(clean), workers=2, validation_fraction=0.1)
     [folder] = cached(run_dir)
     assert files_of(folder) == files_of(clean)

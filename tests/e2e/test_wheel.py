@@ -92,8 +92,8 @@ def test_it_works_in_a_folder_whose_files_have_the_names_of_modules(
     assert "#SBATCH" in run(
         [maskwright, "submit", "my.yaml", "--nodes", "1", "--gpus-per-node", "2", "--dry-run"], tmp_path
     )
-    run([maskwright, "validate", "my.yaml", "model.preset=nezha-base"], tmp_path)  # whose code is no module of ours
-    said = run([maskwright, "train", "my.yaml", "--nproc-per-node", "2"], tmp_path)
+    nezha = "model.preset=nezha-base"  # whose code is no module of ours
+    said = run([maskwright, "train", "my.yaml", nezha, "--nproc-per-node", "2"], tmp_path)
     assert "step 3/3" in said and "finished: 3 steps" in said
     assert (checkpoints_folder(tmp_path / "run") / "step-00000003" / "manifest.json").is_file()
     assert "wrote" in run([maskwright, "report", "run"], tmp_path)  # whose template ships

@@ -114,7 +114,9 @@ def test_no_logit_depends_on_a_later_token(model_type: str, tmp_path: Path) -> N
     hook.remove()
 
 
-@pytest.mark.parametrize("model_type", CAUSAL_ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("model_type", "pieces"), [*((name, 4) for name in CAUSAL_ARCHITECTURES), ("llama", 1)], indirect=["pieces"]
+)
 def test_one_graph_serves_all_batches(model_type: str, pieces: int, tmp_path: Path) -> None:
     model, made = lively_model(tmp_path, model_type), batch()
     forward, criterion = Forward(model, CPU), LanguageModelLoss(TERM)

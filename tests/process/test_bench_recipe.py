@@ -43,7 +43,6 @@ def test_every_arm_begins_with_the_same_model_and_ends_at_the_loss(workspace: Pa
     done = maskwright(
         "bench", "recipe", path, "optimizer.eps=1e-7", "--to-loss", "5.9", "--seeds", "4", "--every-steps", "5",
         "--dir", tmp_path / "runs", "--chart", chart, "--json",
-        fresh=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     arms = json.loads(done.stdout)["arms"]

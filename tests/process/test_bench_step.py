@@ -205,21 +205,19 @@ def test_a_group_leaves_out_what_the_machine_cannot_run(monkeypatch: pytest.Monk
 def test_a_benchmark_that_is_ended_leaves_nobody_measuring(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path)
     size = ("--micro", "2", "--seq-len", "32", "--steps", "100000", "--rounds", "1")
-    bench_process = start_maskwright(
-        "bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size, fresh=True
-    )
+    bench_process = start_maskwright("bench", "step", "--variants", "torch", "--model", model, "--ranks", "2", *size)
     parent = psutil.Process(bench_process.pid)
 
     ranks = list[psutil.Process]()
 
-    def are_there() -> bool:
+    def are_at_work() -> bool:
         nonlocal ranks
         assert bench_process.poll() is None
         with contextlib.suppress(psutil.Error):  # one that ends meanwhile
-            ranks = [child for child in parent.children() if any("run_variant" in word for word in child.cmdline())]
+            ranks = [child for child in parent.children() if child.cpu_times().user > 0.2]
         return len(ranks) == 2
 
-    wait_for(are_there, "two ranks", poll_s=0.1)
+    wait_for(are_at_work, "two ranks", poll_s=0.1)
     bench_process.terminate()
     bench_process.communicate(timeout=TIMEOUT_S)
     _, alive = psutil.wait_procs(ranks, timeout=TIMEOUT_S)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.command import parse_count
 from tests.waiting import TIMEOUT_S
 
@@ -73,9 +75,9 @@ def test_help_answers_in_half_a_second() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_of_every_command_has_an_example(command: tuple[str, ...]) -> None:
-    result = maskwright(*command, "--help")
-    assert result.returncode == 0
-    assert f"  maskwright {' '.join(command)} " in result.stdout
+    result = CliRunner().invoke(app, [*command, "--help"], prog_name="maskwright", env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert f"  maskwright {' '.join(command)} " in result.output
 
 
 def test_version() -> None:

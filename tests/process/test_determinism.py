@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.commands import call_forked
 from tests.ranks import losses, tiny_config, train
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED, UserError
-
-SETTINGS = """
-import os, torch
 from trainer.model.attention_backend import preferring
 from trainer.runtime.determinism import make_deterministic
-print(make_deterministic(torch.device("cuda", 0)).partition(":")[0])
-print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled())
-print(torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
-print(torch._inductor.config.deterministic)
-with preferring("flash", torch.device("cpu")):
-    cuda = torch.backends.cuda
-    print(cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled())
-"""
+
+
+def settings_of_a_start() -> dict[str, Any]:
+    """What is settled, by name, in this process."""
+    found: dict[str, Any] = {"note": make_deterministic(torch.device("cuda", 0)).partition(":")[0]}
+    found["workspace"] = os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    found["algorithms"] = torch.are_deterministic_algorithms_enabled()
+    found["warns only"] = torch.is_deterministic_algorithms_warn_only_enabled()
+    found["fills"] = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    found["inductor"] = torch._inductor.config.deterministic
+    with preferring("flash", torch.device("cpu")):
+        kinds = ("flash", "math", "mem_efficient", "cudnn")
+        found["kernels"] = {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds}
+    return found
 
 
 def test_on_a_gpu_all_that_makes_the_bits_of_a_start_is_settled() -> None:
     """In a process of its own, which nothing else is computed in; none of it needs the GPU."""
-    result = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == [
-        "deterministic",
-        ":4096:8 True",
-        "False False",
-        "True",
-        "True True False False",
-    ]
+    assert call_forked(settings_of_a_start) == {
+        "note": "deterministic",
+        "workspace": ":4096:8",
+        "algorithms": True,
+        "warns only": False,
+        "fills": False,
+        "inductor": True,
+        "kernels": {"flash": True, "math": True, "mem_efficient": False, "cudnn": False},
+    }
 
 
 def test_on_a_cpu_nothing_changes(workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

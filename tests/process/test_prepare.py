@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from tests.commands import start_maskwright
 from tests.conftest import write_text
 from tests.gate import record_gate
 from tests.preparing import folder_hashes, quiet_console, read_token_documents
@@ -91,13 +92,13 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
     tmp_path: Path, tokenizer: Path, run_prepare, monkeypatch, killed
 ) -> None:
     """faults.md 20: the rerun redoes only unfinished units and its result equals an uninterrupted run's."""
-    path = write_text(tmp_path / "text.txt", documents=6000, seed=5)
+    path = write_text(tmp_path / "text.txt", documents=1500, seed=5)
     output = tmp_path / "killed"
     code = textwrap.dedent(f"""
         import tools.prepare.plan
         from rich.console import Console
         from tools.prepare import prepare
-        tools.prepare.plan.MINIMUM_UNIT_BYTES = 65536
+        tools.prepare.plan.MINIMUM_UNIT_BYTES = 16384
         prepare([{str(path)!r}], {str(tokenizer)!r}, {str(output)!r}, workers=2, console=Console())
     """)
     environ = {**os.environ, **record_gate(tmp_path, 2)}
@@ -115,7 +116,7 @@ def test_a_killed_run_continues_and_gives_the_same_bytes(
 
     done = [record.stem.replace("unit", "shard") for record in (output / PREPARE_WORK_FOLDER).glob("unit-*.json")]
     times = {name: (output / f"{name}.tok").stat().st_mtime_ns for name in done}
-    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 65536)
+    monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 16384)
     run_prepare([path], output)
     run_prepare([path], tmp_path / "clean", workers=2)
 
@@ -321,17 +322,12 @@ def test_the_estimate_and_the_summary_are_printed(tmp_path: Path, run_prepare) -
 def test_a_killed_worker_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     """Held before its record gets its name: one that had finished would not be missed."""
     path, output = write_text(tmp_path / "text.txt", documents=100, seed=1), tmp_path / "data"
-    command = [sys.executable, "-m", "launcher", "prepare", "--input", str(path), "--tokenizer", str(tokenizer)]
-    process = subprocess.Popen(
-        [*command, "--output", str(output), "--workers", "1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **record_gate(tmp_path, 0)},
-    )
+    words = ("--input", path, "--tokenizer", tokenizer, "--output", output, "--workers", "1")
+    process = start_maskwright("prepare", *words, **record_gate(tmp_path, 0))
     wait_for(lambda: any((output / PREPARE_WORK_FOLDER).glob("*unit-00000.json*")), "the record")
-    (worker,) = (each for server in psutil.Process(process.pid).children() for each in server.children())
+    (worker,) = psutil.Process(process.pid).children()  # forked, as all of tests is, by no server
     worker.kill()
-    _, printed = process.communicate(timeout=TIMEOUT_S)
+    printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1, printed
     assert "A worker process was killed by signal 9." in printed
     assert f"bytes 0 to {path.stat().st_size:,} of 'text.txt'" in printed.replace("\n", " ")

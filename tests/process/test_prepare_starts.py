@@ -118,7 +118,7 @@ def test_without_the_options_everything_is_as_it_was(tmp_path: Path) -> None:
 def test_chinese_words_whatever_the_number_of_workers(tmp_path: Path, chinese: Path, monkeypatch) -> None:
     monkeypatch.setattr("tools.prepare.plan.MINIMUM_UNIT_BYTES", 16384)
     hashes = []
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         summary = prepare(
             [str(chinese / "texts")],
             str(chinese / "tokenizer"),
@@ -131,7 +131,7 @@ def test_chinese_words_whatever_the_number_of_workers(tmp_path: Path, chinese: P
             console=quiet_console(),
         )
         hashes.append(folder_hashes(tmp_path / str(workers)))
-    assert hashes[0] == hashes[1] == hashes[2]
+    assert hashes[0] == hashes[1]
     assert summary.splits["train"].shards > 2
     assert sum(name.endswith((".wrd", ".snt")) for name in hashes[0]) == 2 * sum(
         name.endswith(".tok") for name in hashes[0]

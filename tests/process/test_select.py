@@ -106,9 +106,7 @@ def test_the_files_do_not_depend_on_workers_and_are_read_by_prepare(
 def test_the_command_says_what_it_chose_and_names_mistakes(texts: tuple[Path, set[str]], tmp_path: Path) -> None:
     folder, _ = texts
     paths = ("--from", *map(str, sorted((folder / "corpus").iterdir())), "--like", str(folder / "like.txt"))
-    done = maskwright(
-        "data", "select", *paths, "--share", "0.02", "--output", str(tmp_path / "a"), "--json", fresh=True
-    )
+    done = maskwright("data", "select", *paths, "--share", "0.02", "--output", str(tmp_path / "a"), "--json")
     report = json.loads(done.stdout)
     assert (done.returncode, report["documents"], report["chosen"]) == (0, DOCUMENTS, 60)
     for more, said in (
@@ -116,20 +114,12 @@ def test_the_command_says_what_it_chose_and_names_mistakes(texts: tuple[Path, se
         (("--share", "0.1", "--documents", "3"), "said twice"),
         (("--share", "0.1", "--field", "body"), "body"),
     ):
-        done = maskwright("data", "select", *paths, *more, "--output", str(tmp_path / "b"), fresh=True)
+        # What fails in a worker has a new interpreter, with the workers and the end of one.
+        done = maskwright("data", "select", *paths, *more, "--output", str(tmp_path / "b"), fresh=said == "body")
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "b").exists()
     (tmp_path / "empty.txt").write_text("\n\n")
-    done = maskwright(
-        "data",
-        "select",
-        *paths[:-1],
-        str(tmp_path / "empty.txt"),
-        "--share",
-        "0.1",
-        "--output",
-        str(tmp_path / "b"),
-        fresh=True,
-    )
+    empty = (*paths[:-1], str(tmp_path / "empty.txt"), "--share", "0.1")
+    done = maskwright("data", "select", *empty, "--output", str(tmp_path / "b"))
     assert done.returncode == 2 and "--like" in done.stderr
 
 

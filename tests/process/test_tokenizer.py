@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, pipeline
 
+from tests.commands import call_forked
 from tests.conftest import write_text
 from tests.preparing import folder_hashes, quiet_console
 from tools.tokenizer import train_tokenizer
@@ -73,10 +72,9 @@ def test_the_identity_survives_saving(trained: tuple[str, Path], tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["bytelevel-bpe", "wordpiece", "character"])
 def test_the_same_text_gives_the_same_files(text: Path, tmp_path: Path, kind: str) -> None:
-    """In another process, because the trainers' hash maps have a random order in each."""
+    """In a child of another interpreter, because the trainers' hash maps have a random order in each."""
     train_tokenizer([str(text)], tmp_path / "here", kind, 280, quiet_console())
-    code = f"from tools.tokenizer import train_tokenizer as t; t([{str(text)!r}], 'there', {kind!r}, 280)"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    call_forked(train_tokenizer, [str(text)], tmp_path / "there", kind, 280)
 
     assert folder_hashes(tmp_path / "here") == folder_hashes(tmp_path / "there")
 

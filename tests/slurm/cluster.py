@@ -25,6 +25,7 @@ from tests.waiting import TIMEOUT_S
 
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 2
+_POLL_S = 0.3  # most conditions take a command of SLURM's, which takes a processor while jobs are at work
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
@@ -120,10 +121,15 @@ class SlurmCluster:
         return set(counts) != {"0"}
 
     def kill_node(self, node: str) -> None:
-        """Make a node die: its slurmd and all that runs under it, at once. SLURM takes half a minute to notice."""
+        """Make a node die: its slurmd and all that runs under it, at once. SLURM takes minutes to notice."""
         daemon = self._daemons.pop(f"slurmd {node}")
         self._kill_all(node)
         daemon.wait()
+
+    def notice(self, node: str) -> None:
+        """Have SLURM notice now that a node is dead: it ends the node's jobs, and does not wait for an answer."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
+        self.wait_for_nodes([node], "DOWN")
 
     def wait_for_nodes(self, nodes: Iterable[str], state: str = "IDLE", seconds: float = TIMEOUT_S) -> None:
         """Wait until nodes are in a state, such as IDLE or DOWN."""
@@ -171,7 +177,7 @@ class SlurmCluster:
                 f"{' and '.join(dead) + ' ended' if dead else f'{seconds:g} s passed'} while waiting for {what}\n"
                 f"{self.run('squeue', '--all', check=False)}\n{self.logs()}"
             )
-            time.sleep(0.1)
+            time.sleep(_POLL_S)
 
     def logs(self) -> str:
         """The ends of the daemons' logs, for the message of a failed test."""
@@ -220,7 +226,10 @@ class SlurmCluster:
             time.sleep(0.02)
 
     def _configuration(self) -> str:
-        """See slurm.conf(5). `cred_expire` brings a requeued job back within seconds."""
+        """See slurm.conf(5). `cred_expire` brings a requeued job back within seconds.
+
+        SlurmdTimeout is as long as usual: a job has its time to find out about a dead node, on a busy machine as well.
+        """
         controller, *ports = _free_ports(1 + len(NODES))
         first_job = 1 + secrets.randbelow(
             20_000
@@ -250,7 +259,7 @@ class SlurmCluster:
             "ReturnToService": 2,
             "JobRequeue": 1,
             "KillWait": 5,
-            "SlurmdTimeout": 10,
+            "SlurmdTimeout": 300,
             "MpiDefault": "none",
         }
         text = "".join(f"{key}={value}\n" for key, value in lines.items())

@@ -47,7 +47,7 @@ def test_a_chain_survives_a_lost_batch_host_and_scancel_and_a_script_is_submitte
     assert f"Another job trains in this run folder: SLURM job {first}, " in job_logs(run_dir)
 
     cluster.kill_node("n1")  # the batch host, and rank 0
-    cluster.wait_for_nodes(["n1"], "DOWN")
+    cluster.notice("n1")
     cluster.start_node("n1")
     (end,) = cluster.wait(first)
     assert (end.state, end.restarts) == ("NODE_FAIL", 0)
