@@ -33,12 +33,12 @@ OTHER_LAYOUT: dict[str, Any] = {
 }  # two micro-batches on each of two ranks
 every_case = pytest.mark.parametrize("name", CASES)
 SHARING = ("mlm and sop", "rtd", "rtd, disentangled")
-"""Where one weight serves in several places, which is what a stage has to get right; the others leave it alone."""
+"""Where layers, or two models, share weights: more than a tied head, whose gradients a stage has to add up."""
 MODELS = (
     *("mlm", "mlm by words, documents, code of its own", "mlm and nsp", "mlm and sop", "mlm, taught"),
     *("clm", "plm", "rtd", "rtd, disentangled", "rtd, documents"),
 )
-"""Cases of which no two have the same model, and the same beside it."""
+"""Cases without those that differ from another one in masks or blocks alone, and have its model."""
 
 
 @pytest.fixture(scope="module")
