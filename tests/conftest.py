@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if os.environ.get("MASKWRIGHT_GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's: exact, and with any number of ranks
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, and its kernels when they are made
+    os.environ["TORCH_WARM_POOL"] = "0"  # processes that compile for Triton alone, which a CPU has no use for
 
 import gc
 import random

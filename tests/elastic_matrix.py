@@ -94,7 +94,7 @@ def resume_all(
 
 
 def run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] = ()) -> None:
-    """Train each config on so many ranks, one after the other; where it says so, no further than to SAVED_STEP."""
+    """Train each config on so many ranks, one after the other; where it says so, no further than to its first save."""
     codes = run_ranks(_train_all, ranks, configs, stopped)
     assert codes == [EXIT_FINISHED] * ranks, codes
 
@@ -102,9 +102,9 @@ def run_in_turn(ranks: int, configs: Sequence[Config], stopped: Sequence[bool] =
 class _AfterTheSave(StopRequest):
     """A request to stop that comes when a checkpoint is there."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self._checkpoint = run_dir / f"checkpoints/step-{SAVED_STEP:08d}"
+        self._checkpoint = Path(config.run.dir) / f"checkpoints/step-{config.checkpoint.every_steps:08d}"
 
     @property
     def received(self) -> bool:
@@ -115,7 +115,7 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
     """Runs on each rank: one process group for all runs, because to import and to start is most of a short run.
 
     Args:
-        stopped: whether a run ends with the step that is saved; none does by default.
+        stopped: whether a run ends with the first step that is saved; none does by default.
     """
     from trainer.inputs.inputs import open_inputs
     from trainer.liveness.activity import Activity
@@ -135,7 +135,7 @@ def _train_all(configs: Sequence[Config], stopped: Sequence[bool] = ()) -> int:
             world=world,
             resume="auto",
             is_dry=False,
-            stop=_AfterTheSave(run_dir) if stops else StopRequest(),
+            stop=_AfterTheSave(config) if stops else StopRequest(),
             folder=run_dir,
             lock=RunLock(run_dir, print),  # not taken: nobody else trains here
             console=TrainingConsole(sys.stdout, is_silent=not world.is_main),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -10,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,7 @@ FORK_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["trainer.train", "tools.prepare.on_demand", "tests.forked", "tests.warm"])
 FORK_SERVER.set_forkserver_preload = lambda module_names: None  # type: ignore[method-assign]  # what is tested has one too
 EXIT_ERROR = 99
+_PORTS = itertools.count()
 
 
 def train(
@@ -154,9 +156,17 @@ def _rank(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Find a port that nobody has, and that nobody is given before it is used.
+
+    It is above those of jobs of SLURM, and below those that the kernel gives away; each process of tests has 100 of
+    its own.
+    """
+    first = 30_000 + os.getpid() % 27 * 100
+    while True:
+        port = first + next(_PORTS) % 100
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 TINY_ROBERTA = {

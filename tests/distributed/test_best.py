@@ -105,12 +105,14 @@ def test_convert_takes_the_best_where_it_is_asked_to_and_names_it_otherwise(
     assert not torch.equal(*(model.get_input_embeddings().weight for model in models))
 
 
-@pytest.mark.parametrize("in_background", [False, True])
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize(("step", "in_background"), [(1, False), (2, False), (2, True), (3, False)])
 def test_a_run_that_is_killed_knows_its_best_all_the_same(
-    in_background: bool, step: int, clean: Path, workspace: Path, tmp_path: Path
+    step: int, in_background: bool, clean: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    """Killed in the step of the best save, where it has evaluated; before it commits; and a few steps later."""
+    """Killed in the step of the best save, where it has evaluated; before it commits; and a few steps later.
+
+    In the background a save is another one from its beginning to its commit alone.
+    """
     best = state_of(clean).best_step
     assert best is not None
     config = rising(workspace, tmp_path, checkpoint={"async": in_background})
@@ -213,17 +215,15 @@ def end_by(patience: int, found: list[tuple[int, float]]) -> tuple[int, int]:
     raise AssertionError(f"this shows nothing: {found}")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_patience_ends_the_run_saved_and_finished(ranks: int, workspace: Path, tmp_path: Path) -> None:
-    whole, early = tmp_path / "whole", tmp_path / "early"
-    assert train(rising(workspace, whole), ranks) == EXIT_FINISHED
-    end, best = end_by(2, evaluations(whole))
+def test_patience_ends_the_run_saved_and_finished(clean: Path, workspace: Path, tmp_path: Path) -> None:
+    early = tmp_path / "early"
+    end, best = end_by(2, evaluations(clean))
     config = rising(workspace, early, eval={"patience": 2})
-    assert run_ranks(killed_in, ranks, config, end) == [KILLED] * ranks
-    assert train(config, ranks) == EXIT_FINISHED
+    assert run_ranks(killed_in, 2, config, end) == [KILLED] * 2
+    assert train(config, 2) == EXIT_FINISHED
     state = state_of(early, end)
     assert (state.best_step, state.evaluations_since_best) == (best, 2)
-    assert losses(early) == losses(whole)[:end], "up to there, the learning rate included, it is the same run"
+    assert losses(early) == losses(clean)[:end], "up to there, the learning rate included, it is the same run"
     assert {end, best} <= {candidate.step for candidate in candidates(early)}
     status = read_status(early)
     assert status is not None and (status.state, status.step) == ("finished", end)
@@ -234,15 +234,15 @@ def test_patience_ends_the_run_saved_and_finished(ranks: int, workspace: Path, t
 
     before = {path: path.read_bytes() for path in (early / "metrics.jsonl", early / "status.json")}
     for resume in ("auto", "must"):
-        assert train(config, ranks, resume=resume) == EXIT_FINISHED
+        assert train(config, 2, resume=resume) == EXIT_FINISHED
     assert {path: path.read_bytes() for path in before} == before, "nothing is left to do"
 
-    later, same = end_by(3, evaluations(whole))
+    later, same = end_by(3, evaluations(clean))
     assert later > end and same == best
-    assert train(rising(workspace, early, eval={"patience": 3}), ranks) == EXIT_FINISHED
+    assert train(rising(workspace, early, eval={"patience": 3}), 2) == EXIT_FINISHED
     assert state_of(early, later).evaluations_since_best == 3
-    assert train(rising(workspace, early), ranks) == EXIT_FINISHED
-    assert losses(early) == losses(whole) and state_of(early) == state_of(whole)
+    assert train(rising(workspace, early), 2) == EXIT_FINISHED
+    assert losses(early) == losses(clean) and state_of(early) == state_of(clean)
 
 
 def test_it_is_known_on_other_ranks_and_judged_anew_on_other_blocks_and_in_another_run(

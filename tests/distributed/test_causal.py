@@ -123,7 +123,8 @@ def test_logits_in_pieces_change_nothing_in_any_layout(workspace: Path, tmp_path
 
 def test_attention_within_documents(workspace: Path, tmp_path: Path) -> None:
     def config(name: str, **sections: Any) -> Config:
-        made = config_of(workspace, tmp_path / name, "gpt2", **sections)
+        steps = {"train": {"steps": 4}, "eval": {"every_steps": None}, "checkpoint": {"every_steps": None}}
+        made = config_of(workspace, tmp_path / name, "gpt2", **steps, **sections)
         return made.model_copy(update={"model": made.model.model_copy(update={"document_attention": True})})
 
     assert train(config("one")) == EXIT_FINISHED

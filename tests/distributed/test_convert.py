@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +24,42 @@ from trainer.checkpoint.contents import Probe, read_probe
 from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, DamagedError, UserError
 
 
-@pytest.fixture(scope="module", params=["zero0", "zero1", "zero2", "zero3"])
-def trained(request: pytest.FixtureRequest, workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp(request.param)
-    config = tiny_config(
-        workspace,
-        run_dir,
-        deepspeed=request.param,
-        data={"validation": str(workspace / "data")},
-        eval={"every_steps": 10, "samples": 32},
-    )
-    assert train(config, 2) == EXIT_FINISHED
-    return run_dir
+@pytest.fixture(scope="module")
+def run_of(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a run of 8 steps on 2 ranks by a preset, once."""
+
+    @cache
+    def make(preset: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(preset)
+        config = tiny_config(
+            workspace,
+            run_dir,
+            deepspeed=preset,
+            train={"steps": 8},
+            data={"validation": str(workspace / "data")},
+            eval={"every_steps": 4, "samples": 32},
+        )
+        assert train(config, 2) == EXIT_FINISHED
+        return run_dir
+
+    return make
+
+
+@pytest.fixture(params=["zero0", "zero1", "zero2", "zero3"])
+def of_each_stage(request: pytest.FixtureRequest, run_of: Callable[[str], Path]) -> Path:
+    return run_of(request.param)
+
+
+@pytest.fixture
+def trained(run_of: Callable[[str], Path]) -> Path:
+    return run_of("zero2")
 
 
 def test_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
-    trained: Path, workspace: Path, tmp_path: Path
+    of_each_stage: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    conversion = convert(str(trained), str(tmp_path / "model"), "float32", "5GB", make_console())
-    assert conversion.step == 20
+    conversion = convert(str(of_each_stage), str(tmp_path / "model"), "float32", "5GB", make_console())
+    assert conversion.step == 8
     assert conversion.difference_from_training == 0.0
     assert conversion.difference_after_reload == 0.0
     model, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", output_loading_info=True)
@@ -50,7 +68,7 @@ def test_every_stage_converts_and_the_logits_are_those_of_training_bit_for_bit(
     assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
 
     # And by hand, without any of our model code: the stock forward pass gives the logits that training recorded.
-    probe = read_probe(trained / "checkpoints" / "step-00000020")
+    probe = read_probe(of_each_stage / "checkpoints" / "step-00000008")
     with torch.no_grad():
         logits = model.eval()(**probe.inputs).logits.flatten(0, 1)[probe.prediction_index]
     torch.testing.assert_close(logits[: len(probe.logits)], probe.logits, rtol=0, atol=1e-5)
@@ -82,7 +100,7 @@ def test_the_model_card_tells_data_steps_settings_curve_and_perplexity(trained: 
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     for expected in (
         "`RobertaForMaskedLM`",
-        "| tokens seen | 5,120 |",
+        "| tokens seen | 2,048 |",
         "validation perplexity of masked tokens",
         "| batch | 8 sequences |",
         "linear, 4 warm-up steps",
@@ -107,12 +125,12 @@ def test_sharded_output_loads(trained: Path, tmp_path: Path) -> None:
     AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
 
 
-def test_a_damaged_or_missing_checkpoint_leaves_no_output(trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_checkpoint_leaves_no_output(of_each_stage: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
-    shutil.copytree(trained, copy)
-    victim = next((copy / "checkpoints" / "step-00000020").glob("*states.pt"))
+    shutil.copytree(of_each_stage, copy)
+    victim = next((copy / "checkpoints" / "step-00000008").glob("*states.pt"))
     os.truncate(victim, 100)
-    with pytest.raises(DamagedError, match=rf"step-00000020: {victim.name}: 100 bytes instead of"):
+    with pytest.raises(DamagedError, match=rf"step-00000008: {victim.name}: 100 bytes instead of"):
         convert(str(copy), str(tmp_path / "model"), "float32", "5GB", make_console())
     with pytest.raises(DamagedError, match=victim.name):
         convert(str(victim.parent), str(tmp_path / "model"), "float32", "5GB", make_console())
@@ -152,8 +170,8 @@ def test_weights_that_do_not_give_trainings_logits_are_refused(trained: Path, tm
     from trainer.checkpoint.manifest import read_checkpoint_manifest, write_manifest
     from trainer.runtime.files import file_hash
 
-    copy = tmp_path / "run" / "checkpoints" / "step-00000020"
-    shutil.copytree(trained / "checkpoints" / "step-00000020", copy)
+    copy = tmp_path / "run" / "checkpoints" / "step-00000008"
+    shutil.copytree(trained / "checkpoints" / "step-00000008", copy)
     probe = load_file(copy / "probe.safetensors")
     probe["logits"][0, 0] += 1.0
     save_file(probe, copy / "probe.safetensors")

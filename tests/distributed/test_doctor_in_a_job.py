@@ -65,10 +65,10 @@ def test_bad_nodes_are_named_and_nobody_waits_for_ever(tmp_path: Path) -> None:
     """The second node has another folder, the third one never comes."""
     port, folders = free_port(), [tmp_path / "run", tmp_path / "elsewhere"]
     folders[1].mkdir()
-    nodes = [start_node(folder, rank, 3, port, answer_s=40) for rank, folder in enumerate(folders)]
+    nodes = [start_node(folder, rank, 3, port, answer_s=20) for rank, folder in enumerate(folders)]
     codes, outputs, found = outcome(nodes, tmp_path / "run")
     assert codes == [EXIT_USER_MISTAKE, EXIT_FINISHED], outputs
     assert found["bad_nodes"] == ["node-1", "node-2"] and not found["ok"]
     assert "--exclude=node-1,node-2" in outputs[0]
     assert "shared folder (node-1): it does not see what node-0 wrote" in outputs[0]
-    assert "answer (node-2): none in 40 s" in outputs[0]
+    assert "answer (node-2): none in 20 s" in outputs[0]

@@ -71,17 +71,17 @@ def start(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(start: Path, workspace: Path, tmp_path: Path) -> Any:
     def make(run: str, frozen: Sequence[str] = ENCODER, dropout: bool = False, **sections: Any) -> Config:
         model = {"preset": None, "from_pretrained": str(start), "tokenizer": None, "frozen": list(frozen)}
-        given = {"train": {"steps": 8}, "checkpoint": {"every_steps": 4, "keep_last": 9}, **sections}
+        given = {"train": {"steps": 4}, "checkpoint": {"every_steps": 2, "keep_last": 9}, **sections}
         given["model"] = {**model, "overrides": DROPOUT if dropout else {}, **given.get("model", {})}
         return tiny_config(workspace, tmp_path / run, **given)
 
     return make
 
 
-def of_layout(layout: tuple[str, ...], steps: int = 8) -> dict[str, Any]:
+def of_layout(layout: tuple[str, ...]) -> dict[str, Any]:
     """Sections of a preset, a precision and, if it is another, that in which gradients are added up."""
     preset, precision, *accumulation = layout
-    train = {"steps": steps, "precision": precision, "gradient_accumulation_dtype": None}
+    train = {"steps": 4, "precision": precision, "gradient_accumulation_dtype": None}
     if accumulation:
         train["gradient_accumulation_dtype"] = accumulation[0]
     return {"deepspeed": preset, "train": train, "batch": {"micro_size": 2}}
@@ -109,7 +109,7 @@ def trained(start: Path, workspace: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("trained")
     model = {"preset": None, "from_pretrained": str(start), "tokenizer": None, "frozen": ENCODER, "overrides": {}}
     configs = {
-        name: tiny_config(workspace, folder / name, model=model, **of_layout(layout, steps=4))
+        name: tiny_config(workspace, folder / name, model=model, **of_layout(layout))
         for name, layout in zip(NAMES, LAYOUTS, strict=True)
     }
     run_in_turn(2, list(configs.values()))
@@ -223,14 +223,18 @@ def test_layers_that_are_frozen_are_recomputed_as_any(config_of: Any) -> None:
     assert curves[4] != curves[0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+OF_EACH_STAGE = [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "fp16"), ("zero3", "bf16")]
+RESUMED = {1: OF_EACH_STAGE, 2: [*OF_EACH_STAGE, *LAYOUTS[1:4], LAYOUTS[-1]]}
+
+
+@pytest.mark.parametrize("ranks", RESUMED)
 def test_a_resume_is_bit_equal_with_dropout(ranks: int, config_of: Any) -> None:
-    layouts = [*LAYOUTS[:4], ("zero1", "bf16"), ("zero3", "bf16"), ("zero2", "fp16"), LAYOUTS[-1]]
+    layouts = RESUMED[ranks]
     configs = [config_of(" ".join(layout), dropout=True, **of_layout(layout)) for layout in layouts]
     run_in_turn(ranks, configs)
     clean = [losses(Path(config.run.dir)) for config in configs]
     for config in configs:
-        shutil.rmtree(checkpoint(config, 8))
+        shutil.rmtree(checkpoint(config, 4))
     run_in_turn(ranks, configs)
     assert [losses(Path(config.run.dir)) for config in configs] == clean
 
@@ -255,34 +259,34 @@ def test_another_layout_goes_on_with_the_same_bits(config_of: Any, tmp_path: Pat
         group = [config for count, config in first if count == ranks]
         run_in_turn(ranks, group)
     for _, config in first:
-        shutil.rmtree(checkpoint(config, 8))
+        shutil.rmtree(checkpoint(config, 4))
     for ranks in (1, 2):
         run_in_turn(ranks, [config for count, config in then if count == ranks])
     reference = losses(Path(first[2][1].run.dir))  # fp32 throughout
     for number, (_, config) in enumerate(then):
         found = losses(Path(config.run.dir))
         assert found == pytest.approx(reference, abs=1e-5 if number == 2 else 1e-2, rel=0)
-        ours, theirs = ZeroFiles(checkpoint(config, 8)).frozen, ZeroFiles(checkpoint(config, 4)).frozen
+        ours, theirs = ZeroFiles(checkpoint(config, 4)).frozen, ZeroFiles(checkpoint(config, 2)).frozen
         assert the_same(ours, theirs) == set(ours)
         converted(config.run.dir, tmp_path / f"model {number}")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(config_of: Any, tmp_path: Path) -> None:
-    sections = {"deepspeed": "zero2", "train": {"steps": 12, "precision": "bf16"}}
+    sections = {"deepspeed": "zero2", "train": {"steps": 6, "precision": "bf16"}}
     clean, config = (config_of(run, dropout=True, **sections) for run in ("clean", "killed"))
     assert train(clean, 2) == EXIT_FINISHED
     command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
     gate = Gate(tmp_path)
-    gate.close_after(6)
+    gate.close_after(3)
     process = start_maskwright(*command, **gate.environment)
-    wait_for_step(process, Path(config.run.dir), 6)
+    wait_for_step(process, Path(config.run.dir), 3)
     os.kill(rank_processes(process)[0], signal.SIGKILL)
     gate.open()
     process.communicate(timeout=TIMEOUT_S)
     process = start_maskwright(*command, **gate.environment)
     output = process.communicate(timeout=TIMEOUT_S)[0]
     assert process.returncode == EXIT_FINISHED, output
-    assert "resuming from step-00000004" in output
+    assert "resuming from step-00000002" in output
     assert losses(Path(config.run.dir)) == losses(Path(clean.run.dir))
 
 
@@ -310,33 +314,30 @@ def test_what_begins_to_train_on_a_resume_is_updated_as_plain_torch_does(
     config_of: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With moments, and a count of updates, of its own; and then bit-equal again, and in another layout to 1e-5."""
-    sections = {"train": {"steps": 12}, "batch": {"micro_size": 2}}
+    sections = {"train": {"steps": 6}, "batch": {"micro_size": 2}}
     presets = ["zero0", "zero1", "zero2", "zero3"]
     frozen = [config_of(preset, deepspeed=preset, **sections) for preset in presets]
     free = [config_of(preset, [], deepspeed=preset, **sections) for preset in presets]
-    run_in_turn(2, frozen)
-    for config in frozen:
-        shutil.rmtree(checkpoint(config, 8))
-        shutil.rmtree(checkpoint(config, 12))
+    run_in_turn(2, frozen, stopped=[True] * len(frozen))
     capsys.readouterr()
     run_in_turn(2, free)
     shown = capsys.readouterr().out
-    size = sum(weight.numel() for weight in ZeroFiles(checkpoint(frozen[0], 4)).frozen.values())
+    size = sum(weight.numel() for weight in ZeroFiles(checkpoint(frozen[0], 2)).frozen.values())
     assert f"frozen: 32 weights of {size:,} parameters begin to train, with fresh moments" in shown
     assert "model.frozen ['roberta.encoder.*'] → []" in shown
-    expected = plain_losses(free[0], "roberta.encoder.", until=4)
+    expected = plain_losses(free[0], "roberta.encoder.", until=2)
     for config in free:
         assert losses(Path(config.run.dir)) == pytest.approx(expected, abs=1e-5, rel=0), config.deepspeed
-        updates = ZeroFiles(checkpoint(config, 8)).updates
-        assert (updates[QUERY], updates[TABLE]) == (4, 8)
-        assert not (checkpoint(config, 8) / FROZEN).exists()
+        updates = ZeroFiles(checkpoint(config, 4)).updates
+        assert (updates[QUERY], updates[TABLE]) == (2, 4)
+        assert not (checkpoint(config, 4) / FROZEN).exists()
 
     clean = [losses(Path(config.run.dir)) for config in free]
     for config in free:
-        shutil.rmtree(checkpoint(config, 12))
+        shutil.rmtree(checkpoint(config, 6))
     run_in_turn(2, free)
     assert [losses(Path(config.run.dir)) for config in free] == clean
-    shutil.rmtree(checkpoint(free[3], 12))
+    shutil.rmtree(checkpoint(free[3], 6))
     assert train(config_of("zero3", [], deepspeed="zero1", **sections)) == EXIT_FINISHED
     assert losses(Path(free[3].run.dir)) == pytest.approx(expected, abs=1e-5, rel=0)
 
@@ -344,21 +345,21 @@ def test_what_begins_to_train_on_a_resume_is_updated_as_plain_torch_does(
 def test_what_is_frozen_on_a_resume_stays_as_it_was_unrounded_and_may_begin_again(
     config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sections = {"deepspeed": "zero3"}
-    first = config_of("run", [], train={"steps": 4, "precision": "bf16"}, **sections)
-    then = config_of("run", train={"steps": 8, "precision": "bf16"}, **sections)
-    last = config_of("run", [], train={"steps": 12, "precision": "bf16"}, **sections)
+    sections = {"deepspeed": "zero3", "schedule": {"warmup_steps": 2}}
+    first = config_of("run", [], train={"steps": 2, "precision": "bf16"}, **sections)
+    then = config_of("run", train={"steps": 4, "precision": "bf16"}, **sections)
+    last = config_of("run", [], train={"steps": 6, "precision": "bf16"}, **sections)
     assert train(first, 2) == EXIT_FINISHED
     assert train(then, 2) == EXIT_FINISHED
-    size = sum(weight.numel() for weight in ZeroFiles(checkpoint(then, 8)).frozen.values())
+    size = sum(weight.numel() for weight in ZeroFiles(checkpoint(then, 4)).frozen.values())
     assert f"frozen: 32 weights of {size:,} parameters are kept as they are from here on" in capsys.readouterr().out
-    before, after = state_of(checkpoint(then, 4), QUERY), state_of(checkpoint(then, 8), QUERY)
+    before, after = state_of(checkpoint(then, 2), QUERY), state_of(checkpoint(then, 4), QUERY)
     assert torch.equal(before[WEIGHT], after[WEIGHT])
     assert not torch.equal(before[WEIGHT], before[WEIGHT].bfloat16().float())
     assert all(before[kind].any() and not after[kind].any() for kind in MOMENTS)
-    one, other = (converted(checkpoint(then, step), tmp_path / f"model {step}") for step in (4, 8))
+    one, other = (converted(checkpoint(then, step), tmp_path / f"model {step}") for step in (2, 4))
     assert the_same(one, other) == {name for name in one if name.startswith("roberta.encoder.")}
     assert train(last, 2) == EXIT_FINISHED
-    updates = ZeroFiles(checkpoint(last, 12)).updates
-    assert (updates[QUERY], updates[TABLE]) == (4, 12)
-    assert not torch.equal(state_of(checkpoint(last, 12), QUERY)[WEIGHT], after[WEIGHT])
+    updates = ZeroFiles(checkpoint(last, 6)).updates
+    assert (updates[QUERY], updates[TABLE]) == (2, 6)
+    assert not torch.equal(state_of(checkpoint(last, 6), QUERY)[WEIGHT], after[WEIGHT])

@@ -16,7 +16,7 @@ from tests.waiting import wait_for
 from trainer.config import Config
 from trainer.errors import EXIT_FINISHED
 
-STEPS, KILLS, SAVE_EVERY = 100, 20, 5
+STEPS, KILLS, SAVE_EVERY = 60, 20, 5
 KILLS_AT_START = 4
 """So many of them strike before the first step, wherever the start is then.
 

@@ -107,7 +107,10 @@ def test_every_stage_on_two_ranks_follows_one_rank_and_each_goes_on_from_the_oth
     """
     reference = losses(run_dir_of(one_rank))
     fresh = growing(tiny_config, workspace, tmp_path / "fresh", deepspeed=preset)
-    resumed = [growing(tiny_config, workspace, tmp_path / f"from-{step}", deepspeed=preset) for step in (6, 15)]
+    at_the_end: dict[str, Any] = {"checkpoint": {"every_steps": None}}
+    resumed = [
+        growing(tiny_config, workspace, tmp_path / f"from-{step}", deepspeed=preset, **at_the_end) for step in (6, 15)
+    ]
     for config, step in zip(resumed, (6, 15), strict=True):
         take_checkpoint(one_rank, config, step)
     assert run_ranks(_train_all, 2, [fresh, *resumed]) == [EXIT_FINISHED] * 2
@@ -115,7 +118,7 @@ def test_every_stage_on_two_ranks_follows_one_rank_and_each_goes_on_from_the_oth
     for step in (6, 15):
         found = {line["step"]: line["train/loss"] for line in metrics(tmp_path / f"from-{step}")}
         assert found == pytest.approx(dict(enumerate(reference[step:], step + 1)), abs=1e-5)
-    back = growing(tiny_config, workspace, tmp_path / "back")
+    back = growing(tiny_config, workspace, tmp_path / "back", **at_the_end)
     take_checkpoint(fresh, back, 9)
     assert train(back) == EXIT_FINISHED
     assert [line["train/loss"] for line in metrics(tmp_path / "back")] == pytest.approx(reference[9:], abs=1e-5)

@@ -18,12 +18,13 @@ from trainer.errors import EXIT_FINISHED, EXIT_USER_MISTAKE, UserError
 from trainer.inputs.inputs import open_inputs
 
 TOLERANCE = 0.01  # nats; measured over 60 steps of this model: 0.0018 to 0.0025
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def fp32(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run_dir = tmp_path_factory.mktemp("fp32")
-    assert train(tiny_config(workspace, run_dir), 2) == EXIT_FINISHED
+    assert train(tiny_config(workspace, run_dir, train={"steps": STEPS}), 2) == EXIT_FINISHED
     return losses(run_dir)
 
 
@@ -40,7 +41,8 @@ def with_fp16_allowed(config: Config, first: int = 0, last: int = 0) -> int:
 def test_half_precision_follows_fp32_and_converts(
     precision: str, preset: str, fp32: list[float], workspace: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(workspace, tmp_path / "run", train={"precision": precision}, deepspeed=preset)
+    settings = {"precision": precision, "steps": STEPS}
+    config = tiny_config(workspace, tmp_path / "run", train=settings, deepspeed=preset)
     assert run_ranks(with_fp16_allowed, 2, config) == [EXIT_FINISHED] * 2
     scales = {line["train/loss_scale"] for line in metrics(tmp_path / "run")}
     assert scales == ({2.0**16} if precision == "fp16" else {1.0})
@@ -52,8 +54,8 @@ def test_half_precision_follows_fp32_and_converts(
 
 @pytest.mark.parametrize("preset", ["zero1", "zero2", "zero3"])
 def test_bf16_with_fp32_gradient_accumulation(preset: str, fp32: list[float], workspace: Path, tmp_path: Path) -> None:
-    settings = {"precision": "bf16", "gradient_accumulation_dtype": "fp32"}
-    config = tiny_config(workspace, tmp_path / "run", train=settings, deepspeed=preset, checkpoint={"every_steps": 10})
+    settings = {"precision": "bf16", "gradient_accumulation_dtype": "fp32", "steps": STEPS}
+    config = tiny_config(workspace, tmp_path / "run", train=settings, deepspeed=preset, checkpoint={"every_steps": 5})
     assert train(config, 2) == EXIT_FINISHED
     assert losses(tmp_path / "run") == pytest.approx(fp32, abs=TOLERANCE)
     convert(str(tmp_path / "run"), str(tmp_path / "model"), "float32", "5GB", make_console())

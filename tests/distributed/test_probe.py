@@ -15,16 +15,14 @@ from tests.distributed.test_objectives import lose_the_last
 from tests.objective_cases import CASES
 from tests.preparing import prepare_text
 from tests.ranks import losses, metrics, run_ranks, tiny_config, train
-from tests.teachers import make_teacher
 from trainer.config import Config
 from trainer.config.file import parse_config
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING, EXIT_USER_MISTAKE
-from trainer.objectives.registry import family_of
 from trainer.tracking.metrics import PROBE_METRICS
 
 TEXTS, CLASSES = 60, ("few", "more")
 NAMES = (
-    *("mlm", "mlm by words, documents, code of its own", "mlm and nsp", "mlm, taught"),
+    *("mlm", "mlm by words, documents, code of its own", "mlm and nsp"),
     *("clm", "clm, documents", "plm", "rtd", "rtd, disentangled"),
 )
 """Cases of one model and two, of each family, of code of its own, with document attention and without."""
@@ -66,14 +64,10 @@ def test_it_is_the_same_for_any_layout_and_training_does_not_know_of_it(
     name: str, workspace: Path, marked: str, labels: Path, tmp_path: Path
 ) -> None:
     case, tokenizer = CASES[name], str(workspace / "tokenizer")
-    teaching = {}
-    if case.teacher is not None:
-        family = family_of(case.config("unused", "unused", "unused"))
-        make_teacher(tmp_path / "teacher", tokenizer, case.preset, case.teacher, family)
-        teaching = {"objective": {"teacher": {**case.objective["teacher"], "model": str(tmp_path / "teacher")}}}
 
     def config_of(run: str, probe: dict[str, Any] | None, **sections: Any) -> Config:
-        given: dict[str, Any] = {"eval": {"every_steps": 4, "samples": 8, "probe": probe}, **teaching, **sections}
+        steps = {"train": {"steps": 4}, "checkpoint": {"every_steps": 2}}
+        given: dict[str, Any] = {"eval": {"every_steps": 2, "samples": 8, "probe": probe}, **steps, **sections}
         raw = case.raw(tokenizer, marked, str(tmp_path / run), 0.1, **given)
         raw["data"]["validation"] = marked
         return parse_config(raw, "test")
@@ -100,8 +94,8 @@ def test_it_is_the_same_for_any_layout_and_training_does_not_know_of_it(
 def small_config(workspace: Path, run_dir: Path, labels: Path, **sections: Any) -> Config:
     given = {
         "data": {"validation": str(workspace / "data")},
-        "eval": {"every_steps": 4, "samples": 8, "probe": {"path": str(labels)}},
-        "train": {"steps": 8},
+        "eval": {"every_steps": 2, "samples": 8, "probe": {"path": str(labels)}},
+        "train": {"steps": 4},
         "batch": {"micro_size": 2},
         **sections,
     }

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,13 +27,13 @@ from trainer.tracking.starts import read_start_records
 def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterrupted_one_bit_for_bit(
     workspace: Path, tmp_path: Path
 ) -> None:
-    sections = {"train": {"steps": 60}, "checkpoint": {"every_steps": 5}, "data": {"workers": 1}}
+    sections = {"train": {"steps": 30}, "checkpoint": {"every_steps": 5}, "data": {"workers": 1}}
     assert train(with_dropout(workspace, tmp_path / "clean", **sections), 2) == EXIT_FINISHED
     generator = random.Random()
     config = with_dropout(workspace, tmp_path / "killed", **sections)
     command = ("train", write_config(config, tmp_path / "config.yaml"), "--nproc-per-node", "2")
     gate = Gate(tmp_path)
-    steps = sorted(generator.sample(range(6, 60), 3))
+    steps = sorted(generator.sample(range(6, 30), 3))
     for step in steps:
         gate.close_after(step)
         process = start_maskwright(*command, **gate.environment)
@@ -51,13 +52,14 @@ def test_a_run_killed_three_times_at_random_steps_has_the_losses_of_the_uninterr
 
 @pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2", "zero3"])
 def test_resume_is_bit_exact_with_dropout_at_every_stage(preset: str, workspace: Path, tmp_path: Path) -> None:
-    config = with_dropout(workspace, tmp_path / "run", deepspeed=preset, checkpoint={"every_steps": 7}, **ADDING)
+    sections: dict[str, Any] = {"train": {"steps": 8}, "checkpoint": {"every_steps": 3}, **ADDING}
+    config = with_dropout(workspace, tmp_path / "run", deepspeed=preset, **sections)
     assert train(config, 2) == EXIT_FINISHED
     clean = losses(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")  # as if the run had been lost after step 14
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")  # as if the run had been lost after step 6
     assert train(config, 2) == EXIT_FINISHED
     assert losses(tmp_path / "run") == clean
-    assert [start.step for start in read_start_records(tmp_path / "run")] == [0, 14]
+    assert [start.step for start in read_start_records(tmp_path / "run")] == [0, 6]
 
 
 def test_checkpoints_change_no_loss(workspace: Path, tmp_path: Path) -> None:

@@ -44,11 +44,10 @@ def config_of(workspace: Path, source: Path, run_dir: Path, **sections: Any) -> 
     return tiny_config(workspace, run_dir, **{**defaults, "data": data, **sections})
 
 
-@pytest.mark.parametrize("scheme", ["token", "word"])
 def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
-    scheme: str, sentences: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sentences: Path, workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    objective = {"objective": {"scheme": scheme, "mask_ratio": 0.3}}
+    objective = {"objective": {"scheme": "word", "mask_ratio": 0.3}}
     one = config_of(workspace, sentences, tmp_path / "one", **objective)
     assert train(one) == EXIT_FINISHED
     said = capsys.readouterr().out
