@@ -32,7 +32,7 @@ FORK_SERVER: ForkServerContext = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["trainer.train", "tools.prepare.on_demand", "tests.forked", "tests.warm"])
 FORK_SERVER.set_forkserver_preload = lambda module_names: None  # type: ignore[method-assign]  # what is tested has one too
 EXIT_ERROR = 99
-_PORTS = itertools.count()
+_PORTS = itertools.count(os.getpid())
 
 
 def train(
@@ -158,10 +158,11 @@ def _rank(
 def free_port() -> int:
     """Find a port that nobody has, and that nobody is given before it is used.
 
-    It is above those of jobs of SLURM, and below those that the kernel gives away; each process of tests has 100 of
-    its own.
+    It is above those of jobs of SLURM, and below those that the kernel gives away; each worker of a run of tests has
+    100 of its own, and begins with another one of them than the workers of other runs.
     """
-    first = 30_000 + os.getpid() % 27 * 100
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 30_000 + worker % 27 * 100
     while True:
         port = first + next(_PORTS) % 100
         with socket.socket() as probe, suppress(OSError):
