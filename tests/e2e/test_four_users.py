@@ -26,6 +26,7 @@ from tests.ranks import TINY_ROBERTA, losses, metrics
 from tests.waiting import wait_for_step
 from trainer.errors import EXIT_FINISHED, EXIT_STOPPED_AFTER_SAVING
 
+SIZES: dict[str, Any] = TINY_ROBERTA
 HUB_NAME = "FacebookAI/roberta-base"
 """The model that most commands name; a folder of that name goes before the hub."""
 SMALL = ("data.seq_len=32", "data.workers=0", "train.min_steps=16", "train.epochs=0.1", "train.precision=fp32")
@@ -92,7 +93,7 @@ def write_roberta(folder: Path, text: Path) -> None:
     names = {f"{role}_token": token for role, token in roles.items()}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(**TINY_ROBERTA, vocab_size=400)
+    config = transformers.RobertaConfig(**SIZES, vocab_size=400)
     transformers.RobertaForMaskedLM(config).save_pretrained(folder)
 
 
@@ -126,7 +127,7 @@ def write_chinese_bert(folder: Path, text: str, config: dict[str, Any]) -> None:
     characters = sorted({*text.lower()} - {*" \n"})
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{one}" for one in characters)]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
-    own = BertConfig(**TINY_ROBERTA, vocab_size=len(tokens))
+    own = BertConfig(**SIZES, vocab_size=len(tokens))
     plain = {name: value for name, value in own.to_dict().items() if name not in {"model_type", "architectures"}}
     (folder / "config.json").write_text(json.dumps({**plain, **config}))
     torch.manual_seed(0)
@@ -169,7 +170,7 @@ def write_bert(folder: Path, tokenizer: Path) -> None:
     own = AutoTokenizer.from_pretrained(tokenizer)
     own.save_pretrained(folder)
     torch.manual_seed(0)
-    BertForPreTraining(BertConfig(**TINY_ROBERTA, vocab_size=len(own), pad_token_id=1)).save_pretrained(folder)
+    BertForPreTraining(BertConfig(**SIZES, vocab_size=len(own), pad_token_id=1)).save_pretrained(folder)
 
 
 def test_a_domain_then_a_task_then_a_classifier(folder: Path, workspace: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_domain_then_a_task_then_a_classifier(folder: Path, workspace: Path) -
     classifier, tokenizer = names["model"], names["tokenizer"]
     _, report = type(classifier).from_pretrained(folder / "task-model", num_labels=3, output_loading_info=True)
     assert report["missing_keys"] == {"classifier.weight", "classifier.bias"} and not report["mismatched_keys"]
-    given = BertForPreTraining.from_pretrained(source)
+    given: Any = BertForPreTraining.from_pretrained(source)
     assert torch.equal(classifier.bert.pooler.dense.weight, given.bert.pooler.dense.weight)
     assert not torch.equal(classifier.bert.embeddings.LayerNorm.bias, given.bert.embeddings.LayerNorm.bias)
     assert classifier(**tokenizer("ka lo mi", return_tensors="pt")).logits.shape == (1, 3)
@@ -219,7 +220,7 @@ def test_a_model_of_ones_own_text_from_nothing_stopped_on_the_way(folder: Path) 
     command, run_dir = [word for word in documented(page, "train") if word != "--dry-run"], folder / "runs" / "my"
     gate = Gate(folder)
     gate.close_after(8)
-    first = start_maskwright(*command, **gate.environment)
+    first = start_maskwright(*command, fresh=False, **gate.environment)
     wait_for_step(first, run_dir, 8)
     first.send_signal(signal.SIGINT)  # Ctrl-C
     said = first.communicate()[0]
