@@ -51,7 +51,7 @@ def test_the_losses_depend_on_no_layout_and_a_resume_is_bit_exact(
     one = config_of(workspace, sentences, tmp_path / "one", **objective)
     assert train(one) == EXIT_FINISHED
     said = capsys.readouterr().out
-    assert "documents: " in said and " rows of 32, " in said and "longer than 30 tokens, and cut" in said
+    assert "documents: " in said and " rows of 32, " in said and "longer than 30 tokens, and cut into pieces" in said
     clean = losses(tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "checkpoints" / "step-00000012")
     assert train(one) == EXIT_FINISHED

@@ -140,6 +140,17 @@ def test_killed_and_stopped_while_preparing_it_goes_on_and_the_bytes_are_those_o
     assert files_of(folder) == files_of(clean)
 
 
+def test_what_the_model_refuses_is_said_before_its_text_is_prepared(
+    workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a large corpus that takes hours."""
+    config = from_text(workspace, tmp_path / "run", workspace / "text.txt", data={"seq_len": 512})
+    assert train(config, 2) == EXIT_USER_MISTAKE
+    printed = capfd.readouterr().out
+    assert "data.seq_len 512 needs " in printed and "preparing" not in printed
+    assert not cached(tmp_path / "run")
+
+
 def test_text_that_cannot_be_read_stops_all_ranks_with_its_place(
     workspace: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def train_by_trainer(
 
 def _open(config: Config) -> Inputs:
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"), control=None)
-    folders = prepare_raw_text(config, world, StopRequest(), lambda _: None, tell_unused=False)
+    folders = prepare_raw_text(config, world, StopRequest(), lambda _: None, of_run=False)
     fitting = [size for size in micro_sizes(config.data, config.batch, 1) if size <= _USUAL_BATCH]
     return open_inputs(config, 1, True, folders, fitting[-1] if config.batch.micro_size == "auto" else None)
 

@@ -32,6 +32,13 @@ from trainer.runtime.signals import StopRequest
 
 _STRETCH = 512  # tokens that are decoded at once
 _BROKEN = "\ufffd"  # what a decoder makes of a part of a character
+_OPTIONS = (
+    ("data.train", "--data"),
+    ("data.text.field: ", "--field "),
+    ("data.text.documents: ", "--documents "),
+    ("data.text.", "--"),
+)
+"""How messages name a setting of the text in a run, and what this command calls it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def open_data(config: Config, vocabulary: Vocabulary, tokenizer: Any, world: Wor
     path = config.data.validation_path
     assert path is not None
     with _options_named():
-        folders = prepare_raw_text(config, world, StopRequest(), say, tell_unused=False)
+        folders = prepare_raw_text(config, world, StopRequest(), lambda line: say(_named(line)), of_run=False)
     assert folders is not None, "nothing asks it to stop"
     is_whole = not config.data.holds_out and not config.data.text.validation_fraction
     raw = path if path in folders and is_whole else None
@@ -130,14 +137,19 @@ def _open(
 
 @contextmanager
 def _options_named() -> Iterator[None]:
-    """Let cards of what reads text by a config name the options of this command."""
+    """Let cards of what reads text by a config name the options of this command, as its notes do."""
     try:
         yield
     except MaskwrightError as error:
-        for key, option in (("data.train", "--data"), ("data.text.field: ", "--field "), ("data.text.", "--")):
-            error.where, error.remedy = (text.replace(key, option) for text in (error.where, error.remedy))
+        error.where, error.remedy = _named(error.where), _named(error.remedy)
         error.remedy = error.remedy.partition(" To leave such documents out:")[0]  # for which there is no option
         raise
+
+
+def _named(text: str) -> str:
+    for key, option in _OPTIONS:
+        text = text.replace(key, option)
+    return text
 
 
 def find_texts(data: Data, count: int) -> Iterator[str]:

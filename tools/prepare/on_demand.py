@@ -39,6 +39,7 @@ from trainer.config import Config, run_folder
 from trainer.data.manifest import MANIFEST, PREPARE_WORK_FOLDER, SPLITS, read_data_manifest, split_folder
 from trainer.errors import MaskwrightError, UserError
 from trainer.inputs.consistency import compare
+from trainer.inputs.inputs import check_without_data
 from trainer.model.source import tokenizer_source
 from trainer.runtime import distributed
 from trainer.runtime.distributed import World
@@ -72,12 +73,13 @@ class RawText:
 
 
 def prepare_raw_text(
-    config: Config, world: World, stop: StopRequest, say: Say, tell_unused: bool = True
+    config: Config, world: World, stop: StopRequest, say: Say, of_run: bool = True
 ) -> Mapping[str, Path] | None:
     """Prepare the raw text of a config; every rank calls it, and does its share.
 
     Args:
-        tell_unused: say what else lies in the cache.
+        of_run: a run starts with it: check before anything is prepared, which may take hours, what else the run needs,
+            and say what else lies in the cache.
 
     Returns:
         The folder behind each path that is raw text; None when a rank was asked to stop (what is done is kept).
@@ -85,12 +87,16 @@ def prepare_raw_text(
     Raises:
         MaskwrightError: on every rank, for a mistake in the text or the settings.
     """
+    is_checked = not of_run
     paths = distributed.run_on_all_ranks(world, lambda: raw_paths(config))
     compare(world, lambda: {"paths of raw text": paths})
     folders: dict[str, Path] = {}
     for path in paths:
         job = _shared_job(config, path, world)
         if not _is_prepared(job.output):
+            if not is_checked:
+                distributed.run_on_all_ranks(world, lambda: check_without_data(config) if world.is_main else None)
+                is_checked = True
             for note in _notes(config, path, job):
                 say(note)
             say(
@@ -100,7 +106,7 @@ def prepare_raw_text(
                 return None
             say(f"prepared {path}")
         folders[path] = job.output
-    if tell_unused and folders and world.is_main and (note := describe_unused(_cache(config), folders.values())):
+    if of_run and folders and world.is_main and (note := describe_unused(_cache(config), folders.values())):
         say(note)
     return folders
 

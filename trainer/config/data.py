@@ -113,8 +113,9 @@ class DataConfig(Section):
     """Tokens a block, with the two special tokens at its ends. Evaluations have it from the first phase on."""
     samples: Literal["stream", "documents"] = "stream"
     """What a block is. stream: a stretch of the text, full to the last token. documents: whole documents (a line, a
-    dialogue, a task's text each), as many as fit, then padding, with attention kept within each; a longer one is cut.
-    It needs what model.document_attention needs, and sets it. It belongs to a run: a resume cannot change it."""
+    dialogue, a task's text each), as many as fit, then padding, with attention kept within each; a longer one is cut
+    into pieces. It needs what model.document_attention needs, and sets it. It belongs to a run: a resume cannot change
+    it."""
     phases: list[PhaseConfig] = Field(default_factory=list)
     """Earlier phases of the run, each up to a given token. What a phase leaves out is as in the last one, which is what
     the config says elsewhere: blocks of seq_len, objective.mask_ratio, the weights of train, the model's own rope theta

@@ -190,6 +190,11 @@ def open_inputs(
     )
 
 
+def check_without_data(config: Config) -> None:
+    """Check what needs no data; raises as `open_inputs` does."""
+    _Base.of(config)
+
+
 def describe_unprepared(
     config: Config,
     world_size: int,
@@ -387,8 +392,7 @@ class _ShardOpener:
 
 def _tokenizer_of(folder: Path) -> Path:
     """Find the copy that `prepare` left in a data set, or above it where it wrote two splits."""
-    inside = folder / "tokenizer"
-    return inside if inside.is_dir() else folder.parent / "tokenizer"
+    return inside if (inside := folder / "tokenizer").is_dir() else folder.parent / "tokenizer"
 
 
 def sha256_of(value: Any) -> str:

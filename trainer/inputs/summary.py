@@ -68,7 +68,7 @@ def describe_rows(sources: Sequence[ShardSet], objective: Samples) -> str:
     fill = sum(each.positions for each in indices) / max(1, rows * objective.seq_len)
     line = f"documents: {documents:,} in {rows:,} rows of {objective.seq_len}, {fill:.1%} filled"
     if cut:
-        line += f"; {cut:,} are longer than {objective.view.payload:,} tokens, and cut"
+        line += f"; {cut:,} are longer than {objective.view.payload:,} tokens, and cut into pieces"
     if fill < LITTLE_FILLED:
         line += "; THE REST IS PADDING: another data.seq_len fills them better, or data.samples=stream wholly"
     return line
