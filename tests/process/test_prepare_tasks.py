@@ -263,7 +263,9 @@ def finalize_and_die(arguments: dict, moment: str) -> None:
         replace(*given)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def remove_and_die(folder: Path, **_: object) -> None:
+    def remove_and_die(folder: Path, **options: bool) -> None:
+        if not (folder / JOB_FILE).exists():  # something in the work folder
+            return remove(folder, **options)
         remove(folder / "scratch", ignore_errors=True)
         (folder / JOB_FILE).unlink()
         os.kill(os.getpid(), signal.SIGKILL)
