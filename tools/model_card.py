@@ -101,6 +101,12 @@ def _summary(
     return _table(("", ""), rows)
 
 
+def _evaluations(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say which share evaluations predict, where it is one of their own."""
+    ratio = config["eval"].get("mask_ratio")  # not before there was such a key
+    return [] if ratio is None else [("evaluations", f"{ratio:.0%} of the tokens are predicted")]
+
+
 def _data(config: dict[str, Any], manifest: CheckpointManifest) -> str:
     recorded, blocks = (
         manifest.data_order["sources"],
@@ -121,6 +127,7 @@ def _training(config: dict[str, Any], card: ObjectiveCard, manifest: CheckpointM
     layout = manifest.layout
     rows = [
         ("objective", card.settings(_objective(config, manifest), manifest.state["tokens"])),
+        *_evaluations(config),
         ("sequence length", _by_phase(manifest, lambda phase: phase["seq_len"])),
         *_theta(manifest),
         ("attention", _attention(config)),

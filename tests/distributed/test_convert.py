@@ -37,7 +37,7 @@ def run_of(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             deepspeed=preset,
             train={"steps": 8},
             data={"validation": str(workspace / "data")},
-            eval={"every_steps": 4, "samples": 32},
+            eval={"every_steps": 4, "samples": 32, "mask_ratio": 0.2},
         )
         assert train(config, 2) == EXIT_FINISHED
         return run_dir
@@ -102,6 +102,7 @@ def test_the_model_card_tells_data_steps_settings_curve_and_perplexity(trained: 
         "`RobertaForMaskedLM`",
         "| tokens seen | 2,048 |",
         "validation perplexity of masked tokens",
+        "| evaluations | 20% of the tokens are predicted |",
         "| batch | 8 sequences |",
         "linear, 4 warm-up steps",
         "on 2 ranks",

@@ -47,7 +47,7 @@ _WHAT = {
 _HELD_OUT = (
     *(f"objective.{key}" for key in ("name", "pair", "teacher", "scheme", "lengths", "replace_by")),
     *("objective.replace_mask", "objective.replace_random", "data.validation", "data.samples", "data.seq_len"),
-    *("model.tokenizer", "eval.samples"),
+    *("data.text", "model.tokenizer", "eval.samples"),
 )
 """What a held-out loss is of. The share that is predicted is that of the first recipe for all of them."""
 EVALUATIONS = 20
@@ -97,7 +97,7 @@ def bench_recipe(settings: RecipeBenchmark, console: Console) -> RecipeReport:
     machine = describe_machine(with_gpus=True)
     with _folder_of(settings) as folder:
         arms: dict[str, Callable[[int], RecipeMeasurement]] = {
-            name: lambda seed, name=name: _train_recipe(settings, name, configs[name], seed, folder) for name in configs
+            name: lambda seed, name=name: _train_recipe(settings, name, configs, seed, folder) for name in configs
         }
         for name in AGAINST[settings.against]:
             arms[name] = lambda seed, name=name: _train_by_trainer(settings, name, seed, folder)
@@ -203,10 +203,12 @@ def _folder_of(settings: RecipeBenchmark) -> Iterator[Path]:
     yield folder
 
 
-def _train_recipe(settings: RecipeBenchmark, name: str, config: Config, seed: int, folder: Path) -> RecipeMeasurement:
+def _train_recipe(
+    settings: RecipeBenchmark, name: str, configs: Mapping[str, Config], seed: int, folder: Path
+) -> RecipeMeasurement:
     """Train by the command, and end it when its loss is down to the target."""
-    number = settings.configs.index(name)
-    ratio = evaluated_ratio(load_config(settings.configs[0], settings.overrides))
+    config, number = configs[name], settings.configs.index(name)
+    ratio = evaluated_ratio(configs[settings.configs[0]])
     judged = [f"eval.mask_ratio={ratio}"] if evaluated_ratio(config) != ratio else []
     run = folder / f"recipe-{number}-seed-{seed}"
     every = settings.every_steps or _steps_of_twentieth(settings, name)
