@@ -47,7 +47,8 @@ _WHAT = {
 _HELD_OUT = (
     *(f"objective.{key}" for key in ("name", "pair", "teacher", "scheme", "lengths", "replace_by")),
     *("objective.replace_mask", "objective.replace_random", "data.validation", "data.samples", "data.seq_len"),
-    *("data.text", "model.tokenizer", "eval.samples"),
+    *(f"data.text.{key}" for key in ("format", "field", "delimiter", "documents", "special_in_text")),
+    *("data.text.validation_fraction", "model.tokenizer", "eval.samples"),
 )
 """What a held-out loss is of. The share that is predicted is that of the first recipe for all of them."""
 EVALUATIONS = 20
